@@ -1,0 +1,112 @@
+"""Behaviors: does it show, and how much?
+
+A behavior reads next-token logits and gives two numbers for each example. The *score* is differentiable and is what
+a search raises. The *slack* is the predicate with its margin: the behavior shows exactly where it is positive.
+Behaviors that look at few tokens name them in `tokens`, so that the engine computes only those logits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+
+from recover.types import Bool, Float, InputError, Int, PerExample, Tensor
+
+Rows = Int[Tensor, "rows"]
+Logits = Float[Tensor, "batch choice"]
+
+
+@runtime_checkable
+class Behavior(Protocol):
+    """What a search raises and a certificate checks. `tokens` is None where the whole vocabulary is needed."""
+
+    @property
+    def tokens(self) -> Tensor | None:
+        """`[batch choice]`: the tokens whose logits are read, in the order in which they are handed over."""
+
+    def score(self, logits: Tensor) -> Tensor:
+        """How much of it there is, `[batch]`; differentiable, larger is more."""
+
+    def slack(self, logits: Tensor) -> Tensor:
+        """`[batch]`, in logits: the behavior shows exactly where this is positive."""
+
+    def select(self, rows: Tensor) -> Behavior:
+        """The same for the examples `rows`."""
+
+
+def shows(behavior: Behavior, logits: Logits) -> Bool[Tensor, "batch"]:
+    """Whether the behavior shows, by example."""
+    return behavior.slack(logits) > 0
+
+
+@dataclass(frozen=True, eq=False)
+class LogitDifference:
+    """`logit(target) - logit(other)`; shows where the target is above. IOI: the indirect object above the subject."""
+
+    target: Int[Tensor, "batch"]
+    other: Int[Tensor, "batch"]
+
+    def __post_init__(self) -> None:
+        clash = (self.target == self.other).nonzero().flatten().tolist()
+        if clash:
+            raise InputError(f"behavior: target and other are the same token in examples {clash}; name two")
+
+    @property
+    def tokens(self) -> Int[Tensor, "batch choice"]:
+        return torch.stack([self.target, self.other], dim=1)
+
+    def score(self, logits: Logits) -> PerExample:
+        return logits[:, 0] - logits[:, 1]
+
+    def slack(self, logits: Logits) -> PerExample:
+        return self.score(logits)
+
+    def select(self, rows: Rows) -> LogitDifference:
+        return LogitDifference(self.target[rows], self.other[rows])
+
+
+@dataclass(frozen=True, eq=False)
+class ChoiceMargin:
+    """The target's logit minus the mean of the others' (paper: WMDP); shows where the target beats every other."""
+
+    target: Int[Tensor, "batch"]
+    others: Int[Tensor, "batch choice"]
+
+    @property
+    def tokens(self) -> Int[Tensor, "batch choice"]:
+        return torch.cat([self.target[:, None], self.others], dim=1)
+
+    def score(self, logits: Logits) -> PerExample:
+        return logits[:, 0] - logits[:, 1:].mean(dim=1)
+
+    def slack(self, logits: Logits) -> PerExample:
+        return logits[:, 0] - logits[:, 1:].amax(dim=1)
+
+    def select(self, rows: Rows) -> ChoiceMargin:
+        return ChoiceMargin(self.target[rows], self.others[rows])
+
+
+@dataclass(frozen=True, eq=False)
+class AnswerLikelihood:
+    """Log-probability of one next token among the whole vocabulary; shows where it is the likeliest."""
+
+    answer: Int[Tensor, "batch"]
+
+    @property
+    def tokens(self) -> None:
+        return None
+
+    def score(self, logits: Logits) -> PerExample:
+        return self._answer(logits.log_softmax(dim=-1))
+
+    def slack(self, logits: Logits) -> PerExample:
+        others = logits.scatter(1, self.answer[:, None], -torch.inf)
+        return self._answer(logits) - others.amax(dim=1)
+
+    def select(self, rows: Rows) -> AnswerLikelihood:
+        return AnswerLikelihood(self.answer[rows])
+
+    def _answer(self, values: Logits) -> PerExample:
+        return values.gather(1, self.answer[:, None])[:, 0]

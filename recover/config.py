@@ -1,0 +1,275 @@
+"""DEFENSE.yaml: which defense to check, on what, with which budget.
+
+A file is read in four steps, and each refuses bad input with one line that names the place:
+
+1. YAML is parsed, strictly: a key given twice is an error.
+2. Overrides (the command line's flags), named by dotted paths, replace values.
+3. The sections below validate keys, types and ranges.
+4. `Config.canonical()` gives back everything as resolved, defaults included; `Config.fingerprint()` is its
+   hash over what can change a result, by which an output folder knows whose run it holds.
+
+Without a file the configuration is `DEFAULTS`, the setting of `analyses/ioi_smollm2.yaml`.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Hashable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    Tag,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from recover.types import InputError, Positions
+
+__all__ = ["DEFAULTS", "ClampConfig", "Config", "PromptConfig", "SearchConfig", "Selection", "load_config"]
+
+DEFAULTS: Mapping[str, Any] = {
+    "model": "smollm2",
+    "clamps": [
+        {
+            "sae": "smollm2-l15",
+            "features": {"select": "attribution", "top": 64},
+            "mode": "set",
+            "value": -5.0,
+            "only_active": True,
+            "positions": "all",
+        }
+    ],
+    "skip_first": 1,
+    "task": "ioi",
+    "prompts": {"n": 64, "seed": 0},
+    "search": {"budget": 20.0, "placement": "after_clamp"},
+}
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Text = Annotated[str, Field(min_length=1)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_keys(cls, data: Any) -> Any:
+        for key in data if isinstance(data, dict) else ():
+            if key not in cls.model_fields:
+                near = difflib.get_close_matches(str(key), cls.model_fields, n=1, cutoff=0.5)
+                known = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(cls.model_fields)}"
+                raise PydanticCustomError("unknown_key", f"unknown key; {known}", {"key": str(key)})
+        return data
+
+
+class Selection(_Section):
+    """Features chosen by a rule rather than listed."""
+
+    select: Literal["attribution"]
+    top: PositiveInt
+
+
+def _features_kind(value: Any) -> str:
+    return "selection" if isinstance(value, (dict, Selection)) else "indices"
+
+
+class ClampConfig(_Section):
+    """One clamp: which features of which SAE, and what is done to them."""
+
+    sae: Text
+    features: Annotated[
+        Annotated[tuple[NonNegativeInt, ...], Field(strict=False, min_length=1), Tag("indices")]
+        | Annotated[Selection, Tag("selection")],
+        Discriminator(_features_kind),
+    ]
+    mode: Literal["set", "scale", "floor"]
+    value: Finite
+    only_active: bool = True
+    positions: Positions = "all"
+
+    @field_validator("features", mode="after")
+    @classmethod
+    def _no_duplicates(cls, features: tuple[int, ...] | Selection) -> tuple[int, ...] | Selection:
+        if isinstance(features, tuple) and len(set(features)) < len(features):
+            twice = next(feature for feature in features if features.count(feature) > 1)
+            raise ValueError(f"feature {twice} is listed more than once")
+        return features
+
+
+class PromptConfig(_Section):
+    """Which prompts: `n` generated ones (64 by default), or the first `n` (by default all) of a file."""
+
+    n: PositiveInt | None = None
+    seed: NonNegativeInt = 0
+    templates: Annotated[tuple[Literal["BABA", "ABBA"], ...], Field(strict=False, min_length=1)] = (
+        "BABA",
+        "ABBA",
+    )
+    file: Text | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_n(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("file") is None and data.get("n") is None:
+            return {**data, "n": 64}
+        return data
+
+
+class SearchConfig(_Section):
+    """Where a delta may be added, how large it may be, and how long it is searched for."""
+
+    budget: Annotated[Finite, Field(gt=0)]
+    placement: Literal["after_clamp", "before_clamp"] = "after_clamp"
+    positions: Literal["last"] = "last"
+    steps: PositiveInt = 100
+
+
+class Config(_Section):
+    """A whole DEFENSE.yaml, validated."""
+
+    model: Text
+    clamps: Annotated[tuple[ClampConfig, ...], Field(strict=False, min_length=1)]
+    skip_first: NonNegativeInt = 0
+    task: Text
+    prompts: PromptConfig = PromptConfig(n=64)
+    search: SearchConfig
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    device: str = "auto"
+    batch_size: int | Literal["auto"] = "auto"
+
+    @field_validator("device", mode="plain")
+    @classmethod
+    def _device(cls, value: Any) -> Any:
+        if not isinstance(value, str) or not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", value):
+            raise ValueError("must be auto, cpu, mps, cuda or cuda:N")
+        return value
+
+    @field_validator("batch_size", mode="plain")
+    @classmethod
+    def _batch_size(cls, value: Any) -> Any:
+        if value != "auto" and (type(value) is not int or value < 1):
+            raise ValueError("must be auto or a whole number from 1")
+        return value
+
+    def canonical(self) -> dict[str, Any]:
+        """Everything as resolved, in plain YAML types."""
+        return self.model_dump(mode="json")
+
+    def dump_yaml(self) -> str:
+        """Give `config.yaml` as resolved; `load_config` reads it back to an equal configuration."""
+        return yaml.safe_dump(self.canonical(), sort_keys=False)
+
+    def relevant(self) -> dict[str, Any]:
+        """What of it can change a result; `device` and `batch_size` cannot."""
+        return {key: value for key, value in self.canonical().items() if key not in ("device", "batch_size")}
+
+    def fingerprint(self, **identities: str) -> str:
+        """SHA-256 of what can change a result.
+
+        Args:
+            identities: hashes of what the configuration only names, such as `model`, `sae` or `prompts`.
+        """
+        text = json.dumps([self.relevant(), identities], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def load_config(path: Path | str | None = None, overrides: Mapping[str, Any] | None = None) -> Config:
+    """Read and validate a configuration.
+
+    Args:
+        path: a DEFENSE.yaml; None starts from `DEFAULTS`. Paths inside it are relative to the working folder.
+        overrides: values by dotted path, such as `{"search.budget": 5.0, "clamps.value": 0.0}`; a path that
+            starts with `clamps.` changes every clamp; None leaves a value as it is.
+
+    Raises:
+        InputError: the file cannot be read, or what it says cannot be used; one line.
+    """
+    data = copy.deepcopy(dict(DEFAULTS)) if path is None else _read_yaml(Path(path))
+    for key, value in (overrides or {}).items():
+        if value is not None:
+            _override(data, key.split("."), value)
+    try:
+        return Config.model_validate(data)
+    except ValidationError as error:
+        source = " and ".join([str(path)] * (path is not None) + ["flags"] * bool(overrides))
+        raise InputError(f"{source}: {_first_line(error)}") from None
+
+
+def _override(data: dict[str, Any], path: list[str], value: Any) -> None:
+    *parents, last = path
+    nodes = [data]
+    for parent in parents:
+        children = [node.setdefault(parent, {}) for node in nodes]
+        flat = [item for child in children for item in (child if isinstance(child, list) else [child])]
+        # Anything else in a section's place is left for validation to name.
+        nodes = [node for node in flat if isinstance(node, dict)]
+    for node in nodes:
+        node[last] = value
+
+
+MESSAGES = {
+    "missing": "this key is required",
+    "model_type": "must be a section of keys",
+    "string_too_short": "must not be empty",
+    "too_short": "must not be empty",
+    "tuple_type": "must be a list",
+}
+
+
+def _first_line(error: ValidationError) -> str:
+    first = error.errors(include_url=False)[0]
+    parts = [part for part in first["loc"] if part not in ("indices", "selection")]
+    parts += [first["ctx"]["key"]] if first["type"] == "unknown_key" else []
+    where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts).lstrip(".")
+    message = MESSAGES.get(first["type"], first["msg"].removeprefix("Value error, "))
+    given = first["input"]
+    shown = f" (given: {given!r:.40})" if isinstance(given, (str, int, float)) else ""
+    return f"{where}: {message.replace('Input should be', 'must be')}{shown}"
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's safe types, with `1e-3` a number and no key given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[str] = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                problem = f"key {key.value!r} is given twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+[eE][-+]?\d+$"), list("-+0123456789"))
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: is not UTF-8 text") from None
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise InputError(f"{path}{line}: not valid YAML ({error.problem})") from None
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(data, dict):
+        raise InputError(f"{path}: must hold keys such as 'model' and 'clamps', not {type(data).__name__}")
+    return data

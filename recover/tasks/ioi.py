@@ -1,0 +1,256 @@
+"""Indirect object identification: "... Mary and John ... John gave a drink to" is continued by " Mary".
+
+As in Wang et al. (2022): two names appear, the *subject* appears again as the giver, and the model should
+name the other one, the *indirect object* (`io`). In a BABA prompt the subject (B) opens, in an ABBA prompt
+the indirect object (A) does. The wording, names, places and objects here are our own:
+
+1. Keep the names that the tokenizer in use writes as exactly one token after a prompt.
+2. Draw frames, names, places and objects from shuffled decks, so that each is used about equally often, and
+   the templates in turn.
+3. Skip a prompt that was drawn before.
+
+The first `n` examples of a seed are the same for every larger `n`. Prompts can also come from a JSONL file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args
+
+import torch
+
+from recover.behavior import LogitDifference
+from recover.types import InputError
+
+__all__ = ["IOIExample", "Template", "behavior", "candidate_names", "generate", "load", "load_jsonl", "token_id"]
+
+Template = Literal["BABA", "ABBA"]
+TEMPLATES: tuple[Template, ...] = get_args(Template)
+T = TypeVar("T")
+
+NAMES = tuple(
+    """
+    Mary John Sarah David Anna James Emma Robert Laura Michael Alice Peter Susan Thomas Jane Daniel Lisa
+    Paul Karen Mark Rachel George Julia Kevin Amy Brian Helen Steven Kate Andrew Linda Richard Maria Simon
+    Ruth Adam Grace Jack Lucy Henry Martha Eric Rose Frank Diana Jason Claire Charles Nancy Scott Alex Tom
+    Jessica Matthew Sam Ben Emily William Elizabeth Joseph
+    """.split()
+)
+FRAMES = (
+    "When {first} and {second} met at the {place}, {subject} handed {object} to",
+    "Yesterday {first} and {second} walked to the {place}, and {subject} gave {object} to",
+    "While {first} and {second} were busy at the {place}, {subject} passed {object} to",
+    "After {first} and {second} had left the {place}, {subject} offered {object} to",
+    "Once {first} and {second} were back from the {place}, {subject} brought {object} to",
+    "In the end {first} and {second} stayed at the {place}, where {subject} showed {object} to",
+    "Last week {first} and {second} drove to the {place}. Before lunch {subject} lent {object} to",
+    "Later that day {first} and {second} sat near the {place}. Smiling, {subject} gave {object} to",
+    "Because {first} and {second} were early at the {place}, {subject} had time to give {object} to",
+    "The friends {first} and {second} waited at the {place} until {subject} could return {object} to",
+)
+PLACES = tuple("station market library garden museum school office bakery harbor hospital theater park".split())
+OBJECTS = tuple(
+    f"{article} {noun}"
+    for article in ("a", "the")
+    for noun in "book drink letter ticket basket coat camera gift lamp phone map key".split()
+)
+CONTEXT = "The drink was handed to"
+CANDIDATES = 20
+
+
+@dataclass(frozen=True)
+class IOIExample:
+    """One prompt, the name that continues it (`io`), and the other name in it (`subject`).
+
+    `id` is a hash of the content; `str()` of an example shows it alone, so that no prompt text leaks.
+    """
+
+    id: str
+    prompt: str
+    io: str
+    subject: str
+    template: Template
+
+    @classmethod
+    def of(cls, prompt: str, io: str, subject: str, template: Template) -> IOIExample:
+        """Build an example with the `id` that its content gives it."""
+        digest = hashlib.sha256(json.dumps([prompt, io, subject]).encode()).hexdigest()
+        return cls(f"ioi-{digest[:16]}", prompt, io, subject, template)
+
+    def __repr__(self) -> str:
+        return f"IOIExample({self.id})"
+
+
+def token_id(tokenizer: Any, name: str, prompt: str = CONTEXT) -> int:
+    """Give the token by which `name` continues `prompt`, a space between them.
+
+    The tokenizer is asked in context, so that byte-pair (`Ġ`) and SentencePiece (`▁`) ones both serve.
+
+    Raises:
+        InputError: it is not exactly one token, or it changes the prompt's own tokens.
+    """
+    before = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    after = tokenizer(f"{prompt} {name}", add_special_tokens=False)["input_ids"]
+    added = after[len(before) :]
+    if after[: len(before)] != before or len(added) != 1:
+        raise InputError(f"the name {name!r} is not a single token after its prompt; choose another name")
+    return int(added[0])
+
+
+def single_token_names(tokenizer: Any) -> list[str]:
+    """Give the built-in names that are single tokens, and different ones, in this tokenizer."""
+    by_token: dict[int, str] = {}
+    for name in NAMES:
+        try:
+            by_token.setdefault(token_id(tokenizer, name), name)
+        except InputError:
+            continue
+    return list(by_token.values())
+
+
+def candidate_names(tokenizer: Any, including: Sequence[str] = (), count: int = CANDIDATES) -> list[str]:
+    """Give `count` different names to rank against each other; chance is `1 / count`.
+
+    Args:
+        tokenizer: the model's.
+        including: names that come first, such as an example's `io` and `subject`.
+        count: how many in all.
+
+    Raises:
+        InputError: the tokenizer has fewer single-token names than that.
+    """
+    names = list(dict.fromkeys([*including, *single_token_names(tokenizer)]))
+    if len(names) < count:
+        raise InputError(f"this tokenizer has only {len(names)} of {count} candidate names as single tokens")
+    return names[:count]
+
+
+def generate(tokenizer: Any, n: int, seed: int, templates: Sequence[Template] = TEMPLATES) -> list[IOIExample]:
+    """Draw `n` different examples, the templates in turn.
+
+    Raises:
+        InputError: `n` exceeds what can be drawn from the names that are single tokens.
+    """
+    names = single_token_names(tokenizer)
+    # Half of all prompts that exist: up to there a repeated draw is soon followed by a new one.
+    limit = len(names) * (len(names) - 1) * len(FRAMES) * len(PLACES) * len(OBJECTS) * len(set(templates)) // 2
+    if n > limit:
+        raise InputError(f"{n} IOI prompts asked for, but with this tokenizer at most {limit} can be drawn")
+    rng = random.Random(seed)
+    decks = {key: _deck(items, rng) for key, items in (("place", PLACES), ("object", OBJECTS))}
+    frames = {template: _deck(FRAMES, rng) for template in templates}
+    ios, subjects = _deck(names, rng), _deck(names, rng)
+    examples: dict[str, IOIExample] = {}
+    while len(examples) < n:
+        template = templates[len(examples) % len(templates)]
+        io = next(ios)
+        subject = next(name for name in subjects if name != io)
+        first, second = (subject, io) if template == "BABA" else (io, subject)
+        filled = {key: next(deck) for key, deck in decks.items()}
+        prompt = next(frames[template]).format(first=first, second=second, subject=subject, **filled)
+        example = IOIExample.of(prompt, io, subject, template)
+        examples.setdefault(example.id, example)
+    return list(examples.values())
+
+
+def _deck(items: Sequence[T], rng: random.Random) -> Iterator[T]:
+    while True:
+        yield from rng.sample(items, len(items))
+
+
+def load_jsonl(path: Path | str, tokenizer: Any) -> list[IOIExample]:
+    """Read examples from lines such as `{"prompt": "... gave a drink to", "io": "Mary", "subject": "John"}`.
+
+    The template is read off the prompt: BABA where the subject is the first of the two names in it.
+
+    Raises:
+        InputError: with the line number, and never with the prompt's text.
+    """
+    path = Path(path)
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except OSError as error:
+        raise InputError(f"prompt file {path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        number = error.object.count(b"\n", 0, error.start) + 1
+        raise InputError(f"prompt file {path}, line {number}: is not UTF-8 text") from None
+    seen: dict[str, int] = {}
+    examples = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            example = _parse(line, tokenizer)
+            if example.id in seen:
+                raise InputError(f"repeats line {seen[example.id]}")
+        except InputError as error:
+            raise InputError(f"prompt file {path}, line {number}: {error}") from None
+        seen[example.id] = number
+        examples.append(example)
+    if not examples:
+        raise InputError(f'prompt file {path}: is empty; give lines with the keys "prompt", "io" and "subject"')
+    return examples
+
+
+def _parse(line: str, tokenizer: Any) -> IOIExample:
+    try:
+        row = json.loads(line)
+    except (json.JSONDecodeError, RecursionError):
+        raise InputError("not valid JSON") from None
+    if not isinstance(row, dict):
+        raise InputError('must be a JSON object with the keys "prompt", "io" and "subject"')
+    for key in ("prompt", "io", "subject"):
+        if not isinstance(row.get(key), str) or not row[key].strip():
+            raise InputError(f'the key "{key}" must be there and hold text')
+    prompt, io, subject = row["prompt"], row["io"], row["subject"]
+    if prompt != prompt.rstrip():
+        raise InputError("the prompt ends in white space; end it with its last word")
+    if io == subject:
+        raise InputError('"io" and "subject" are the same name')
+    first_io, first_subject = (re.search(rf"\b{re.escape(name)}\b", prompt) for name in (io, subject))
+    if first_io is None or first_subject is None:
+        raise InputError('"io" and "subject" must both occur in the prompt')
+    if token_id(tokenizer, io, prompt) == token_id(tokenizer, subject, prompt):
+        raise InputError('"io" and "subject" are the same token to this tokenizer')
+    return IOIExample.of(prompt, io, subject, "BABA" if first_subject.start() < first_io.start() else "ABBA")
+
+
+def behavior(tokenizer: Any, examples: Sequence[IOIExample], device: torch.device | str = "cpu") -> LogitDifference:
+    """The logit of the indirect object minus that of the subject, at the end of each prompt."""
+    target = [token_id(tokenizer, example.io, example.prompt) for example in examples]
+    other = [token_id(tokenizer, example.subject, example.prompt) for example in examples]
+    return LogitDifference(torch.tensor(target, device=device), torch.tensor(other, device=device))
+
+
+def load(
+    tokenizer: Any,
+    *,
+    n: int | None = None,
+    seed: int = 0,
+    templates: Sequence[Template] = TEMPLATES,
+    file: Path | str | None = None,
+) -> list[IOIExample]:
+    """Give the examples that a `prompts:` section asks for.
+
+    Args:
+        tokenizer: the model's.
+        n: how many to draw; with a file, how many to keep from its start (None: all).
+        seed: of the draw; a file is kept in its order.
+        templates: which name orders to draw, or to keep from the file.
+        file: a JSONL file to read instead of drawing.
+
+    Raises:
+        InputError: from `generate` and `load_jsonl`, or if no example of the file has such a template.
+    """
+    if file is None:
+        return generate(tokenizer, 64 if n is None else n, seed, templates)
+    examples = [example for example in load_jsonl(file, tokenizer) if example.template in templates]
+    if not examples:
+        raise InputError(f"prompt file {file}: no prompt has the name order {' or '.join(templates)}")
+    return examples[:n]

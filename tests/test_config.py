@@ -1,0 +1,227 @@
+"""Configurations: what a good file resolves to, and the one line that a bad one gets."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from recover.config import DEFAULTS, Selection, load_config
+from recover.types import InputError
+
+IOI = Path(__file__).parent.parent / "analyses" / "ioi_smollm2.yaml"
+
+GOOD = """\
+model: smollm2
+clamps:
+  - sae: smollm2-l15
+    features: {select: attribution, top: 64}
+    mode: set
+    value: -5.0
+skip_first: 1
+task: ioi
+prompts: {n: 64, seed: 0}
+search: {budget: 20.0}
+"""
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Write GOOD to a file, one passage replaced."""
+
+    def edited(old="", new="", text=GOOD):
+        assert text.count(old) >= 1
+        path = tmp_path / "defense.yaml"
+        path.write_text(text.replace(old, new, 1))
+        return path
+
+    return edited
+
+
+def test_committed_analysis_is_the_issue_setting():
+    config = load_config(IOI)
+    (clamp,) = config.clamps
+    assert (config.model, config.task, clamp.sae) == ("smollm2", "ioi", "smollm2-l15")
+    assert clamp.features == Selection(select="attribution", top=64)
+    assert (clamp.mode, clamp.value, clamp.only_active, clamp.positions) == ("set", -5.0, True, "all")
+    assert config.skip_first == 1
+    assert (config.prompts.n, config.prompts.seed, config.prompts.file) == (64, 0, None)
+    assert (config.search.budget, config.search.placement) == (20.0, "after_clamp")
+
+
+def test_no_file_is_the_committed_analysis():
+    assert load_config() == load_config(IOI)
+
+
+def test_defaults_are_filled_in(write):
+    config = load_config(write())
+    assert config == load_config()
+    assert (config.dtype, config.device, config.batch_size) == ("float32", "auto", "auto")
+    assert config.search.positions == "last"
+
+
+def test_resolved_file_reads_back_equal(write, tmp_path):
+    config = load_config(write("{select: attribution, top: 64}", "[7, 3]"), {"device": "cpu", "batch_size": 4})
+    resolved = tmp_path / "config.yaml"
+    resolved.write_text(config.dump_yaml())
+    assert load_config(resolved) == config
+    assert yaml.safe_load(config.dump_yaml())["clamps"][0]["features"] == [7, 3]
+
+
+def test_flags_override_the_file_and_none_does_not(write):
+    flags = {"search.budget": 3, "clamps.value": 0.0, "prompts.seed": None, "clamps.features": [1, 2]}
+    config = load_config(write(), flags)
+    assert (config.search.budget, config.clamps[0].value, config.prompts.n) == (3.0, 0.0, 64)
+    assert config.clamps[0].features == (1, 2)
+
+
+def test_flags_change_every_clamp_and_leave_the_defaults_alone(write):
+    second = "  - {sae: other, features: [1], mode: scale, value: 2.0}\nskip_first"
+    config = load_config(write("skip_first", second), {"clamps.value": 0.5})
+    assert [clamp.value for clamp in config.clamps] == [0.5, 0.5]
+    load_config(None, {"clamps.value": 0.5})
+    assert DEFAULTS["clamps"][0]["value"] == -5.0
+
+
+def test_a_prompt_file_is_read_whole_unless_told_otherwise(write):
+    assert load_config(write("{n: 64, seed: 0}", "{file: mine.jsonl}")).prompts.n is None
+    assert load_config(write("{n: 64, seed: 0}", "{file: mine.jsonl, n: 3}")).prompts.n == 3
+    assert load_config(write("{n: 64, seed: 0}", "{templates: [BABA]}")).prompts.n == 64
+
+
+@pytest.mark.parametrize("text", ["1e1", "1.0e+1", "10", "+1E1"])
+def test_numbers_in_every_usual_spelling(write, text):
+    assert load_config(write("20.0", text)).search.budget == 10.0
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "where", "why"),
+    [
+        ("model:", "modle:", "modle", "did you mean 'model'?"),
+        ("top:", "tap:", "clamps[0].features.tap", "did you mean 'top'?"),
+        ("mode:", "mod:", "clamps[0].mod", "did you mean 'mode'?"),
+        ("budget:", "buget:", "search.buget", "did you mean 'budget'?"),
+        ("task:", "zzz: 1\ntask:", "zzz", "known keys: model, clamps"),
+        ("task:", "3: 1\ntask:", "3", "unknown key"),
+        ("task: ioi\n", "", "task", "required"),
+        ("    mode: set\n", "", "clamps[0].mode", "required"),
+        ("20.0", "0", "search.budget", "greater than 0"),
+        ("20.0", "-1.5", "search.budget", "greater than 0"),
+        ("20.0", ".nan", "search.budget", "finite"),
+        ("20.0", ".inf", "search.budget", "finite"),
+        ("20.0", "'20'", "search.budget", "number"),
+        ("20.0", "true", "search.budget", "number"),
+        ("-5.0", ".nan", "clamps[0].value", "finite"),
+        ("{select: attribution, top: 64}", "[3, -2]", "clamps[0].features[1]", "(given: -2)"),
+        ("{select: attribution, top: 64}", "[3, 9, 3]", "clamps[0].features", "feature 3 is listed more"),
+        ("{select: attribution, top: 64}", "[]", "clamps[0].features", "must not be empty"),
+        ("{select: attribution, top: 64}", "7", "clamps[0].features", "must be a list"),
+        ("{select: attribution, top: 64}", "[true]", "clamps[0].features[0]", "integer"),
+        ("attribution", "magic", "clamps[0].features.select", "'attribution'"),
+        ("top: 64", "top: 0", "clamps[0].features.top", "greater than 0"),
+        ("mode: set", "mode: sett", "clamps[0].mode", "'set', 'scale' or 'floor'"),
+        ("value: -5.0", "positions: answr\n    value: 1", "clamps[0].positions", "'answer'"),
+        ("n: 64", "n: 6.5", "prompts.n", "integer"),
+        ("seed: 0", "seed: -1", "prompts.seed", "greater than or equal to 0"),
+        ("seed: 0", "templates: [ABAB]", "prompts.templates[0]", "'BABA' or 'ABBA'"),
+        ("{n: 64, seed: 0}", "[64]", "prompts", "section"),
+        ("task:", "device: gpu\ntask:", "device", "cuda"),
+        ("task:", "dtype: float16\ntask:", "dtype", "'bfloat16'"),
+        ("task:", "batch_size: 0\ntask:", "batch_size", "whole number from 1"),
+        ("task:", "batch_size: true\ntask:", "batch_size", "whole number from 1"),
+        ("smollm2\n", "''\n", "model", "must not be empty"),
+    ],
+)
+def test_bad_values_are_named_in_one_line(write, old, new, where, why):
+    path = write(old, new)
+    with pytest.raises(InputError) as raised:
+        load_config(path)
+    message = str(raised.value)
+    assert message.startswith(f"{path}: {where}: ")
+    assert why in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("model: a\nclamps: ]\n", 2),
+        ("model: a\nmodel: b\n", 2),
+        ("model: a\n\ttask: b\n", 2),
+        ("model: a\n? [b]\n: c\n", 2),
+        ("model: a\nclamps:\n  - sae: x\n    sae: y\n", 4),
+        ("model: !!python/name:os.system\n", 1),
+    ],
+)
+def test_bad_yaml_is_named_by_line(write, text, line):
+    path = write(text=text)
+    with pytest.raises(InputError) as raised:
+        load_config(path)
+    assert str(raised.value).startswith(f"{path}, line {line}: not valid YAML (")
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"- 1\n", b"text", b"\xff\xfe\x00", b"model: \x00"])
+def test_files_that_are_no_configuration(tmp_path, content):
+    path = tmp_path / "defense.yaml"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"^[^\n]*defense.yaml[^\n]*$"):
+        load_config(path)
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(InputError, match=r"none.yaml: cannot be read \(No such file or directory\)"):
+        load_config(tmp_path / "none.yaml")
+
+
+def test_bad_flags_are_named(write):
+    with pytest.raises(InputError, match=r"^flags: search.budget: must be greater than 0"):
+        load_config(None, {"search.budget": -1.0})
+    with pytest.raises(InputError, match=r"defense.yaml and flags: search.budget: must be greater than 0"):
+        load_config(write(), {"search.budget": -1.0})
+
+
+def test_configurations_are_frozen(write):
+    with pytest.raises(ValueError, match="frozen"):
+        load_config(write()).search.budget = 1.0
+
+
+CHANGES = {
+    "model": "other",
+    "task": "cloze",
+    "dtype": "bfloat16",
+    "skip_first": 0,
+    "clamps.sae": "other",
+    "clamps.features": [1],
+    "clamps.mode": "floor",
+    "clamps.value": 1.0,
+    "clamps.only_active": False,
+    "clamps.positions": "last",
+    "prompts.n": 7,
+    "prompts.seed": 1,
+    "prompts.templates": ["BABA"],
+    "prompts.file": "mine.jsonl",
+    "search.budget": 1.0,
+    "search.placement": "before_clamp",
+    "search.steps": 1,
+}
+
+
+@pytest.mark.parametrize(("key", "value"), CHANGES.items())
+def test_fingerprint_changes_with_the_result(key, value):
+    assert load_config(None, {key: value}).fingerprint() != load_config().fingerprint()
+
+
+def test_fingerprint_keeps_through_what_cannot_change_the_result(write):
+    config = load_config()
+    assert load_config(None, {"device": "cuda:1", "batch_size": 3}).fingerprint() == config.fingerprint()
+    assert load_config(write("20.0", "2e1")).fingerprint() == config.fingerprint()
+    assert config.fingerprint(model="a") != config.fingerprint(model="b") != config.fingerprint()
+
+
+def test_every_setting_is_fingerprinted_or_named_as_harmless():
+    settings = set()
+    for name, value in load_config().canonical().items():
+        section = value[0] if name == "clamps" else value
+        settings |= {f"{name}.{key}" for key in section} if isinstance(section, dict) else {name}
+    only_one_value_so_far = "search.positions"
+    assert settings == {*CHANGES, only_one_value_so_far, "device", "batch_size"}
