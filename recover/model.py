@@ -1,0 +1,370 @@
+"""The engine: any model with a stack of residual blocks, read and edited through nnsight.
+
+1. *Read*: one forward pass gives the residual stream at any number of sites.
+2. *Prefill*: starting from a residual at a site (lower blocks skipped), one pass over whole prompts gives the
+   next-token logits and every upper block's keys and values.
+3. *Suffix*: with the keys and values of the unperturbed positions held, only the last `n_pos` positions run
+   through the upper blocks. This is all that a search step costs. It is exact: in a causal model nothing
+   before a perturbed position depends on it.
+
+All three are one function, `Model.run`, which differs only in where it starts, what it reads and what it edits.
+This is the only module that imports nnsight.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import nnsight
+import psutil
+import torch
+from einops import einsum, rearrange
+from torch import nn
+
+from recover.prefix import KeysValues, held, recorder
+from recover.types import Bool, Float, InputError, Int, Mask, Residual, Site, Tensor, TokenIds
+
+MOST_AT_ONCE = 64
+
+Edit = Callable[[Tensor, Tensor], Tensor]
+"""`edit(residual [batch pos d_model], positions [batch pos]) -> residual`, pure; positions as `Prompts` counts them."""
+
+
+@dataclass(frozen=True, eq=False)
+class Prompts:
+    """Token ids, left-padded so that every prompt ends at the last position, and which of them are real."""
+
+    ids: TokenIds
+    mask: Mask
+
+    def __len__(self) -> int:
+        return int(self.ids.shape[0])
+
+    @property
+    def positions(self) -> TokenIds:
+        """Position of each token in its own prompt, counted from 0; -1 for padding."""
+        return positions_of(self.mask)
+
+    def select(self, rows: Int[Tensor, "rows"]) -> Prompts:
+        """The prompts `rows`, without padding that only the others needed."""
+        ids, mask = self.ids[rows], self.mask[rows]
+        start = 0 if len(rows) == 0 else int(mask.any(dim=0).long().argmax())
+        return Prompts(ids[:, start:], mask[:, start:])
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """What one forward pass gave: logits (by default at the last position) and residuals."""
+
+    logits: Float[Tensor, "batch ..."]
+    residuals: Mapping[Site, Tensor] = field(default_factory=dict)
+
+
+class Model:
+    """A loaded model with a stack of residual blocks. The module's weights are left as they are.
+
+    Args:
+        module: any causal language model that transformers loads, or any `torch.nn.Module` that maps `input_ids`
+            through one stack of blocks to logits `[batch pos vocab]`.
+        tokenizer: needed for `tokenize` only.
+        blocks: the module path of the stack, for example `model.layers`; found by itself where it can be.
+
+    Raises:
+        InputError: no stack of blocks was found.
+    """
+
+    def __init__(self, module: nn.Module, tokenizer: Any = None, *, blocks: str | None = None) -> None:
+        self.module = module
+        self.tokenizer = tokenizer
+        self.blocks_path = blocks if blocks is not None else find_blocks(module)
+        self._traced = nnsight.NNsight(module)
+        self._blocks = self._traced.get(self.blocks_path)
+        self.n_layers = len(module.get_submodule(self.blocks_path))  # type: ignore[arg-type]
+        found = cast(Any, module).get_output_embeddings() if hasattr(module, "get_output_embeddings") else None
+        self._head: nn.Linear | None = found if isinstance(found, nn.Linear) else None
+        self._head_path = next((name for name, m in module.named_modules() if m is self._head), "")
+        self.is_language_model = hasattr(module, "prepare_inputs_for_generation")
+        forward = inspect.signature(cast(Any, module).forward).parameters
+        self._last_position_only = {"logits_to_keep": 1} if "logits_to_keep" in forward else {}
+        self._block_returns_tuple: bool | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.module.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The floating type of the weights."""
+        return next(self.module.parameters()).dtype
+
+    @property
+    def d_model(self) -> int:
+        """Width of the residual stream.
+
+        Raises:
+            InputError: the module's configuration does not say.
+        """
+        config = getattr(self.module, "config", None)
+        width = getattr(config, "hidden_size", None)
+        if width is None:
+            raise InputError("model: its configuration has no `hidden_size`; set it on `module.config`")
+        return int(width)
+
+    def tokenize(self, texts: Sequence[str]) -> Prompts:
+        """Token ids of `texts`, left-padded, exactly as the tokenizer makes them (with a BOS if it adds one).
+
+        Raises:
+            InputError: there is no text, or one has no token.
+        """
+        if self.tokenizer is None:
+            raise InputError("model: it was wrapped without a tokenizer; pass `Model(module, tokenizer)`")
+        rows = [self.tokenizer(text)["input_ids"] for text in texts]
+        if not rows or not all(rows):
+            raise InputError("prompts: there is no prompt, or an empty one; give at least one token each")
+        width = max(map(len, rows))
+        ids = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=self.device)
+        mask = torch.tensor([[False] * (width - len(row)) + [True] * len(row) for row in rows], device=self.device)
+        return Prompts(ids, mask)
+
+    def batch_size(self, prompts: Prompts, n_pos: int = 1) -> int:
+        """How many of these prompts to run at once: as many as half of the free memory holds, by a rough count.
+
+        Counted for each prompt, in the widest pass and in a search step with its gradient, from the sizes in the
+        module's configuration. At most `MOST_AT_ONCE`, beyond which nothing is gained.
+        """
+        pos, d_model = prompts.ids.shape[1], self.d_model
+        config = getattr(self.module, "config", None)
+        heads = getattr(config, "num_attention_heads", None) or 1
+        wide = getattr(config, "intermediate_size", None) or 4 * d_model
+        vocab = getattr(config, "vocab_size", None) or 0
+        forward = pos * (2 * self.n_layers * d_model + 8 * d_model + 3 * wide + heads * pos) + vocab
+        step = self.n_layers * (n_pos * (14 * d_model + 6 * wide + 3 * heads * pos) + 4 * pos * d_model) + 2 * vocab
+        needed = 4 * max(forward, step)
+        return max(1, min(MOST_AT_ONCE, int(free_memory(self.device) / 2 / needed)))
+
+    def check_site(self, site: Site) -> None:
+        """Raises:
+        InputError: the model has no such block.
+        """
+        if not 0 <= site.layer < self.n_layers:
+            raise InputError(
+                f"site {site.hook_name}: the model has {self.n_layers} blocks; layer must be 0 to {self.n_layers - 1}"
+            )
+
+    def run(
+        self,
+        prompts: Prompts,
+        *,
+        read: Sequence[Site] = (),
+        edits: Mapping[Site, Edit] | None = None,
+        start: tuple[Site, Residual] | None = None,
+        past: Any = None,
+        past_mask: Bool[Tensor, "batch past"] | None = None,
+        tokens: Int[Tensor, "batch choice"] | None = None,
+        every_position: bool = False,
+    ) -> Run:
+        """One forward pass.
+
+        Args:
+            prompts: what runs; with `past`, the tokens that follow it.
+            read: sites whose residual `[batch pos d_model]` is returned, after any edit there.
+            edits: pure edits of the residual, site by site.
+            start: skip every block below this site and put this residual there.
+            past: keys and values of earlier tokens, as transformers holds them.
+            past_mask: which tokens of `past` are real.
+            tokens: the tokens whose logits are wanted, by example; only these columns of the head are computed.
+            every_position: logits of the whole vocabulary at every position instead, `[batch pos vocab]`.
+
+        Returns:
+            Logits at the last position, `[batch vocab]` or `[batch choice]`, and the residuals read.
+        """
+        first = 0 if start is None else start[0].index
+        changes = {site.index: edit for site, edit in (edits or {}).items()}
+        wanted = {site.index for site in read}
+        for site in (*read, *(edits or {}), *([start[0]] if start else [])):
+            self.check_site(site)
+        as_tuple = self._probe() if first > 0 or self.n_layers in wanted | changes.keys() else False
+        found: dict[int, Tensor] = {}
+        real = prompts.mask if past_mask is None else torch.cat([past_mask, prompts.mask], dim=1)
+        positions = positions_of(real)[:, -prompts.ids.shape[1] :]
+        inputs = self._inputs(prompts, real, positions, past) | ({} if every_position else self._last_position_only)
+        with self._traced.trace(**inputs):
+            if start is not None:
+                for block in range(first):
+                    self._blocks[block].skip((start[1],) if as_tuple else start[1])
+            for index in range(first, self.n_layers):
+                replaced = start is not None and index == first
+                if not (replaced or index in changes or index in wanted):
+                    continue
+                h = start[1] if start is not None and replaced else self._blocks[index].input
+                if index in changes:
+                    h = changes[index](h, positions)
+                if index in changes or (replaced and index == 0):
+                    self._blocks[index].input = h
+                if index in wanted:
+                    found[index] = h
+            if self.n_layers in changes or self.n_layers in wanted:
+                output = self._blocks[self.n_layers - 1].output
+                h = output[0] if as_tuple else output
+                if self.n_layers in changes:
+                    h = changes[self.n_layers](h, positions)
+                    self._blocks[self.n_layers - 1].output = (h, *output[1:]) if as_tuple else h
+                if self.n_layers in wanted:
+                    found[self.n_layers] = h
+            if tokens is not None and self._head is not None:
+                head = self._traced.get(self._head_path)
+                head.skip(selected_head(self._head, head.input[:, -1:], tokens))
+            output = nnsight.save(self._traced.output)
+            found = nnsight.save(found)
+        logits = output if isinstance(output, Tensor) else output.logits
+        logits = logits if every_position else logits[:, -1]
+        if tokens is not None and self._head is None:
+            logits = logits.gather(-1, tokens)
+        return Run(logits, {site: found[site.index] for site in read})
+
+    def prefill(
+        self,
+        prompts: Prompts,
+        start: tuple[Site, Residual],
+        *,
+        edits: Mapping[Site, Edit] | None = None,
+        n_pos: int = 1,
+        tokens: Int[Tensor, "batch choice"] | None = None,
+    ) -> tuple[Run, Suffix]:
+        """Run whole prompts from `start` on, and keep what a suffix-only run needs.
+
+        Args:
+            prompts: the whole prompts.
+            start: a site and the residual there, before any edit.
+            edits: edits at `start`'s site and above, live here and in every suffix run that follows.
+            n_pos: how many trailing positions the suffix holds.
+            tokens: as in `run`.
+
+        Returns:
+            The pass, with the edited residual at the start site, and the suffix.
+
+        Raises:
+            InputError: fewer than `n_pos` positions.
+        """
+        site, pos = start[0], prompts.ids.shape[1]
+        if not 1 <= n_pos <= int(prompts.mask.sum(-1).min()):
+            raise InputError(f"positions: {n_pos} trailing positions asked, the shortest prompt is shorter")
+        past = recorder(self.n_layers) if self.is_language_model else None
+        with torch.no_grad():
+            run = self.run(prompts, read=[site], edits=edits, start=start, past=past, tokens=tokens)
+        above = {place: edit for place, edit in (edits or {}).items() if place.index > site.index}
+        state = run.residuals[site]
+        kept = None if past is None else KeysValues.of(past, pos - n_pos)
+        return run, Suffix(self, prompts, site, state, n_pos, above, kept)
+
+    def _inputs(
+        self, prompts: Prompts, real: Bool[Tensor, "batch all_pos"], positions: TokenIds, past: Any
+    ) -> dict[str, Any]:
+        """The keyword arguments of the module's own forward."""
+        if not self.is_language_model:
+            if not bool(prompts.mask.all()):
+                raise InputError(
+                    f"prompts: of unequal length, and {type(self.module).__name__} takes no attention mask that would "
+                    "hide the padding; give prompts of one length"
+                )
+            return {"input_ids": prompts.ids}
+        inputs = {"input_ids": prompts.ids, "attention_mask": real.long(), "position_ids": positions.clamp(min=0)}
+        return inputs | ({"use_cache": False} if past is None else {"use_cache": True, "past_key_values": past})
+
+    def _probe(self) -> bool:
+        """Whether a block returns a tuple, seen once on one token (older transformers blocks do)."""
+        if self._block_returns_tuple is None:
+            with (
+                torch.no_grad(),
+                self._traced.trace(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.device)),
+            ):
+                output = nnsight.save(self._blocks[0].output)
+            self._block_returns_tuple = isinstance(output, tuple)
+        return self._block_returns_tuple
+
+
+@dataclass(frozen=True, eq=False)
+class Suffix:
+    """The last `n_pos` positions of a batch of prompts, from a site to the logits, everything else held fixed."""
+
+    model: Model
+    prompts: Prompts
+    site: Site
+    state: Residual
+    n_pos: int
+    edits: Mapping[Site, Edit]
+    past: KeysValues | None
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    @property
+    def residual(self) -> Residual:
+        """The residual at the site, at the `n_pos` positions that a perturbation reaches."""
+        return self.state[:, -self.n_pos :]
+
+    def select(self, rows: Int[Tensor, "rows"]) -> Suffix:
+        """The same for the examples `rows`."""
+        prompts = Prompts(self.prompts.ids[rows], self.prompts.mask[rows])
+        past = None if self.past is None else self.past.select(rows)
+        return Suffix(self.model, prompts, self.site, self.state[rows], self.n_pos, self.edits, past)
+
+    def logits(
+        self, residual: Residual, tokens: Int[Tensor, "batch choice"] | None = None
+    ) -> Float[Tensor, "batch choice"]:
+        """Logits at the last position with `residual [batch n_pos d_model]` at the site; differentiable in it."""
+        ids, mask, n_pos = self.prompts.ids, self.prompts.mask, self.n_pos
+        residual = residual.to(self.state.dtype)
+        if self.past is None:
+            whole = torch.cat([self.state[:, :-n_pos], residual], dim=1)
+            return self.model.run(self.prompts, start=(self.site, whole), edits=self.edits, tokens=tokens).logits
+        return self.model.run(
+            Prompts(ids[:, -n_pos:], mask[:, -n_pos:]),
+            start=(self.site, residual),
+            edits=self.edits,
+            past=held(self.past, self.model.n_layers),
+            past_mask=mask[:, :-n_pos],
+            tokens=tokens,
+        ).logits
+
+
+def positions_of(mask: Mask) -> TokenIds:
+    """Position of each real token in its own prompt, counted from 0; -1 for padding."""
+    return (mask.long().cumsum(-1) - 1).masked_fill(~mask, -1)
+
+
+def selected_head(
+    head: nn.Linear, hidden: Float[Tensor, "batch 1 d_model"], tokens: Int[Tensor, "batch choice"]
+) -> Float[Tensor, "batch 1 choice"]:
+    """The head's output for a few tokens an example, at a fraction of the vocabulary's cost."""
+    weight = head.weight[tokens]
+    logits = einsum(hidden, weight, "batch pos d_model, batch choice d_model -> batch pos choice")
+    bias = cast("Tensor | None", head.bias)
+    return logits if bias is None else logits + rearrange(bias[tokens], "batch choice -> batch 1 choice")
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can be allocated on this device."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
+
+
+def find_blocks(module: nn.Module) -> str:
+    """Path of the stack of residual blocks: the longest `ModuleList` that is in no other (experts of a block are).
+
+    Raises:
+        InputError: there is none.
+    """
+    lists: dict[str, int] = {}
+    for name, part in module.named_modules():  # parents come before their children
+        if isinstance(part, nn.ModuleList) and not any(name.startswith(f"{outer}.") for outer in lists):
+            lists[name] = len(part)
+    if not lists:
+        raise InputError(f"model: {type(module).__name__} has no list of blocks; name it with `blocks='path.to.list'`")
+    longest: str = max(lists, key=lambda name: lists[name])
+    return longest
