@@ -1,0 +1,225 @@
+"""The certificate: facts about saved deltas, measured by forward passes that share nothing with the search.
+
+A search reads `k` encoder columns, starts at the clamped site and holds the prefix. Here instead:
+
+1. the whole prompt runs through the whole model;
+2. the clamp is made the long way: encode every feature, edit the clamped ones, decode, add the error;
+3. the saved delta is added, and the result is encoded again from scratch;
+4. the constraint is measured on the delta's own numbers, `||A^T delta||`, in float32.
+
+So a mistake in the projector, the prefix or the optimizer shows up as a disagreement, not as a result. Under C1 and a
+pointwise SAE a feature's pre-activation cannot move; the certificate says how far it did, and how far each clamped
+feature stood from its threshold: where all are far below, zero drift is true of *any* delta and shows nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from einops import einsum, reduce
+
+from recover import metrics
+from recover.behavior import Behavior
+from recover.clamp import Clamp, Defense
+from recover.decompose import Decomposition, decompose, recompose
+from recover.defended import Placement, check_fits
+from recover.model import Edit, Model, Prompts
+from recover.types import Bool, Float, InputError, Mask, PerExample, Residual, Tensor, TokenIds
+
+
+@dataclass(frozen=True, eq=False)
+class Certificate:
+    """What is true of a batch of deltas, `[batch]` each unless said otherwise. Norms are in units of the residual.
+
+    Attributes:
+        shows: the behavior is back, with the clamp held.
+        slack, score: of the recovered state; `defended_slack` of the defended one, measured in the same way.
+        norm, relative_norm: of delta, and as a share of `||h_def||` at the positions it touches.
+        displacement: `||h_def - h||` there: what the clamp itself moved.
+        constraint_residual: `||A^T delta|| / (||A|| ||delta||)`, Frobenius norms; 0 for no delta.
+        preactivation_shift: `[batch k]`, largest absolute move of each clamped pre-activation over positions.
+        threshold_margin: `[batch k]`, defended pre-activation minus threshold at the position where it is
+            closest; negative below, NaN where features compete.
+        drift, relative_drift, decode_drift, clamp_floor_violation: reference page, Definitions.
+        dormant, reactivated: counts of clamped (feature, position) pairs at or below zero when defended, and of those
+            of them above zero when recovered.
+    """
+
+    shows: Bool[Tensor, "batch"]
+    score: PerExample
+    slack: PerExample
+    defended_slack: PerExample
+    norm: PerExample
+    relative_norm: PerExample
+    displacement: PerExample
+    constraint_residual: PerExample
+    preactivation_shift: Float[Tensor, "batch k"]
+    threshold_margin: Float[Tensor, "batch k"]
+    drift: PerExample
+    relative_drift: PerExample
+    decode_drift: PerExample
+    clamp_floor_violation: PerExample
+    dormant: PerExample
+    reactivated: PerExample
+
+    def select(self, rows: Tensor) -> Certificate:
+        """The same for the examples `rows`."""
+        return Certificate(**{name: values[rows] for name, values in vars(self).items()})
+
+
+@dataclass(frozen=True, eq=False)
+class _Replay:
+    logits: Tensor
+    before: Residual
+    after: Mapping[int, Residual]
+
+
+def certify(
+    model: Model,
+    defense: Defense,
+    prompts: Prompts,
+    behavior: Behavior,
+    delta: Float[Tensor, "batch n_pos d_model"],
+    placement: Placement = "after_clamp",
+) -> Certificate:
+    """Measure saved deltas afresh.
+
+    Args:
+        model: the host model; its dtype is that of the measurement, so give it in float32.
+        defense: the clamps, live.
+        prompts: one for each delta.
+        behavior: the predicate, one entry for each delta.
+        delta: at the last `n_pos` positions of the first clamped site.
+        placement: where delta enters.
+
+    Raises:
+        InputError: shapes that do not belong together, or a defense that does not fit the model.
+    """
+    check_fits(model, defense)
+    batch, n_pos, d_model = delta.shape
+    shortest = int(prompts.mask.sum(dim=-1).min())
+    if batch != len(prompts) or d_model != model.d_model or not 1 <= n_pos <= shortest:
+        raise InputError(
+            f"delta: its shape {tuple(delta.shape)} does not belong to {len(prompts)} prompts of at least "
+            f"{shortest} tokens and {model.d_model} dimensions"
+        )
+    delta = delta.detach().to(model.device, torch.float32)
+    with torch.no_grad():
+        defended = _replay(model, defense, prompts, behavior, torch.zeros_like(delta), placement)
+        recovered = _replay(model, defense, prompts, behavior, delta, placement)
+    site = defense.sites[0]
+    h, h_def = (state[:, -n_pos:].float() for state in (defended.before, defended.after[site.index]))
+    parts = [
+        _clamp_facts(c, defended.after[c.site.index], recovered.after[c.site.index], n_pos) for c in defense.clamps
+    ]
+    *facts, written = zip(*parts, strict=True)
+    z_def, z_rec, shift, margin = (torch.cat(values, dim=-1) for values in facts)
+    # What several clamps write at one site adds up before its norm is taken.
+    by_site = [
+        torch.stack([w for c, w in zip(defense.clamps, written, strict=True) if c in defense.at(place)]).sum(dim=0)
+        for place in defense.sites
+    ]
+    reactivation = metrics.reactivation(z_rec, z_def)
+    slack = behavior.slack(recovered.logits)
+    return Certificate(
+        shows=slack > 0,
+        score=behavior.score(recovered.logits),
+        slack=slack,
+        defended_slack=behavior.slack(defended.logits),
+        norm=delta.flatten(1).norm(dim=1),
+        relative_norm=metrics.relative_norm(delta, h_def),
+        displacement=(h_def - h).flatten(1).norm(dim=1),
+        constraint_residual=constraint_residual(defense.at(site), delta),
+        preactivation_shift=reduce(shift, "batch pos k -> batch k", "max"),
+        threshold_margin=margin,
+        drift=metrics.activation_drift(z_rec, z_def),
+        relative_drift=metrics.relative_drift(z_rec, z_def),
+        decode_drift=metrics.norm(torch.cat(by_site, dim=1)),
+        clamp_floor_violation=metrics.clamp_floor_violation(z_rec, z_def),
+        dormant=reactivation.inactive.float(),
+        reactivated=reactivation.count.float(),
+    )
+
+
+def constraint_residual(clamps: tuple[Clamp, ...], delta: Residual) -> PerExample:
+    """`||A^T delta|| / (||A|| ||delta||)` in float32, `A` all clamped encoder columns of a site; 0 for no delta."""
+    A = torch.cat([clamp.encoder for clamp in clamps], dim=1).to(delta.device, torch.float32)
+    seen = einsum(A, delta, "d_model k, batch pos d_model -> batch pos k").flatten(1).norm(dim=1)
+    scale = A.norm() * delta.flatten(1).norm(dim=1)
+    return torch.where(seen == 0, 0.0, seen / scale)
+
+
+def _replay(
+    model: Model,
+    defense: Defense,
+    prompts: Prompts,
+    behavior: Behavior,
+    delta: Residual,
+    placement: Placement,
+) -> _Replay:
+    """One whole forward pass, the clamps made the long way, `delta` added at the first site."""
+    first = defense.sites[0].index
+    before: list[Residual] = []
+    after: dict[int, Residual] = {}
+    reach = torch.zeros(len(prompts), prompts.ids.shape[1], model.d_model, device=model.device)
+    reach[:, -delta.shape[1] :] = delta
+
+    def at(index: int, clamps: tuple[Clamp, ...]) -> Edit:
+        def edit(residual: Residual, positions: TokenIds) -> Residual:
+            state = residual.float()
+            if index == first:
+                before.append(state)
+            if index == first and placement == "before_clamp":
+                state = state + reach
+            state = _clamp_the_long_way(clamps, state, positions >= defense.skip_first)
+            if index == first and placement == "after_clamp":
+                state = state + reach
+            after[index] = state
+            return state.to(residual.dtype)
+
+        return edit
+
+    edits = {site: at(site.index, defense.at(site)) for site in defense.sites}
+    run = model.run(prompts, edits=edits)
+    logits = run.logits if behavior.tokens is None else run.logits.gather(1, behavior.tokens)
+    return _Replay(logits, before[0], after)
+
+
+def _clamp_the_long_way(clamps: tuple[Clamp, ...], state: Residual, mask: Mask) -> Residual:
+    """Encode everything, edit the clamped features, decode, add the error (reference: Definitions)."""
+    sae = clamps[0].sae
+    parts = decompose(sae, state)
+    features = parts.features.clone()
+    for clamp in clamps:
+        where = mask.clone()
+        if clamp.positions == "last":
+            where[:, :-1] = False
+        chosen = features[..., clamp.indices]
+        edited = clamp.mode(chosen)
+        if clamp.only_active:
+            edited = torch.where(chosen == 0, chosen, edited)
+        features[..., clamp.indices] = torch.where(where[..., None], edited, chosen)
+    changed = recompose(sae, Decomposition(features, parts.reconstruction, parts.error))
+    untouched = (features == parts.features).all(dim=-1, keepdim=True)
+    return torch.where(untouched, state, changed)
+
+
+def _clamp_facts(
+    clamp: Clamp, defended: Residual, recovered: Residual, n_pos: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Features defended and recovered, pre-activation shift, margin to threshold, and change written, of one clamp."""
+    defended, recovered = defended[:, -n_pos:], recovered[:, -n_pos:]
+    sae, chosen = clamp.sae, clamp.indices
+    z_def, z_rec = sae.encode(defended)[..., chosen], sae.encode(recovered)[..., chosen]
+    pre_def, pre_rec = sae.pre_activations(defended)[..., chosen], sae.pre_activations(recovered)[..., chosen]
+    margin = pre_def - clamp.threshold
+    nearest = margin.abs().argmin(dim=1, keepdim=True)
+    return (
+        z_def,
+        z_rec,
+        (pre_rec - pre_def).abs(),
+        margin.gather(1, nearest)[:, 0],
+        einsum(z_rec - z_def, clamp.decoder, "batch pos k, k d_model -> batch pos d_model"),
+    )
