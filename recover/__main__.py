@@ -1,0 +1,7 @@
+"""`python -m recover` is `recover`."""
+
+import sys
+
+from recover.cli import main
+
+sys.exit(main())

@@ -1,0 +1,219 @@
+"""The folder of a run: what is in it, and how an interrupted run finds its place.
+
+==================== ===============================================================================
+`config.yaml`         the configuration as resolved; can be given to `recover check` again
+`run.json`            what the run fixed at its start: see `RunState`
+`deltas.safetensors`  one delta `[n_pos d_model]` for each example searched, by example id, float32
+`examples.jsonl`      one record a line; an example with a line here is finished
+`verdict.json`        the answer
+`report.html`         the same for people
+==================== ===============================================================================
+
+Every file is written to a temporary name and renamed, so that it is there whole or not at all. Deltas are written
+before the records that speak of them: whenever a run is killed, what `examples.jsonl` says is true, and the rest is
+done again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
+
+from recover.records import ExampleRecord
+from recover.types import InputError, Tensor
+
+CONFIG, RUN, DELTAS, EXAMPLES, VERDICT, REPORT = (
+    "config.yaml",
+    "run.json",
+    "deltas.safetensors",
+    "examples.jsonl",
+    "verdict.json",
+    "report.html",
+)
+LOCK, TEMPORARY = ".lock", ".recover-"
+
+
+class RunState(BaseModel):
+    """What a run fixes at its start, so that a later start goes on in the same way.
+
+    Attributes:
+        config: the configuration as resolved.
+        keep_text: whether prompts may appear in the artifacts.
+        fingerprint: of everything that can change a result, the weights included.
+        batch_size: examples at once.
+        features: of each clamp, as listed or as its rule selected them.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    config: dict[str, Any]
+    keep_text: bool
+    fingerprint: str
+    batch_size: int
+    features: list[list[int]]
+
+
+class RunFolder:
+    """A run's folder; a `Store` of finished examples. It is this process's alone until `close`.
+
+    Args:
+        path: a folder that is new, empty or holds a run.
+
+    Raises:
+        InputError: the folder cannot be written, holds something else, is in use by another process, or its `run.json`
+            is damaged.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path, self.name = Path(path), f"--out {path}"
+        self._records: dict[str, ExampleRecord] = {}
+        self._deltas: dict[str, Tensor] = {}
+        try:
+            self._made = not self.path.exists()
+            self.path.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.path):
+                pass
+            names = sorted(entry.name for entry in self.path.iterdir())
+        except OSError as error:
+            raise InputError(f"{self.name}: cannot be written ({error.strerror}); give another folder") from None
+        strangers = [name for name in names if name != LOCK and not name.startswith(TEMPORARY)]
+        if strangers and RUN not in names:
+            raise InputError(
+                f"{self.name}: holds {strangers[0]!r} and no run of recover; give a new or an empty folder"
+            )
+        self._lock = FileLock(self.path / LOCK)
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise InputError(f"{self.name}: another recover is at work there; wait for it or stop it") from None
+        try:
+            for leftover in self.path.glob(f"{TEMPORARY}*"):
+                leftover.unlink()
+            self.state = self._read_state()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Let others use the folder. One that was made here and never written to goes away."""
+        with contextlib.suppress(OSError):
+            if self._made and all(entry.name == LOCK for entry in self.path.iterdir()):
+                (self.path / LOCK).unlink(missing_ok=True)
+                self.path.rmdir()
+        self._lock.release()
+
+    def begin(self, state: RunState) -> None:
+        """Record what a new run fixes."""
+        self.write(RUN, (state.model_dump_json() + "\n").encode())
+        self.state = state
+
+    def resume(self) -> None:
+        """Read what an earlier start has finished.
+
+        Raises:
+            InputError: a file is damaged.
+        """
+        with self._damage(EXAMPLES):
+            lines = self.read(EXAMPLES).splitlines() if (self.path / EXAMPLES).exists() else []
+        for number, line in enumerate(lines, start=1):
+            with self._damage(f"{EXAMPLES}, line {number}"):
+                record = ExampleRecord.from_json(line)
+            self._records[record.id] = record
+        with self._damage(DELTAS):
+            self._deltas = load_file(self.path / DELTAS) if (self.path / DELTAS).exists() else {}
+            missing = [r.id for r in self._records.values() if r.search is not None and r.id not in self._deltas]
+            if missing:
+                raise ValueError(f"it lacks {len(missing)} deltas that {EXAMPLES} speaks of, the first {missing[0]}")
+
+    def finished(self) -> Mapping[str, ExampleRecord]:
+        """The records of the examples that are done, by id."""
+        return self._records
+
+    def save_deltas(self, deltas: Mapping[str, Tensor]) -> None:
+        """Keep deltas; they count once their records are saved."""
+        self._deltas |= {name: delta.float().contiguous() for name, delta in deltas.items()}
+        self.write(DELTAS, save(self._deltas))
+
+    def delta(self, example: str) -> Tensor:
+        """A delta, read back from the file."""
+        with safe_open(self.path / DELTAS, framework="pt") as file:
+            delta: Tensor = file.get_tensor(example)
+        return delta
+
+    def save(self, records: Sequence[ExampleRecord]) -> None:
+        """Keep records; from here on their examples are finished."""
+        lines = [record.to_json() for record in records]
+        # As a later start would read them, so that it cannot see other numbers.
+        self._records |= {record.id: record for record in map(ExampleRecord.from_json, lines)}
+        self.write(EXAMPLES, "".join(record.to_json() + "\n" for record in self._records.values()).encode())
+
+    def has(self, names: Iterable[str]) -> bool:
+        """Whether all of these files are there."""
+        return all((self.path / name).is_file() for name in names)
+
+    def read(self, name: str) -> str:
+        """The text of a file of the run."""
+        return (self.path / name).read_text(encoding="utf-8")
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write a file of the run, whole or not at all.
+
+        Raises:
+            InputError: the disk is full, or the folder has gone.
+        """
+        try:
+            write_whole(self.path / name, content)
+        except OSError as error:
+            raise InputError(
+                f"{self.name}: {name} cannot be written ({error.strerror}); mend that, and the same command goes on"
+            ) from None
+
+    def write_json(self, name: str, value: Mapping[str, Any]) -> None:
+        """Write a JSON file of the run."""
+        self.write(name, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+
+    def _read_state(self) -> RunState | None:
+        if not (self.path / RUN).exists():
+            return None
+        with self._damage(RUN):
+            return RunState.model_validate_json(self.read(RUN))
+
+    @contextlib.contextmanager
+    def _damage(self, what: str) -> Iterator[None]:
+        """Tell of a file that cannot be read back in one line."""
+        try:
+            yield
+        except (OSError, ValueError, SafetensorError) as error:
+            if isinstance(error, ValidationError):
+                first = error.errors(include_url=False)[0]
+                reason = f"{'.'.join(map(str, first['loc']))} {first['msg']}".strip()
+            else:
+                reason = " ".join(str(error).split())
+            raise InputError(
+                f"{self.name}: {what} is damaged ({reason:.120}); remove the folder or give another"
+            ) from None
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file so that it is there whole or not at all."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=TEMPORARY)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

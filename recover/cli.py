@@ -1,0 +1,140 @@
+"""The command line: `recover check` and `recover report`.
+
+Exit status: 0 the check ran, whatever the verdict; 1 a condition of `--fail-if` holds; 2 unusable input, told in one
+line; 130 interrupted (run the same command again to go on).
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import re
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from recover.config import load_config
+from recover.progress import shown
+from recover.report import to_text
+from recover.runner import rebuild_report, run_check
+from recover.types import InputError
+
+CONDITIONS = {"recoverable": "RECOVERABLE", "inconclusive": "INCONCLUSIVE", "invalid": "INVALID"}
+UNUSABLE, INTERRUPTED = 2, 130
+# The flags that override DEFENSE.yaml: flag, dotted key, type, choices, help.
+OVERRIDES: tuple[tuple[str, str, type, tuple[str, ...] | None, str], ...] = (
+    ("--model", "model", str, None, "a name of ours (smollm2), a hub id or a local folder"),
+    ("--sae", "clamps.sae", str, None, "a name of ours (smollm2-l15), a folder, or release:sae_id"),
+    ("--mode", "clamps.mode", str, ("set", "scale", "floor"), "what the clamp does"),
+    ("--value", "clamps.value", float, None, "the value set, factor, or floor"),
+    ("--positions", "clamps.positions", str, ("all", "last", "prompt", "answer"), "where the clamp acts"),
+    ("--skip-first", "skip_first", int, None, "tokens at a prompt's start that the clamp leaves alone"),
+    ("--task", "task", str, None, "the behavior (ioi)"),
+    ("--n", "prompts.n", int, None, "how many prompts"),
+    ("--seed", "prompts.seed", int, None, "seed of the prompts and of the search"),
+    ("--prompts", "prompts.file", str, None, "a JSONL file of your own prompts"),
+    ("--budget", "search.budget", float, None, "largest norm of a perturbation"),
+    ("--placement", "search.placement", str, ("after_clamp", "before_clamp"), "where a perturbation enters"),
+    ("--steps", "search.steps", int, None, "search steps at most"),
+    ("--dtype", "dtype", str, ("float32", "bfloat16"), "of the model"),
+    ("--device", "device", str, None, "auto, cpu, cuda, cuda:N or mps"),
+)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with one line for a mistake."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Refuses what it does not know, naming the nearest flag that it does."""
+        known, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            flag = unknown[0].partition("=")[0]
+            near = difflib.get_close_matches(flag, re.findall(r"--[a-z-]+", self.format_usage()), n=1)
+            self.error(f"unknown argument {flag!r}" + (f", did you mean {near[0]}?" if near else ""))
+        return known, unknown
+
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: {message}; see `{self.prog} --help`", file=sys.stderr)
+        raise SystemExit(UNUSABLE)
+
+
+def parser() -> argparse.ArgumentParser:
+    """All commands and flags."""
+    top = Parser(prog="recover", description="With an SAE clamp held, can the behavior still be brought back?")
+    commands = top.add_subparsers(dest="command", required=True, parser_class=Parser)
+    check = commands.add_parser("check", help="check a defense: a verdict on stdout, the artifacts in --out")
+    check.add_argument("defense", nargs="?", type=Path, metavar="DEFENSE.yaml", help="default: 64 features on IOI")
+    check.add_argument("--out", type=Path, required=True, help="folder for the artifacts; an interrupted run resumes")
+    for flag, key, kind, choices, text in OVERRIDES:
+        check.add_argument(flag, dest=key, type=kind, choices=choices, help=text)
+    check.add_argument("--features", help="indices, such as 3,17,42, or top:N by attribution")
+    check.add_argument("--only-active", action=argparse.BooleanOptionalAction, help="edit active features only")
+    check.add_argument("--batch-size", help="examples at once (default: as memory allows)")
+    check.add_argument("--keep-text", action="store_true", help="let prompts appear in the artifacts")
+    check.add_argument(
+        "--fail-if", action="append", choices=CONDITIONS, default=[], help="exit 1 on this verdict; repeatable"
+    )
+    report = commands.add_parser("report", help="rebuild report.html from the artifacts")
+    report.add_argument("dir", type=Path, metavar="DIR")
+    return top
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status."""
+    warnings.filterwarnings("ignore", module=r"(transformers|sae_lens|nnsight|torch).*")
+    options = parser().parse_args(arguments)
+    try:
+        return _check(options) if options.command == "check" else _report(options)
+    except InputError as error:
+        print(f"recover: {error}", file=sys.stderr)
+        return UNUSABLE
+    except KeyboardInterrupt:
+        print("recover: interrupted; the same command goes on where this one stopped", file=sys.stderr)
+        return INTERRUPTED
+
+
+def overrides(options: argparse.Namespace) -> dict[str, Any]:
+    """What the flags say, by dotted key; None where a flag was not given.
+
+    Raises:
+        InputError: `--features` or `--batch-size` cannot be read.
+    """
+    given = {key: getattr(options, key) for _, key, *_ in OVERRIDES}
+    given["clamps.only_active"] = options.only_active
+    given["clamps.features"] = None if options.features is None else _features(options.features)
+    size = options.batch_size
+    given["batch_size"] = int(size) if size is not None and size.isdecimal() else size
+    return given
+
+
+def _features(text: str) -> Any:
+    rule, _, count = text.partition(":")
+    try:
+        if rule == "top":
+            return {"select": "attribution", "top": int(count)}
+        return [int(index) for index in text.split(",")]
+    except ValueError:
+        raise InputError(f"--features {text!r}: give indices, such as 3,17,42, or top:64") from None
+
+
+def _check(options: argparse.Namespace) -> int:
+    config = load_config(options.defense, overrides(options))
+    with shown() as progress:
+        verdict = run_check(config, options.out, keep_text=options.keep_text, progress=progress)
+    _say(f"{to_text(verdict)}\n\nArtifacts: {options.out}")
+    return int(verdict["verdict"] in {CONDITIONS[condition] for condition in options.fail_if})
+
+
+def _report(options: argparse.Namespace) -> int:
+    _say(str(rebuild_report(options.dir)))
+    return 0
+
+
+def _say(text: str) -> None:
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # the reader, such as `head`, has gone; the exit status still tells
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

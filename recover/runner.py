@@ -1,0 +1,177 @@
+"""From a configuration to a verdict on disk: loads what the configuration names, and runs `check()` on it.
+
+1. Open the folder, and refuse it if it cannot be used or holds another configuration's run: before the slow part.
+2. Load the model, the SAEs and the prompts, and build the defense; features given by a rule are selected here. A run
+   that was interrupted keeps the features and the batch size that it began with.
+3. `check()`, each batch saved as it is finished.
+4. Write `verdict.json` and `report.html`. A run that has them is not run again.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from recover.artifacts import CONFIG, DELTAS, REPORT, VERDICT, RunFolder, RunState, write_whole
+from recover.check import Progress, check
+from recover.config import Config
+from recover.model import Model
+from recover.report import to_html
+from recover.search import Schedule
+from recover.setting import Setting, build_defense, load_setting, select_features
+from recover.types import InputError
+from recover.verdict import SCHEMA
+from recover.zoo import resolve_model
+
+
+def run_check(
+    config: Config, out: Path, *, keep_text: bool = False, progress: Progress | None = None
+) -> dict[str, Any]:
+    """Check the defense of `config` and leave the artifacts in `out`.
+
+    Args:
+        config: what to check.
+        out: a new or empty folder, or one that holds an earlier run of the same configuration.
+        keep_text: whether prompts may appear in the artifacts.
+        progress: called with (phase, done, total).
+
+    Returns:
+        What `verdict.json` holds.
+
+    Raises:
+        InputError: anything that the configuration names cannot be used, or the folder cannot.
+    """
+    folder = RunFolder(out)
+    try:
+        return _run(config, folder, keep_text, progress or (lambda *_: None))
+    finally:
+        folder.close()
+
+
+def _run(config: Config, folder: RunFolder, keep_text: bool, progress: Progress) -> dict[str, Any]:
+    started = time.perf_counter()
+    if folder.state is not None:
+        _expect(folder, folder.state, config, keep_text)
+        folder.resume()
+    progress("loading", 0, 1)
+    setting = load_setting(config, keep_text=keep_text)
+    progress("loading", 1, 1)
+    state = folder.state or _begin(folder, setting, keep_text, progress)
+    if state.fingerprint != setting.fingerprint:
+        raise InputError(
+            f"{folder.name}: holds a run of this configuration with other weights, prompts or another version of "
+            "recover; give another folder"
+        )
+    if not folder.has([CONFIG]):
+        folder.write(CONFIG, config.dump_yaml().encode())
+    if not folder.has([DELTAS]):
+        folder.save_deltas({})
+    verdict = _finished(folder, setting.examples.ids)
+    if verdict is None:
+        verdict = _check(setting, state, folder, progress)
+        verdict["provenance"]["seconds"] = round(time.perf_counter() - started, 1)
+        folder.write_json(VERDICT, verdict)
+    folder.write(REPORT, to_html(verdict, folder.read(CONFIG)).encode())
+    return verdict
+
+
+def _expect(folder: RunFolder, state: RunState, config: Config, keep_text: bool) -> None:
+    """Refuse the folder of another configuration's run, naming the first difference."""
+    theirs, ours = state.config | {"--keep-text": state.keep_text}, config.relevant() | {"--keep-text": keep_text}
+    if (difference := _first_difference(theirs, ours)) is not None:
+        raise InputError(f"{folder.name}: holds the run of another configuration ({difference}); give another folder")
+
+
+def _first_difference(theirs: Any, ours: Any, at: str = "") -> str | None:
+    if isinstance(theirs, dict) and isinstance(ours, dict):
+        pairs = [(f"{at}.{key}".lstrip("."), theirs.get(key), ours.get(key)) for key in {**theirs, **ours}]
+    elif isinstance(theirs, list) and isinstance(ours, list) and len(theirs) == len(ours):
+        pairs = [(f"{at}[{index}]", *pair) for index, pair in enumerate(zip(theirs, ours, strict=True))]
+    else:
+        return None if theirs == ours else f"{at} is {theirs!r:.40} there and {ours!r:.40} here"
+    return next(filter(None, (_first_difference(left, right, name) for name, left, right in pairs)), None)
+
+
+def _begin(folder: RunFolder, setting: Setting, keep_text: bool, progress: Progress) -> RunState:
+    """Fix what the whole run holds to."""
+    config, asked = setting.config, setting.config.batch_size
+    size = asked if isinstance(asked, int) else setting.model.batch_size(setting.examples.prompts)
+    features = select_features(setting, size, progress)
+    build_defense(setting, features)
+    state = RunState(
+        config=config.relevant(),
+        keep_text=keep_text,
+        fingerprint=setting.fingerprint,
+        batch_size=size,
+        features=[list(chosen) for chosen in features],
+    )
+    folder.begin(state)
+    return state
+
+
+def _check(setting: Setting, state: RunState, folder: RunFolder, progress: Progress) -> dict[str, Any]:
+    config, model = setting.config, setting.model
+    exact = model if config.dtype == "float32" else Model(resolve_model(config.model, config.device).module)
+    return check(
+        model,
+        build_defense(setting, state.features),
+        setting.examples,
+        budget=config.search.budget,
+        placement=config.search.placement,
+        schedule=Schedule(steps=config.search.steps, seed=config.prompts.seed),
+        batch_size=state.batch_size,
+        store=folder,
+        exact=exact,
+        provenance=setting.provenance,
+        progress=progress,
+    ).to_dict()
+
+
+def _finished(folder: RunFolder, examples: Sequence[str]) -> dict[str, Any] | None:
+    """The verdict of a run with nothing left to do; None where there is something, or the verdict is damaged."""
+    if not folder.has([VERDICT]) or not all(example in folder.finished() for example in examples):
+        return None
+    try:
+        return _read_verdict(folder.path)
+    except ValueError:
+        return None
+
+
+def _read_verdict(out: Path) -> dict[str, Any]:
+    """Raises:
+    ValueError: `verdict.json` is not the verdict of this version.
+    """
+    verdict = json.loads((out / VERDICT).read_text(encoding="utf-8"))
+    try:
+        if verdict["schema"] != SCHEMA:
+            raise ValueError(f"its schema is {verdict['schema']!r:.40}, not {SCHEMA!r}")
+        to_html(verdict, config="")
+    except (KeyError, TypeError, AttributeError, jinja2.TemplateError) as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from None
+    return dict(verdict)
+
+
+def rebuild_report(out: Path) -> Path:
+    """Write `report.html` again from the artifacts in `out`; gives its path.
+
+    Raises:
+        InputError: there is no finished run, or its files are damaged.
+    """
+    for name in (VERDICT, CONFIG):
+        if not (out / name).is_file():
+            raise InputError(f"{out}: holds no finished run ({name} is not there); run `recover check --out {out}`")
+    try:
+        page = to_html(_read_verdict(out), (out / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{out}: {VERDICT} is damaged ({reason:.120}); run `recover check` on it again") from None
+    try:
+        write_whole(out / REPORT, page.encode())
+    except OSError as error:
+        raise InputError(f"{out}: {REPORT} cannot be written ({error.strerror}); copy the folder elsewhere") from None
+    return out / REPORT
