@@ -21,7 +21,7 @@ import torch
 from recover.behavior import Behavior
 from recover.certify import certify
 from recover.clamp import Defense
-from recover.constraint import EncoderOrthogonal
+from recover.constraint import Budget, EncoderOrthogonal
 from recover.defended import Placement, defend
 from recover.fit import Fit, measure_fit
 from recover.model import Model, Prompts
@@ -126,9 +126,10 @@ def check(
         progress: called as examples finish.
 
     Raises:
-        InputError: a defense over several sites, or one that does not fit the model.
+        InputError: a defense over several sites, one that does not fit the model, or a budget that is no norm.
     """
     check_one_site(defense.sites)
+    Budget(budget)  # refuses what is no norm, also where nothing will be searched
     store, schedule, report = store or Memory(), schedule or Schedule(), progress or (lambda *_: None)
     fits = measure_fits(model, defense, examples)
     valid = all(gate.passed for gate in fit_gates(fits))

@@ -77,9 +77,11 @@ def to_html(verdict: Mapping[str, Any], config: str) -> str:
 
 
 def _defense(threat: Mapping[str, Any], fit: Mapping[str, Any]) -> Rows:
+    skipped = threat["skip_first"]
+    spared = f" but each prompt's first {f'{skipped} tokens' if skipped > 1 else 'token'}" if skipped else ""
     clamps = [
         f"{clamp['k']} features at {clamp['site']}, {EDITS[clamp['mode']].format(clamp['value'])}"
-        f"{' where active' if clamp['only_active'] else ''}, at {clamp['positions']} positions"
+        f"{' where active' if clamp['only_active'] else ''}, at {clamp['positions']} positions{spared}"
         for clamp in threat["clamps"]
     ]
     described = (

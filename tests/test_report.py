@@ -25,6 +25,7 @@ THREAT = {
     "norm": "Frobenius, over positions and dimensions",
     "budget": 20.0,
     "clamp": "live",
+    "skip_first": 0,
     "dtype": "float32",
     "clamps": [
         {
