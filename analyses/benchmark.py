@@ -130,8 +130,7 @@ def main() -> None:
     config = rc.load_config(options.defense)
     setting = load_setting(config)
     model, budget = setting.model, config.search.budget
-    size = model.batch_size(setting.examples.prompts)
-    defense = build_defense(setting, select_features(setting, size))
+    defense = build_defense(setting, select_features(setting, setting.batch_size))
     (clamp,) = defense.clamps
     constraint = EncoderOrthogonal.of(clamp)
 

@@ -7,7 +7,8 @@ A search reads `k` encoder columns, starts at the clamped site and holds the pre
 3. the saved delta is added, and the result is encoded again from scratch;
 4. the constraint is measured on the delta's own numbers, `||A^T delta||`, in float32.
 
-So a mistake in the projector, the prefix or the optimizer shows up as a disagreement, not as a result. Under C1 and a
+So a mistake in the projector, the prefix, the clamp's shortcut or the optimizer shows up as a disagreement, not as a
+result. (The SAE's own `encode` and `decode` are shared; they are tested against sae_lens.) Under C1 and a
 pointwise SAE a feature's pre-activation cannot move; the certificate says how far it did, and how far each clamped
 feature stood from its threshold: where all are far below, zero drift is true of *any* delta and shows nothing.
 """
@@ -28,6 +29,9 @@ from recover.defended import Placement, check_fits
 from recover.model import Edit, Model, Prompts
 from recover.types import Bool, Float, InputError, Mask, PerExample, Residual, Tensor, TokenIds
 
+ROUNDING = 1e-5
+"""Share of what a clamped pre-activation could at most be, up to which a change of it is rounding in float32."""
+
 
 @dataclass(frozen=True, eq=False)
 class Certificate:
@@ -43,6 +47,8 @@ class Certificate:
         threshold_margin: `[batch k]`, defended pre-activation minus threshold at the position where it is
             closest; negative below, NaN where features compete.
         drift, relative_drift, decode_drift, clamp_floor_violation: reference page, Definitions.
+        rounding: `1e-5 max_j ||A_j|| (||h_def|| + ||delta||)`: shifts and drifts up to this count as rounding.
+        held: the clamped features stayed where they were: residual, shift and drift are all rounding.
         dormant, reactivated: counts of clamped (feature, position) pairs at or below zero when defended, and of those
             of them above zero when recovered.
     """
@@ -61,6 +67,8 @@ class Certificate:
     relative_drift: PerExample
     decode_drift: PerExample
     clamp_floor_violation: PerExample
+    rounding: PerExample
+    held: Bool[Tensor, "batch"]
     dormant: PerExample
     reactivated: PerExample
 
@@ -123,6 +131,11 @@ def certify(
     ]
     reactivation = metrics.reactivation(z_rec, z_def)
     slack = behavior.slack(recovered.logits)
+    shift = reduce(shift, "batch pos k -> batch k", "max")
+    drift = metrics.activation_drift(z_rec, z_def)
+    residual = constraint_residual(defense.at(site), delta)
+    longest = torch.stack([encoder_columns(clamp).norm(dim=0).max() for clamp in defense.clamps]).max()
+    rounding = ROUNDING * longest * (h_def.flatten(1).norm(dim=1) + delta.flatten(1).norm(dim=1))
     return Certificate(
         shows=slack > 0,
         score=behavior.score(recovered.logits),
@@ -131,13 +144,15 @@ def certify(
         norm=delta.flatten(1).norm(dim=1),
         relative_norm=metrics.relative_norm(delta, h_def),
         displacement=(h_def - h).flatten(1).norm(dim=1),
-        constraint_residual=constraint_residual(defense.at(site), delta),
-        preactivation_shift=reduce(shift, "batch pos k -> batch k", "max"),
+        constraint_residual=residual,
+        preactivation_shift=shift,
         threshold_margin=margin,
-        drift=metrics.activation_drift(z_rec, z_def),
+        drift=drift,
         relative_drift=metrics.relative_drift(z_rec, z_def),
         decode_drift=metrics.norm(torch.cat(by_site, dim=1)),
         clamp_floor_violation=metrics.clamp_floor_violation(z_rec, z_def),
+        rounding=rounding,
+        held=(residual <= ROUNDING) & (shift.amax(dim=1) <= rounding) & (drift <= rounding),
         dormant=reactivation.inactive.float(),
         reactivated=reactivation.count.float(),
     )
@@ -145,10 +160,15 @@ def certify(
 
 def constraint_residual(clamps: tuple[Clamp, ...], delta: Residual) -> PerExample:
     """`||A^T delta|| / (||A|| ||delta||)` in float32, `A` all clamped encoder columns of a site; 0 for no delta."""
-    A = torch.cat([clamp.encoder for clamp in clamps], dim=1).to(delta.device, torch.float32)
+    A = torch.cat([encoder_columns(clamp) for clamp in clamps], dim=1).to(delta.device, torch.float32)
     seen = einsum(A, delta, "d_model k, batch pos d_model -> batch pos k").flatten(1).norm(dim=1)
     scale = A.norm() * delta.flatten(1).norm(dim=1)
     return torch.where(seen == 0, 0.0, seen / scale)
+
+
+def encoder_columns(clamp: Clamp) -> Float[Tensor, "d_model k"]:
+    """`A`, cut from the SAE by the features' own numbers and not taken from what the projector was built of."""
+    return clamp.sae.W_enc[:, list(clamp.features)]
 
 
 def _replay(

@@ -2,7 +2,7 @@
 
 1. *Fit*: does each SAE describe its site on these prompts?
 2. *Accounting*: which examples show the behavior without the defense and not with it.
-3. *Search* within the budget, under C1, for every valid flip.
+3. *Search* within the budget, under C1, for every valid flip; what is not solved is looked at again without gradients.
 4. *Certificate* of every delta, by an independent replay.
 5. *Verdict* from the records of 2 to 4.
 
@@ -24,6 +24,7 @@ from recover.clamp import Defense
 from recover.constraint import Budget, EncoderOrthogonal
 from recover.defended import Placement, defend
 from recover.fit import Fit, measure_fit
+from recover.gradient_free import reexamined
 from recover.model import Model, Prompts
 from recover.records import ExampleRecord, certificate_records, search_records
 from recover.search import Schedule, recover
@@ -131,9 +132,11 @@ def check(
     check_one_site(defense.sites)
     Budget(budget)  # refuses what is no norm, also where nothing will be searched
     store, schedule, report = store or Memory(), schedule or Schedule(), progress or (lambda *_: None)
-    fits = measure_fits(model, defense, examples)
+    widest = max(clamp.sae.d_sae for clamp in defense.clamps)
+    fitting = model.batch_size(examples.prompts, widest)
+    size = fitting if batch_size is None else min(batch_size, fitting if model.recurrent else batch_size)
+    fits = measure_fits(model, defense, examples, size)
     valid = all(gate.passed for gate in fit_gates(fits))
-    size = batch_size or model.batch_size(examples.prompts)
     rows = torch.arange(len(examples.ids))
     report("examples", 0, len(rows))
     for batch in torch.split(rows, size):
@@ -155,10 +158,10 @@ def check_one_site(sites: Sequence[Site]) -> None:
         raise InputError(f"defense: clamps at several sites ({names}); this version checks one site at a time")
 
 
-def measure_fits(model: Model, defense: Defense, examples: Examples) -> list[Fit]:
+def measure_fits(model: Model, defense: Defense, examples: Examples, batch_size: int) -> list[Fit]:
     """The fit of each clamp's SAE on the first prompts, once for each site."""
     some = examples.prompts.select(torch.arange(min(FIT_PROMPTS, len(examples.ids))))
-    return [measure_fit(model, defense.at(site)[0].sae, site, some) for site in defense.sites]
+    return [measure_fit(model, defense.at(site)[0].sae, site, some, batch_size) for site in defense.sites]
 
 
 def threat_model(model: Model, defense: Defense, budget: float, placement: Placement) -> dict[str, Any]:
@@ -220,6 +223,7 @@ def _check_batch(
             schedule,
             on_step=lambda _, left: report("search", len(flips) - left, len(flips)),
         )
+        solution = reexamined(target, solution, constraint, budget, schedule)
         store.save_deltas(dict(zip(part.ids, solution.delta.cpu(), strict=True)))
         saved = torch.stack([store.delta(name) for name in part.ids])
         certificate = certify(exact, defense, part.prompts, part.behavior, saved, placement)

@@ -1,13 +1,14 @@
-"""The command line: `recover check` and `recover report`.
+"""The command line: `recover check`, `recover report` and `recover selftest`.
 
-Exit status: 0 the check ran, whatever the verdict; 1 a condition of `--fail-if` holds; 2 unusable input, told in one
-line; 130 interrupted (run the same command again to go on).
+Exit status: 0 the check ran, whatever the verdict; 1 a condition of `--fail-if` holds, or the selftest missed; 2
+unusable input, told in one line; 130 interrupted (run the same command again to go on).
 """
 
 from __future__ import annotations
 
 import argparse
 import difflib
+import json
 import os
 import re
 import sys
@@ -20,6 +21,8 @@ from recover.config import load_config
 from recover.progress import shown
 from recover.report import to_text
 from recover.runner import rebuild_report, run_check
+from recover.selftest import report as selftest_report
+from recover.selftest import selftest, to_json
 from recover.types import InputError
 
 CONDITIONS = {"recoverable": "RECOVERABLE", "inconclusive": "INCONCLUSIVE", "invalid": "INVALID"}
@@ -65,11 +68,18 @@ def parser() -> argparse.ArgumentParser:
     """All commands and flags."""
     top = Parser(prog="recover", description="With an SAE clamp held, can the behavior still be brought back?")
     commands = top.add_subparsers(dest="command", required=True, parser_class=Parser)
-    check = commands.add_parser("check", help="check a defense: a verdict on stdout, the artifacts in --out")
+    check = commands.add_parser(
+        "check",
+        help="check a defense: a verdict on stdout, the artifacts in --out",
+        description="Check a defense. Flags override DEFENSE.yaml; those of a clamp do so in every clamp.",
+        epilog="Exit status: 0 the check ran; 1 a condition of --fail-if holds; 2 unusable input, told in one line; "
+        "130 interrupted, and the same command goes on.",
+    )
     check.add_argument("defense", nargs="?", type=Path, metavar="DEFENSE.yaml", help="default: 64 features on IOI")
     check.add_argument("--out", type=Path, required=True, help="folder for the artifacts; an interrupted run resumes")
     for flag, key, kind, choices, text in OVERRIDES:
-        check.add_argument(flag, dest=key, type=kind, choices=choices, help=text)
+        metavar = None if choices else flag.removeprefix("--").replace("-", "_").upper()
+        check.add_argument(flag, dest=key, type=kind, choices=choices, metavar=metavar, help=text)
     check.add_argument("--features", help="indices, such as 3,17,42, or top:N by attribution")
     check.add_argument("--only-active", action=argparse.BooleanOptionalAction, help="edit active features only")
     check.add_argument("--batch-size", help="examples at once (default: as memory allows)")
@@ -79,6 +89,14 @@ def parser() -> argparse.ArgumentParser:
     )
     report = commands.add_parser("report", help="rebuild report.html from the artifacts")
     report.add_argument("dir", type=Path, metavar="DIR")
+    planted = commands.add_parser(
+        "selftest",
+        help="judge planted models whose answer is known",
+        description="Judge small planted models whose answer is known, and compare.",
+        epilog="Exit status: 0 no miss; 1 a miss; 2 unusable input, told in one line.",
+    )
+    planted.add_argument("--seeds", type=_positive, default=20, metavar="N", help="worlds of each kind (default: 20)")
+    planted.add_argument("--json", type=Path, metavar="FILE", help="write every outcome there")
     return top
 
 
@@ -87,9 +105,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", module=r"(transformers|sae_lens|nnsight|torch).*")
     options = parser().parse_args(arguments)
     try:
-        return _check(options) if options.command == "check" else _report(options)
+        return {"check": _check, "report": _report, "selftest": _selftest}[options.command](options)
     except InputError as error:
-        print(f"recover: {error}", file=sys.stderr)
+        print("recover:", " ".join(str(error).splitlines()), file=sys.stderr)
         return UNUSABLE
     except KeyboardInterrupt:
         print("recover: interrupted; the same command goes on where this one stopped", file=sys.stderr)
@@ -131,6 +149,26 @@ def _check(options: argparse.Namespace) -> int:
 def _report(options: argparse.Namespace) -> int:
     _say(str(rebuild_report(options.dir)))
     return 0
+
+
+def _selftest(options: argparse.Namespace) -> int:
+    if options.json is not None and not options.json.parent.is_dir():
+        raise InputError(f"--json {options.json}: there is no folder {options.json.parent}; make it first")
+    with shown() as progress:
+        outcomes = selftest(range(options.seeds), progress=progress)
+    if options.json is not None:
+        try:
+            options.json.write_text(json.dumps(to_json(outcomes), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"--json {options.json}: cannot be written ({error.strerror})") from None
+    _say(selftest_report(outcomes))
+    return int(any(outcome.miss for outcome in outcomes))
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
+    return int(text)
 
 
 def _say(text: str) -> None:

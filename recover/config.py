@@ -73,7 +73,8 @@ class _Section(BaseModel):
             if key not in cls.model_fields:
                 near = difflib.get_close_matches(str(key), cls.model_fields, n=1, cutoff=0.5)
                 known = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(cls.model_fields)}"
-                raise PydanticCustomError("unknown_key", f"unknown key; {known}", {"key": str(key)})
+                shown = str(key) if str(key).isprintable() else ascii(key)
+                raise PydanticCustomError("unknown_key", f"unknown key; {known}", {"key": shown})
         return data
 
 
@@ -115,7 +116,7 @@ class PromptConfig(_Section):
     """Which prompts: `n` generated ones (64 by default), or the first `n` (by default all) of a file."""
 
     n: PositiveInt | None = None
-    seed: NonNegativeInt = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     templates: Annotated[tuple[Literal["BABA", "ABBA"], ...], Field(strict=False, min_length=1)] = (
         "BABA",
         "ABBA",

@@ -10,11 +10,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from einops import rearrange
 from torch.nn import functional as F
 
 from recover import metrics
@@ -43,55 +43,65 @@ class Fit:
     tokens: int
 
 
-def measure_fit(model: Model, sae: SAE, site: Site, prompts: Prompts) -> Fit:
-    """Measure the fit of `sae` at `site` on prompts (one batch).
+def measure_fit(model: Model, sae: SAE, site: Site, prompts: Prompts, batch_size: int | None = None) -> Fit:
+    """Measure the fit of `sae` at `site`.
 
-    Explained variance needs tokens that differ; give as many prompts as a batch holds.
+    Args:
+        model: the host model.
+        sae: in its own dtype, to which residuals are cast.
+        site: where it is used.
+        prompts: explained variance needs tokens that differ; a few dozen prompts do.
+        batch_size: prompts at once; all by default.
     """
-    counted = prompts.positions > 0
-    sites = [Site(layer) for layer in range(model.n_layers)]
-    here = sites[site.index] if site.index < model.n_layers else site
+    everywhere = [Site(layer) for layer in range(model.n_layers)]
+    here = everywhere[site.index] if site.index < model.n_layers else site
+    batches = [prompts.select(rows) for rows in torch.split(torch.arange(len(prompts)), batch_size or len(prompts))]
+    tokens: list[Tensor] = []
+    sampled: dict[Site, list[Tensor]] = {place: [] for place in dict.fromkeys([*everywhere, here])}
     with torch.no_grad():
-        residuals = model.run(prompts, read=[*sites, *([] if here in sites else [here])]).residuals
-        x = residuals[here].float()
-        features = sae.encode(x[counted])
-        sample = {place: values.float()[counted][:TOKENS_BY_SITE] for place, values in residuals.items()}
+        for batch in batches:
+            counted = batch.positions > 0
+            enough = sum(map(len, sampled[here])) >= TOKENS_BY_SITE
+            residuals = model.run(batch, read=[here] if enough else list(sampled)).residuals
+            tokens.append(residuals[here].float()[counted])
+            if not enough:
+                for place, parts in sampled.items():
+                    parts.append(residuals[place].float()[counted])
+        features = [sae.encode(part) for part in tokens]
+        rebuilt = [sae.decode(part) for part in features]
+        x, x_hat = torch.cat(tokens), torch.cat(rebuilt)
         variances = {
             place: metrics.explained_variance(values, sae.decode(sae.encode(values)))
-            for place, values in sample.items()
+            for place, values in ((place, torch.cat(parts)[:TOKENS_BY_SITE]) for place, parts in sampled.items())
         }
         best = max(variances, key=lambda place: variances[place])
-        mean = x[counted].mean(dim=0)
-        losses = [
-            next_token_loss(model, prompts, {} if edit is None else {here: edit})
-            for edit in (
-                None,
-                _replace_by(lambda h: sae.decode(sae.encode(h))),
-                _replace_by(lambda h: mean.expand_as(h)),
-            )
-        ]
+        mean = x.mean(dim=0)
+        edits: tuple[dict[Site, Edit], ...] = (
+            {},
+            {here: _replace_by(lambda h: sae.decode(sae.encode(h)))},
+            {here: _replace_by(lambda h: mean.expand_as(h))},
+        )
+        clean, with_sae, ablated = (next_token_loss(model, batches, edit) for edit in edits)
     return Fit(
         site=here.hook_name,
-        explained_variance=metrics.explained_variance(x[counted], sae.decode(features)),
-        l0=metrics.l0(features),
-        loss_recovered=metrics.loss_recovered(*losses),
+        explained_variance=metrics.explained_variance(x, x_hat),
+        l0=sum(metrics.l0(part) * len(part) for part in features) / len(x) if len(x) else math.nan,
+        loss_recovered=metrics.loss_recovered(clean, with_sae, ablated),
         better_site=best.hook_name,
         better_by=variances[best] - variances[here],
-        tokens=int(counted.sum()),
+        tokens=len(x),
     )
 
 
-def next_token_loss(model: Model, prompts: Prompts, edits: dict[Site, Edit]) -> float:
+def next_token_loss(model: Model, batches: Sequence[Prompts], edits: dict[Site, Edit]) -> float:
     """Mean cross-entropy of each real token after the first given those before it, in nats."""
-    with torch.no_grad():
-        logits = model.run(prompts, edits=edits, every_position=True).logits[:, :-1].float()
-    counted = (prompts.positions > 0)[:, 1:]
-    losses = F.cross_entropy(
-        rearrange(logits, "batch pos vocab -> (batch pos) vocab"),
-        rearrange(prompts.ids[:, 1:], "batch pos -> (batch pos)"),
-        reduction="none",
-    )
-    return losses[rearrange(counted, "batch pos -> (batch pos)")].double().mean().item()
+    losses = []
+    for prompts in batches:
+        with torch.no_grad():
+            logits = model.run(prompts, edits=edits, every_position=True).logits[:, :-1]
+        counted = (prompts.positions > 0)[:, 1:]
+        losses.append(F.cross_entropy(logits[counted].float(), prompts.ids[:, 1:][counted], reduction="none"))
+    return torch.cat(losses).double().mean().item()
 
 
 def _replace_by(what: Callable[[Tensor], Tensor]) -> Edit:

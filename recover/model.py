@@ -19,18 +19,19 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 import nnsight
-import psutil
 import torch
 from einops import einsum, rearrange
 from torch import nn
 
+from recover.memory import prompts_at_once
 from recover.prefix import KeysValues, held, recorder
 from recover.types import Bool, Float, InputError, Int, Mask, Residual, Site, Tensor, TokenIds
 
-MOST_AT_ONCE = 64
-
 Edit = Callable[[Tensor, Tensor], Tensor]
 """`edit(residual [batch pos d_model], positions [batch pos]) -> residual`, pure; positions as `Prompts` counts them."""
+
+ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
+"""transformers' names of layers whose whole state is keys and values."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,6 +88,7 @@ class Model:
         self._head: nn.Linear | None = found if isinstance(found, nn.Linear) else None
         self._head_path = next((name for name, m in module.named_modules() if m is self._head), "")
         self.is_language_model = hasattr(module, "prepare_inputs_for_generation")
+        self.recurrent = self.is_language_model and is_recurrent(module)
         forward = inspect.signature(cast(Any, module).forward).parameters
         self._last_position_only = {"logits_to_keep": 1} if "logits_to_keep" in forward else {}
         self._block_returns_tuple: bool | None = None
@@ -130,21 +132,16 @@ class Model:
         mask = torch.tensor([[False] * (width - len(row)) + [True] * len(row) for row in rows], device=self.device)
         return Prompts(ids, mask)
 
-    def batch_size(self, prompts: Prompts, n_pos: int = 1) -> int:
-        """How many of these prompts to run at once: as many as half of the free memory holds, by a rough count.
+    def batch_size(self, prompts: Prompts, d_sae: int = 0) -> int:
+        """How many of these prompts, with an SAE of this width, to run at once (see `recover.memory`).
 
-        Counted for each prompt, in the widest pass and in a search step with its gradient, from the sizes in the
-        module's configuration. At most `MOST_AT_ONCE`, beyond which nothing is gained.
+        One, where a recurrent state would take in the padding of shorter prompts.
         """
-        pos, d_model = prompts.ids.shape[1], self.d_model
-        config = getattr(self.module, "config", None)
-        heads = getattr(config, "num_attention_heads", None) or 1
-        wide = getattr(config, "intermediate_size", None) or 4 * d_model
-        vocab = getattr(config, "vocab_size", None) or 0
-        forward = pos * (2 * self.n_layers * d_model + 8 * d_model + 3 * wide + heads * pos) + vocab
-        step = self.n_layers * (n_pos * (14 * d_model + 6 * wide + 3 * heads * pos) + 4 * pos * d_model) + 2 * vocab
-        needed = 4 * max(forward, step)
-        return max(1, min(MOST_AT_ONCE, int(free_memory(self.device) / 2 / needed)))
+        config, pos = getattr(self.module, "config", None), int(prompts.ids.shape[1])
+        fitting = prompts_at_once(
+            config, n_layers=self.n_layers, d_model=self.d_model, d_sae=d_sae, pos=pos, device=self.device
+        )
+        return 1 if self.recurrent else fitting
 
     def check_site(self, site: Site) -> None:
         """Raises:
@@ -253,7 +250,7 @@ class Model:
         site, pos = start[0], prompts.ids.shape[1]
         if not 1 <= n_pos <= int(prompts.mask.sum(-1).min()):
             raise InputError(f"positions: {n_pos} trailing positions asked, the shortest prompt is shorter")
-        past = recorder(self.n_layers) if self.is_language_model else None
+        past = recorder(self.n_layers) if self.is_language_model and not self.recurrent else None
         with torch.no_grad():
             run = self.run(prompts, read=[site], edits=edits, start=start, past=past, tokens=tokens)
         above = {place: edit for place, edit in (edits or {}).items() if place.index > site.index}
@@ -347,11 +344,10 @@ def selected_head(
     return logits if bias is None else logits + rearrange(bias[tokens], "batch choice -> batch 1 choice")
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes that can be allocated on this device."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
+def is_recurrent(module: nn.Module) -> bool:
+    """Whether some layer carries a state other than keys and values, which no prefix of ours can hold."""
+    kinds = set(getattr(getattr(module, "config", None), "layer_types", None) or ())
+    return bool(getattr(module, "_is_stateful", False)) or not kinds <= ATTENTION_LAYERS
 
 
 def find_blocks(module: nn.Module) -> str:

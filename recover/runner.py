@@ -99,8 +99,7 @@ def _first_difference(theirs: Any, ours: Any, at: str = "") -> str | None:
 
 def _begin(folder: RunFolder, setting: Setting, keep_text: bool, progress: Progress) -> RunState:
     """Fix what the whole run holds to."""
-    config, asked = setting.config, setting.config.batch_size
-    size = asked if isinstance(asked, int) else setting.model.batch_size(setting.examples.prompts)
+    config, size = setting.config, setting.batch_size
     features = select_features(setting, size, progress)
     build_defense(setting, features)
     state = RunState(

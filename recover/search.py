@@ -32,6 +32,8 @@ from recover.types import Bool, Float, InputError, Int, PerExample, Tensor
 
 Delta = Float[Tensor, "batch pos d_model"]
 Rows = Int[Tensor, "rows"]
+ROUNDING = 3e-6
+"""An admissible part of a gradient up to this share of the whole is rounding (float32, with a margin)."""
 
 
 @runtime_checkable
@@ -59,8 +61,13 @@ class Status(enum.Enum):
     RECOVERED = "recovered"
     EXHAUSTED = "steps exhausted"
     STALLED = "no step inside the budget improves it"
-    NO_GRADIENT = "gradient zero in every admissible direction, or none is admissible"
+    NO_GRADIENT = "gradient zero in every admissible direction"
     NON_FINITE = "score or gradient not finite"
+    # Given by `gradient_free`, which looks again at what the search did not solve.
+    NOTHING_ADMISSIBLE = "no direction is admissible"
+    UNMOVED = "no admissible perturbation drawn, of any size, changes the score"
+    OUTDONE = "a random perturbation does better"
+    MISLED = "the gradient does not account for how the score changes"
 
 
 @dataclass(frozen=True)
@@ -116,7 +123,7 @@ def recover(
         feasible: the linear constraint (C1), or any cone.
         budget: largest Frobenius norm of an example's delta (C4), in units of the residual; `inf` for none.
         schedule: how hard to search.
-        on_step: called with (steps done, examples still unsolved) after every step.
+        on_step: called with (steps done, examples still being searched) after every step.
 
     Returns:
         For each example the delta with the largest slack met, never worse than `start`.
@@ -158,7 +165,10 @@ def _evaluate(objective: Objective, delta: Delta, feasible: Feasible) -> tuple[T
     leaf = delta.detach().requires_grad_(True)
     score, slack = objective(leaf)
     (gradient,) = torch.autograd.grad(score.sum(), leaf)
-    return score.detach(), slack.detach(), feasible.project(gradient)
+    admissible = feasible.project(gradient)
+    # What rounding leaves of a gradient that has no admissible part is no direction to go.
+    rounding = norm(admissible) <= ROUNDING * norm(gradient)
+    return score.detach(), slack.detach(), admissible.masked_fill(rearrange(rounding, "batch -> batch 1 1"), 0.0)
 
 
 def _ascend(

@@ -47,6 +47,13 @@ class Setting:
         return self.config.fingerprint(**identities)
 
     @property
+    def batch_size(self) -> int:
+        """How many examples to run at once: as asked, or as many as memory allows."""
+        asked = self.config.batch_size
+        widest = max(sae.d_sae for sae in self.saes.values())
+        return asked if isinstance(asked, int) else self.model.batch_size(self.examples.prompts, widest)
+
+    @property
     def provenance(self) -> dict[str, Any]:
         """Which code, weights, seed and device give the verdict."""
         loaded = self.loaded

@@ -27,6 +27,8 @@ MIN_EXPLAINED_VARIANCE = 0.5
 MAX_BETTER_BY = 0.05
 MAX_CONSTRAINT_RESIDUAL = 1e-5
 MAX_REPLAY_DIFFERENCE = {"float64": 1e-3, "float32": 1e-3, "float16": 0.25, "bfloat16": 1.0}
+HEALTH = ("gradient", "gradient_free", "finite", "replay", "held")
+"""Gates of the search and the certificates."""
 NOT_RUN = (
     "minimum_norm",
     "curve",
@@ -117,16 +119,25 @@ def search_gates(records: Sequence[ExampleRecord], budget: float, dtype: str) ->
     """Whether the search ran as it should, and whether the certificates bear it out."""
     searched = [(r.search, r.certificate) for r in records if r.search is not None and r.certificate is not None]
     if not searched:
-        return [Gate(name, None, "not run: nothing to search") for name in ("gradient", "finite", "replay", "held")]
+        return [Gate(name, None, "not run: nothing to search") for name in HEALTH]
     solvers, certificates = zip(*searched, strict=True)
     tolerance = MAX_REPLAY_DIFFERENCE[dtype]
-    flat = sum(s.status == Status.NO_GRADIENT.name for s in solvers)
+    flat, misled, outdone = (
+        sum(s.status == status.name for s in solvers) for status in (Status.NO_GRADIENT, Status.MISLED, Status.OUTDONE)
+    )
     broken = sum(s.status == Status.NON_FINITE.name or not _finite(c) for s, c in searched)
     apart = max(_or_inf(s.slack - (math.nan if c["slack"] is None else c["slack"])) for s, c in searched)
     residual = max(_or_inf(c["constraint_residual"]) for c in certificates)
     longest = max(_or_inf(c["norm"]) for c in certificates)
+    back = [c["held"] for c in certificates if c["shows"]]
     return [
-        Gate("gradient", flat == 0, f"{flat} of {len(searched)} searches met a zero gradient"),
+        Gate(
+            "gradient",
+            flat + misled == 0,
+            f"{flat} of {len(searched)} searches met a zero gradient where random admissible perturbations change the "
+            f"score, {misled} a gradient that does not account for how it changes",
+        ),
+        Gate("gradient_free", outdone == 0, f"{outdone} of {len(searched)} searches were outdone by random draws"),
         Gate(
             "finite", broken == 0, f"{broken} of {len(searched)} searches, or replays, met values that are not finite"
         ),
@@ -137,11 +148,17 @@ def search_gates(records: Sequence[ExampleRecord], budget: float, dtype: str) ->
         ),
         Gate(
             "held",
-            residual <= MAX_CONSTRAINT_RESIDUAL and longest <= budget,
+            residual <= MAX_CONSTRAINT_RESIDUAL and longest <= budget and (any(back) or not back),
             f"largest constraint residual {residual:.1e} ({MAX_CONSTRAINT_RESIDUAL:g} allowed), "
-            f"largest norm {longest:.4f} (budget {budget:g})",
+            f"largest norm {longest:.4f} (budget {budget:g}); where the behavior is back, the clamped features stayed "
+            f"where they were on {sum(back)} of {len(back)}",
         ),
     ]
+
+
+def suppressed(certificate: Mapping[str, Any]) -> bool:
+    """Whether the defended replay agrees that the behavior is gone; a model in half precision may have it otherwise."""
+    return certificate["defended_slack"] is not None and certificate["defended_slack"] <= 0
 
 
 def _finite(certificate: Mapping[str, Any]) -> bool:
@@ -166,9 +183,9 @@ def counts(records: Sequence[ExampleRecord]) -> dict[str, int]:
 
 def recovery(records: Sequence[ExampleRecord], budget: float) -> dict[str, Any]:
     """The figures of the reference page over valid flips, from certificates alone."""
-    certificates = [r.certificate for r in records if r.certificate is not None]
+    certificates = [r.certificate for r in records if r.certificate is not None and suppressed(r.certificate)]
     n = len(certificates)
-    recovered = sum(bool(c["shows"]) for c in certificates)
+    recovered = sum(c["shows"] and c["held"] for c in certificates)
     dormant = sum(c["dormant"] for c in certificates)
     low, high = stats.wilson(recovered, n) if n else (None, None)
 
@@ -184,6 +201,7 @@ def recovery(records: Sequence[ExampleRecord], budget: float) -> dict[str, Any]:
     return {
         "budget": budget,
         "recovered": recovered,
+        "back_but_features_moved": sum(c["shows"] and not c["held"] for c in certificates),
         "searched": n,
         "rate": recovered / n if n else None,
         "wilson95": [low, high],
@@ -200,7 +218,7 @@ def recovery(records: Sequence[ExampleRecord], budget: float) -> dict[str, Any]:
         "relative_norm_mean": mean("relative_norm"),
         "clamp_displacement_mean": mean("displacement"),
         "reactivated_share": sum(c["reactivated"] for c in certificates) / dormant if dormant else 0.0,
-        "zero_reactivation_recovered": sum(bool(c["shows"]) and c["reactivated"] == 0 for c in certificates),
+        "zero_reactivation_recovered": sum(c["shows"] and c["held"] and c["reactivated"] == 0 for c in certificates),
         "steps_mean": fmean(r.search.steps for r in records if r.search is not None) if n else None,
     }
 
@@ -233,7 +251,7 @@ def decide(
     elif found["recovered"]:
         name, reasons = "RECOVERABLE", [_found_in_words(found)]
     else:
-        name, reasons = "NOT_RECOVERED_AT_BUDGET", [_not_found_in_words(found)]
+        name, reasons = "NOT_RECOVERED_AT_BUDGET", [_not_found_in_words(found), *_unmoved_in_words(records)]
     if name in ("RECOVERABLE", "NOT_RECOVERED_AT_BUDGET"):
         reasons += _drift_in_words(found)
     if name == "RECOVERABLE":
@@ -269,10 +287,36 @@ def _not_found_in_words(found: Mapping[str, Any]) -> str:
     )
 
 
+def _unmoved_in_words(records: Sequence[ExampleRecord]) -> list[str]:
+    """Where the search failed for want of anything to search."""
+    statuses = [r.search.status for r in records if r.search is not None]
+    closed, unmoved = (statuses.count(status.name) for status in (Status.NOTHING_ADMISSIBLE, Status.UNMOVED))
+    words = []
+    if closed:
+        words.append(
+            f"on {closed} of them nothing is admissible at all: the clamped features read every direction, which would "
+            "be so for any behavior"
+        )
+    if unmoved:
+        words.append(
+            f"on {unmoved} of them no admissible perturbation that was drawn, up to many times the budget, changes the "
+            "score: what the behavior depends on here is read by the clamped features"
+        )
+    return words
+
+
 def _drift_in_words(found: Mapping[str, Any]) -> list[str]:
     """What zero drift is worth here."""
+    moved = found["back_but_features_moved"]
+    notes = (
+        [f"on {moved} more the behavior is back, but clamped features moved; these are not counted"] if moved else []
+    )
     if found["below_threshold_share"] is None:
-        return ["features compete in this SAE (no fixed threshold): orthogonality does not imply that they stay put"]
+        return [
+            "features compete in this SAE (no fixed threshold), so orthogonality does not pin them: they drifted by "
+            f"{found['drift_mean']:.2g} on average and {found['drift_max']:.2g} at most",
+            *notes,
+        ]
     shift, share = found["preactivation_shift_max"], found["below_threshold_share"]
     words = f"the clamped features' pre-activations moved by at most {shift:.1e}"
     if share > 0.5:
@@ -280,4 +324,4 @@ def _drift_in_words(found: Mapping[str, Any]) -> list[str]:
             f"; {share:.0%} of them sit below their threshold (median margin {found['threshold_margin_median']:.2f}), "
             "where zero feature drift alone would show little"
         )
-    return [words]
+    return [words, *notes]

@@ -12,12 +12,13 @@ from torch.testing import assert_close
 
 from recover.activation import ReLU, TopK
 from recover.behavior import LogitDifference
-from recover.certify import Certificate, certify
+from recover.certify import Certificate, certify, constraint_residual
 from recover.clamp import Clamp, Defense, Floor, Scale, Set
 from recover.constraint import EncoderOrthogonal
 from recover.defended import Placement
 from recover.model import Model, Prompts
 from recover.sae import SAE, from_sae_lens
+from recover.subspace import NullSpace
 from recover.types import InputError, Site
 from tests.by_hand import Edits, clamped_forward, defense_of, sae_lens_sae
 from tests.models import D_MODEL, left_padded, plain_forward, plain_lm, tiny_lm, token_rows
@@ -76,6 +77,9 @@ def by_hand(
         decoded.append((b - a) @ sae.W_dec[chosen])
     a, b = torch.cat(z_def, dim=1), torch.cat(z_rec, dim=1)
     A = torch.cat([edit[0].W_enc[:, list(edit[1])] for edit in edits[first]], dim=1)
+    residual = (delta @ A).norm() / (A.norm() * delta.norm())
+    columns = [sae.W_enc[:, f].norm() for here in edits.values() for sae, chosen, *_ in here for f in chosen]
+    rounding = 1e-5 * max(columns) * (h_def.norm() + delta.norm())
     return {
         "shows": torch.tensor(slack > 0),
         "score": torch.tensor(slack),
@@ -84,13 +88,15 @@ def by_hand(
         "norm": delta.norm(),
         "relative_norm": delta.norm() / h_def.norm(),
         "displacement": (h_def - h).norm(),
-        "constraint_residual": (delta @ A).norm() / (A.norm() * delta.norm()),
+        "constraint_residual": residual,
         "preactivation_shift": torch.stack(shifts),
         "threshold_margin": torch.stack(margins),
         "drift": (b - a).norm(),
         "relative_drift": share((b - a).norm(), a.norm()),
         "decode_drift": torch.stack([part.norm() for part in decoded]).norm(),
         "clamp_floor_violation": share((a - b).clamp(min=0).norm(), a.norm()),
+        "rounding": rounding,
+        "held": (residual <= 1e-5) & (max(shifts) <= rounding) & ((b - a).norm() <= rounding),
         "dormant": (a <= 0).sum().float(),
         "reactivated": ((a <= 0) & (b > 0)).sum().float(),
     }
@@ -220,6 +226,7 @@ def test_features_that_compete_drift_under_an_orthogonal_delta() -> None:
         assert facts.preactivation_shift.abs().max() < 1e-4
         assert_close(facts.drift, h[example, clamped][None], **CLOSE)
         assert facts.threshold_margin.isnan().all()
+        assert not facts.held
         pointwise = replace(untouched.sae, activation=ReLU())
         facts = certify(
             Model(module),
@@ -229,6 +236,17 @@ def test_features_that_compete_drift_under_an_orthogonal_delta() -> None:
             delta,
         )
         assert facts.drift.item() < 1e-4
+        assert facts.held
+
+
+def test_a_forbidden_delta_that_is_too_short_to_move_anything_is_not_held() -> None:
+    """Of norm 2e-5, straight along what is read: shift and drift pass for rounding, the direction does not."""
+    delta = torch.zeros(4, 1, D_MODEL)
+    delta[:, 0, 3] = 2e-5
+    defense = Defense((Clamp(axis_sae(ReLU()), (3,), Set(5.0), only_active=False),))
+    facts = certify(Model(tiny_lm()), defense, left_padded(token_rows()), BEHAVIOR, delta)
+    assert (facts.preactivation_shift[:, 0] <= facts.rounding).all()
+    assert not facts.held.any()
 
 
 def test_zero_drift_far_below_threshold_does_not_hide_a_forbidden_delta() -> None:
@@ -243,6 +261,7 @@ def test_zero_drift_far_below_threshold_does_not_hide_a_forbidden_delta() -> Non
     assert_close(facts.preactivation_shift, torch.full((4, 1), 20.0), **CLOSE)
     assert_close(facts.constraint_residual, torch.ones(4))
     assert (facts.threshold_margin < -900).all()
+    assert not facts.held.any()
 
 
 def orthogonal_delta(defense: Defense, n_pos: int, size: float = 6.0) -> Tensor:
@@ -268,6 +287,7 @@ def test_before_and_after_the_clamp_are_one_state_under_c1_and_a_pointwise_sae(a
         assert facts.drift.max() < 1e-4
         assert facts.preactivation_shift.max() < 1e-4
         assert facts.constraint_residual.max() < 1e-6
+        assert facts.held.all()
     assert (after.slack - after.defended_slack).abs().max() > 0.1
 
 
@@ -345,3 +365,19 @@ def test_padding_is_not_clamped() -> None:
     alone = certify(Model(module), defense_of(edits), left_padded(rows).select(row), BEHAVIOR.select(row), delta[3:])
     assert isinstance(left_padded(rows).select(row), Prompts)
     assert_close(together.slack[3:], alone.slack, **CLOSE)
+
+
+def test_a_wrong_encoder_in_the_search_does_not_pass_the_certificate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Features far below their threshold show no drift, so only the constraint's own measure can tell."""
+    honest = Clamp.encoder.func  # type: ignore[attr-defined]
+
+    def off_by_one(clamp: Clamp) -> torch.Tensor:
+        return clamp.sae.W_enc[:, [feature - 1 for feature in clamp.features]]
+
+    sae = from_sae_lens(sae_lens_sae("standard"), site=Site(1))
+    clamp = Clamp(sae, (2, 7, 11), Set(-50.0))
+    wrong = NullSpace.of(off_by_one(clamp)).project(torch.randn(1, 1, sae.d_model))
+    right = NullSpace.of(honest(clamp)).project(torch.randn(1, 1, sae.d_model))
+    monkeypatch.setattr(Clamp, "encoder", property(off_by_one))
+    assert constraint_residual((clamp,), wrong).item() > 1e-3
+    assert constraint_residual((clamp,), right).item() < 1e-6

@@ -177,12 +177,15 @@ def test_a_constraint_that_was_not_kept_is_inconclusive(monkeypatch: pytest.Monk
     assert failed(verdict) == ["held"]
 
 
-def test_a_constraint_that_leaves_no_direction_is_inconclusive() -> None:
+def test_a_constraint_that_leaves_no_direction_is_an_answer_and_said() -> None:
     """The first half of the features already read every direction."""
     basis = Defense((Clamp(signed_basis(), range(D_MODEL), Set(5.0), only_active=False, positions="last"),))
-    verdict = run(defense=basis)
-    assert valid(verdict)["verdict"] == "INCONCLUSIVE"
-    assert failed(verdict) == ["gradient"]
+    store = Memory()
+    verdict = run(defense=basis, store=store)
+    assert valid(verdict)["verdict"] == "NOT_RECOVERED_AT_BUDGET"
+    assert any("nothing is admissible" in reason for reason in verdict.reasons)
+    assert {r.search.status for r in store.records.values() if r.search is not None} == {"NOTHING_ADMISSIBLE"}
+    assert not any(delta.any() for delta in store.deltas.values())
 
 
 class KilledError(Exception):

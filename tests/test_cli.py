@@ -327,6 +327,8 @@ GOOD = {"prompt": "Mary and John left and John gave the key to", "io": "Mary", "
         (["--bugdet", "5"], ["recover check: unknown argument '--bugdet', did you mean --budget?"]),
         (["--steps", "0"], ["search.steps", "greater than 0"]),
         (["--n", "0"], ["prompts.n"]),
+        (["--seed", "-1"], ["prompts.seed", "greater than or equal to 0"]),
+        (["--seed", str(2**64)], ["prompts.seed", "less than"]),
         (["--batch-size", "0"], ["batch_size: must be auto or a whole number from 1"]),
         (["--batch-size", "²"], ["batch_size"]),
         (["--features", "1,x"], ["--features '1,x'", "3,17,42"]),
@@ -689,7 +691,8 @@ def test_ctrl_c_is_told_in_one_line(child, resumes, tmp_path, write, late):
 def in_a_process(*arguments):
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", "recover", *map(str, arguments)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    root = Path(cli.__file__).parent.parent
+    return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False, timeout=300)
 
 
 def test_as_a_module_with_nothing_but_the_verdict_on_its_streams(root, finished, tmp_path):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from recover.activation import ReLU
-from recover.fit import measure_fit
+from recover.fit import measure_fit, next_token_loss
 from recover.model import Model
 from recover.sae import SAE, from_sae_lens
 from recover.types import Site
@@ -94,6 +94,11 @@ def test_loss_recovered_is_a_share_of_what_mean_ablation_costs(rank: int) -> Non
         assert_close(fit.l0, float(D_MODEL), atol=1e-6, rtol=0)
 
 
+def test_next_token_loss_is_the_mean_over_all_tokens_but_the_first() -> None:
+    module = tiny_lm()
+    assert next_token_loss(Model(module), [left_padded(ROWS)], {}) == pytest.approx(loss(module), rel=1e-5)
+
+
 def expected_variances(module: nn.Module, Q: Tensor) -> dict[str, float]:
     sites = [Site(layer) for layer in range(N_LAYERS)]
     return {site.hook_name: variance_explained(x := residuals(module, site), x @ Q @ Q.T) for site in sites}
@@ -141,3 +146,13 @@ def test_prompts_of_one_token_leave_nothing_to_measure() -> None:
     )
     assert fit.tokens == 0
     assert math.isnan(fit.explained_variance)
+
+
+def test_batches_do_not_change_the_fit() -> None:
+    module = tiny_lm("gpt2")
+    Q = torch.linalg.svd(residuals(module, Site(1)), full_matrices=False).Vh[:7].T
+    sae, prompts = signed_basis(Q, Site(1)), left_padded(ROWS)
+    whole, one_by_one = (measure_fit(Model(module), sae, Site(1), prompts, size) for size in (None, 1))
+    for name, value in vars(whole).items():
+        other = getattr(one_by_one, name)
+        assert other == (pytest.approx(value, rel=1e-4, abs=1e-5) if isinstance(value, float) else value)

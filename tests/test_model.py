@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
+from transformers import MambaConfig, MambaForCausalLM
 
 from recover.model import Model, Prompts, find_blocks
 from recover.types import InputError, Site
@@ -319,9 +320,31 @@ def test_a_width_that_the_configuration_does_not_tell_is_named() -> None:
 def test_batch_size_falls_with_memory_and_with_length(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Model(tiny_lm())
     short, long = left_padded(token_rows((4, 4))), left_padded(token_rows((40, 40)))
-    monkeypatch.setattr("recover.model.free_memory", lambda _: 10**12)
+    monkeypatch.setattr("recover.memory.free_memory", lambda _: 10**12)
     assert model.batch_size(long) == 64
-    monkeypatch.setattr("recover.model.free_memory", lambda _: 10**6)
+    monkeypatch.setattr("recover.memory.free_memory", lambda _: 10**6)
     assert 1 <= model.batch_size(long) < model.batch_size(short) <= 64
-    monkeypatch.setattr("recover.model.free_memory", lambda _: 10)
+    monkeypatch.setattr("recover.memory.free_memory", lambda _: 10)
     assert model.batch_size(long) == 1
+
+
+def test_a_recurrent_model_runs_one_whole_prompt_at_a_time() -> None:
+    """A state that is not keys and values cannot be held as a prefix, and would take in padding."""
+    torch.manual_seed(0)
+    module = MambaForCausalLM(MambaConfig(vocab_size=50, hidden_size=16, state_size=4, num_hidden_layers=3)).eval()
+    model, site = Model(module), Site(1)
+    prompts = left_padded([torch.tensor([3, 4, 5, 6, 7, 8])])
+    assert model.batch_size(left_padded(token_rows((4, 4)))) == 1
+    delta = torch.randn(1, 2, 16)
+    _, suffix = model.prefill(prompts, (site, model.run(prompts, read=[site]).residuals[site]), n_pos=2)
+    block = module.backbone.layers[site.index]
+
+    def add(_: nn.Module, arguments: tuple) -> tuple:
+        h = arguments[0].clone()
+        h[:, -2:] += delta
+        return (h, *arguments[1:])
+
+    handle = block.register_forward_pre_hook(add)
+    expected = module(prompts.ids).logits[:, -1]
+    handle.remove()
+    assert_close(suffix.logits(suffix.residual + delta), expected, rtol=1e-4, atol=1e-5)

@@ -65,6 +65,8 @@ FACTS: dict[str, Any] = {
     "relative_drift": 1e-6,
     "decode_drift": 2e-5,
     "clamp_floor_violation": 0.0,
+    "rounding": 1e-3,
+    "held": True,
     "dormant": 4.0,
     "reactivated": 1.0,
 }
@@ -75,8 +77,8 @@ def flip(name: str, *, status: str = "RECOVERED", slack: float = 0.5, **facts: A
     return ExampleRecord(name, 1.0, -1.0, SearchRecord(status, 3, 1.5, slack), certificate)
 
 
-def missed(name: str, **facts: Any) -> ExampleRecord:
-    return flip(name, status="EXHAUSTED", slack=-0.25, **facts)
+def missed(name: str, *, status: str = "EXHAUSTED", **facts: Any) -> ExampleRecord:
+    return flip(name, status=status, slack=-0.25, **facts)
 
 
 SHOWS_THROUGHOUT = ExampleRecord("a", 1.0, 0.5)
@@ -184,6 +186,10 @@ def test_no_valid_flip_makes_it_invalid() -> None:
         (missed("x"), None),
         (flip("x", status="NO_GRADIENT"), "gradient"),
         (flip("x", status="NON_FINITE"), "finite"),
+        (missed("x", status="MISLED"), "gradient"),
+        (missed("x", status="OUTDONE"), "gradient_free"),
+        (missed("x", status="UNMOVED"), None),
+        (missed("x", status="NOTHING_ADMISSIBLE"), None),
         (replace(flip("x"), search=SearchRecord("RECOVERED", 3, 1.5, 0.502)), "replay"),
         (replace(flip("x"), search=SearchRecord("RECOVERED", 3, 1.5, 0.4995)), None),
         (flip("x", slack=math.nan), "finite replay"),
@@ -222,7 +228,7 @@ def test_what_was_not_run_is_listed_and_not_passed() -> None:
         assert name in NOT_RUN
         assert gates[name] == {"name": name, "passed": None, "detail": "not run"}
     assert {name for name, gate in gates.items() if gate["passed"]} == {
-        "fit", "site", "valid_flips", "gradient", "finite", "replay", "held",
+        "fit", "site", "valid_flips", "gradient", "gradient_free", "finite", "replay", "held",
     }  # fmt: skip
 
 
@@ -293,6 +299,7 @@ def test_records_of_a_solution_and_a_certificate() -> None:
     one = torch.tensor([1.0, 2.0])
     columns: dict[str, torch.Tensor] = dict.fromkeys(FACTS, one) | {
         "shows": torch.tensor([True, False]),
+        "held": torch.tensor([True, False]),
         "preactivation_shift": torch.tensor([[0.5, 0.25], [1.0, 2.0]]),
         "threshold_margin": torch.tensor([[torch.nan, 1.0], [2.0, torch.inf]]),
     }
@@ -300,3 +307,23 @@ def test_records_of_a_solution_and_a_certificate() -> None:
     assert (first["shows"], first["drift"], first["threshold_margin"]) == (True, 1.0, [None, 1.0])
     assert (second["shows"], second["drift"], second["threshold_margin"]) == (False, 2.0, [2.0, None])
     assert second["preactivation_shift"] == [1.0, 2.0]
+
+
+def test_a_recovery_that_moved_clamped_features_does_not_count() -> None:
+    """Of three that are back, one moved a feature: two count, and the third is told apart."""
+    values = validated(conclude(flip("x"), flip("y"), flip("z", held=False, drift=0.7)))
+    assert values["verdict"] == "RECOVERABLE"
+    assert (values["recovery"]["recovered"], values["recovery"]["back_but_features_moved"]) == (2, 1)
+    assert any("on 1 more" in reason and "not counted" in reason for reason in values["reasons"])
+
+
+def test_a_search_that_only_ever_moved_clamped_features_is_inconclusive() -> None:
+    verdict = conclude(flip("x", held=False), missed("y"))
+    assert verdict.verdict == "INCONCLUSIVE"
+    assert failed(verdict) == ["held"]
+
+
+def test_what_the_replay_shows_without_a_delta_is_no_flip_to_recover() -> None:
+    """A half-precision model may call suppressed what the float32 replay does not."""
+    values = validated(conclude(flip("x"), flip("y", defended_slack=0.1), missed("z")))
+    assert (values["recovery"]["recovered"], values["recovery"]["searched"]) == (1, 2)

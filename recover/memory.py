@@ -1,0 +1,49 @@
+"""How many prompts fit into memory at once: a rough count from sizes, with half of what is free left over."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+MOST_AT_ONCE = 64
+"""Beyond so many nothing is gained, and an interrupted run would lose more."""
+BYTES = 4
+CGROUP = Path("/sys/fs/cgroup")
+
+
+def prompts_at_once(config: Any, *, n_layers: int, d_model: int, d_sae: int, pos: int, device: torch.device) -> int:
+    """The number of prompts for which the widest pass fits into half of the free memory; at least 1.
+
+    The widest pass is that of attribution, whose graph holds every position at every layer: about 14 times `d_model`,
+    6 times the feed-forward width and 3 attention maps a layer. Beside it come the logits of every position (for the
+    loss) and three tensors of SAE features.
+
+    Args:
+        config: the model's configuration; what it does not say is taken as usual.
+        n_layers: blocks of the model.
+        d_model: width of its residual stream.
+        d_sae: width of the SAE.
+        pos: positions of the longest prompt.
+        device: where the model is.
+    """
+    heads = getattr(config, "num_attention_heads", None) or 1
+    wide = getattr(config, "intermediate_size", None) or 4 * d_model
+    vocab = getattr(config, "vocab_size", None) or 0
+    graph = n_layers * pos * (14 * d_model + 6 * wide + 3 * heads * pos)
+    needed = BYTES * (max(graph, 2 * pos * vocab) + 3 * pos * d_sae)
+    return max(1, min(MOST_AT_ONCE, int(free_memory(device) / 2 / needed)))
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can be allocated on this device; within a container, what its limit leaves."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    free = int(psutil.virtual_memory().available)
+    try:
+        limit, used = ((CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        return min(free, int(limit) - int(used)) if limit != "max" else free
+    except (OSError, ValueError):
+        return free
