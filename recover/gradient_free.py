@@ -10,12 +10,14 @@ competition that is lost): the first is an answer, the second a failure. Values 
 2. *Walk*. Where some probe, of any length, reaches the goal, start there and come closer: find the edge on the ray
    to zero by bisection, estimate the edge's normal from which of many small steps stay across it, turn toward the
    normal, repeat (after HopSkipJump: Chen, Jordan and Wainwright 2020). What ends within the budget is a solution.
+   A probe within the budget that beats the search is first given to the search, as a place to begin.
 3. *Judge* what is still unsolved, example by example:
 
    `NOTHING_ADMISSIBLE`  the constraint leaves no direction
    `UNMOVED`             no probe of any length changed the slack by more than rounding, and neither did the search
    `NO_GRADIENT`         the gradient is zero, but probes do change it: the gradient hides something
-   `OUTDONE`             a probe within the budget is better than what the gradient search found
+   `OUTDONE`             a probe within the budget is better than what the search found, and a search from there is not
+                         better than the probe
    `MISLED`              slopes do not account for values: a small step along the gradient does not change the slack as
                          the gradient says; or the walk ended not far outside the budget, across a rise that would need
                          slopes several times as steep as any that the search met
@@ -35,8 +37,8 @@ import torch
 from einops import rearrange, repeat
 
 from recover.metrics import norm
-from recover.minimum import closer, edge
-from recover.search import ROUNDING, Delta, Feasible, Objective, Schedule, Solution, Status, scale_to
+from recover.minimum import OnSlack, closer, edge
+from recover.search import ROUNDING, Delta, Feasible, Objective, Schedule, Solution, Status, recover, scale_to
 from recover.types import Bool, Float, PerExample, Tensor
 
 ELEMENTS_AT_ONCE = 2**16
@@ -55,9 +57,9 @@ class Effort:
         around: small steps that estimate a normal.
     """
 
-    draws: int = 128
+    draws: int = 64
     rounds: int = 8
-    around: int = 128
+    around: int = 64
 
 
 def reexamined(
@@ -82,73 +84,73 @@ def reexamined(
         The same examples; no slack is lower than it was.
     """
     schedule, effort = schedule or Schedule(), effort or Effort()
-    open_ = (~solution.recovered & torch.isfinite(solution.slack).cpu()).nonzero().flatten().to(solution.slack.device)
-    if len(open_) == 0:
+    rows = (~solution.recovered & torch.isfinite(solution.slack).cpu()).nonzero().flatten()
+    if len(rows) == 0:
         return solution
-    part = objective.select(open_)
-    delta, slack = solution.delta[open_], solution.slack[open_]
+    at = rows.to(solution.slack.device)
+    part, delta, slack = objective.select(at), solution.delta[at], solution.slack[at]
+    status = [solution.status[row] for row in rows.tolist()]
     reach = budget if math.isfinite(budget) else 1.0
     directions = _directions(delta, feasible, effort.draws, schedule.seed)
     if directions is None:
-        return _judged(solution, open_.tolist(), delta, slack, [Status.NOTHING_ADMISSIBLE] * len(open_))
+        return _with(solution, at, delta, solution.score[at], slack, [Status.NOTHING_ADMISSIBLE] * len(rows))
 
     slopes = _slopes(part, delta, feasible)
     probes = _probe(part, directions, reach, slopes)
-    nearest = _nearest(probes, delta, schedule.goal, len(open_))
-    found = (norm(nearest) > 0).nonzero().flatten()
-    if len(found):
-        walked = _walk(part.select(found), nearest[found], feasible, budget, schedule, effort)
-        nearest = nearest.index_copy(0, found, walked)
-    near = norm(nearest)
-    solved = (near > 0) & (near <= budget)
+    moved = probes.moved | (slack > slopes.slack + probes.rounding)
+    lies = ~slopes.hold(part, reach)
 
     better, value = probes.best()
-    outdone = value > slack + torch.maximum(torch.full_like(slack, schedule.goal), 0.1 * (slack - slopes.slack))
-    rise = schedule.goal - slopes.slack
-    jump = (near > 0) & (near <= NEAR_MISS * reach) & (rise > STEEPER * slopes.steepest * near)
-    lies = ~slopes.hold(part, reach)
-    moved = probes.moved | (slack > slopes.slack + probes.rounding)
-    verdicts: list[Status] = []
-    for row, index in enumerate(open_.tolist()):
-        status = solution.status[index]
-        if solved[row]:
-            status = Status.RECOVERED
-        elif not moved[row]:
-            status = Status.UNMOVED
-        elif status is Status.NO_GRADIENT:
-            pass
-        elif outdone[row]:
-            status = Status.OUTDONE
-        elif jump[row] or lies[row]:
-            status = Status.MISLED
-        verdicts.append(status)
-    take = rearrange(outdone & ~solved, "batch -> batch 1 1")
-    delta = torch.where(take, better, delta)
-    delta = torch.where(rearrange(solved, "batch -> batch 1 1"), nearest, delta)
+    outdone = value > slack + _margin(slack, slopes.slack, schedule.goal)
+    if len(some := outdone.nonzero().flatten()):
+        # Where the probe is, a gradient may be of use.
+        again = recover(OnSlack(part.select(some)), better[some], feasible, budget, replace(schedule, restarts=0))
+        useful = again.slack > value[some] + _margin(again.slack, slopes.slack[some], schedule.goal)
+        delta, slack = delta.index_copy(0, some, again.delta), slack.index_copy(0, some, again.slack)
+        outdone = outdone.index_copy(0, some, ~useful)
+
+    near = torch.full_like(slack, torch.inf)
+    start = _nearest(probes, delta, schedule.goal)
+    if len(some := ((slack < schedule.goal) & (norm(start) > 0)).nonzero().flatten()):
+        walked = _walk(part.select(some), start[some], feasible, budget, schedule, effort)
+        walked = _inside(part.select(some), walked, budget, schedule.goal)
+        near = near.index_copy(0, some, norm(walked))
+        delta = delta.index_copy(0, some, torch.where((near[some] <= budget)[:, None, None], walked, delta[some]))
     with torch.no_grad():
-        _, now = part(delta)
-    changed = solved | outdone
-    return _judged(solution, open_.tolist(), delta, torch.where(changed, now, slack), verdicts, part)
+        score, slack = part(delta)
+    rise = schedule.goal - slopes.slack
+    jump = (near <= NEAR_MISS * reach) & (rise > STEEPER * slopes.steepest * near)
+    for row in range(len(rows)):
+        if slack[row] >= schedule.goal:
+            status[row] = Status.RECOVERED
+        elif not moved[row]:
+            status[row] = Status.UNMOVED
+        elif status[row] is not Status.NO_GRADIENT and outdone[row]:
+            status[row] = Status.OUTDONE
+        elif status[row] is not Status.NO_GRADIENT and (jump[row] or lies[row]):
+            status[row] = Status.MISLED
+    return _with(solution, at, delta, score, slack, status)
 
 
-def _judged(
-    solution: Solution,
-    rows: list[int],
-    delta: Delta,
-    slack: PerExample,
-    status: list[Status],
-    objective: Objective | None = None,
+def _with(
+    solution: Solution, rows: Tensor, delta: Delta, score: PerExample, slack: PerExample, status: list[Status]
 ) -> Solution:
     """`solution` with these rows replaced."""
-    deltas, slacks, scores = solution.delta.clone(), solution.slack.clone(), solution.score.clone()
     statuses = list(solution.status)
-    deltas[rows], slacks[rows] = delta, slack
-    if objective is not None:
-        with torch.no_grad():
-            scores[rows] = objective(delta)[0]
-    for row, one in zip(rows, status, strict=True):
+    for row, one in zip(rows.tolist(), status, strict=True):
         statuses[row] = one
-    return replace(solution, delta=deltas, slack=slacks, score=scores, status=tuple(statuses))
+    return replace(
+        solution,
+        delta=solution.delta.index_copy(0, rows, delta),
+        score=solution.score.index_copy(0, rows, score),
+        slack=solution.slack.index_copy(0, rows, slack),
+        status=tuple(statuses),
+    )
+
+
+def _margin(slack: PerExample, start: PerExample, goal: float) -> PerExample:
+    """By how much one slack must be above another to count as better: a tenth of what was gained, the goal at least."""
+    return (0.1 * (slack - start)).clamp(min=goal)
 
 
 def _directions(like: Delta, feasible: Feasible, draws: int, seed: int) -> Tensor | None:
@@ -171,16 +173,17 @@ class _Slopes:
     steepest: PerExample
 
     def hold(self, objective: Objective, reach: float) -> Bool[Tensor, "batch"]:
-        """Whether small steps along the gradient and back change the slack about as it says; true where it is zero."""
+        """Whether a small step along the gradient, or back, changes the slack about as it says; or it is zero."""
         length = norm(self.gradient)
         agrees = length == 0
         for share in (0.1, 0.01, 0.001):
             step = scale_to(self.gradient, share * reach)
             with torch.no_grad():
-                change = objective(step)[1] - objective(-step)[1]
-            predicted = 2 * share * reach * length
-            unseen = predicted <= 1e-4 * (1 + self.slack.abs())
-            agrees = agrees | unseen | ((change - predicted).abs() <= 0.5 * predicted)
+                ahead, behind = objective(step)[1] - self.slack, self.slack - objective(-step)[1]
+            predicted = share * reach * length
+            agrees = agrees | (predicted <= 1e-4 * (1 + self.slack.abs()))
+            for change in (ahead, behind):  # at a kink the gradient is that of one side
+                agrees = agrees | ((change - predicted).abs() <= 0.5 * predicted)
         return agrees
 
 
@@ -234,13 +237,22 @@ def _probe(objective: Objective, directions: Tensor, reach: float, slopes: _Slop
     return _Probes(deltas, slacks, moved, rounding)
 
 
-def _nearest(probes: _Probes, like: Delta, goal: float, batch: int) -> Delta:
+def _nearest(probes: _Probes, like: Delta, goal: float) -> Delta:
     """For each example the shortest probe that reaches the goal; zero where none does."""
     nearest = torch.zeros_like(like)
     for deltas, slacks in reversed(list(zip(probes.deltas, probes.slacks, strict=True))):
         value, index = slacks.max(dim=1)
         nearest = torch.where(rearrange(value >= goal, "batch -> batch 1 1"), deltas[index], nearest)
     return nearest
+
+
+def _inside(objective: Objective, delta: Delta, budget: float, goal: float) -> Delta:
+    """A point on an edge, moved a little further from it where the budget allows: a step must survive rounding."""
+    length = norm(delta)
+    further = scale_to(delta, torch.minimum(length * 1.01, (length + budget) / 2).where(length < budget, length))
+    with torch.no_grad():
+        _, slack = objective(further)
+    return torch.where(rearrange(slack >= goal, "batch -> batch 1 1"), further, delta)
 
 
 def _walk(
@@ -253,7 +265,8 @@ def _walk(
     normal = torch.zeros_like(start)
     for turn in range(effort.rounds):
         length = norm(here)
-        if bool((length <= budget).all()) or (turn > 3 and bool((length > 4 * budget).all())):
+        going = (length > budget) & ((length <= 4 * budget) if turn > 3 else True)
+        if not bool(going.any()):
             break
         radius = 0.3 * length / 2 ** (turn % 3)
         spin = steps.roll(7 * turn, dims=-1) if turn else steps
@@ -262,7 +275,8 @@ def _walk(
         across = torch.where(_values(objective, around) >= goal, 1.0, -1.0).to(start)
         weights = across - across.mean(dim=1, keepdim=True)
         normal = normal + torch.tensordot(weights, spin, dims=1)
-        here = edge(objective, closer(objective, here, normal, goal), goal)
+        turned = edge(objective, closer(objective, here, normal, goal), goal)
+        here = torch.where(rearrange(going, "batch -> batch 1 1"), turned, here)
     return here
 
 

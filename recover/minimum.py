@@ -65,26 +65,29 @@ def smallest_norm(
     goal = MARGIN * slack.abs()
     here, reached = torch.zeros_like(start), torch.zeros_like(slack, dtype=torch.bool)
     # A behavior's score and its slack lead to different places, and without a budget one of them may lead nowhere.
-    for rising in (objective, _Slack(objective)):
+    for rising in (objective, OnSlack(objective)):
         found = recover(rising, start, feasible, float("inf"), schedule)
         there, here_too = edge(objective, found.delta, goal), found.slack >= goal
         better = here_too & (~reached | (norm(there) < norm(here)))
         here, reached = torch.where(rearrange(better, "batch -> batch 1 1"), there, here), reached | here_too
+    going = reached
     for _ in range(rounds):
         leaf = here.detach().requires_grad_(True)
         _, value = objective(leaf)
         (gradient,) = torch.autograd.grad(value.sum(), leaf)
         before = norm(here)
-        here = edge(objective, closer(objective, here, feasible.project(gradient), goal), goal)
-        if bool((norm(here) > before * (1 - MARGIN))[reached].all()):
+        turned = edge(objective, closer(objective, here, feasible.project(gradient), goal), goal)
+        here = torch.where(rearrange(going, "batch -> batch 1 1"), turned, here)
+        going = going & (norm(here) <= before * (1 - MARGIN))
+        if not bool(going.any()):
             break
     here = torch.where(rearrange(reached & (slack <= 0), "batch -> batch 1 1"), here, 0.0)
-    return Minimum(here, torch.where(slack > 0, 0.0, torch.where(reached, norm(here), torch.inf)))
+    return Minimum(here, torch.where(reached, norm(here), torch.inf))
 
 
 @dataclass(frozen=True, eq=False)
-class _Slack:
-    """An objective whose score is its slack."""
+class OnSlack:
+    """An objective whose score is its slack: what is raised is the predicate itself."""
 
     of: Objective
 
@@ -92,8 +95,8 @@ class _Slack:
         _, slack = self.of(delta)
         return slack, slack
 
-    def select(self, rows: Tensor) -> _Slack:
-        return _Slack(self.of.select(rows))
+    def select(self, rows: Tensor) -> OnSlack:
+        return OnSlack(self.of.select(rows))
 
 
 def edge(objective: Objective, outer: Delta, goal: float | PerExample, halvings: int = 16) -> Delta:

@@ -275,9 +275,15 @@ def _found_in_words(found: Mapping[str, Any]) -> str:
     return (
         f"with the clamp held, a perturbation of norm at most {found['budget']:g} brings the behavior back on "
         f"{found['recovered']} of {found['searched']} valid flips ({found['rate']:.0%}; 95% interval {low:.0%} to "
-        f"{high:.0%}); its mean norm is {found['norm_mean']:.1f}, {found['relative_norm_mean']:.1%} of the residual's, "
-        f"and the clamp itself moves the residual by {found['clamp_displacement_mean']:.1f}"
+        f"{high:.0%}); its mean norm is {_figure(found['norm_mean'], '.1f')}, "
+        f"{_figure(found['relative_norm_mean'], '.1%')} of the residual's, "
+        f"and the clamp itself moves the residual by {_figure(found['clamp_displacement_mean'], '.1f')}"
     )
+
+
+def _figure(value: float | None, form: str) -> str:
+    """A number in words; a share of a residual that the clamp made zero is none."""
+    return "an infinite part" if value is None else format(value, form)
 
 
 def _not_found_in_words(found: Mapping[str, Any]) -> str:

@@ -26,7 +26,7 @@ def write(mode: Mode, z: Tensor) -> Tensor:
         case Scale(factor):
             return z * factor
         case Floor(value):
-            return torch.maximum(z, torch.tensor(float(value)))
+            return torch.maximum(z, torch.tensor(value, dtype=z.dtype))
 
 
 def clamped(h: Tensor, edits: list[Edit], skip_first: int = 0) -> Tensor:

@@ -137,7 +137,7 @@ def test_a_whole_check(recover, root, tmp_path):
     assert {(delta.dtype, delta.shape) for delta in deltas.values()} == {(torch.float32, (1, tiny.D_MODEL))}
     for row in flips:
         assert deltas[row["id"]].norm() == pytest.approx(row["certificate"]["norm"], rel=1e-6)
-        assert row["certificate"]["norm"] <= 20
+        assert row["certificate"]["norm"] <= 100
 
     assert load_config(out / CONFIG) == load_config(root / "defense.yaml", {"batch_size": BATCH})
 
@@ -397,7 +397,7 @@ def test_bad_prompt_files(recover, tmp_path, text, parts):
     ("old", "new", "parts"),
     [
         ("search:", "serach:", ["serach: unknown key; did you mean 'search'?"]),
-        ("budget: 20.0", "budget: .nan", ["search.budget", "finite"]),
+        ("budget: 100.0", "budget: .nan", ["search.budget", "finite"]),
         ("mode: set", "mode: [", ["line ", "not valid YAML"]),
         ("task: ioi", "task: ioi\ntask: ioi", ["given twice"]),
         ("task: ioi\n", "", ["task: this key is required"]),
@@ -470,7 +470,7 @@ def test_out_with_files_of_others_is_left_as_it_is(recover, tmp_path, monkeypatc
 @pytest.mark.parametrize(
     ("flags", "difference"),
     [
-        (["--budget", "5"], "search.budget is 20.0 there and 5.0 here"),
+        (["--budget", "5"], "search.budget is 100.0 there and 5.0 here"),
         (["--features", "0,1,2,3,4,9"], "clamps[0].features[5] is 5 there and 9 here"),
         (["--features", "1"], "clamps[0].features is "),
         (["--n", "41"], "prompts.n is 40 there and 41 here"),

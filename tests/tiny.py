@@ -7,7 +7,8 @@
   of Q. The full one is exact at every site; one of the first half is exact at the embedding alone.
 
 A random model answers at chance, so about half of the prompts show the behavior at base, and setting a few features
-to a large value makes every prompt alike, so about half of these lose it.
+to a large value makes every prompt alike, so about half of these lose it. The budget brings all of them back: what is
+not found soon is looked for long.
 """
 
 from __future__ import annotations
@@ -99,7 +100,7 @@ def configuration(folder: Path, **changes: Any) -> dict[str, Any]:
         ],
         "task": "ioi",
         "prompts": {"n": 40, "seed": 0},
-        "search": {"budget": 20.0, "steps": 20},
+        "search": {"budget": 100.0, "steps": 20},
         "device": "cpu",
     }
     for key, value in changes.items():

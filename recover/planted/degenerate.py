@@ -1,0 +1,153 @@
+"""Kind 9: clamped features whose encoder directions are not what a linear algebra textbook would like.
+
+The world is that of kind 2 with `y_j = a_j + gamma b_j`, `b_j` in the error (see `routes`), logits increasing in `y`.
+What is clamped beside the answers' features changes the space `B` that a delta must be orthogonal to, or does not:
+
+=============  ======================================================================================  ==============
+variant        clamped as well                                                                         span of `B`
+=============  ======================================================================================  ==============
+`duplicate`    a twin of each answer's feature: same encoder, and each of the two half of the decoder  unchanged
+`dependent`    dead features that read sums of the answers' features                                   unchanged
+`zero`         a dead feature with a zero encoder column                                               unchanged
+`all`          every feature there is; dead ones read combinations of live ones                        all live duals
+`one`          nothing: one answer, one feature, against a token `none` of logit 0                     `w_1`
+`full`         every feature there is; dead ones read every direction: `k >= d_model`, rank `d_model`  everything
+=============  ======================================================================================  ==============
+
+A dead feature is not active, so that the clamp (of active features) leaves it alone. Twins have the same activation,
+and half of the decoder each, so together they are the feature. So the slack after the clamp is that of kind 2,
+`s + gamma beta`, and the smallest norm `-(s + gamma beta) / (gamma ||P_B (v_t - v_o)||)` (with `v_t` alone for `one`),
+and in `full` there is no admissible delta but zero: infinite. `one` is drawn with a bypass, or (gamma = 0) without one:
+infinite.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from recover.activation import JumpReLU
+from recover.behavior import LogitDifference
+from recover.clamp import Clamp, Defense, Set
+from recover.planted.meaning import WithNone
+from recover.planted.network import Monotone, network
+from recover.planted.world import DEAD, SITE, THRESHOLD, Atoms, Draw, Planted, answers, distance, examples
+from recover.sae import SAE
+from recover.subspace import NullSpace
+from recover.types import Tensor
+
+VARIANTS = ("duplicate", "dependent", "zero", "all", "one", "full")
+
+
+def degenerate_geometry(
+    seed: int,
+    *,
+    d_model: int = 20,
+    n_answers: int = 4,
+    n_context: int = 5,
+    n_dead: int = 6,
+    n_prompts: int = 10,
+    length: int = 4,
+    vocab: int = 0,
+    depth: int = 1,
+    variant: str | None = None,
+) -> Planted:
+    """Kind 9; the variant goes by the seed. Needs `d_model >= 2 n_answers + n_context` and `n_dead >= 1`."""
+    draw = Draw(seed)
+    variant = variant or VARIANTS[seed % len(VARIANTS)]
+    if variant == "one":
+        n_answers = 1
+    features = n_answers + n_context
+    atoms = Atoms.draw(draw, features + n_answers, d_model)
+    W, T = atoms.W[:, :features], atoms.T[:features]
+    answer = list(range(n_answers))
+    dead = {
+        "dependent": lambda: W[:, :n_answers] @ draw.normal(n_answers, n_dead),
+        "zero": lambda: torch.zeros(d_model, n_dead, dtype=torch.float64),
+        "all": lambda: W @ draw.normal(features, n_dead),
+        "full": lambda: draw.normal(d_model, d_model + n_dead),
+    }.get(variant, lambda: draw.normal(d_model, n_dead))()
+    clamped_too: list[int] = []
+    span = W[:, :n_answers]
+    first_dead = features
+    if variant == "duplicate":
+        T = torch.cat([T[:n_answers] / 2, T[n_answers:], T[:n_answers] / 2])
+        W = torch.cat([W, W[:, :n_answers]], dim=1)
+        clamped_too, first_dead = list(range(features, features + n_answers)), features + n_answers
+    elif variant in ("dependent", "zero"):
+        clamped_too = list(range(features, features + n_dead))
+    elif variant in ("all", "full"):
+        clamped_too = list(range(n_answers, features + dead.shape[1]))
+        span = W if variant == "all" else torch.eye(d_model, dtype=torch.float64)
+    sae, where = _sae(draw, T, W, dead, first_dead)
+
+    if variant == "one":
+        target, other = torch.zeros(n_prompts, dtype=torch.long), torch.ones(n_prompts, dtype=torch.long)
+        gamma = draw.number(0.5, 2.0) * (draw.below(3) > 0)
+        f: nn.Module = WithNone(0.0)
+    else:
+        target, other = answers(draw, n_prompts, n_answers)
+        gamma = draw.number(0.5, 2.0)
+        f = Monotone(Monotone.NAMES[draw.below(len(Monotone.NAMES))])
+    rows = torch.arange(n_prompts)
+    value = -draw.number(1.5, 3.0)
+    beta = draw.uniform(0.1, 0.4, n_prompts)
+    codes = torch.zeros(n_prompts, features + n_answers, dtype=torch.float64)
+    codes[rows, target] = draw.uniform(2.0, 4.0, n_prompts)
+    codes[rows, features + target] = beta
+    on = draw.coins(n_prompts, n_context)
+    codes[:, n_answers:features] = draw.uniform(1.0, 3.0, n_prompts, n_context) * on
+
+    copies = atoms.W[:, features:]
+    model, prompts = network(
+        draw,
+        atoms,
+        codes,
+        range(n_answers, features),
+        atoms.W[:, :n_answers] + gamma * copies,
+        f,
+        n_out=max(n_answers, 2),
+        vocab=vocab,
+        length=length,
+        depth=depth,
+    )
+    reachable = gamma > 0 and variant != "full"
+    v = copies[:, target] - (copies[:, other] if n_answers > 1 else 0.0)
+    smallest = torch.full((n_prompts,), torch.inf, dtype=torch.float64)
+    if reachable:
+        smallest = distance(value + gamma * beta, gamma * v.T, span)
+    clamp = Clamp(sae, where[answer + clamped_too].tolist(), Set(value), only_active=True)
+    return Planted(
+        name="degenerate_geometry",
+        model=model,
+        defense=Defense((clamp,)),
+        examples=examples(prompts, LogitDifference(target, other)),
+        budget=(float(smallest.max()) if reachable else 10.0) * draw.number(1.3, 2.0),
+        expected=("RECOVERABLE" if reachable else "NOT_RECOVERED_AT_BUDGET",),
+        specific=None,
+        smallest_norm=smallest.float(),
+        bypass="error" if reachable else None,
+        admissible=NullSpace.of(span),
+        variant=variant,
+    )
+
+
+def _sae(draw: Draw, T: Tensor, W: Tensor, dead: Tensor, live: int) -> tuple[SAE, Tensor]:
+    """A jumprelu SAE of the features `T`, `W` and of dead ones that read `dead`, shuffled; and where each one went."""
+    n = live + dead.shape[1]
+    rows = torch.cat([T, draw.normal(dead.shape[1], T.shape[1]) / T.shape[1] ** 0.5])
+    columns = torch.cat([W, dead], dim=1)
+    shift = torch.zeros(n)
+    shift[live:] = -DEAD
+    order = draw.order(n)
+    sae = SAE(
+        columns[:, order].float().contiguous(),
+        shift[order],
+        rows[order].float().contiguous(),
+        torch.zeros(T.shape[1]),
+        JumpReLU(torch.full((n,), THRESHOLD)),
+        SITE,
+        "jumprelu",
+        "0" * 64,
+    )
+    return sae, order.argsort()

@@ -1,0 +1,270 @@
+"""Kinds 4, 5 and 8: all three are recoverable, and only one of them says anything about the behavior.
+
+The behavior: the answer is the likeliest of all answers and of a token `none`, whose logit is constant. Chance is one
+in the number of answers.
+
+**Kind 4, write-only.** Atoms: a clamped feature `a_j` for each answer, context features, and outside the dictionary, at
+right angles to all of these, one direction `b_j` for each answer along which no prompt has anything. Logits
+`y_j = a_j + gamma b_j`, `none` 0. The clamp sets *every* `a_j` to `-v`, active or not, so the defended state is the
+same whatever the answer was: the information is gone. Yet `delta = (v / gamma) b_j` lifts `y_j` to that of `none`, for
+the right answer and for any other at the same cost: the smallest norm is `v / gamma` for every target (raising `y_t` by
+`v` is needed, and `b_t`, a unit vector orthogonal to all that is held, is the shortest way). One shared delta moves
+every prompt's logits alike, so it gives all prompts the same answer: right for its share of them. Not specific.
+
+**Kinds 5 and 8, a closed gate.** Every prompt carries its answer in a copy `b_t >= 3` (a feature, not clamped), read as
+
+    y_j = clip(b_j, -1, 1) - RHO relu(TAU - m),    none = 0
+
+where `m` is the gate. At base `m >= TAU`. The clamp turns the `K` gate features `g` down to `s_k` and closes it.
+As the first term cannot exceed 1, the behavior needs `RHO (TAU - m) < 1`, that is a rise of `m` by more than
+`needed = TAU - 1 / RHO - m_def`; and that is enough where the copies stay clipped. With `m = m_def + u . delta` the
+smallest norm is `needed / ||P u||`, along `P u`, the same direction for every prompt: the longest of these deltas
+recovers every prompt, with each its own answer. Another answer would need a copy to be taken down and another raised.
+
+*Kind 5, shared route:* `m = mean_k g_k + gamma x`, with `x` an atom (in the error or a feature) at right angles to the
+gate features' encoder and decoder directions, which span the same space. `P u = gamma x`, under C1 and under C1+ alike.
+What the clamp wrote lies in that space, so undoing it moves `m` by nothing that is admissible. The mechanism survives;
+one delta opens it for prompts never seen. Specific.
+
+*Kind 8, undone clamp:* the decoder of gate feature `k` is `t_k + KAPPA phi_k`, with `phi_k` orthonormal directions
+that no encoder sees. Residuals hold `KAPPA g_k` along `phi_k`, so the SAE is exact, and the clamp, writing along the
+decoder, takes `phi_k` down with `g_k`. The gate reads `m = mean_k phi_k / KAPPA`, so `u = sum_k phi_k / (K KAPPA)`.
+Under C1 `P u = u`. Orthogonal to the decoders as well (C1+) `phi_k . delta = (d_k - t_k) . delta / KAPPA = 0`, as `t_k`
+is in the span of the gate features' encoders: nothing admissible moves `m`, and behind a closed gate no answer can pass
+`none`. The only way back is to cancel what the clamp wrote. In the variant `answers` there is no gate: feature `a_j` of
+answer `j` has the decoder `t_j + KAPPA phi_j`, the logits are `phi_j / KAPPA`, `none` is 1; the clamp leaves
+`phi_t / KAPPA = s`, and the smallest norm is `KAPPA (1 - s)`. Not specific.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import nn
+
+from recover.behavior import ChoiceMargin
+from recover.clamp import Clamp, Defense, Mode, Scale, Set
+from recover.planted.network import network
+from recover.planted.world import Atoms, Draw, Planted, answers, blocks, clamped, context_codes, examples, planted_sae
+from recover.subspace import NullSpace
+from recover.types import Tensor
+
+TAU, RHO, KAPPA = 1.0, 1.0, 0.7
+
+
+class WithNone(nn.Module):
+    """The coordinates as they are, and a constant logit for the token `none`."""
+
+    def __init__(self, none: float) -> None:
+        super().__init__()
+        self.none = none
+
+    def forward(self, y: Tensor) -> Tensor:
+        return torch.cat([y, torch.full_like(y[..., :1], self.none)], dim=-1)
+
+
+class Gated(nn.Module):
+    """`clip(b_j, -1, 1) - RHO relu(TAU - m)` for each answer, and 0; `m` is the last coordinate."""
+
+    def forward(self, y: Tensor) -> Tensor:
+        closed = RHO * torch.relu(TAU - y[..., -1:])
+        return torch.cat([y[..., :-1].clamp(-1, 1) - closed, torch.zeros_like(closed)], dim=-1)
+
+
+def write_only(
+    seed: int,
+    *,
+    d_model: int = 32,
+    n_answers: int = 6,
+    n_context: int = 6,
+    d_sae: int = 48,
+    n_prompts: int = 24,
+    length: int = 4,
+    vocab: int = 0,
+    depth: int = 1,
+) -> Planted:
+    """Kind 4. Needs `d_model >= 2 n_answers + n_context`."""
+    draw = Draw(seed)
+    features = n_answers + n_context
+    T = blocks(draw, d_model, [features, n_answers], spread=[0.4, 0.0])
+    atoms = Atoms.of(T)
+    target, _ = answers(draw, n_prompts, n_answers)
+    codes = context_codes(draw, n_prompts, len(T), range(n_answers, features))
+    codes[torch.arange(n_prompts), target] = draw.uniform(2.0, 4.0, n_prompts)
+    gamma, v = draw.number(0.5, 2.0), draw.number(1.0, 3.0)
+    sae, where = planted_sae(draw, atoms.T[:features], atoms.W[:, :features], d_sae)
+    model, prompts = network(
+        draw,
+        atoms,
+        codes,
+        range(n_answers, features),
+        atoms.W[:, :n_answers] + gamma * atoms.W[:, features:],
+        WithNone(0.0),
+        n_out=n_answers + 1,
+        vocab=vocab,
+        length=length,
+        depth=depth,
+    )
+    clamp = Clamp(sae, where[:n_answers].tolist(), Set(-v), only_active=False)
+    return Planted(
+        name="write_only",
+        model=model,
+        defense=Defense((clamp,), skip_first=draw.below(2)),
+        examples=examples(prompts, likeliest(target, n_answers + 1)),
+        budget=v / gamma * draw.number(1.3, 2.0),
+        expected=("RECOVERABLE",),
+        specific=False,
+        smallest_norm=torch.full((n_prompts,), v / gamma),
+        bypass="error",
+        admissible=NullSpace.of(atoms.W[:, :n_answers]),
+    )
+
+
+def shared_route(
+    seed: int,
+    *,
+    d_model: int = 48,
+    n_answers: int = 6,
+    n_context: int = 6,
+    d_sae: int = 64,
+    n_prompts: int = 24,
+    k: int = 4,
+    length: int = 4,
+    vocab: int = 0,
+    depth: int = 1,
+) -> Planted:
+    """Kind 5. Needs `d_model > k + n_answers + n_context`."""
+    draw = Draw(seed)
+    variant: Literal["error", "features"] = "features" if draw.below(2) else "error"
+    gamma = draw.number(0.5, 1.5)
+    route = k + n_context + n_answers
+    T = blocks(draw, d_model, [k, n_context + n_answers, 1], spread=[0.4, 0.4, 0.0])
+    atoms = Atoms.of(T)
+    known = len(T) if variant == "features" else route
+    codes, target = _gated_codes(draw, n_prompts, len(T), k, n_context, n_answers)
+    codes[:, route] = draw.uniform(0.3, 0.6, n_prompts)
+    mode, architecture = _closing(draw)
+    after = clamped(codes[:, :k], mode, architecture, only_active=True)
+    sae, where = planted_sae(draw, T[:known], atoms.W[:, :known], d_sae, architecture=architecture)
+    gate = atoms.W[:, :k].mean(dim=1) + gamma * atoms.W[:, route]
+    needed = TAU - 1 / RHO - after.mean(dim=1) - gamma * codes[:, route]
+    model, prompts = network(
+        draw,
+        atoms,
+        codes,
+        range(k, k + n_context),
+        torch.cat([atoms.W[:, k + n_context : route], gate[:, None]], dim=1),
+        Gated(),
+        n_out=n_answers + 1,
+        vocab=vocab,
+        length=length,
+        depth=depth,
+    )
+    smallest = needed / gamma
+    return Planted(
+        name="shared_route",
+        model=model,
+        defense=Defense((Clamp(sae, where[:k].tolist(), mode, only_active=True),), skip_first=draw.below(2)),
+        examples=examples(prompts, likeliest(target, n_answers + 1)),
+        budget=float(smallest.max()) * draw.number(1.3, 1.6),
+        expected=("RECOVERABLE",),
+        specific=True,
+        smallest_norm=smallest.float(),
+        bypass=variant,
+        admissible=NullSpace.of(atoms.W[:, :k]),
+        shared=(1.1 * smallest.max() * T[route]).float()[None],
+        variant=variant,
+    )
+
+
+def undone_clamp(
+    seed: int,
+    *,
+    d_model: int = 48,
+    n_answers: int = 6,
+    n_context: int = 6,
+    d_sae: int = 64,
+    n_prompts: int = 24,
+    k: int = 4,
+    length: int = 4,
+    vocab: int = 0,
+    depth: int = 1,
+) -> Planted:
+    """Kind 8. Needs `d_model >= 2 k + n_answers + n_context`, or `2 n_answers + n_context` in the variant `answers`."""
+    draw = Draw(seed)
+    gated = draw.below(3) > 0
+    k = k if gated else n_answers
+    copies = n_answers if gated else 0
+    unseen = k + n_context + copies
+    T = blocks(draw, d_model, [k, n_context + copies, k], spread=[0.4, 0.4, 0.0])
+    atoms = Atoms.of(T)
+    phi = atoms.T[unseen:]
+    mode, architecture = _closing(draw)
+    if gated:
+        codes, target = _gated_codes(draw, n_prompts, len(T), k, n_context, n_answers)
+    else:
+        target, _ = answers(draw, n_prompts, n_answers)
+        codes = context_codes(draw, n_prompts, len(T), range(k, k + n_context))
+        codes[torch.arange(n_prompts), target] = draw.uniform(2.0, 4.0, n_prompts)
+    codes[:, unseen:] = KAPPA * codes[:, :k]
+    after = clamped(codes[:, :k], mode, architecture, only_active=True)
+    decoders = torch.cat([T[:k] + KAPPA * phi, T[k:unseen]])
+    sae, where = planted_sae(draw, decoders, atoms.W[:, :unseen], d_sae, architecture=architecture)
+    f: nn.Module
+    if gated:
+        U = torch.cat([atoms.W[:, k + n_context : unseen], phi.mean(dim=0)[:, None] / KAPPA], dim=1)
+        f, u = Gated(), phi.mean(dim=0).expand(n_prompts, -1) / KAPPA
+        smallest = (TAU - 1 / RHO - after.mean(dim=1)) / u.norm(dim=1)
+        shared = 1.1 * float(smallest.max()) * u[:1] / u[0].norm()
+    else:
+        U, f, shared = phi.T / KAPPA, WithNone(1.0), None
+        smallest = KAPPA * (1 - after[torch.arange(n_prompts), target])
+    model, prompts = network(
+        draw,
+        atoms,
+        codes,
+        range(k, k + n_context),
+        U,
+        f,
+        n_out=n_answers + 1,
+        vocab=vocab,
+        length=length,
+        depth=depth,
+    )
+    return Planted(
+        name="undone_clamp",
+        model=model,
+        defense=Defense((Clamp(sae, where[:k].tolist(), mode, only_active=True),), skip_first=draw.below(2)),
+        examples=examples(prompts, likeliest(target, n_answers + 1)),
+        budget=float(smallest.max()) * draw.number(1.3, 1.6),
+        expected=("RECOVERABLE",),
+        specific=False,
+        smallest_norm=smallest.float(),
+        bypass="error",
+        admissible=NullSpace.of(atoms.W[:, :k]),
+        shared=None if shared is None else shared.float(),
+        variant="gate" if gated else "answers",
+    )
+
+
+def likeliest(target: Tensor, n_tokens: int) -> ChoiceMargin:
+    """The target against all other tokens below `n_tokens`."""
+    others = [[token for token in range(n_tokens) if token != one] for one in target.tolist()]
+    return ChoiceMargin(target, torch.tensor(others))
+
+
+def _gated_codes(draw: Draw, batch: int, n: int, k: int, n_context: int, n_answers: int) -> tuple[Tensor, Tensor]:
+    """Every gate feature active, the copy of the answer at 3 or more; and the answers."""
+    target, _ = answers(draw, batch, n_answers)
+    codes = context_codes(draw, batch, n, range(k, k + n_context))
+    codes[:, :k] = draw.uniform(2.0, 4.0, batch, k)
+    codes[torch.arange(batch), k + n_context + target] = draw.uniform(3.0, 4.0, batch)
+    return codes, target
+
+
+def _closing(draw: Draw) -> tuple[Mode, Literal["jumprelu", "standard"]]:
+    """A clamp that leaves active features at -1 or less, and the architecture of the SAE."""
+    architecture: Literal["jumprelu", "standard"] = "jumprelu" if draw.below(2) else "standard"
+    mode: Mode = Set(-draw.number(2.0, 3.0)) if draw.below(2) else Scale(-draw.number(0.8, 1.2))
+    return mode, architecture

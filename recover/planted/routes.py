@@ -1,0 +1,219 @@
+"""Kinds 1 to 3: the readout reads the clamped features, and a copy that lies nowhere, in the error, or in features.
+
+Atoms: `a_j`, one clamped feature for each answer `j`; `b_j`, a copy of each; context features. Example `i` with answer
+`t` has `a_t = alpha_i`, `a_j = 0` elsewhere. The logits are `f(y)` with
+
+    kind 1    y_j = a_j                     f any function: linear plus a bounded random network
+    kind 2    y_j = a_j + gamma b_j         `b_j` an atom outside the dictionary: the SAE's error
+    kind 3    y_j = a_j + gamma b_j         `b_j` a feature that is not clamped
+
+and the behavior is `logit_t > logit_o`. The clamp makes `a_t` negative: `a_t = s`.
+
+*Kind 1.* `y_j = w_j . h` with `w_j` the encoder column of a clamped feature, so `w_j . delta = 0` for every admissible
+delta: `y`, and with it every logit, stays as it is, at any budget and for any `f`. No norm suffices. The clamped slack
+is at most `s + 2 SWING < 0`, the slack at base at least `alpha - 2 SWING > 0`.
+
+*Kinds 2 and 3.* `f` is the same strictly increasing function for every answer, so the behavior shows exactly if
+`y_t > y_o`, and `y_t - y_o = s + gamma (b_t - b_o) + u . delta` with `u = gamma (v_t - v_o) + (w_t - w_o)`, `v_j` the
+dual of the copy. The second part of `u` is not admissible, so the smallest norm is
+`-(s + gamma (b_t - b_o)) / (gamma ||P (v_t - v_o)||)`.
+
+Where it is: in kind 2 `v_j` reads nothing that the SAE decodes, as `v_j . t_i = 0` for every feature `i`; so the part
+of a delta that the readout sees is in the error, all of it. In kind 3 `v_j` is a feature's encoder, and reads of a
+delta what that feature changes by, as long as it stays above its threshold: the copies stand at `base + beta` and
+`base`, with `base` above what the smallest delta takes off, so that the change shows in features, all of it.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import nn
+
+from recover.behavior import LogitDifference
+from recover.clamp import Clamp, Defense, Mode, Scale, Set
+from recover.planted.network import Monotone, network
+from recover.planted.world import Atoms, Draw, Planted, answers, clamped, distance, examples, planted_sae
+from recover.subspace import NullSpace
+from recover.types import Tensor
+
+SWING = 0.4
+
+
+class Tangled(nn.Module):
+    """`y` plus a bounded random network of it: each output moves by at most `SWING`."""
+
+    def __init__(self, draw: Draw, n: int) -> None:
+        super().__init__()
+        self.first = nn.Parameter(draw.normal(n, 4 * n).float())
+        self.second = nn.Parameter(torch.nn.functional.normalize(draw.normal(4 * n, n), p=1, dim=0).float())
+
+    def forward(self, y: Tensor) -> Tensor:
+        return y + SWING * torch.tanh(3 * y @ self.first) @ self.second
+
+
+def complete_bottleneck(
+    seed: int,
+    *,
+    d_model: int = 24,
+    n_answers: int = 5,
+    n_context: int = 6,
+    d_sae: int = 40,
+    n_prompts: int = 10,
+    extra: int = 2,
+    length: int = 4,
+    vocab: int = 0,
+    depth: int = 1,
+) -> Planted:
+    """Kind 1. `extra` context features are clamped as well. Needs `d_model > n_answers + n_context`."""
+    draw = Draw(seed)
+    features = n_answers + n_context
+    atoms = Atoms.draw(draw, features, d_model)
+    target, other = answers(draw, n_prompts, n_answers)
+    codes = _codes(draw, n_prompts, n_answers, n_context, features, target)
+    mode, architecture = _clamp(draw)
+    sae, where = planted_sae(draw, atoms.T, atoms.W, d_sae, architecture=architecture)
+    held = [*range(n_answers), *range(n_answers, n_answers + min(extra, n_context))]
+    model, prompts = network(
+        draw,
+        atoms,
+        codes,
+        range(n_answers, features),
+        atoms.W[:, :n_answers],
+        Tangled(draw, n_answers),
+        n_out=n_answers,
+        vocab=vocab,
+        length=length,
+        depth=depth,
+    )
+    clamp = Clamp(sae, where[held].tolist(), mode, only_active=True)
+    return Planted(
+        name="complete_bottleneck",
+        model=model,
+        defense=Defense((clamp,), skip_first=draw.below(2)),
+        examples=examples(prompts, LogitDifference(target, other)),
+        budget=10 ** draw.number(0.0, 3.0),
+        expected=("NOT_RECOVERED_AT_BUDGET",),
+        specific=None,
+        smallest_norm=torch.full((n_prompts,), torch.inf),
+        bypass=None,
+        admissible=NullSpace.of(atoms.W[:, held]),
+    )
+
+
+def error_bypass(
+    seed: int,
+    *,
+    d_model: int = 24,
+    n_answers: int = 5,
+    n_context: int = 6,
+    d_sae: int = 40,
+    n_prompts: int = 10,
+    extra: int = 2,
+    length: int = 4,
+    vocab: int = 0,
+    depth: int = 1,
+) -> Planted:
+    """Kind 2. Needs `d_model >= 2 n_answers + n_context`."""
+    return _bypass(
+        "error_bypass", seed, d_model, n_answers, n_context, d_sae, n_prompts, extra, length, vocab, depth, known=False
+    )
+
+
+def feature_bypass(
+    seed: int,
+    *,
+    d_model: int = 24,
+    n_answers: int = 5,
+    n_context: int = 6,
+    d_sae: int = 40,
+    n_prompts: int = 10,
+    extra: int = 2,
+    length: int = 4,
+    vocab: int = 0,
+    depth: int = 1,
+) -> Planted:
+    """Kind 3. Needs `d_model >= 2 n_answers + n_context`."""
+    return _bypass(
+        "feature_bypass", seed, d_model, n_answers, n_context, d_sae, n_prompts, extra, length, vocab, depth, known=True
+    )
+
+
+def _bypass(
+    name: str,
+    seed: int,
+    d_model: int,
+    n_answers: int,
+    n_context: int,
+    d_sae: int,
+    n_prompts: int,
+    extra: int,
+    length: int,
+    vocab: int,
+    depth: int,
+    *,
+    known: bool,
+) -> Planted:
+    """A copy of each answer in an atom that the dictionary knows, or does not."""
+    draw = Draw(seed)
+    first_copy = n_answers + n_context
+    n = first_copy + n_answers
+    atoms = Atoms.draw(draw, n, d_model)
+    target, other = answers(draw, n_prompts, n_answers)
+    codes = _codes(draw, n_prompts, n_answers, n_context, n, target)
+    mode, architecture = _clamp(draw)
+    gamma = draw.number(0.5, 2.0)
+    rows = torch.arange(n_prompts)
+    after = clamped(codes[rows, target], mode, architecture, only_active=True)
+    beta = torch.minimum(-draw.uniform(0.1, 0.6, n_prompts) * after / gamma, torch.tensor(0.4, dtype=torch.float64))
+    base = 1.0 + 1.5 * float(-after.min()) / gamma if known else 0.0
+    codes[:, first_copy:] = base
+    codes[rows, first_copy + target] = base + beta
+    sae_atoms = n if known else first_copy
+    sae, where = planted_sae(draw, atoms.T[:sae_atoms], atoms.W[:, :sae_atoms], d_sae, architecture=architecture)
+    held = [*range(n_answers), *range(n_answers, n_answers + min(extra, n_context))]
+    copies = atoms.W[:, first_copy:]
+    model, prompts = network(
+        draw,
+        atoms,
+        codes,
+        range(n_answers, first_copy),
+        atoms.W[:, :n_answers] + gamma * copies,
+        Monotone(Monotone.NAMES[draw.below(len(Monotone.NAMES))]),
+        n_out=n_answers,
+        vocab=vocab,
+        length=length,
+        depth=depth,
+    )
+    u = gamma * (copies[:, target] - copies[:, other]).T
+    smallest = distance(after + gamma * beta, u, atoms.W[:, held])
+    clamp = Clamp(sae, where[held].tolist(), mode, only_active=True)
+    return Planted(
+        name=name,
+        model=model,
+        defense=Defense((clamp,), skip_first=draw.below(2)),
+        examples=examples(prompts, LogitDifference(target, other)),
+        budget=float(smallest.max()) * draw.number(1.3, 2.0),
+        expected=("RECOVERABLE",),
+        specific=None,
+        smallest_norm=smallest.float(),
+        bypass="features" if known else "error",
+        admissible=NullSpace.of(atoms.W[:, held]),
+    )
+
+
+def _codes(draw: Draw, batch: int, n_answers: int, n_context: int, n: int, target: Tensor) -> Tensor:
+    """Coordinates `[batch n]`: the answer's feature, and about half of the context features."""
+    codes = torch.zeros(batch, n, dtype=torch.float64)
+    codes[torch.arange(batch), target] = draw.uniform(2.0, 4.0, batch)
+    some = draw.uniform(1.0, 3.0, batch, n_context) * draw.coins(batch, n_context)
+    codes[:, n_answers : n_answers + n_context] = some
+    return codes
+
+
+def _clamp(draw: Draw) -> tuple[Mode, Literal["jumprelu", "standard"]]:
+    """A clamp that makes active features clearly negative, and the architecture of the SAE."""
+    architecture: Literal["jumprelu", "standard"] = "standard" if draw.below(2) else "jumprelu"
+    mode: Mode = Set(-draw.number(1.5, 3.0)) if draw.below(2) else Scale(-draw.number(0.8, 1.5))
+    return mode, architecture

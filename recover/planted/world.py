@@ -1,0 +1,201 @@
+"""What planted worlds are made of: atoms, a small network around them, an SAE that knows some of the atoms.
+
+1. *Atoms*. A residual is `h = sum_i c_i t_i`, with unit vectors `t_i` (rows of `T`) that are independent and not
+   orthogonal. Their duals `w_i` (columns of `W`, `T W = I`, in the span of the atoms) read the coordinates exactly:
+   `w_i . h = c_i`.
+2. *SAE*. Some atoms are features: encoder `w_i`, decoder `t_i`. As `w_i` is blind to every other atom, a feature is its
+   coordinate, and whatever lies along the other atoms is the SAE's error, exactly. Any number of dead features is mixed
+   in. A `jumprelu` SAE has no bias; a `standard` one reads `c_i - BIAS`.
+3. *Clamp*. Writing `z'` for `z` moves coordinate `i` by `z' - z` and no other: `clamped` gives it in closed form.
+4. *Network*. Embedding; `Gather` (positions mix, in context features only); the clamped site; `Elsewhere` (any number
+   of nonlinear blocks, blind to what the readout reads); `Readout`, which reads `y = U^T h` and overwrites the output
+   coordinates with `f(y)`; a head. So the logits of the answers are `f(U^T h)` at the last position, and nothing else.
+5. *Smallest norm*. Where the behavior shows exactly if `s + u . delta > 0`, with `delta` in the complement of the span
+   of some directions `B`, the nearest such delta lies along `P u`, and its norm is `-s / ||P u||` (`distance`), where
+   `||P u||^2 = u.u - u^T B (B^T B)^-1 B^T u`.
+
+All is drawn in float64 from one generator and rounded to float32 once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from recover.activation import JumpReLU, ReLU
+from recover.behavior import Behavior
+from recover.check import Examples
+from recover.clamp import Defense, Mode, Number
+from recover.model import Model, Prompts
+from recover.sae import SAE
+from recover.subspace import NullSpace
+from recover.types import Float, Int, Site, Tensor
+
+THRESHOLD, BIAS, DEAD = 0.3, 0.2, 100.0
+SITE = Site(1)
+
+
+@dataclass(frozen=True, eq=False)
+class Planted:
+    """A world whose answer is known.
+
+    Attributes:
+        name: of its kind.
+        model, defense, examples, budget: what `check()` is given. Every example is a valid flip.
+        expected: the verdicts that are right, the most telling first.
+        specific: what the verdict must say once it can; None where nothing follows from the construction.
+        smallest_norm: `[batch]`, infinite where no admissible delta of any norm recovers; None where not known.
+        bypass: where what recovers lies: in the SAE's error or in features that are not clamped.
+        admissible: the deltas, at the first clamped site, that leave every clamped feature of every site as it is.
+        shared: `[1 d_model]`, one admissible delta within the budget that recovers every example, where known.
+        variant: which of the cases of its kind this is.
+    """
+
+    name: str
+    model: Model
+    defense: Defense
+    examples: Examples
+    budget: float
+    expected: tuple[str, ...]
+    specific: bool | None
+    smallest_norm: Float[Tensor, "batch"] | None
+    bypass: Literal["error", "features"] | None
+    admissible: NullSpace
+    shared: Float[Tensor, "1 d_model"] | None = None
+    variant: str = ""
+
+
+class Draw:
+    """Random numbers of one seed, in float64."""
+
+    def __init__(self, seed: int) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=self.generator, dtype=torch.float64)
+
+    def uniform(self, low: Number, high: Number, *shape: int) -> Tensor:
+        return low + (high - low) * torch.rand(*shape, generator=self.generator, dtype=torch.float64)
+
+    def number(self, low: Number, high: Number) -> float:
+        return float(self.uniform(low, high, 1))
+
+    def coins(self, *shape: int) -> Tensor:
+        return torch.rand(*shape, generator=self.generator, dtype=torch.float64) < 0.5
+
+    def below(self, n: int) -> int:
+        return int(torch.randint(n, (1,), generator=self.generator))
+
+    def order(self, n: int) -> Int[Tensor, "n"]:
+        return torch.randperm(n, generator=self.generator)
+
+    def orthonormal(self, d_model: int, n: int) -> Float[Tensor, "d_model n"]:
+        basis: Tensor = torch.linalg.qr(self.normal(d_model, n)).Q
+        return basis
+
+
+@dataclass(frozen=True, eq=False)
+class Atoms:
+    """Independent unit vectors `T` (rows) and their duals `W` (columns)."""
+
+    T: Float[Tensor, "n d_model"]
+    W: Float[Tensor, "d_model n"]
+
+    @classmethod
+    def of(cls, T: Float[Tensor, "n d_model"]) -> Atoms:
+        return cls(T, torch.linalg.pinv(T))
+
+    @classmethod
+    def draw(cls, draw: Draw, n: int, d_model: int, spread: float = 0.4) -> Atoms:
+        """`n` atoms, each an orthonormal vector with a random part of size about `spread` mixed in."""
+        if n > d_model:
+            raise ValueError(f"{n} atoms are not independent in {d_model} dimensions")
+        T = draw.orthonormal(d_model, n).T + spread * draw.normal(n, d_model) / d_model**0.5
+        return cls.of(T / T.norm(dim=1, keepdim=True))
+
+
+def planted_sae(
+    draw: Draw,
+    T: Float[Tensor, "n d_model"],
+    W: Float[Tensor, "d_model n"],
+    d_sae: int,
+    *,
+    site: Site = SITE,
+    architecture: Literal["jumprelu", "standard"] = "jumprelu",
+) -> tuple[SAE, Int[Tensor, "n"]]:
+    """An SAE with the `n` features `T`, `W` among `d_sae - n` dead ones, and where among them each of the `n` is."""
+    n, d_model = T.shape
+    dead = max(d_sae - n, 0)
+    columns = torch.cat([W, draw.normal(d_model, dead) / d_model**0.5], dim=1)
+    rows = torch.cat([T, draw.normal(dead, d_model) / d_model**0.5])
+    shift = torch.zeros(n + dead, dtype=torch.float64)
+    shift[n:] = -DEAD
+    if architecture == "standard":
+        shift[:n] = -BIAS
+    order = draw.order(n + dead)
+    activation = JumpReLU(torch.full((n + dead,), THRESHOLD)) if architecture == "jumprelu" else ReLU()
+    sae = SAE(
+        W_enc=columns[:, order].float().contiguous(),
+        b_enc=shift[order].float(),
+        W_dec=rows[order].float().contiguous(),
+        b_dec=torch.zeros(d_model),
+        activation=activation,
+        site=site,
+        architecture=architecture,
+        sha256="0" * 64,
+    )
+    return sae, order.argsort()[:n]
+
+
+def clamped(
+    c: Float[Tensor, "*batch n"], mode: Mode, architecture: str, only_active: bool
+) -> Float[Tensor, "*batch n"]:
+    """The coordinates of clamped features after the clamp: `c + z' - z`."""
+    z = torch.where(c > THRESHOLD, c, 0.0) if architecture == "jumprelu" else torch.relu(c - BIAS)
+    edited = mode(z)
+    return c + (torch.where(z != 0, edited, z) if only_active else edited) - z
+
+
+def distance(
+    slack: Float[Tensor, "batch"], u: Float[Tensor, "batch d_model"], B: Float[Tensor, "d_model k"]
+) -> Float[Tensor, "batch"]:
+    """Norm of the nearest delta orthogonal to `B` (independent columns) with `slack + u . delta >= 0`; see 5 above."""
+    seen = u @ B
+    within = (u * u).sum(dim=1) - (seen * torch.linalg.solve(B.T @ B, seen.T).T).sum(dim=1)
+    norms: Tensor = -slack / within.sqrt()
+    return norms
+
+
+def examples(prompts: Prompts, behavior: Behavior) -> Examples:
+    """The prompts as examples, numbered."""
+    return Examples([f"{row:03d}" for row in range(len(prompts))], prompts, behavior)
+
+
+def answers(draw: Draw, batch: int, n_answers: int) -> tuple[Int[Tensor, "batch"], Int[Tensor, "batch"]]:
+    """For each example its answer, and another one; every answer comes up as often as every other."""
+    target = torch.arange(batch) % n_answers
+    target = target[draw.order(batch)]
+    step = torch.randint(1, n_answers, (batch,), generator=draw.generator)
+    return target, (target + step) % n_answers
+
+
+def blocks(draw: Draw, d_model: int, sizes: list[int], spread: list[float]) -> Tensor:
+    """Atoms in blocks that span orthogonal subspaces, each within its own block as far from orthonormal as said."""
+    Q = draw.orthonormal(d_model, sum(sizes))
+    parts, start = [], 0
+    for size, wide in zip(sizes, spread, strict=True):
+        mixed = torch.eye(size, dtype=torch.float64) + wide * draw.normal(size, size) / max(size, 4) ** 0.5
+        rows = mixed @ Q[:, start : start + size].T
+        parts.append(rows / rows.norm(dim=1, keepdim=True))
+        start += size
+    return torch.cat(parts)
+
+
+def context_codes(draw: Draw, batch: int, n: int, context: range) -> Tensor:
+    """Coordinates `[batch n]` with about half of the `context` features active and everything else zero."""
+    codes = torch.zeros(batch, n, dtype=torch.float64)
+    shape = (batch, len(context))
+    codes[:, context.start : context.stop] = draw.uniform(1.0, 3.0, *shape) * draw.coins(*shape)
+    return codes
