@@ -4,13 +4,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet -c constraints.txt
 
-.PHONY: check test lint format clean
+.PHONY: check test thorough lint format clean
 
 check: $(VENV)/.installed
 	$(BIN)/recover check analyses/ioi_smollm2.yaml --out runs/ioi_smollm2
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest
+
+thorough: $(VENV)/.installed-dev
+	HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest property_tests
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -1,0 +1,253 @@
+"""Laws of constraints: projections are feasible and never longer, and C1 implies C2 implies C3 if pointwise."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import Phase, assume, find, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from property_tests.rounding import (
+    activation_error,
+    assert_within,
+    eps,
+    jump,
+    reading_error,
+    slope,
+)
+from property_tests.strategies import EPS64, SEEDS, ResidualCase, Scene, randn, residual_cases, scenes
+from recover.clamp import Clamp
+from recover.constraint import ActivationStable, Budget, Constraint, Constraints, DecodeStable, EncoderOrthogonal
+from recover.metrics import norm
+from tests.saes import POINTWISE
+
+ANY = settings(max_examples=500, database=None, derandomize=True, phases=[Phase.generate])
+BUDGETS = st.floats(2**-10, 2**13, width=32)
+pointwise_scenes = scenes(architectures=POINTWISE)
+
+
+def move_error(clamp: Clamp, h: Tensor, delta: Tensor) -> Tensor:
+    """Bound on how far rounding alone moves each clamped pre-activation between `h` and `h + delta`.
+
+    Both are read with an error, and their sum is rounded, by eps of its size, before it is read.
+    """
+    sizes = h.abs() + delta.abs()
+    added = eps(h.dtype) * sizes.double() @ clamp.encoder.double().abs()
+    return 2 * reading_error(clamp.sae, sizes, clamp.indices) + added
+
+
+def drift_error(clamp: Clamp, h: Tensor, delta: Tensor) -> Tensor:
+    """The same for the activations of features that stay on their side of the threshold."""
+    pre = h.double().abs() @ clamp.encoder.double().abs() + delta.double().abs() @ clamp.encoder.double().abs()
+    pre = pre + clamp.sae.b_enc[clamp.indices].double().abs()
+    evaluated = 2 * activation_error(clamp.sae, pre, clamp.indices)
+    return slope(clamp.sae.activation, clamp.indices) * move_error(clamp, h, delta) + evaluated
+
+
+def read_by(clamp: Clamp, delta: Tensor) -> Tensor:
+    """`|A^T delta|` in float64, `[batch pos k]`."""
+    return (delta.double() @ clamp.encoder.double()).abs()
+
+
+def per_example(values: Tensor) -> Tensor:
+    return values.double().flatten(1).norm(dim=1)
+
+
+def short(projected: Tensor, delta: Tensor, dims: int) -> Tensor:
+    """Whether it is no longer than `delta`, up to the rounding of its entries and of a float64 projection."""
+    return norm(projected).double() <= norm(delta).double() * (1 + 2 * eps(delta.dtype) + 16 * dims**2 * EPS64)
+
+
+def constraints_of(clamp: Clamp, h: Tensor) -> dict[str, Constraint]:
+    return {
+        "C1": EncoderOrthogonal.of(clamp),
+        "C2": ActivationStable(clamp, h),
+        "C3": DecodeStable(clamp, h),
+    }
+
+
+def zero_crossing_margin(clamp: Clamp, h: Tensor, reach: Tensor) -> Tensor:
+    """Bool: rounding and a move of `reach` leave the feature on its side of the threshold."""
+    pre = clamp.pre_activations(h).double()
+    threshold = clamp.threshold.double()
+    own = reading_error(clamp.sae, h, clamp.indices) + 2 * eps(h.dtype) * threshold
+    return (pre - threshold).abs() > own + reach
+
+
+@given(pointwise_scenes)
+def test_drift_is_bounded_by_slope_and_jump_of_the_activation(scene: Scene) -> None:
+    """For any delta: `|change of z| <= slope |a . delta|`, plus the jump at the threshold where a feature crosses it.
+
+    A ReLU has slope 1 and no jump, so there `drift <= ||A^T delta||`; a JumpReLU jumps to its threshold, a gate has the
+    slope of its magnitude path and jumps where that has an offset.
+    """
+    clamp, h, delta = scene.clamp, scene.residual(), scene.delta()
+    activation = clamp.sae.activation
+    before, after = clamp.reference(h), clamp.read(h + delta)
+    moved = slope(activation, clamp.indices) * read_by(clamp, delta)
+    crossed = (before != 0) != (after != 0)
+    bound = moved + jump(activation, clamp.indices) * crossed + drift_error(clamp, h, delta)
+    assert_within(after, before, bound)
+    if scene.sae.architecture == "standard":
+        drift = ActivationStable(clamp, h).violation(delta).double()
+        error = per_example(drift_error(clamp, h, delta)) + eps(h.dtype) * drift
+        assert (drift <= per_example(read_by(clamp, delta)) + error).all()
+
+
+def test_a_jumprelu_is_not_1_lipschitz() -> None:
+    """Why the law above speaks of jumps: a feature at its threshold wakes to it, however small the push."""
+    draws = scenes(("jumprelu",), ("float64",), ("generic",), ("normal",), positions=("all",))
+
+    def steeper(scene: Scene) -> bool:
+        clamp, h, delta = scene.clamp, scene.residual(), 0.1 * scene.delta()
+        drift = ActivationStable(clamp, h).violation(delta)
+        return bool((drift > 1.5 * per_example(read_by(clamp, delta)) + 0.01).any())
+
+    assert find(draws, steeper, settings=ANY)
+
+
+@given(pointwise_scenes)
+def test_under_c1_drift_is_zero_up_to_rounding(scene: Scene) -> None:
+    """C1 implies C2: no pre-activation moves by more than rounding, so no feature away from its threshold does."""
+    clamp, h = scene.clamp, scene.residual()
+    delta = EncoderOrthogonal.of(clamp).project(scene.delta())
+    leak = read_by(clamp, delta)
+    # The projection leaves a rounding of delta's own entries.
+    tightly = (eps(delta.dtype) + 64 * scene.sae.d_model**2 * EPS64) * delta.double().norm(dim=-1, keepdim=True)
+    assert_within(leak, torch.zeros_like(leak), tightly * clamp.encoder.double().norm(dim=0))
+    shift = clamp.pre_activations(h + delta) - clamp.pre_activations(h)
+    reach = leak + move_error(clamp, h, delta)
+    assert_within(shift, torch.zeros_like(shift), reach + eps(h.dtype) * shift.double().abs())
+    clear = zero_crossing_margin(clamp, h, reach)
+    drift = clamp.read(h + delta) - clamp.reference(h)
+    bound = slope(clamp.sae.activation, clamp.indices) * leak + drift_error(clamp, h, delta)
+    assert_within(drift[clear], torch.zeros_like(drift)[clear], bound[clear])
+    if clear.all():
+        assert (ActivationStable(clamp, h).violation(delta).double() <= 2 * per_example(bound)).all()
+
+
+@given(scenes())
+def test_what_keeps_the_activations_keeps_what_they_write(scene: Scene) -> None:
+    """C2 implies C3: decode drift is at most `||W_dec[S]||` times drift, and zero with it. For every architecture."""
+    clamp, h, delta = scene.clamp, scene.residual(), scene.delta()
+    drift = ActivationStable(clamp, h).violation(delta).double()
+    decoded = DecodeStable(clamp, h).violation(delta).double()
+    largest = torch.linalg.matrix_norm(clamp.decoder.double(), ord=2)
+    summed = (len(clamp.features) + 2) * eps(h.dtype) * clamp.decoder.double().norm()
+    assert (decoded <= (largest + summed) * drift * (1 + 2 * eps(h.dtype))).all()
+    assert (decoded[drift == 0] == 0).all()
+
+
+@given(pointwise_scenes, st.sampled_from(["C1", "C2", "C3"]))
+def test_projections_are_feasible_and_never_longer(scene: Scene, name: str) -> None:
+    """C2 and C3 too, and without a proviso: a feature that rounding alone would wake keeps its reference."""
+    clamp, h, delta = scene.clamp, scene.residual(), scene.delta()
+    constraint = constraints_of(clamp, h)[name]
+    projected = constraint.project(delta)
+    assert short(projected, delta, max(scene.sae.d_model, scene.sae.d_sae)).all()
+    tightly = (eps(delta.dtype) + 64 * scene.sae.d_model**2 * EPS64) * projected.double().norm(dim=-1, keepdim=True)
+    leak = tightly * clamp.encoder.double().norm(dim=0)
+    bound = {
+        "C1": per_example(leak),
+        "C2": per_example(slope(clamp.sae.activation, clamp.indices) * leak + drift_error(clamp, h, projected)),
+    }
+    bound["C3"] = bound["C2"] * clamp.decoder.double().norm() * (1 + scene.sae.d_sae * eps(h.dtype))
+    violated = constraint.violation(projected).double()
+    assert (violated <= bound[name] * (1 + 8 * eps(h.dtype))).all(), (violated, bound[name])
+
+
+@given(pointwise_scenes)
+def test_c2_leaves_at_least_the_room_of_c1(scene: Scene) -> None:
+    """It holds fewer features, so what is left of a delta is no shorter, and what C1 admits it leaves as it is."""
+    clamp, h, delta = scene.clamp, scene.residual(), scene.delta()
+    narrow = EncoderOrthogonal.of(clamp).project(delta)
+    leak = read_by(clamp, delta) + move_error(clamp, h, delta)
+    assume(zero_crossing_margin(clamp, h, 0 * leak + move_error(clamp, h, delta)).all())
+    wide = ActivationStable(clamp, h).project(delta)
+    tolerance = 4 * eps(delta.dtype) + 64 * scene.sae.d_model**2 * EPS64
+    lengths = [tensor.double().norm(dim=-1) for tensor in (narrow, wide, delta)]
+    assert (lengths[0] <= lengths[1] + tolerance * lengths[2]).all()
+    again = ActivationStable(clamp, h).project(narrow)
+    assert_within(again, narrow, tolerance * narrow.double().norm(dim=-1, keepdim=True))
+
+
+@given(pointwise_scenes, st.floats(0, 1))
+def test_the_way_back_to_no_delta_stays_feasible(scene: Scene, share: float) -> None:
+    """What lets a budget scale any feasible delta down: a feature off at both ends of a segment is off along it."""
+    clamp, h, delta = scene.clamp, scene.residual(), scene.delta()
+    constraint = ActivationStable(clamp, h)
+    projected = constraint.project(delta)
+    clear = zero_crossing_margin(clamp, h, move_error(clamp, h, projected))
+    ends = zero_crossing_margin(clamp, h + projected, move_error(clamp, h, projected))
+    assume((clear & ends).all())
+    scaled = share * projected
+    tightly = (eps(delta.dtype) + 64 * scene.sae.d_model**2 * EPS64) * projected.double().norm(dim=-1, keepdim=True)
+    bound = slope(clamp.sae.activation, clamp.indices) * tightly * clamp.encoder.double().norm(dim=0)
+    bound = bound + drift_error(clamp, h, projected)
+    assert (constraint.violation(scaled).double() <= 2 * per_example(bound)).all()
+
+
+@given(pointwise_scenes)
+def test_examples_are_projected_one_by_one(scene: Scene) -> None:
+    clamp, h, delta = scene.clamp, scene.residual(), scene.delta()
+    assume(zero_crossing_margin(clamp, h, read_by(clamp, delta) * 0 + move_error(clamp, h, delta)).all())
+    together = ActivationStable(clamp, h).project(delta)
+    assume(zero_crossing_margin(clamp, h + together, move_error(clamp, h, delta)).all())
+    tolerance = 2 * eps(delta.dtype) + 64 * scene.sae.d_model**2 * EPS64
+    for row in range(delta.shape[0]):
+        alone = ActivationStable(clamp, h[row : row + 1]).project(delta[row : row + 1])
+        assert_within(alone[0], together[row], tolerance * delta[row].double().norm())
+
+
+@given(
+    residual_cases(), st.integers(1, 10), st.sampled_from([torch.float32, torch.float64]), st.integers(-10, 10), BUDGETS
+)
+def test_a_budget_scales_what_is_longer_and_leaves_the_rest(
+    case: ResidualCase, d_model: int, dtype: torch.dtype, power: int, budget: float
+) -> None:
+    """Within it to the last bit, idempotent, in the same direction, and no shorter than need be."""
+    delta, constraint = case.tensor(d_model, dtype) * 10.0**power, Budget(budget)
+    clipped = constraint.project(delta)
+    assert (constraint.violation(clipped) == 0).all()
+    assert torch.equal(constraint.project(clipped), clipped)
+    within = norm(delta) <= budget
+    assert torch.equal(clipped[within], delta[within])
+    factor = (norm(clipped).double() / norm(delta).double().clamp(min=1e-300)).where(norm(delta) > 0, 1.0)
+    assert (factor <= 1 + eps(dtype)).all()
+    assert_within(clipped, factor[:, None, None] * delta.double(), 4 * eps(dtype) * delta.double().abs() + 1e-44)
+    longer = norm(delta) > budget
+    assert (norm(clipped)[longer].double() >= budget * (1 - 6 * eps(dtype))).all()
+
+
+@given(pointwise_scenes, BUDGETS, SEEDS)
+def test_constraints_together_keep_each_in_whatever_order_they_are_named(
+    scene: Scene, budget: float, seed: int
+) -> None:
+    clamp, h, delta = scene.clamp, scene.residual(), scene.delta()
+    parts: list[Constraint] = [*constraints_of(clamp, h).values(), Budget(budget)]
+    order = torch.randperm(len(parts), generator=torch.Generator().manual_seed(seed)).tolist()
+    projected = Constraints(tuple(parts[index] for index in order)).project(delta)
+    clear = zero_crossing_margin(clamp, h, read_by(clamp, projected) + move_error(clamp, h, projected))
+    assume(clear.all())
+    tightly = (2 * eps(delta.dtype) + 64 * scene.sae.d_model**2 * EPS64) * projected.double().norm(dim=-1, keepdim=True)
+    leak = tightly * clamp.encoder.double().norm(dim=0)
+    drift = per_example(slope(clamp.sae.activation, clamp.indices) * leak + drift_error(clamp, h, projected))
+    bounds = [per_example(leak), drift, drift * clamp.decoder.double().norm() * 2, torch.zeros(len(delta))]
+    for part, bound in zip(parts, bounds, strict=True):
+        assert (part.violation(projected).double() <= 2 * bound).all(), part
+    assert short(projected, delta, max(scene.sae.d_model, scene.sae.d_sae)).all()
+    worst = torch.stack([part.violation(delta) for part in parts]).amax(dim=0)
+    assert torch.equal(Constraints(tuple(parts)).violation(delta), worst)
+
+
+@given(scenes(), st.integers(-8, 8))
+def test_the_violation_of_c1_is_a_norm(scene: Scene, power: int) -> None:
+    """Twice the delta violates it twice as much, to the bit; and so does its negative."""
+    clamp, delta = scene.clamp, scene.delta()
+    constraint = EncoderOrthogonal.of(clamp)
+    violated = constraint.violation(delta)
+    assert torch.equal(constraint.violation(-(2.0**power) * delta), 2.0**power * violated)
+    other = randn(*delta.shape, seed=scene.x.seed + 2, dtype=delta.dtype)
+    summed = constraint.violation(delta + other).double()
+    rounded = 4 * eps(delta.dtype) * clamp.encoder.double().norm() * (per_example(delta) + per_example(other))
+    assert (summed <= violated.double() + constraint.violation(other).double() + rounded).all()
