@@ -676,12 +676,19 @@ def test_killed_at_any_moment(child, resumes, tmp_path, delay):
     assert resumes(tmp_path / "out") >= BATCH
 
 
+def without_progress(stderr):
+    """What is left without the lines that a slow run, on a busy machine, prints every ten seconds."""
+    return re.sub(r"recover: [\w ]+ \d+ of \d+\n", "", stderr)
+
+
 @pytest.mark.parametrize(("write", "late"), [(1, False), (6, False), (7, True)])
 def test_ctrl_c_is_told_in_one_line(child, resumes, tmp_path, write, late):
     process, error = child(tmp_path / "out", write, signal.SIGINT, late)
     process.join()
     assert process.exitcode == 130
-    assert error.read_text() == "recover: interrupted; the same command goes on where this one stopped\n"
+    assert without_progress(error.read_text()) == (
+        "recover: interrupted; the same command goes on where this one stopped\n"
+    )
     resumes(tmp_path / "out")
 
 
@@ -697,7 +704,7 @@ def in_a_process(*arguments):
 
 def test_as_a_module_with_nothing_but_the_verdict_on_its_streams(root, finished, tmp_path):
     done = in_a_process("check", root / "defense.yaml", "--out", tmp_path / "out", "--batch-size", BATCH)
-    assert (done.returncode, re.sub(r"recover: (search|examples) \d+ of \d+\n", "", done.stderr)) == (0, "")
+    assert (done.returncode, without_progress(done.stderr)) == (0, "")
     assert done.stdout.startswith("RECOVERABLE: ")
     assert verdict_of(tmp_path / "out") == verdict_of(finished)
 
