@@ -587,6 +587,8 @@ def _child(arguments, error, write, sig, late):
     for stream, target in ((1, os.devnull), (2, error)):
         os.dup2(os.open(target, os.O_WRONLY | os.O_CREAT), stream)
     progress.SECONDS_BETWEEN_LINES = math.inf
+    # Tests that run in the background inherit that Ctrl-C is ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     replace, writes = Path.replace, []
 
     def replaced(path, target):
@@ -676,19 +678,12 @@ def test_killed_at_any_moment(child, resumes, tmp_path, delay):
     assert resumes(tmp_path / "out") >= BATCH
 
 
-def without_progress(stderr):
-    """What is left without the lines that a slow run, on a busy machine, prints every ten seconds."""
-    return re.sub(r"recover: [\w ]+ \d+ of \d+\n", "", stderr)
-
-
 @pytest.mark.parametrize(("write", "late"), [(1, False), (6, False), (7, True)])
 def test_ctrl_c_is_told_in_one_line(child, resumes, tmp_path, write, late):
     process, error = child(tmp_path / "out", write, signal.SIGINT, late)
     process.join()
     assert process.exitcode == 130
-    assert without_progress(error.read_text()) == (
-        "recover: interrupted; the same command goes on where this one stopped\n"
-    )
+    assert error.read_text() == "recover: interrupted; the same command goes on where this one stopped\n"
     resumes(tmp_path / "out")
 
 
@@ -700,6 +695,11 @@ def in_a_process(*arguments):
     command = [sys.executable, "-m", "recover", *map(str, arguments)]
     root = Path(cli.__file__).parent.parent
     return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False, timeout=300)
+
+
+def without_progress(stderr):
+    """What is left without the lines that a slow run, on a busy machine, prints every ten seconds."""
+    return re.sub(r"recover: [\w ]+ \d+ of \d+\n", "", stderr)
 
 
 def test_as_a_module_with_nothing_but_the_verdict_on_its_streams(root, finished, tmp_path):
