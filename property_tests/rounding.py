@@ -34,6 +34,16 @@ def product_error(x: Tensor, W: Tensor, b: Tensor | float = 0.0, dtype: torch.dt
     return (x.shape[-1] + 1) * eps(dtype or W.dtype) * sizes
 
 
+def projection_leak(d_model: int, dtype: torch.dtype) -> float:
+    """Bound on `|a . P v|` as a share of `||a|| ||P v||`, for a column `a` that is held.
+
+    The result is rounded to its dtype; of columns in float32, directions of up to four roundings count as dependent,
+    `d_model` of them at most; and an SVD and two projections in float64 err by `O(d_model^2) eps`.
+    """
+    dependent = 0.0 if dtype == torch.float64 else 4 * eps(torch.float32) * d_model**0.5
+    return eps(dtype) + dependent + 64 * d_model**2 * eps(torch.float64)
+
+
 def reading_error(sae: SAE, x: Tensor, features: Tensor) -> Tensor:
     """Bound on the rounding of the pre-activations of `features` at `x`, `[... k]`."""
     return product_error(x, sae.W_enc[:, features], sae.b_enc[features])

@@ -16,6 +16,7 @@ from property_tests.rounding import (
     assert_within,
     eps,
     product_error,
+    projection_leak,
     reading_error,
     settled,
     slope,
@@ -246,7 +247,9 @@ def test_under_c1_a_clamp_and_a_perturbation_commute_for_pointwise_features(scen
     sae, clamp, x = scene.sae.sae(), scene.clamp, scene.residual()
     chosen = clamp.indices
     delta = EncoderOrthogonal.of(clamp).project(scene.delta())
-    leak = (delta.double() @ clamp.encoder.double()).abs()
+    # What a projection leaves of `A^T delta` is the rounding of delta's own entries.
+    tightly = projection_leak(sae.d_model, sae.dtype) * delta.double().norm(dim=-1, keepdim=True)
+    leak = tightly * clamp.encoder.double().norm(dim=0)
     # Adding delta rounds too, by eps of the sum, which the encoder then reads.
     leak = leak + eps(sae.dtype) * (x.double() + delta.double()).abs() @ clamp.encoder.double().abs()
     everywhere = torch.zeros(*x.shape[:2], sae.d_sae, dtype=torch.float64)

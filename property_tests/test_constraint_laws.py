@@ -12,6 +12,7 @@ from property_tests.rounding import (
     assert_within,
     eps,
     jump,
+    projection_leak,
     reading_error,
     slope,
 )
@@ -113,7 +114,7 @@ def test_under_c1_drift_is_zero_up_to_rounding(scene: Scene) -> None:
     delta = EncoderOrthogonal.of(clamp).project(scene.delta())
     leak = read_by(clamp, delta)
     # The projection leaves a rounding of delta's own entries.
-    tightly = (eps(delta.dtype) + 64 * scene.sae.d_model**2 * EPS64) * delta.double().norm(dim=-1, keepdim=True)
+    tightly = projection_leak(scene.sae.d_model, delta.dtype) * delta.double().norm(dim=-1, keepdim=True)
     assert_within(leak, torch.zeros_like(leak), tightly * clamp.encoder.double().norm(dim=0))
     shift = clamp.pre_activations(h + delta) - clamp.pre_activations(h)
     reach = leak + move_error(clamp, h, delta)
@@ -145,7 +146,7 @@ def test_projections_are_feasible_and_never_longer(scene: Scene, name: str) -> N
     constraint = constraints_of(clamp, h)[name]
     projected = constraint.project(delta)
     assert short(projected, delta, max(scene.sae.d_model, scene.sae.d_sae)).all()
-    tightly = (eps(delta.dtype) + 64 * scene.sae.d_model**2 * EPS64) * projected.double().norm(dim=-1, keepdim=True)
+    tightly = projection_leak(scene.sae.d_model, delta.dtype) * projected.double().norm(dim=-1, keepdim=True)
     leak = tightly * clamp.encoder.double().norm(dim=0)
     bound = {
         "C1": per_example(leak),
@@ -164,7 +165,7 @@ def test_c2_leaves_at_least_the_room_of_c1(scene: Scene) -> None:
     leak = read_by(clamp, delta) + move_error(clamp, h, delta)
     assume(zero_crossing_margin(clamp, h, 0 * leak + move_error(clamp, h, delta)).all())
     wide = ActivationStable(clamp, h).project(delta)
-    tolerance = 4 * eps(delta.dtype) + 64 * scene.sae.d_model**2 * EPS64
+    tolerance = 4 * projection_leak(scene.sae.d_model, delta.dtype)
     lengths = [tensor.double().norm(dim=-1) for tensor in (narrow, wide, delta)]
     assert (lengths[0] <= lengths[1] + tolerance * lengths[2]).all()
     again = ActivationStable(clamp, h).project(narrow)
@@ -181,7 +182,7 @@ def test_the_way_back_to_no_delta_stays_feasible(scene: Scene, share: float) -> 
     ends = zero_crossing_margin(clamp, h + projected, move_error(clamp, h, projected))
     assume((clear & ends).all())
     scaled = share * projected
-    tightly = (eps(delta.dtype) + 64 * scene.sae.d_model**2 * EPS64) * projected.double().norm(dim=-1, keepdim=True)
+    tightly = projection_leak(scene.sae.d_model, delta.dtype) * projected.double().norm(dim=-1, keepdim=True)
     bound = slope(clamp.sae.activation, clamp.indices) * tightly * clamp.encoder.double().norm(dim=0)
     bound = bound + drift_error(clamp, h, projected)
     assert (constraint.violation(scaled).double() <= 2 * per_example(bound)).all()
@@ -193,7 +194,7 @@ def test_examples_are_projected_one_by_one(scene: Scene) -> None:
     assume(zero_crossing_margin(clamp, h, read_by(clamp, delta) * 0 + move_error(clamp, h, delta)).all())
     together = ActivationStable(clamp, h).project(delta)
     assume(zero_crossing_margin(clamp, h + together, move_error(clamp, h, delta)).all())
-    tolerance = 2 * eps(delta.dtype) + 64 * scene.sae.d_model**2 * EPS64
+    tolerance = 2 * projection_leak(scene.sae.d_model, delta.dtype)
     for row in range(delta.shape[0]):
         alone = ActivationStable(clamp, h[row : row + 1]).project(delta[row : row + 1])
         assert_within(alone[0], together[row], tolerance * delta[row].double().norm())
@@ -229,7 +230,7 @@ def test_constraints_together_keep_each_in_whatever_order_they_are_named(
     projected = Constraints(tuple(parts[index] for index in order)).project(delta)
     clear = zero_crossing_margin(clamp, h, read_by(clamp, projected) + move_error(clamp, h, projected))
     assume(clear.all())
-    tightly = (2 * eps(delta.dtype) + 64 * scene.sae.d_model**2 * EPS64) * projected.double().norm(dim=-1, keepdim=True)
+    tightly = 2 * projection_leak(scene.sae.d_model, delta.dtype) * projected.double().norm(dim=-1, keepdim=True)
     leak = tightly * clamp.encoder.double().norm(dim=0)
     drift = per_example(slope(clamp.sae.activation, clamp.indices) * leak + drift_error(clamp, h, projected))
     bounds = [per_example(leak), drift, drift * clamp.decoder.double().norm() * 2, torch.zeros(len(delta))]

@@ -10,7 +10,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from property_tests.rounding import assert_within, eps
+from property_tests.rounding import assert_within, eps, projection_leak
 from property_tests.strategies import DTYPES, EPS64, SEEDS, costly, randn
 from recover.constraint import EncoderOrthogonal
 from recover.gradient_free import Effort, reexamined
@@ -149,7 +149,7 @@ def test_every_delta_ever_tried_is_admissible_and_within_the_budget(case: Search
     # Each step adds two projected vectors and rounds: an error of eps of their sizes, which the budget bounds; where it
     # does not, the longest delta does. A stride can be many times what is left, so count every step.
     longest = norm(tried).double().max() * (case.steps + 2)
-    tightly = (4 * eps(tried.dtype) + 64 * case.d_model**2 * EPS64) * longest * A.norm()
+    tightly = 4 * projection_leak(case.d_model, tried.dtype) * longest * A.norm()
     seen = (tried.double() @ A).flatten(1).norm(dim=1)
     assert (seen <= tightly).all(), (seen.max(), tightly)
     assert all((delta == torch.stack(landscape.seen)).all(dim=(1, 2)).any() for delta in found.delta)
@@ -296,7 +296,7 @@ def test_a_second_look_keeps_what_was_found_and_is_never_worse(case: SearchCase)
     assert (norm(again.delta).double() <= case.budget).all()
     longest = max(float(norm(again.delta).max()), *(float(norm(delta[None])) for delta in landscape.seen), 0.0, 0.0)
     A = case.feasible.directions.double()
-    tightly = (4 * eps(again.delta.dtype) + 64 * case.d_model**2 * EPS64) * 2 * (case.steps + 16) * longest * A.norm()
+    tightly = 4 * projection_leak(case.d_model, again.delta.dtype) * 2 * (case.steps + 16) * longest * A.norm()
     assert ((again.delta.double() @ A).flatten(1).norm(dim=1) <= tightly).all()
     told = again.slack.isfinite()
     assert_within(again.slack[told], slack_at(case, again.delta)[told], evaluation_error(case, again.delta))
