@@ -1,15 +1,22 @@
-"""Laws of intervals: what they must contain, and how they answer to more data, more confidence and other units."""
+"""Laws of intervals, tests and matched draws.
+
+Of intervals what they must contain, and how they answer to more data, more confidence and other units; of p-values how
+they answer to exchange and to evidence, and closed forms; of matched features that nothing nearer was passed over.
+"""
 
 from __future__ import annotations
 
 import math
+from itertools import combinations
 from statistics import NormalDist
 
 import numpy as np
+import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from recover.stats import bootstrap, wilson
+from recover.selection import NEAREST, matched
+from recover.stats import bootstrap, holm, median_interval, more_often, paired_smaller, wilson
 
 EPS = np.finfo(np.float64).eps
 ROUNDING = 32 * EPS
@@ -18,7 +25,7 @@ ROUNDING = 32 * EPS
 
 @st.composite
 def counts(draw: st.DrawFn, most: int = 10_000) -> tuple[int, int]:
-    n = draw(st.integers(1, most))
+    n = draw(st.integers(1, 20) | st.integers(1, most))
     return draw(st.integers(0, n)), n
 
 
@@ -122,7 +129,8 @@ def test_bootstrap_stays_within_the_sample_and_widens_with_confidence(
 
 @given(samples, st.integers(0, 99), st.integers(-9, 9))
 def test_bootstrap_answers_to_the_unit(values: list[float], seed: int, power: int) -> None:
-    """To the bit for powers of 2; and turning the sign turns the interval."""
+    """To the bit for powers of 2, where nothing underflows; and turning the sign turns the interval."""
+    assume(all(value == 0 or abs(value) > 1e-100 for value in values))
     factor = 2.0**power
     low, high = bootstrap(values, draws=30, seed=seed)
     assert bootstrap([factor * value for value in values], draws=30, seed=seed) == (factor * low, factor * high)
@@ -130,3 +138,127 @@ def test_bootstrap_answers_to_the_unit(values: list[float], seed: int, power: in
     turned = bootstrap([-value for value in values], draws=30, seed=seed)
     assert abs(turned[0] + high) <= 4 * EPS * size
     assert abs(turned[1] + low) <= 4 * EPS * size
+
+
+norms = st.floats(0, 1e6) | st.just(math.inf)
+pairs = st.lists(st.tuples(norms, norms), max_size=12)
+
+
+@given(st.lists(st.floats(-1e6, 1e6) | st.just(math.inf), min_size=1, max_size=12), st.integers(0, 99), confidences)
+def test_median_interval_is_that_of_the_bootstrap_rounded_outward(
+    values: list[float], seed: int, confidence: float
+) -> None:
+    """And where some values are infinite, that of large ones in their place, with infinity for an end that is large."""
+    large = [min(value, 1e9) for value in values]
+    outer = median_interval(large, draws=50, confidence=confidence, seed=seed)
+    inner = bootstrap(large, np.median, draws=50, confidence=confidence, seed=seed)
+    slack = 4 * EPS * max(map(abs, large))
+    assert outer[0] <= inner[0] + slack
+    assert outer[1] >= inner[1] - slack
+    found = median_interval(values, draws=50, confidence=confidence, seed=seed)
+    assert found == tuple(math.inf if end > 1e6 else end for end in outer)
+
+
+@given(pairs, st.floats(0, 0.5))
+def test_exchanging_the_two_of_every_pair_turns_the_comparison_round(
+    drawn: list[tuple[float, float]], tolerance: float
+) -> None:
+    """And the two p-values add up to 1 and the probability of just so many, which both of them count."""
+    ours, theirs = [a for a, _ in drawn], [b for _, b in drawn]
+    one, other = paired_smaller(ours, theirs, tolerance), paired_smaller(theirs, ours, tolerance)
+    assert (one.smaller, one.larger, one.ties) == (other.larger, other.smaller, other.ties)
+    assert one.smaller + one.larger + one.ties == one.n == len(drawn)
+    decided = one.smaller + one.larger
+    assert math.isclose(one.p + other.p, 1 + math.comb(decided, one.smaller) / 2**decided, rel_tol=1e-9)
+
+
+@given(pairs, st.integers(0, 11), st.floats(0, 1))
+def test_a_smaller_norm_of_ours_is_never_evidence_against_it(
+    drawn: list[tuple[float, float]], at: int, share: float
+) -> None:
+    assume(at < len(drawn))
+    ours, theirs = [a for a, _ in drawn], [b for _, b in drawn]
+    before = paired_smaller(ours, theirs)
+    ours[at] = share * ours[at] if math.isfinite(ours[at]) else 1e9 * share
+    after = paired_smaller(ours, theirs)
+    assert after.larger <= before.larger
+    assert after.smaller >= before.smaller
+    assert after.p <= before.p
+
+
+@given(pairs, st.integers(-9, 9))
+def test_a_comparison_of_norms_knows_no_unit(drawn: list[tuple[float, float]], power: int) -> None:
+    """To the bit for powers of 2, where nothing underflows."""
+    assume(all(norm == 0 or norm > 1e-100 for pair in drawn for norm in pair))
+    ours, theirs = [a for a, _ in drawn], [b for _, b in drawn]
+    one = paired_smaller(ours, theirs)
+    other = paired_smaller([2.0**power * a for a in ours], [2.0**power * b for b in theirs])
+    assert repr(one) == repr(other)
+
+
+@given(counts(most=30), counts(most=30))
+def test_more_often_counts_the_deals_with_at_least_so_many(first: tuple[int, int], second: tuple[int, int]) -> None:
+    (a, n), (b, m) = first, second
+    dealt = sum(math.comb(n, k) * math.comb(m, a + b - k) for k in range(a, min(n, a + b) + 1))
+    assert math.isclose(more_often(a, n, b, m), dealt / math.comb(n + m, a + b), rel_tol=1e-9)
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=6))
+def test_holm_rejects_what_bonferroni_rejects_in_every_set_of_hypotheses_that_holds_it(p: list[float]) -> None:
+    """The closed testing procedure (Marcus, Peritz and Gabriel 1976), of which Holm's is a shortcut."""
+    expected = [
+        max(
+            min(1.0, size * min(p[i] for i in chosen))
+            for size in range(1, len(p) + 1)
+            for chosen in combinations(range(len(p)), size)
+            if at in chosen
+        )
+        for at in range(len(p))
+    ]
+    assert np.allclose(holm(p), expected, rtol=1e-12, atol=0)
+
+
+@st.composite
+def rated(draw: st.DrawFn) -> tuple[torch.Tensor, list[int], list[int]]:
+    """Firing rates as of 1,000 tokens, many of them 0 or equal; features to match, and others that are excluded."""
+    d_sae = draw(st.integers(2, 60))
+    fired = draw(st.lists(st.just(0) | st.integers(0, 5) | st.integers(0, 1000), min_size=d_sae, max_size=d_sae))
+    order = draw(st.permutations(range(d_sae)))
+    k = draw(st.integers(1, d_sae // 2))
+    spared = draw(st.integers(0, d_sae - 2 * k))
+    return torch.tensor(fired) / 1000, list(order[:k]), list(order[k : k + spared])
+
+
+@given(rated(), st.integers(0, 99))
+def test_matched_features_are_as_many_others_or_none(
+    drawn: tuple[torch.Tensor, list[int], list[int]], seed: int
+) -> None:
+    rates, features, spared = drawn
+    found = matched(rates, features, seed, spared)
+    assert found is not None
+    assert len(set(found)) == len(features)
+    assert not set(found) & {*features, *spared}
+    assert set(found) <= set(range(len(rates)))
+    assert matched(rates, features, seed, spared) == found
+    others = [feature for feature in range(len(rates)) if feature not in features]
+    assert matched(rates, features, seed, others[len(features) - 1 :]) is None
+
+
+@given(rated(), st.integers(0, 99))
+def test_no_match_passes_over_more_than_nine_that_are_nearer_and_unused(
+    drawn: tuple[torch.Tensor, list[int], list[int]], seed: int
+) -> None:
+    """Of those that fire, for one that does; those that the other features got may be nearer still."""
+    rates, features, spared = drawn
+    found = matched(rates, features, seed, spared)
+    assert found is not None
+    candidates = set(range(len(rates))) - {*features, *spared}
+    for feature, match in zip(features, found, strict=True):
+        alike = [other for other in candidates if bool(rates[other] > 0) == bool(rates[feature] > 0)]
+        if match not in alike:
+            # None of its kind was left.
+            assert set(alike) <= set(found)
+        elif rates[feature] > 0:
+            apart = {other: abs(math.log(rates[other] / rates[feature])) for other in alike}
+            nearer = [other for other in alike if apart[other] < apart[match] - 1e-6]
+            assert len(set(nearer) - set(found)) < NEAREST

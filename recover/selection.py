@@ -1,21 +1,37 @@
-"""Which features to clamp: attribution on the task's own prompts.
+"""Which features to clamp: attribution on the task's own prompts; and which others, drawn at random, to compare with.
 
 The attribution of a feature is its activation times the gradient of the behavior's score with respect to it, taken
 through an SAE whose error is passed on (reference page, IOI): with `h = D(z) + e` and `e` held, the gradient with
 respect to `z` is `dscore/dh @ W_dec^T`. Summed over positions and prompts; the largest positive ones are chosen.
 The first token of a prompt counts for nothing: where it is an attention sink its norm is a hundred times the others',
 no SAE describes it, and its spurious activations would outweigh all the rest.
+
+A clamp of features that hardly ever fire does little whatever they mean, so the placebo features of the design page are
+matched in firing rate:
+
+1. *Rate*: the share of real tokens, first ones left out, on which a feature is active.
+2. *Pairs*: for each clamped feature, in a random order, draw one of the unused others that are nearest in the logarithm
+   of the rate, a difference of which is a factor whether features are rare or common. What fires and what never does
+   are paired apart, as long as that can be.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
-from einops import einsum
+from einops import einsum, reduce
 
 from recover.behavior import Behavior
 from recover.model import Model, Prompts
 from recover.sae import SAE
 from recover.types import Float, InputError, Site, Tensor
+
+NEAREST = 10
+"""Of so many features nearest in rate one is drawn, for draws that differ."""
+CALIPER = math.log(1.25)
+"""But of those farther than this only the nearest: few features fire often, and the ten nearest may fire far less."""
 
 
 def attribution(model: Model, sae: SAE, site: Site, prompts: Prompts, behavior: Behavior) -> Float[Tensor, "d_sae"]:
@@ -46,3 +62,79 @@ def largest(attributions: Float[Tensor, "d_sae"], top: int) -> tuple[int, ...]:
         raise InputError(f"features: top {top} asked, but only {positive} have positive attribution; ask for fewer")
     order = torch.argsort(attributions, descending=True, stable=True)
     return tuple(order[:top].tolist())
+
+
+def firing_rates(
+    model: Model, sae: SAE, site: Site, prompts: Prompts, batch_size: int | None = None
+) -> Float[Tensor, "d_sae"]:
+    """The share of real tokens on which each feature is active (not zero), the first token of each prompt left out.
+
+    Args:
+        model: the host model, without any clamp.
+        sae: in its own dtype, to which residuals are cast.
+        site: where it is used.
+        prompts: a rate of one in a thousand takes a few thousand tokens to see.
+        batch_size: prompts at once; all by default.
+
+    Raises:
+        InputError: no prompt has a second token.
+    """
+    fired, tokens = torch.zeros(sae.d_sae, dtype=torch.long, device=sae.device), 0
+    for rows in torch.split(torch.arange(len(prompts)), batch_size or len(prompts)):
+        batch = prompts.select(rows)
+        with torch.no_grad():
+            residual = model.run(batch, read=[site]).residuals[site]
+            active = sae.encode(residual[batch.positions > 0]) != 0
+        fired += reduce(active.long(), "token d_sae -> d_sae", "sum")
+        tokens += len(active)
+    if tokens == 0:
+        raise InputError(
+            "firing rates: no prompt has a second token, and first tokens count for nothing; give longer ones"
+        )
+    return fired / tokens
+
+
+def matched(
+    rates: Float[Tensor, "d_sae"], features: Sequence[int], seed: int, excluded: Sequence[int] = ()
+) -> tuple[int, ...] | None:
+    """As many other features, drawn at random and matched in firing rate; None where the SAE has too few others.
+
+    In an order that the seed draws, each feature gets one of the `NEAREST` unused candidates at the least distance
+    `|log rate - log rate'|`, all that are as far as the last of these among them; but of those farther than `CALIPER`
+    none, or where all are, the nearest alone. A feature that fires gets one that never does only where no other is
+    left, and the other way round, where it gets the rarest.
+
+    Args:
+        rates: firing rates, as from `firing_rates`.
+        features: those to match, which are never drawn.
+        seed: of the draw: the same one gives the same features.
+        excluded: more that are not to be drawn, such as those of another clamp.
+
+    Returns:
+        Different features, the match of each of `features` in its place.
+
+    Raises:
+        InputError: a feature that the SAE does not have, or rates that are negative or not finite.
+    """
+    d_sae = len(rates)
+    if stray := [feature for feature in (*features, *excluded) if not 0 <= feature < d_sae]:
+        raise InputError(f"features: {stray[0]} is not one of the SAE's, 0 to {d_sae - 1}")
+    if not bool((rates.isfinite() & (rates >= 0)).all()):
+        raise InputError("firing rates: one is negative or not finite; give shares of tokens")
+    generator = torch.Generator().manual_seed(seed)
+    rates = rates.detach().cpu().double()
+    # All that never fires is at one level, far below whatever does: it is the last resort of what fires.
+    levels = rates.clamp(min=torch.finfo(rates.dtype).tiny).log()
+    unused = torch.ones(d_sae, dtype=torch.bool)
+    unused[[*features, *excluded]] = False
+    if int(unused.sum()) < len(features):
+        return None
+    found = [-1] * len(features)
+    for place in torch.randperm(len(features), generator=generator).tolist():
+        pool = unused.nonzero().flatten()
+        distance = (levels[pool] - levels[features[place]]).abs()
+        farthest = min(float(distance.kthvalue(min(NEAREST, len(pool))).values), max(CALIPER, float(distance.min())))
+        nearest = pool[distance <= farthest]
+        found[place] = int(nearest[torch.randint(len(nearest), (), generator=generator)])
+        unused[found[place]] = False
+    return tuple(found)
