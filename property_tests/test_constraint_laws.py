@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cached_property
+
 import torch
 from hypothesis import Phase, assume, find, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from property_tests.rounding import (
     activation_error,
@@ -16,10 +19,30 @@ from property_tests.rounding import (
     reading_error,
     slope,
 )
-from property_tests.strategies import EPS64, SEEDS, ResidualCase, Scene, randn, residual_cases, scenes
-from recover.clamp import Clamp
+from property_tests.strategies import (
+    EPS64,
+    SEEDS,
+    ClampCase,
+    ResidualCase,
+    SAECase,
+    Scene,
+    costly,
+    randn,
+    residual_cases,
+    scenes,
+)
+from recover.admissible import JacobianOrthogonal, admissible
+from recover.behavior import LogitDifference
+from recover.certify import certify
+from recover.clamp import Clamp, Defense
 from recover.constraint import ActivationStable, Budget, Constraint, Constraints, DecodeStable, EncoderOrthogonal
+from recover.defended import Defended, defend
 from recover.metrics import norm
+from recover.model import Model, Prompts
+from recover.planted.network import Gather, Linear, Network
+from recover.search import scale_to
+from recover.subspace import row_space
+from recover.types import Site
 from tests.saes import POINTWISE
 
 ANY = settings(max_examples=500, database=None, derandomize=True, phases=[Phase.generate])
@@ -252,3 +275,124 @@ def test_the_violation_of_c1_is_a_norm(scene: Scene, power: int) -> None:
     summed = constraint.violation(delta + other).double()
     rounded = 4 * eps(delta.dtype) * clamp.encoder.double().norm() * (per_example(delta) + per_example(other))
     assert (summed <= violated.double() + constraint.violation(other).double() + rounded).all()
+
+
+@dataclass(frozen=True)
+class StackCase:
+    """Blocks that are linear, positions mixed, and a clamp before each: at site 1 and at one or two later ones.
+
+    What arrives at a later site is a linear function of delta, plus what the clamps between write.
+    """
+
+    architectures: tuple[str, ...]
+    modes: tuple[str, ...]
+    k: int
+    n_pos: int
+    geometry: str
+    d_model: int
+    seed: int
+
+    @property
+    def prompts(self) -> Prompts:
+        ids = torch.randint(5, (3, self.n_pos + 2), generator=torch.Generator().manual_seed(self.seed))
+        return Prompts(ids, torch.ones_like(ids, dtype=torch.bool))
+
+    @property
+    def behavior(self) -> LogitDifference:
+        return LogitDifference(torch.tensor([0, 1, 2]), torch.tensor([3, 4, 0]))
+
+    @cached_property
+    def between(self) -> list[tuple[Tensor, Tensor]]:
+        """Of each block what it carries from earlier positions, and its map, both about the identity in size."""
+        d, seeds = self.d_model, range(len(self.architectures) - 1)
+        draws = [randn(2, d, d, seed=self.seed + 10 + s, dtype=torch.float64) / d**0.5 for s in seeds]
+        return [(0.4 * carry, torch.eye(d, dtype=torch.float64) + 0.4 * J) for carry, J in draws]
+
+    @cached_property
+    def defended(self) -> Defended:
+        d = self.d_model
+        stack = [nn.Sequential(Gather(carry), Linear(J)) for carry, J in self.between]
+        blocks = [Linear(torch.eye(d)), *stack, Linear(torch.eye(d))]
+        network = Network(2 * randn(5, d, seed=self.seed), blocks, randn(5, d, seed=self.seed + 1), torch.zeros(5))
+        defense = Defense(tuple(self.clamps), skip_first=self.seed % 2)
+        model = Model(network.eval().requires_grad_(False))
+        return defend(model, defense, self.prompts, self.behavior, n_pos=self.n_pos)
+
+    @cached_property
+    def clamps(self) -> list[Clamp]:
+        clamps = []
+        for at, (architecture, mode) in enumerate(zip(self.architectures, self.modes, strict=True)):
+            sae = SAECase(architecture, self.d_model, 8, self.seed + at, geometry=self.geometry).sae()  # type: ignore[arg-type]
+            edit = ClampCase((), mode, -1.0, True).edit()
+            clamps.append(Clamp(sae, range(self.k), edit, only_active=bool(at % 2), site=Site(1 + at)))
+        return clamps
+
+    @cached_property
+    def pulled_back(self) -> Tensor:
+        """What the clamped features of each site see of a delta, `[pos*d_model pos*k*sites]`, clamps left out."""
+        n = self.n_pos * self.d_model
+        state = torch.zeros(n, self.n_pos + 2, self.d_model, dtype=torch.float64)
+        state[:, -self.n_pos :] = torch.eye(n, dtype=torch.float64).reshape(n, self.n_pos, self.d_model)
+        seen = []
+        for clamp, block in zip(self.clamps, [None, *self.between], strict=True):
+            if block is not None:
+                carry, J = block
+                for t in reversed(range(1, state.shape[1])):
+                    state[:, t] = state[:, t] + state[:, :t].mean(dim=1) @ carry
+                state = state @ J.T
+            seen.append((state[:, -self.n_pos :] @ clamp.encoder.double()).flatten(1))
+        return torch.cat(seen, dim=1)
+
+    def clear(self) -> bool:
+        """Whether rounding leaves the rank, and every clamped feature's side of its threshold, beyond doubt."""
+        columns = self.pulled_back / self.pulled_back.norm(dim=0).clamp(min=1e-12)
+        singular = torch.linalg.svdvals(columns)
+        inside = [self.defended.suffix.residual, *self.defended.entering(self.defended.zero_delta).values()]
+        gaps = [(c.pre_activations(x) - c.threshold).abs().min() for c, x in zip(self.clamps, inside, strict=True)]
+        return bool(((singular < 1e-6) | (singular > 0.03)).all()) and min(gaps) > 1e-2
+
+
+@st.composite
+def stacks(draw: st.DrawFn) -> StackCase:
+    sites = draw(st.integers(2, 3))
+    return StackCase(
+        architectures=tuple(draw(st.lists(st.sampled_from(POINTWISE), min_size=sites, max_size=sites))),
+        modes=tuple(draw(st.lists(st.sampled_from(["set", "scale", "floor"]), min_size=sites, max_size=sites))),
+        k=draw(st.integers(1, 3)),
+        n_pos=draw(st.integers(1, 2)),
+        geometry=draw(st.sampled_from(["generic", "generic", "duplicate", "zero"])),
+        d_model=draw(st.integers(3, 12)),
+        seed=draw(SEEDS),
+    )
+
+
+@costly(30)
+@given(stacks())
+def test_over_linear_blocks_the_admissible_space_is_that_of_the_encoders_pulled_back(case: StackCase) -> None:
+    """`{delta : A_1^T delta = 0, A_m^T J delta = 0}`, whatever the clamps between write: none of them moves.
+
+    In float32 a row errs by some roundings, of its own size and of what the clamps between add to it, and the span of
+    the rows by their condition (at most 30) times that.
+    """
+    assume(case.clear())
+    space = admissible(case.defended)
+    assert isinstance(space, JacobianOrthogonal)
+    basis = row_space(case.pulled_back, rtol=1e-4)
+    free = case.n_pos * case.d_model - basis.shape[1]
+    assert space.dimensions.tolist() == [free] * 3
+    noise = randn(3, case.n_pos, case.d_model, seed=case.seed, dtype=torch.float64)
+    expected = noise.flatten(1) - noise.flatten(1) @ basis @ basis.T
+    tolerance = 30 * 200 * case.d_model * eps(torch.float32)
+    assert_within(space.project(noise).flatten(1), expected, tolerance * noise.flatten(1).norm(dim=1, keepdim=True))
+    assert_within(space.violation(space.project(noise)), torch.zeros(3), 1e-3 * norm(noise))
+
+
+@costly(30)
+@given(stacks(), st.sampled_from([0.01, 1.0, 30.0]))
+def test_over_linear_blocks_an_admissible_delta_of_any_size_is_held_at_every_site(case: StackCase, size: float) -> None:
+    """By the certificate's own replay, and so is every smaller one: what enters a later clamp does not move."""
+    assume(case.clear())
+    space = admissible(case.defended)
+    delta = scale_to(space.project(randn(3, case.n_pos, case.d_model, seed=case.seed)), size)
+    model, defense = case.defended.suffix.model, case.defended.defense
+    assert certify(model, defense, case.prompts, case.behavior, delta).held.all()

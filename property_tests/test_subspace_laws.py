@@ -20,7 +20,7 @@ from property_tests.strategies import (
     residual_cases,
     scenes,
 )
-from recover.subspace import NullSpace, row_space
+from recover.subspace import NullSpace, NullSpaces, row_space
 
 
 @dataclass(frozen=True)
@@ -194,6 +194,24 @@ def test_with_every_direction_held_nothing_is_left_and_with_none_everything(
     none = NullSpace.of(torch.zeros(d_model, extra))
     assert none.rank == 0
     assert torch.equal(none.project(v), v)
+
+
+@given(st.integers(1, 8), st.lists(st.integers(0, 5), min_size=1, max_size=4), SEEDS)
+def test_null_spaces_are_those_of_the_examples_one_by_one(d_model: int, ranks: list[int], seed: int) -> None:
+    """Each of its own rank, in any order and company."""
+    A = torch.zeros(len(ranks), d_model, 5, dtype=torch.float64)
+    for row, rank in enumerate(ranks):
+        A[row, :, :rank] = randn(d_model, rank, seed=seed + row, dtype=torch.float64)
+    assume(all(clear_of_singular(MatrixCase(d_model, n, 0, 0, seed + row, ())) for row, n in enumerate(ranks)))
+    spaces, v = NullSpaces.of(A, atol=1e-9), randn(len(ranks), d_model, seed=seed + 9, dtype=torch.float64)
+    together = spaces.project(v)
+    assert spaces.ranks.tolist() == [min(rank, d_model) for rank in ranks]
+    for row in range(len(ranks)):
+        # Unlike there, columns are taken as they are, so that the span of random ones is less well determined.
+        tolerance = MatrixCase(d_model, ranks[row], 0, 5 - ranks[row], seed + row, ()).tolerance
+        assert_within(together[row], NullSpace.of(A[row]).project(v[row]), 8 * tolerance * v[row].norm())
+    order = torch.randperm(len(ranks), generator=torch.Generator().manual_seed(seed))[: 1 + seed % len(ranks)]
+    assert_within(spaces.select(order).project(v[order]), together[order], 4 * d_model**2 * EPS64 * v.norm())
 
 
 @given(scenes(dtypes=("float64",), kinds=("normal",)))

@@ -15,7 +15,7 @@ feature stood from its threshold: where all are far below, zero drift is true of
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -47,8 +47,9 @@ class Certificate:
         threshold_margin: `[batch k]`, defended pre-activation minus threshold at the position where it is
             closest; negative below, NaN where features compete.
         drift, relative_drift, decode_drift, clamp_floor_violation: reference page, Definitions.
-        rounding: `1e-5 max_j ||A_j|| (||h_def|| + ||delta||)`: shifts and drifts up to this count as rounding.
-        held: the clamped features stayed where they were: residual, shift and drift are all rounding.
+        rounding: `1e-5 max_j ||A_j|| (||h_def|| + ||delta||)`: shifts and drifts up to this count as rounding. Each
+            site has its own, with what delta has become there; this is the largest.
+        held: the clamped features stayed where they were: residual, shift and drift are all rounding, at every site.
         dormant, reactivated: counts of clamped (feature, position) pairs at or below zero when defended, and of those
             of them above zero when recovered.
     """
@@ -75,6 +76,24 @@ class Certificate:
     def select(self, rows: Tensor) -> Certificate:
         """The same for the examples `rows`."""
         return Certificate(**{name: values[rows] for name, values in vars(self).items()})
+
+
+@dataclass(frozen=True, eq=False)
+class _ClampFacts:
+    """Of one clamp: features defended and recovered, pre-activation shift, margin to threshold, and change written."""
+
+    z_def: Float[Tensor, "batch pos k"]
+    z_rec: Float[Tensor, "batch pos k"]
+    shift: Float[Tensor, "batch pos k"]
+    margin: Float[Tensor, "batch k"]
+    written: Residual
+
+
+def _together(facts: Iterable[_ClampFacts]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Features defended and recovered, shift and margin, of the features of several clamps."""
+    parts = zip(*((one.z_def, one.z_rec, one.shift, one.margin) for one in facts), strict=True)
+    z_def, z_rec, shift, margin = (torch.cat(values, dim=-1) for values in parts)
+    return z_def, z_rec, shift, margin
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,23 +138,25 @@ def certify(
         recovered = _replay(model, defense, prompts, behavior, delta, placement)
     site = defense.sites[0]
     h, h_def = (state[:, -n_pos:].float() for state in (defended.before, defended.after[site.index]))
-    parts = [
-        _clamp_facts(c, defended.after[c.site.index], recovered.after[c.site.index], n_pos) for c in defense.clamps
-    ]
-    *facts, written = zip(*parts, strict=True)
-    z_def, z_rec, shift, margin = (torch.cat(values, dim=-1) for values in facts)
-    # What several clamps write at one site adds up before its norm is taken.
-    by_site = [
-        torch.stack([w for c, w in zip(defense.clamps, written, strict=True) if c in defense.at(place)]).sum(dim=0)
-        for place in defense.sites
-    ]
+    facts = {
+        clamp: _clamp_facts(clamp, defended.after[clamp.site.index], recovered.after[clamp.site.index], n_pos)
+        for clamp in defense.clamps
+    }
+    z_def, z_rec, shift, margin = _together(facts.values())
+    residual = constraint_residual(defense.at(site), delta)
+    by_site, limits, held = [], [], residual <= ROUNDING
+    for place in defense.sites:
+        here = [facts[clamp] for clamp in defense.at(place)]
+        # What several clamps write at one site adds up before its norm is taken.
+        by_site.append(torch.stack([one.written for one in here]).sum(dim=0))
+        before, after = (run.after[place.index][:, -n_pos:].float() for run in (defended, recovered))
+        limits.append(_rounding(defense.at(place), before, delta if place == site else after - before))
+        z_before, z_after, moved, _ = _together(here)
+        drift = metrics.activation_drift(z_after, z_before)
+        held = held & (moved.flatten(1).amax(dim=1) <= limits[-1]) & (drift <= limits[-1])
     reactivation = metrics.reactivation(z_rec, z_def)
     slack = behavior.slack(recovered.logits)
     shift = reduce(shift, "batch pos k -> batch k", "max")
-    drift = metrics.activation_drift(z_rec, z_def)
-    residual = constraint_residual(defense.at(site), delta)
-    longest = torch.stack([encoder_columns(clamp).norm(dim=0).max() for clamp in defense.clamps]).max()
-    rounding = ROUNDING * longest * (h_def.flatten(1).norm(dim=1) + delta.flatten(1).norm(dim=1))
     return Certificate(
         shows=slack > 0,
         score=behavior.score(recovered.logits),
@@ -147,12 +168,12 @@ def certify(
         constraint_residual=residual,
         preactivation_shift=shift,
         threshold_margin=margin,
-        drift=drift,
+        drift=metrics.activation_drift(z_rec, z_def),
         relative_drift=metrics.relative_drift(z_rec, z_def),
         decode_drift=metrics.norm(torch.cat(by_site, dim=1)),
         clamp_floor_violation=metrics.clamp_floor_violation(z_rec, z_def),
-        rounding=rounding,
-        held=(residual <= ROUNDING) & (shift.amax(dim=1) <= rounding) & (drift <= rounding),
+        rounding=torch.stack(limits).amax(dim=0),
+        held=held,
         dormant=reactivation.inactive.float(),
         reactivated=reactivation.count.float(),
     )
@@ -164,6 +185,13 @@ def constraint_residual(clamps: tuple[Clamp, ...], delta: Residual) -> PerExampl
     seen = einsum(A, delta, "d_model k, batch pos d_model -> batch pos k").flatten(1).norm(dim=1)
     scale = A.norm() * delta.flatten(1).norm(dim=1)
     return torch.where(seen == 0, 0.0, seen / scale)
+
+
+def _rounding(clamps: tuple[Clamp, ...], h_def: Residual, arrived: Residual) -> PerExample:
+    """What counts as rounding at a site where the defended state `h_def` is moved by `arrived`."""
+    longest = torch.stack([encoder_columns(clamp).norm(dim=0).max() for clamp in clamps]).max()
+    limit: Tensor = ROUNDING * longest * (h_def.flatten(1).norm(dim=1) + arrived.flatten(1).norm(dim=1))
+    return limit
 
 
 def encoder_columns(clamp: Clamp) -> Float[Tensor, "d_model k"]:
@@ -226,20 +254,12 @@ def _clamp_the_long_way(clamps: tuple[Clamp, ...], state: Residual, mask: Mask) 
     return torch.where(untouched, state, changed)
 
 
-def _clamp_facts(
-    clamp: Clamp, defended: Residual, recovered: Residual, n_pos: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Features defended and recovered, pre-activation shift, margin to threshold, and change written, of one clamp."""
+def _clamp_facts(clamp: Clamp, defended: Residual, recovered: Residual, n_pos: int) -> _ClampFacts:
     defended, recovered = defended[:, -n_pos:], recovered[:, -n_pos:]
     sae, chosen = clamp.sae, clamp.indices
     z_def, z_rec = sae.encode(defended)[..., chosen], sae.encode(recovered)[..., chosen]
     pre_def, pre_rec = sae.pre_activations(defended)[..., chosen], sae.pre_activations(recovered)[..., chosen]
     margin = pre_def - clamp.threshold
     nearest = margin.abs().argmin(dim=1, keepdim=True)
-    return (
-        z_def,
-        z_rec,
-        (pre_rec - pre_def).abs(),
-        margin.gather(1, nearest)[:, 0],
-        einsum(z_rec - z_def, clamp.decoder, "batch pos k, k d_model -> batch pos d_model"),
-    )
+    written = einsum(z_rec - z_def, clamp.decoder, "batch pos k, k d_model -> batch pos d_model")
+    return _ClampFacts(z_def, z_rec, (pre_rec - pre_def).abs(), margin.gather(1, nearest)[:, 0], written)

@@ -8,7 +8,8 @@ C4   `Budget`               `||delta||_F <= eps` for each example
 ===  =====================  ==================================================================
 
 `project(delta)` returns a delta that satisfies the constraint and is no longer than `delta`;
-`violation(delta)` says, for each example, by how much a delta fails it (0: satisfied).
+`violation(delta)` says, for each example, by how much a delta fails it (0: satisfied); `select(rows)` gives the
+constraint of these examples alone.
 
 For a pointwise SAE C1 implies C2, and C2 implies C3. Where features compete (TopK, AbsTopK) C1 implies
 neither, as a delta can push a clamped feature out by raising others: `violation` tells, `project` does not
@@ -36,7 +37,7 @@ from einops import einsum, rearrange
 from recover.clamp import Clamp, Number
 from recover.metrics import activation_drift, decode_drift, norm
 from recover.subspace import NullSpace
-from recover.types import Bool, Float, InputError, PerExample, Residual, Tensor
+from recover.types import Bool, Float, InputError, Int, PerExample, Residual, Tensor
 
 __all__ = [
     "ActivationStable",
@@ -60,6 +61,10 @@ class Constraint(ABC):
     @abstractmethod
     def violation(self, delta: Residual) -> PerExample:
         """By how much each example fails the constraint; 0 where it is satisfied."""
+
+    @abstractmethod
+    def select(self, rows: Int[Tensor, "rows"]) -> Constraint:
+        """The same for the examples `rows`; itself where it is the same for all."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,6 +91,9 @@ class EncoderOrthogonal(Constraint):
         """`||A^T delta||_F`, in pre-activation units, computed in float64."""
         seen = einsum(delta.double(), self.directions.double(), "batch pos d_model, d_model k -> batch pos k")
         return norm(seen).to(delta.dtype)
+
+    def select(self, rows: Int[Tensor, "rows"]) -> EncoderOrthogonal:
+        return self
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,6 +131,9 @@ class ActivationStable(Constraint):
         """The activation drift, `||z_S(h_def + delta) - z_S(h_def)||`."""
         return activation_drift(self.clamp.read(self.h_def + delta), self.reference)
 
+    def select(self, rows: Int[Tensor, "rows"]) -> ActivationStable:
+        return ActivationStable(self.clamp, self.h_def[rows])
+
 
 @dataclass(frozen=True, eq=False)
 class DecodeStable(Constraint):
@@ -140,6 +151,9 @@ class DecodeStable(Constraint):
         """The decode drift, `||(z_S(h_def + delta) - z_S(h_def)) W_dec[S]||`, in residual units."""
         moved, reference = self.clamp.read(self.h_def + delta), self.clamp.reference(self.h_def)
         return decode_drift(moved, reference, self.clamp.decoder)
+
+    def select(self, rows: Int[Tensor, "rows"]) -> DecodeStable:
+        return DecodeStable(self.clamp, self.h_def[rows])
 
 
 @dataclass(frozen=True)
@@ -169,6 +183,9 @@ class Budget(Constraint):
         """By how much the norm exceeds the budget."""
         return torch.relu(norm(delta) - self.eps)
 
+    def select(self, rows: Int[Tensor, "rows"]) -> Budget:
+        return self
+
 
 @dataclass(frozen=True)
 class Constraints(Constraint):
@@ -192,6 +209,11 @@ class Constraints(Constraint):
         for part in self.parts:
             worst = torch.maximum(worst, part.violation(delta).to(worst.dtype))
         return worst
+
+    def select(self, rows: Int[Tensor, "rows"]) -> Constraints:
+        parts = tuple(part.select(rows) for part in self.parts)
+        same = all(new is old for new, old in zip(parts, self.parts, strict=True))
+        return self if same else Constraints(parts)
 
 
 def _hold(A: Float[Tensor, "d_model k"], held: Bool[Tensor, "batch pos k"], delta: Residual) -> Residual:

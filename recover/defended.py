@@ -76,13 +76,22 @@ class Defended:
 
     def logits(self, delta: Residual) -> Float[Tensor, "batch choice"]:
         """Logits of the behavior's tokens with `delta [batch n_pos d_model]` added; differentiable."""
+        return self.suffix.logits(self._perturbed(delta), self.behavior.tokens)
+
+    def entering(self, delta: Residual) -> dict[Site, Residual]:
+        """What comes to each later clamped site with `delta` added, before the clamp there; differentiable.
+
+        `[batch n_pos d_model]`, at the positions that a delta touches, in the order of the sites.
+        """
+        return self.suffix.entering(self._perturbed(delta), self.defense.sites[1:])
+
+    def _perturbed(self, delta: Residual) -> Residual:
+        """The state at the first site, after its clamp, with `delta` added."""
         if self.placement == "after_clamp":
-            residual = self.suffix.residual + delta
-        else:
-            whole = torch.cat([self.base[:, : -self.suffix.n_pos], self.base[:, -self.suffix.n_pos :] + delta], dim=1)
-            state = clamp_edits(self.defense)[self.suffix.site](whole, self.suffix.prompts.positions)
-            residual = state[:, -self.suffix.n_pos :]
-        return self.suffix.logits(residual, self.behavior.tokens)
+            return self.suffix.residual + delta
+        whole = torch.cat([self.base[:, : -self.suffix.n_pos], self.base[:, -self.suffix.n_pos :] + delta], dim=1)
+        state = clamp_edits(self.defense)[self.suffix.site](whole, self.suffix.prompts.positions)
+        return state[:, -self.suffix.n_pos :]
 
     def __call__(self, delta: Residual) -> tuple[PerExample, PerExample]:
         """Score and slack of `delta`, as a search asks for them."""

@@ -314,15 +314,43 @@ class Suffix:
         self, residual: Residual, tokens: Int[Tensor, "batch choice"] | None = None
     ) -> Float[Tensor, "batch choice"]:
         """Logits at the last position with `residual [batch n_pos d_model]` at the site; differentiable in it."""
+        return self._run(residual, self.edits, tokens)
+
+    def entering(self, residual: Residual, sites: Sequence[Site]) -> dict[Site, Residual]:
+        """What comes to each of `sites`, `[batch n_pos d_model]`, *before* the edit there; the edits below are live.
+
+        Args:
+            residual: as in `logits`; differentiable in it.
+            sites: above the suffix's own.
+        """
+        seen: dict[Site, Tensor] = {}
+
+        def watched(site: Site, change: Edit | None) -> Edit:
+            def edit(h: Tensor, positions: Tensor) -> Tensor:
+                seen[site] = h[:, -self.n_pos :]
+                return h if change is None else change(h, positions)
+
+            return edit
+
+        changes = {site.index: (site, edit) for site, edit in self.edits.items()}
+        for site in sites:
+            changes[site.index] = (site, watched(site, changes[site.index][1] if site.index in changes else None))
+        self._run(residual, dict(changes.values()), None)
+        return seen
+
+    def _run(
+        self, residual: Residual, edits: Mapping[Site, Edit], tokens: Int[Tensor, "batch choice"] | None
+    ) -> Float[Tensor, "batch choice"]:
+        """Logits of one pass over the suffix."""
         ids, mask, n_pos = self.prompts.ids, self.prompts.mask, self.n_pos
         residual = residual.to(self.state.dtype)
         if self.past is None:
             whole = torch.cat([self.state[:, :-n_pos], residual], dim=1)
-            return self.model.run(self.prompts, start=(self.site, whole), edits=self.edits, tokens=tokens).logits
+            return self.model.run(self.prompts, start=(self.site, whole), edits=edits, tokens=tokens).logits
         return self.model.run(
             Prompts(ids[:, -n_pos:], mask[:, -n_pos:]),
             start=(self.site, residual),
-            edits=self.edits,
+            edits=edits,
             past=held(self.past, self.model.n_layers),
             past_mask=mask[:, :-n_pos],
             tokens=tokens,

@@ -49,10 +49,13 @@ class Objective(Protocol):
 
 @runtime_checkable
 class Feasible(Protocol):
-    """A set of admissible deltas that is a cone: a linear space, or all of it."""
+    """For each example a set of admissible deltas that is a cone: a linear space, or all of it."""
 
     def project(self, delta: Tensor) -> Tensor:
-        """The nearest admissible delta, `[batch pos d_model]`."""
+        """The nearest admissible delta, `[batch pos d_model]`, each in the set of its own example."""
+
+    def select(self, rows: Tensor) -> Feasible:
+        """The same for the examples `rows`; itself where the set is the same for all, in batches of any size."""
 
 
 class Status(enum.Enum):
@@ -107,6 +110,13 @@ class Solution:
         return torch.tensor([status is Status.RECOVERED for status in self.status])
 
 
+Climb = Callable[
+    [Objective, Delta, Feasible, float, Schedule, Callable[[int, int], None] | None],
+    Solution,
+]
+"""From a start to the best delta met on the way: the arguments of `recover`, in their order."""
+
+
 def recover(
     objective: Objective,
     start: Delta,
@@ -114,16 +124,19 @@ def recover(
     budget: float,
     schedule: Schedule | None = None,
     on_step: Callable[[int, int], None] | None = None,
+    *,
+    climb: Climb | None = None,
 ) -> Solution:
     """Search for an admissible delta of norm at most `budget` that brings the behavior back.
 
     Args:
         objective: score and slack of a delta.
         start: where to begin, `[batch pos d_model]`, admissible and within the budget; zeros as a rule.
-        feasible: the linear constraint (C1), or any cone.
+        feasible: the linear constraint (C1), or any cone, which may be another one for each example.
         budget: largest Frobenius norm of an example's delta (C4), in units of the residual; `inf` for none.
         schedule: how hard to search.
         on_step: called with (steps done, examples still being searched) after every step.
+        climb: one start of the search; steepest ascent with Newton lengths by default.
 
     Returns:
         For each example the delta with the largest slack met, never worse than `start`.
@@ -133,17 +146,18 @@ def recover(
     """
     if not budget > 0:
         raise InputError(f"budget: {budget} is not a positive number")
-    schedule = schedule or Schedule()
+    schedule, climb = schedule or Schedule(), climb or _ascend
     generator = torch.Generator().manual_seed(schedule.seed)
-    best = _ascend(objective, start, feasible, budget, schedule, on_step)
+    best = climb(objective, start, feasible, budget, schedule, on_step)
     for _ in range(schedule.restarts):
         unsolved = (best.slack < schedule.goal).nonzero().flatten()
         if len(unsolved) == 0:
             break
         # One draw for all examples: a result must not depend on which others are in the batch.
         noise = torch.randn(start.shape[1:], generator=generator).to(start).expand_as(start[unsolved])
-        again = _clip(scale_to(feasible.project(noise), budget if math.isfinite(budget) else 1.0), budget)
-        found = _ascend(objective.select(unsolved), again, feasible, budget, schedule, on_step)
+        allowed = feasible.select(unsolved)
+        again = clip(scale_to(allowed.project(noise), budget if math.isfinite(budget) else 1.0), budget)
+        found = climb(objective.select(unsolved), again, allowed, budget, schedule, on_step)
         best = _better(best, found, unsolved)
     return best
 
@@ -155,12 +169,12 @@ def scale_to(delta: Delta, length: float | PerExample) -> Delta:
     return delta * rearrange(factor, "batch -> batch 1 1")
 
 
-def _clip(delta: Delta, budget: float) -> Delta:
+def clip(delta: Delta, budget: float) -> Delta:
     """C4, aimed a little low, so that no other way of summing the squares finds the norm above the budget."""
     return Budget(budget * (1 - 1e-6)).project(delta) if math.isfinite(budget) else delta
 
 
-def _evaluate(objective: Objective, delta: Delta, feasible: Feasible) -> tuple[Tensor, Tensor, Delta]:
+def evaluate(objective: Objective, delta: Delta, feasible: Feasible) -> tuple[Tensor, Tensor, Delta]:
     """Score, slack and the score's gradient within the admissible space."""
     leaf = delta.detach().requires_grad_(True)
     score, slack = objective(leaf)
@@ -190,7 +204,7 @@ def _ascend(
     delta, here, slope = start, start, torch.zeros_like(start)
     height, stride = best_score.clone(), start.new_full((batch,), schedule.stride)
     for step in range(schedule.steps + 1):
-        score, slack, gradient = _evaluate(objective, delta, feasible)
+        score, slack, gradient = evaluate(objective, delta, feasible)
         steps[active] = step
         finite = torch.isfinite(score) & torch.isfinite(slack) & torch.isfinite(norm(gradient))
         better = finite & (slack > best_slack[active])
@@ -204,7 +218,7 @@ def _ascend(
         stride = torch.where(higher, (stride * 1.5).clamp(max=schedule.stride), stride / 2)
         # The length that reaches the goal if the slack were linear; aimed past it, as slacks are mostly concave.
         newton = (2 * schedule.goal - best_slack[active]) / norm(slope).clamp(min=torch.finfo(slope.dtype).tiny)
-        delta = _clip(here + scale_to(slope, stride * newton.clamp(max=budget)), budget)
+        delta = clip(here + scale_to(slope, stride * newton.clamp(max=budget)), budget)
 
         solved = best_slack[active] >= schedule.goal
         ends = {
@@ -226,7 +240,8 @@ def _ascend(
             values[going] for values in (active, delta, here, slope, height, stride)
         )
         if not going.all():
-            objective = objective.select(going.nonzero().flatten())
+            rows = going.nonzero().flatten()
+            objective, feasible = objective.select(rows), feasible.select(rows)
     return Solution(best, best_score, best_slack, steps, tuple(status))
 
 

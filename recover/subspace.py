@@ -12,18 +12,21 @@ Why each detail is there:
 - the tolerance is the rounding of the columns: a sum of two float32 columns, itself rounded, points out of their
   plane by 1e-8 of its length, and to hold that noise would cost a real dimension; dropped, it leaks less than 1e-6;
 - `P` is applied twice: once leaves an error relative to the *input*, which matters when little is left.
+
+Where what must be held differs between examples (rows of a Jacobian), each has a basis of its own: `NullSpaces`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
-from einops import einsum
+from einops import einsum, rearrange
 
-from recover.types import Float, Tensor
+from recover.types import Float, Int, Tensor
 
-__all__ = ["NullSpace", "row_space"]
+__all__ = ["NullSpace", "NullSpaces", "row_space"]
 
 
 def row_space(A: Float[Tensor, "d_model k"], rtol: float | None = None) -> Float[Tensor, "d_model rank"]:
@@ -84,3 +87,46 @@ class NullSpace:
             seen = einsum(free, self.basis, "... d_model, d_model rank -> ... rank")
             free = free - einsum(seen, self.basis, "... rank, d_model rank -> ... d_model")
         return free.to(v.dtype)
+
+    def select(self, rows: Int[Tensor, "rows"]) -> NullSpace:
+        """Itself: it is the same for every example."""
+        return self
+
+
+@dataclass(frozen=True, eq=False)
+class NullSpaces:
+    """For each example the complement of its own orthonormal basis (float64), padded with zeros to the largest rank."""
+
+    bases: Float[Tensor, "batch d_model rank"]
+
+    @classmethod
+    def of(cls, A: Float[Tensor, "batch d_model k"], atol: float) -> NullSpaces:
+        """The null space of each `A^T`.
+
+        Args:
+            A: columns as they are: bring them to one scale before, as their lengths say how much each counts.
+            atol: singular values up to this count as zero.
+        """
+        left, singular, _ = torch.linalg.svd(A.detach().double(), full_matrices=False)
+        kept = singular > atol
+        widest = int(kept.sum(dim=1).max()) if len(kept) else 0
+        # Singular values fall, so what is kept of every example stands in the first columns.
+        return cls(left[..., :widest] * rearrange(kept[:, :widest], "batch rank -> batch 1 rank"))
+
+    @cached_property
+    def ranks(self) -> Int[Tensor, "batch"]:
+        """How many directions are held in each example."""
+        return self.bases.any(dim=1).sum(dim=1)
+
+    def project(self, v: Float[Tensor, "batch d_model"]) -> Float[Tensor, "batch d_model"]:
+        """The nearest point of each example's null space; precision as in `NullSpace.project`."""
+        free = v.double()
+        for _ in range(2):
+            seen = einsum(free, self.bases, "batch d_model, batch d_model rank -> batch rank")
+            free = free - einsum(seen, self.bases, "batch rank, batch d_model rank -> batch d_model")
+        nothing = rearrange(self.ranks == v.shape[1], "batch -> batch 1")
+        return torch.where(nothing, 0.0, free).to(v.dtype)
+
+    def select(self, rows: Int[Tensor, "rows"]) -> NullSpaces:
+        """The same for the examples `rows`."""
+        return NullSpaces(self.bases[rows])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,12 +41,31 @@ class Anything:
     def project(self, delta: Tensor) -> Tensor:
         return delta
 
+    def select(self, rows: Tensor) -> Anything:
+        return self
+
 
 class Nothing:
     """Only zero."""
 
     def project(self, delta: Tensor) -> Tensor:
         return delta * 0
+
+    def select(self, rows: Tensor) -> Nothing:
+        return self
+
+
+@dataclass(frozen=True, eq=False)
+class Own:
+    """For each example a set of its own."""
+
+    sets: tuple[Any, ...]
+
+    def project(self, delta: Tensor) -> Tensor:
+        return torch.cat([own.project(one[None]) for own, one in zip(self.sets, delta, strict=True)])
+
+    def select(self, rows: Tensor) -> Own:
+        return Own(tuple(self.sets[row] for row in rows.tolist()))
 
 
 class Claimed(torch.autograd.Function):

@@ -17,6 +17,7 @@ from recover.clamp import Clamp, Defense, Floor, Scale, Set
 from recover.constraint import EncoderOrthogonal
 from recover.defended import Placement
 from recover.model import Model, Prompts
+from recover.planted.network import Linear, Network
 from recover.sae import SAE, from_sae_lens
 from recover.subspace import NullSpace
 from recover.types import InputError, Site
@@ -58,7 +59,7 @@ def by_hand(
     defended_slack, defended = forward(torch.zeros_like(delta))
     h = plain_forward(module, ids, read=first)[1][-n_pos:]
     h_def = defended[first][-n_pos:]
-    z_def, z_rec, shifts, margins, decoded = [], [], [], [], []
+    z_def, z_rec, shifts, margins, decoded, limits, still = [], [], [], [], [], [], []
     for site, here in edits.items():
         sae = here[0][0]
         chosen = [f for edit in here for f in edit[1]]
@@ -75,11 +76,12 @@ def by_hand(
         shifts += [(pre_rec - pre_def)[:, i].abs().max() for i in range(len(chosen))]
         margins += [gaps[gaps[:, i].abs().argmin(), i] for i in range(len(chosen))]
         decoded.append((b - a) @ sae.W_dec[chosen])
+        arrived = delta if site == first else x_rec - x_def
+        limits.append(1e-5 * max(sae.W_enc[:, f].norm() for f in chosen) * (x_def.norm() + arrived.norm()))
+        still.append(max(shifts[-len(chosen) :]) <= limits[-1] and (b - a).norm() <= limits[-1])
     a, b = torch.cat(z_def, dim=1), torch.cat(z_rec, dim=1)
     A = torch.cat([edit[0].W_enc[:, list(edit[1])] for edit in edits[first]], dim=1)
     residual = (delta @ A).norm() / (A.norm() * delta.norm())
-    columns = [sae.W_enc[:, f].norm() for here in edits.values() for sae, chosen, *_ in here for f in chosen]
-    rounding = 1e-5 * max(columns) * (h_def.norm() + delta.norm())
     return {
         "shows": torch.tensor(slack > 0),
         "score": torch.tensor(slack),
@@ -95,8 +97,8 @@ def by_hand(
         "relative_drift": share((b - a).norm(), a.norm()),
         "decode_drift": torch.stack([part.norm() for part in decoded]).norm(),
         "clamp_floor_violation": share((a - b).clamp(min=0).norm(), a.norm()),
-        "rounding": rounding,
-        "held": (residual <= 1e-5) & (max(shifts) <= rounding) & ((b - a).norm() <= rounding),
+        "rounding": max(limits),
+        "held": torch.tensor(bool(residual <= 1e-5) and all(still)),
         "dormant": (a <= 0).sum().float(),
         "reactivated": ((a <= 0) & (b > 0)).sum().float(),
     }
@@ -277,6 +279,37 @@ def run_both(architecture: str, delta_is_orthogonal: bool) -> tuple[Certificate,
         for placement in ("before_clamp", "after_clamp")  # type: ignore[arg-type]
     )
     return before, after
+
+
+@pytest.mark.parametrize(
+    ("gain", "move", "beside", "held"),
+    [
+        (1e-3, 1e-3, 0.0, False),
+        (1e-3, 1e-8, 0.0, True),
+        (1e3, 0.1, 0.0, True),
+        (1e-3, 0.1, 1e6, False),
+        (1e-3, 1e-3, 1e6, True),
+    ],
+)
+def test_what_is_rounding_at_a_site_is_measured_by_the_states_of_that_site(
+    gain: float, move: float, beside: float, held: bool
+) -> None:
+    """States of norm 200, and a delta with a part `beside` what is read, arrive `gain` times as large at site 2.
+
+    There feature 3 moves by `move`. A move of 1e-3 would be half of what is rounding at the first site without the part
+    beside, one of 0.1 fifty times that; with it 10 are rounding at the first site, and 0.01 at the second.
+    """
+    J = gain * torch.eye(D_MODEL)
+    blocks = [Linear(torch.eye(D_MODEL)), Linear(J), Linear(torch.eye(D_MODEL))]
+    network = Network(torch.full((61, D_MODEL), 50.0), blocks, torch.zeros(61, D_MODEL), torch.zeros(61)).eval()
+    defense = Defense(tuple(Clamp(axis_sae(ReLU()), (f,), Scale(1.0), site=Site(s)) for s, f in ((1, 0), (2, 3))))
+    delta = torch.zeros(4, 1, D_MODEL)
+    delta[:, 0, 3], delta[:, 0, 5] = move / gain, beside
+    facts = certify(Model(network), defense, left_padded(token_rows((6,) * 4)), BEHAVIOR, delta)
+    assert_close(facts.preactivation_shift[:, 1], torch.full((4,), move), atol=0.2 * move + 1e-7, rtol=0)
+    assert facts.held.tolist() == [held] * 4
+    norms = [scale * (50.0 * D_MODEL**0.5 + ((move / gain) ** 2 + beside**2) ** 0.5) for scale in (1.0, gain)]
+    assert_close(facts.rounding, torch.full((4,), 1e-5 * max(norms)), rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("architecture", ["standard", "jumprelu"])

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from recover.gradient_free import reexamined
+from recover.gradient_free import projected, reexamined
 from recover.search import Schedule, Solution, Status, recover
 from recover.subspace import NullSpace
-from tests.landscapes import Anything, Claimed, D, Landscape, Nothing, landscape
+from tests.landscapes import Anything, Claimed, D, Landscape, Nothing, Own, landscape
 
 STEPS = Schedule(steps=30)
 
@@ -136,6 +136,54 @@ def test_deltas_stay_admissible_and_within_the_budget() -> None:
         _, again = second(landscape(step, 0.5, 1.0, 2.0), budget, tilted)
         torch.testing.assert_close(again.delta, tilted.project(again.delta), atol=1e-5, rtol=0)
         assert (again.delta.flatten(1).norm(dim=1) <= budget).all()
+
+
+def test_each_example_keeps_to_its_own_space_and_is_judged_in_it() -> None:
+    """Steps at `x_0 = at`, a slope, and ramps; where `x_0` is held nothing matters, and one is left no direction."""
+
+    def terrain(x: Tensor, at: Tensor) -> Tensor:
+        step, slope, ramp = torch.sign(x[:, 0] - at) + 0 * x.sum(dim=1), x[:, 0] + x[:, 1], (x[:, 0] - 1).relu()
+        return torch.where(at < 0, slope + at, torch.where(at < 100, step, ramp - (at - 100)))
+
+    at = (1.9, 1.8, 1.9, 1.9, -9.0, 8.0, 1.0, 100.7, 100.7)
+    tilted = [NullSpace.of(torch.eye(D)[:, n : n + 2] + 0.2 * (n % 3)) for n in range(1, 8)]
+    blind = NullSpace.of(torch.eye(D)[:, :1])
+    sets: list[Any] = [*tilted[:2], blind, Nothing(), *tilted[2:4], Anything(), *tilted[4:6]]
+    first, again = second(landscape(terrain, *at), 2.0, Own(tuple(sets)))
+    assert again.status == (
+        Status.RECOVERED,
+        Status.RECOVERED,
+        Status.UNMOVED,
+        Status.NOTHING_ADMISSIBLE,
+        first.status[4],
+        Status.NO_GRADIENT,
+        *(Status.RECOVERED,) * 3,
+    )
+    assert first.status[4] is Status.STALLED
+    for row, own in enumerate(sets):
+        here = again.delta[row : row + 1]
+        torch.testing.assert_close(here, own.project(here), atol=1e-5, rtol=0)
+        assert here.norm() <= 2.0
+        alone = second(landscape(terrain, at[row]), 2.0, own)[1]
+        assert alone.status[0] is again.status[row]
+        torch.testing.assert_close(alone.delta, here, atol=1e-4, rtol=1e-4)
+    assert (again.delta[1] - tilted[0].project(again.delta[1])).norm() > 0.1
+
+
+def test_a_set_that_is_the_same_for_all_is_projected_onto_once() -> None:
+    """The draws of all examples are then one; where each has its own set, they are projected for each."""
+    sizes: list[int] = []
+
+    class Counted(Anything):
+        def project(self, delta: Tensor) -> Tensor:
+            sizes.append(len(delta))
+            return delta
+
+    for feasible, expected in ((Counted(), 64), (Own((Counted(),) * 5), 64 * 5)):
+        sizes.clear()
+        directions = projected(feasible, torch.randn(64, 1, D).expand(5, 64, 1, D))
+        assert sum(sizes) == expected
+        assert torch.equal(directions[0], directions[4])
 
 
 def test_without_a_budget_any_length_will_do() -> None:

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from recover.minimum import closer, edge, smallest_norm
 from recover.search import Schedule
 from recover.subspace import NullSpace
-from tests.landscapes import Anything, D, Nothing, landscape
+from tests.landscapes import Anything, D, Nothing, Own, landscape
 
 A, B, C = torch.eye(D)[:3]
 
@@ -44,6 +44,18 @@ def test_within_a_constraint() -> None:
     found = smallest_norm(world, world.zero, NullSpace.of(A[:, None]))
     assert_close(found.norm, torch.tensor([1.0, 3.0]) / 2**0.5, rtol=1e-3, atol=0)
     assert found.delta[:, 0, 0].abs().max() < 1e-6
+
+
+def test_within_constraints_that_differ() -> None:
+    """Of the normal (1, 1, 1) each constraint leaves another part: none, three, two, or one of its entries."""
+    world = landscape(lambda x, at: x @ (A + B + C) - at, 1.0, 3.0, 3.0, 2.0, 5.0)
+    axes = torch.eye(D)
+    held = (axes[:0], axes[:1], axes[1:2], axes[1:3])
+    found = smallest_norm(world, world.zero, Own((Nothing(), *(NullSpace.of(some.T) for some in held))))
+    assert_close(found.norm, torch.tensor([torch.inf, 3 / 3**0.5, 3 / 2**0.5, 2 / 2**0.5, 5.0]), rtol=1e-3, atol=0)
+    assert not found.delta[0].any()
+    for delta, some in zip(found.delta[1:], held, strict=True):
+        assert (delta[0] @ some.T).abs().sum() < 1e-6
 
 
 def test_a_corner_is_not_missed_by_much() -> None:

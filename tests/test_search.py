@@ -14,6 +14,7 @@ from torch.testing import assert_close
 from recover.constraint import EncoderOrthogonal
 from recover.search import Schedule, Solution, Status, recover, scale_to
 from recover.types import InputError
+from tests.landscapes import Own
 
 D, K, POS = 12, 5, 2
 
@@ -43,6 +44,9 @@ class Anything:
 
     def project(self, delta: Tensor) -> Tensor:
         return delta
+
+    def select(self, rows: Tensor) -> Anything:
+        return self
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -179,6 +183,23 @@ def test_the_result_is_the_best_point_met_and_never_worse_than_the_start() -> No
         assert_close(found.slack, found.score)
         assert (found.steps <= steps).all()
     assert (found.score > bumps(start, rows)).all()
+
+
+def test_each_example_keeps_to_its_own_space_and_gets_what_it_gets_alone() -> None:
+    """Some are retired early, others start again; whoever is left must not be given a neighbor's space."""
+    spaces = tuple(EncoderOrthogonal(draw(D, K + row % 3, seed=20 + row)) for row in range(12))
+    schedule, rows = Schedule(goal=1.8, restarts=2), draw(12, POS * D, seed=8)
+    landscape = Landscape(bumps, rows)
+    found = recover(landscape, origin(12), Own(spaces), 2.5, schedule)
+    assert 3 <= int(found.recovered.sum()) <= 9
+    assert len(set(landscape.sizes)) > 4
+    for row, space in enumerate(spaces):
+        here = found.delta[row : row + 1]
+        assert space.violation(here) <= 1e-5
+        assert spaces[row - 1].violation(here) > 0.1
+        alone = recover(Landscape(bumps, rows[row : row + 1]), origin(1), space, 2.5, schedule)
+        assert alone.status[0] is found.status[row]
+        assert_close(alone.delta, here, atol=1e-4, rtol=1e-4)
 
 
 def test_a_solved_start_is_returned_as_it_is() -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from recover.subspace import NullSpace, row_space
+from recover.subspace import NullSpace, NullSpaces, row_space
 
 D = 12
 
@@ -141,3 +141,30 @@ def test_narrow_deltas_keep_their_dtype() -> None:
     projected = NullSpace.of(normal(D, 5)).project(v)
     assert projected.dtype == torch.bfloat16
     torch.testing.assert_close(projected, NullSpace.of(normal(D, 5)).project(v.double()).bfloat16())
+
+
+def test_null_spaces_hold_for_each_example_what_is_its_own() -> None:
+    """One direction, two, and none: the bases are padded to the same width, and the padding holds nothing."""
+    eye = torch.eye(4)
+    A = torch.stack([eye[:, [0, 0]], eye[:, [1, 3]], 0 * eye[:, :2]])
+    spaces = NullSpaces.of(A, atol=1e-9)
+    assert spaces.ranks.tolist() == [1, 2, 0]
+    expected = torch.tensor([[0.0, 2.0, 3.0, 4.0], [1.0, 0.0, 3.0, 0.0], [1.0, 2.0, 3.0, 4.0]])
+    v = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    torch.testing.assert_close(spaces.project(v.expand(3, 4)), expected)
+    rows = torch.tensor([2, 1, 1])
+    torch.testing.assert_close(spaces.select(rows).project(v.expand(3, 4)), expected[rows])
+    assert spaces.select(torch.tensor([2])).ranks.tolist() == [0]
+
+
+def test_null_spaces_count_what_is_up_to_the_tolerance_as_zero() -> None:
+    A = torch.tensor([[[1.0, 1.0], [0.0, 1e-4]], [[1.0, 1.0], [0.0, 1e-6]]])
+    assert NullSpaces.of(A, atol=1e-5).ranks.tolist() == [2, 1]
+
+
+def test_null_spaces_leave_exactly_nothing_where_everything_is_held() -> None:
+    A = normal(2, 3, 5, seed=6)
+    A[1] = 0
+    projected = NullSpaces.of(A, atol=1e-9).project(normal(2, 3, seed=7))
+    assert projected[0].count_nonzero() == 0
+    torch.testing.assert_close(projected[1], normal(2, 3, seed=7)[1])
