@@ -3,6 +3,9 @@
 A behavior reads next-token logits and gives two numbers for each example. The *score* is differentiable and is what
 a search raises. The *slack* is the predicate with its margin: the behavior shows exactly where it is positive.
 Behaviors that look at few tokens name them in `tokens`, so that the engine computes only those logits.
+
+A behavior with a *target* can be asked of another one (`retarget`): the same question with another answer in the right
+one's place. Controls are made of that: a placebo target, targets shuffled across prompts.
 """
 
 from __future__ import annotations
@@ -36,6 +39,22 @@ class Behavior(Protocol):
         """The same for the examples `rows`."""
 
 
+@runtime_checkable
+class Targeted(Behavior, Protocol):
+    """A behavior that favors one token an example, and can be asked the same of another token."""
+
+    @property
+    def target(self) -> Tensor:
+        """`[batch]`: the token that should win."""
+
+    @property
+    def rivals(self) -> Tensor:
+        """`[batch rival]`: the tokens that it should win against by name; none where that is the whole vocabulary."""
+
+    def retarget(self, target: Tensor) -> Targeted:
+        """The same question with `target [batch]` as the right answer; the old one takes a rival's place."""
+
+
 def shows(behavior: Behavior, logits: Logits) -> Bool[Tensor, "batch"]:
     """Whether the behavior shows, by example."""
     return behavior.slack(logits) > 0
@@ -66,6 +85,14 @@ class LogitDifference:
     def select(self, rows: Rows) -> LogitDifference:
         return LogitDifference(self.target[rows], self.other[rows])
 
+    @property
+    def rivals(self) -> Int[Tensor, "batch 1"]:
+        return self.other[:, None]
+
+    def retarget(self, target: Int[Tensor, "batch"]) -> LogitDifference:
+        """`logit(new target) - logit(other)`; where the new target is the other one, the two change places."""
+        return LogitDifference(target, torch.where(target == self.other, self.target, self.other))
+
 
 @dataclass(frozen=True, eq=False)
 class ChoiceMargin:
@@ -87,6 +114,16 @@ class ChoiceMargin:
     def select(self, rows: Rows) -> ChoiceMargin:
         return ChoiceMargin(self.target[rows], self.others[rows])
 
+    @property
+    def rivals(self) -> Int[Tensor, "batch choice"]:
+        return self.others
+
+    def retarget(self, target: Int[Tensor, "batch"]) -> ChoiceMargin:
+        """The new target against as many: the old one stands where it stood, or last where it was no choice."""
+        place = self.others == target[:, None]
+        place[:, -1] |= ~place.any(dim=1) & (target != self.target)
+        return ChoiceMargin(target, torch.where(place, self.target[:, None], self.others))
+
 
 @dataclass(frozen=True, eq=False)
 class AnswerLikelihood:
@@ -107,6 +144,18 @@ class AnswerLikelihood:
 
     def select(self, rows: Rows) -> AnswerLikelihood:
         return AnswerLikelihood(self.answer[rows])
+
+    @property
+    def target(self) -> Int[Tensor, "batch"]:
+        return self.answer
+
+    @property
+    def rivals(self) -> Int[Tensor, "batch 0"]:
+        return self.answer[:, None][:, :0]
+
+    def retarget(self, target: Int[Tensor, "batch"]) -> AnswerLikelihood:
+        """The log-probability of another answer."""
+        return AnswerLikelihood(target)
 
     def _answer(self, values: Logits) -> PerExample:
         return values.gather(1, self.answer[:, None])[:, 0]

@@ -1,0 +1,117 @@
+"""The rules of evidence, on readings made by hand."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from recover.evidence import Reading, Rules, TransferEvidence, judge
+from recover.stats import Paired
+
+RULES = Rules()
+SURVIVES = TransferEvidence(Reading(40, 40), Reading(39, 40), Reading(6, 120), Reading(5, 120), Reading(40, 4000))
+NOTHING = TransferEvidence(Reading(4, 40), Reading(5, 40), Reading(14, 120), Reading(12, 120), Reading(40, 4000))
+AS_EASY = Paired(30, 12, 14, 4, 0, 1.02, 0.7)
+NEARER = Paired(30, 28, 2, 0, 0, 0.5, 1e-6)
+
+
+def test_a_mechanism_that_survives_is_specific_however_easy_the_placebo() -> None:
+    for placebo in (AS_EASY, NEARER, None):
+        assert judge(SURVIVES, placebo, RULES).specific is True
+
+
+def test_nothing_transfers_and_the_placebo_is_as_easy() -> None:
+    finding = judge(NOTHING, AS_EASY, RULES)
+    assert finding.specific is False
+    assert "write answers" in finding.reasons[-1]
+
+
+def test_nothing_transfers_yet_the_own_target_is_nearer() -> None:
+    assert judge(NOTHING, NEARER, RULES).specific is None
+    assert judge(NOTHING, None, RULES).specific is None
+    assert judge(NOTHING, replace(AS_EASY, n=4), RULES).specific is None
+
+
+def test_pairs_too_few_to_reach_alpha_are_no_evidence_that_the_placebo_is_as_easy() -> None:
+    """Eight of eight pairs have p = 2^-8, times three 0.0117; with nine it is 0.0059."""
+    few = judge(NOTHING, Paired(8, 8, 0, 0, 0, 0.1, 2.0**-8), RULES)
+    assert few.specific is None
+    assert "too few to compare (8)" in few.reasons[-1]
+    assert judge(NOTHING, Paired(8, 4, 4, 0, 0, 1.0, 0.64), RULES).specific is None
+    assert judge(NOTHING, Paired(9, 4, 5, 0, 0, 1.0, 0.75), RULES).specific is False
+    assert judge(NOTHING, Paired(8, 4, 4, 0, 0, 1.0, 0.64), replace(RULES, alpha=0.02)).specific is False
+
+
+def test_what_fails_under_c1_plus_is_an_undone_clamp() -> None:
+    finding = judge(replace(SURVIVES, write_orthogonal=Reading(2, 40)), AS_EASY, RULES)
+    assert finding.specific is False
+    assert "undoes the clamp" in finding.reasons[-1]
+
+
+def test_a_part_that_survives_is_no_clear_answer() -> None:
+    # 20 of 40: Wilson 95 % begins at 0.352, by (20 + q^2/2)/(40 + q^2) - q sqrt(10 + q^2/4)/(40 + q^2).
+    finding = judge(replace(SURVIVES, own=Reading(20, 40), write_orthogonal=Reading(20, 40)), AS_EASY, RULES)
+    assert finding.specific is None
+    assert "35%" in finding.reasons[-1]
+    # Under C1+ alone it may also be too little.
+    assert judge(replace(SURVIVES, write_orthogonal=Reading(20, 40)), AS_EASY, RULES).specific is None
+
+
+@pytest.mark.parametrize("control", ["dealt", "random"])
+def test_a_predicate_that_chance_satisfies_too_often_cannot_make_it_true(control: str) -> None:
+    often = replace(SURVIVES, **{control: Reading(31, 120)})  # 25.8 %
+    assert judge(often, AS_EASY, RULES).specific is None
+    seldom = replace(SURVIVES, **{control: Reading(30, 120)})  # 25 %
+    assert judge(seldom, AS_EASY, RULES).specific is True
+    assert judge(often, AS_EASY, replace(RULES, max_chance=0.3)).specific is True
+
+
+def test_right_answers_under_shuffled_fits_are_no_chance_but_must_be_exceeded() -> None:
+    """A delta fitted to wrong answers may reopen the mechanism on its way."""
+    reopened = replace(SURVIVES, shuffled=Reading(48, 120))
+    assert judge(reopened, AS_EASY, RULES).specific is True
+    as_often = replace(SURVIVES, shuffled=Reading(114, 120))
+    assert judge(as_often, AS_EASY, RULES).specific is False
+
+
+def test_too_few_held_out_examples_say_nothing() -> None:
+    few = TransferEvidence(Reading(7, 7), Reading(7, 7), Reading(0, 21), Reading(0, 21), Reading(0, 700))
+    assert judge(few, AS_EASY, RULES).specific is None
+    assert judge(few, AS_EASY, replace(RULES, min_heldout=7)).specific is True
+
+
+def test_without_a_shuffled_control_chance_is_not_measured() -> None:
+    finding = judge(replace(SURVIVES, shuffled=Reading(0, 0)), AS_EASY, RULES)
+    assert finding.specific is None
+    assert "chance is not measured" in finding.reasons[-1]
+
+
+def test_transfer_that_was_not_run_says_why() -> None:
+    finding = judge(None, AS_EASY, RULES, "several sites are clamped")
+    assert finding.specific is None
+    assert "several sites are clamped" in finding.reasons[0]
+
+
+def test_the_comparisons_are_counted_and_corrected() -> None:
+    finding = judge(SURVIVES, AS_EASY, RULES)
+    assert set(finding.comparisons) == {"transfer", "write_orthogonal_transfer", "placebo"}
+    # Holm: the largest p-value of three stays as it is.
+    assert finding.comparisons["placebo"] == pytest.approx(0.7)
+    # Eight of 8 against three of 8: of the ways to place 11 hits on 16, those with all of the first 8; two comparisons.
+    weak = TransferEvidence(Reading(8, 8), Reading(8, 8), Reading(3, 8), Reading(0, 8), Reading(0, 100))
+    alone = math.comb(8, 3) * math.comb(8, 8) / math.comb(16, 11)
+    corrected = judge(weak, None, RULES).comparisons["transfer"]
+    assert corrected == pytest.approx(2 * alone, rel=1e-6)
+
+
+def test_the_reasons_say_whether_per_example_recovery_is_specific() -> None:
+    assert any(
+        "so per-example recovery at this budget is not specific" in r
+        for r in judge(SURVIVES, AS_EASY, RULES, within=(Reading(30, 30), Reading(29, 30))).reasons
+    )
+    assert any(
+        "so per-example recovery at this budget is specific" in r
+        for r in judge(SURVIVES, NEARER, RULES, within=(Reading(30, 30), Reading(5, 30))).reasons
+    )
