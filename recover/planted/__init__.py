@@ -10,6 +10,7 @@ from recover.planted.degenerate import degenerate_geometry
 from recover.planted.hard import hard_readout
 from recover.planted.layers import two_layers
 from recover.planted.meaning import shared_route, undone_clamp, write_only
+from recover.planted.mixtures import half_erased, partly_erased, some_routes, undone_and_route, weak_predicate
 from recover.planted.routes import complete_bottleneck, error_bypass, feature_bypass
 from recover.planted.world import Planted
 
@@ -29,16 +30,27 @@ KINDS: dict[str, Callable[..., Planted]] = {
 }
 """Every kind by name, in the order of their numbers, 1 to 9."""
 
+MIXTURES: dict[str, Callable[..., Planted]] = {
+    mixture.__name__: mixture for mixture in (half_erased, partly_erased, some_routes, undone_and_route, weak_predicate)
+}
+"""Worlds between the kinds, by name."""
+
 __all__ = [
     "KINDS",
+    "MIXTURES",
     "Planted",
     "complete_bottleneck",
     "degenerate_geometry",
     "error_bypass",
     "feature_bypass",
+    "half_erased",
     "hard_readout",
+    "partly_erased",
     "shared_route",
+    "some_routes",
     "two_layers",
+    "undone_and_route",
     "undone_clamp",
+    "weak_predicate",
     "write_only",
 ]

@@ -26,12 +26,12 @@ import torch
 
 from recover.activation import JumpReLU, ReLU
 from recover.behavior import Behavior
-from recover.check import Examples
+from recover.bench import Examples
 from recover.clamp import Defense, Mode, Number
 from recover.model import Model, Prompts
 from recover.sae import SAE
 from recover.subspace import NullSpace
-from recover.types import Float, Int, Site, Tensor
+from recover.types import Bool, Float, Int, Site, Tensor
 
 THRESHOLD, BIAS, DEAD = 0.3, 0.2, 100.0
 SITE = Site(1)
@@ -51,6 +51,8 @@ class Planted:
         admissible: the deltas, at the first clamped site, that leave every clamped feature of every site as it is.
         shared: `[1 d_model]`, one admissible delta within the budget that recovers every example, where known.
         variant: which of the cases of its kind this is.
+        shared_rows: `[batch]`, the examples that `shared` recovers, where it is not every one.
+        never_specific: where `specific` is None: of `False` and "unknown" a verdict may say either, but not `True`.
     """
 
     name: str
@@ -65,6 +67,15 @@ class Planted:
     admissible: NullSpace
     shared: Float[Tensor, "1 d_model"] | None = None
     variant: str = ""
+    shared_rows: Bool[Tensor, "batch"] | None = None
+    never_specific: bool = False
+
+    @property
+    def allowed(self) -> frozenset[bool | None]:
+        """What a verdict may say of `specific` here; None is "unknown"."""
+        if self.specific is not None:
+            return frozenset({self.specific})
+        return frozenset({False, None}) if self.never_specific else frozenset({True, False, None})
 
 
 class Draw:
