@@ -175,6 +175,18 @@ TABLE: dict[str, list[Entry]] = {
             "if False:",
         ),
         (
+            "null_spaces_are_those_of_the_examples_one_by_one",
+            "subspace.py",
+            "return NullSpaces(self.bases[rows])",
+            "return NullSpaces(self.bases[: len(rows)])",
+        ),
+        (
+            "null_spaces_are_those_of_the_examples_one_by_one",
+            "subspace.py",
+            "nothing = rearrange(self.ranks == v.shape[1],",
+            "nothing = rearrange(self.ranks >= self.ranks.max(),",
+        ),
+        (
             "the_null_space_of_the_jacobian_is_that_of_the_encoder_at_one_site",
             "clamp.py",
             "return self.sae.W_enc[:, self.indices]",
@@ -182,6 +194,24 @@ TABLE: dict[str, list[Entry]] = {
         ),
     ],
     "constraint": [
+        (
+            "over_linear_blocks_the_admissible_space_is_that_of_the_encoders_pulled_back",
+            "admissible.py",
+            "first.null_space.project(units)",
+            "units",
+        ),
+        (
+            "over_linear_blocks_the_admissible_space_is_that_of_the_encoders_pulled_back",
+            "defended.py",
+            "self.defense.sites[1:])",
+            "self.defense.sites[1:2])",
+        ),
+        (
+            "over_linear_blocks_an_admissible_delta_of_any_size_is_held_at_every_site",
+            "admissible.py",
+            "counts = gain > ROUNDING * gain",
+            "counts = gain > 0.9 * gain",
+        ),
         (
             "drift_is_bounded_by_slope_and_jump_of_the_activation",
             "metrics.py",
@@ -326,8 +356,8 @@ TABLE: dict[str, list[Entry]] = {
         (
             "a_smallest_norm_is_no_longer_than_what_a_search_found_and_reaches_the_edge",
             "minimum.py",
-            "    return outer * rearrange(_bisected(",
-            "    return 0.5 * outer * rearrange(_bisected(",
+            "    return outer * rearrange(high,",
+            "    return 0.5 * outer * rearrange(high,",
         ),
     ],
     "metric": [
@@ -454,6 +484,78 @@ TABLE: dict[str, list[Entry]] = {
             "low, high = np.quantile(resampled,",
             "low, high = np.quantile(np.add(resampled, 1.0),",
         ),
+        (
+            "median_interval_is_that_of_the_bootstrap_rounded_outward",
+            "stats.py",
+            'method="lower"',
+            'method="higher"',
+        ),
+        (
+            "median_interval_is_that_of_the_bootstrap_rounded_outward",
+            "stats.py",
+            "medians = _resampled(sample,",
+            "medians = _resampled(sample[np.isfinite(sample)] if np.isfinite(sample).any() else sample,",
+        ),
+        (
+            "exchanging_the_two_of_every_pair_turns_the_comparison_round",
+            "stats.py",
+            "(1 - tolerance) * np.maximum(a, b)",
+            "(1 - tolerance) * b",
+        ),
+        (
+            "exchanging_the_two_of_every_pair_turns_the_comparison_round",
+            "stats.py",
+            "binom.sf(smaller - 1,",
+            "binom.sf(smaller,",
+        ),
+        (
+            "a_smaller_norm_of_ours_is_never_evidence_against_it",
+            "stats.py",
+            "binom.sf(smaller - 1,",
+            "binom.cdf(smaller,",
+        ),
+        (
+            "a_comparison_of_norms_knows_no_unit",
+            "stats.py",
+            "tied = (a == b) |",
+            "tied = (np.maximum(a, b) < 1e5) | (a == b) |",
+        ),
+        (
+            "more_often_counts_the_deals_with_at_least_so_many",
+            "stats.py",
+            'alternative="greater"',
+            'alternative="two-sided"',
+        ),
+        (
+            "holm_rejects_what_bonferroni_rejects_in_every_set_of_hypotheses_that_holds_it",
+            "stats.py",
+            "np.maximum.accumulate(np.arange(len(p), 0, -1) * p[order])",
+            "(np.arange(len(p), 0, -1) * p[order])",
+        ),
+        (
+            "matched_features_are_as_many_others_or_none",
+            "selection.py",
+            "unused[found[place]] = False",
+            "unused[place] = False",
+        ),
+        (
+            "matched_features_are_as_many_others_or_none",
+            "selection.py",
+            "unused[[*features, *excluded]] = False",
+            "unused[[*features]] = False",
+        ),
+        (
+            "no_match_passes_over_more_than_nine_that_are_nearer_and_unused",
+            "selection.py",
+            "nearest = pool[distance <= farthest]",
+            "nearest = pool",
+        ),
+        (
+            "no_match_passes_over_more_than_nine_that_are_nearer_and_unused",
+            "selection.py",
+            "levels = rates.clamp(min=torch.finfo(rates.dtype).tiny).log()",
+            "levels = rates.clamp(min=0.5).log()",
+        ),
     ],
     "engine": [
         (
@@ -489,8 +591,8 @@ TABLE: dict[str, list[Entry]] = {
         (
             "under_c1_and_pointwise_features_a_delta_before_or_after_the_clamp_is_one",
             "defended.py",
-            "residual = self.suffix.residual + delta",
-            "residual = self.base[:, -self.suffix.n_pos :] + delta",
+            "return self.suffix.residual + delta",
+            "return self.base[:, -self.suffix.n_pos :] + delta",
         ),
         (
             "the_defended_state_is_the_clamped_model_and_no_delta_leaves_it",
@@ -513,21 +615,26 @@ TABLE: dict[str, list[Entry]] = {
         (
             "where_features_compete_the_certificate_catches_what_c1_allows",
             "certify.py",
-            "drift=drift,",
-            "drift=0 * drift,",
+            "drift=metrics.activation_drift(z_rec, z_def),",
+            "drift=0 * metrics.activation_drift(z_rec, z_def),",
+        ),
+        (
+            "a_resumed_check_is_an_uninterrupted_one",
+            "artifacts.py",
+            "self.write(DELTAS, save(self._deltas))",
+            "self.write(DELTAS, save(dict(deltas)))",
         ),
         (
             "a_resumed_check_is_an_uninterrupted_one",
             "check.py",
-            "for batch in torch.split(rows, size):",
-            "rows = torch.tensor([r for r in rows.tolist() if examples.ids[r] not in store.finished()] or [0])\n"
-            "    for batch in torch.split(rows, size):",
+            "if self.store.load(unit) is None:",
+            "if True:",
         ),
         (
             "a_check_in_batches_of_another_size_counts_the_same",
-            "check.py",
-            "        part = examples.select(batch)\n",
-            "        part = examples.select(batch[:1].expand_as(batch))\n",
+            "bench.py",
+            "            self.behavior.select(rows),\n",
+            "            self.behavior.select(torch.arange(len(rows))),\n",
         ),
         (
             "the_clamp_of_these_checks_can_be_undone",
@@ -550,6 +657,12 @@ TABLE: dict[str, list[Entry]] = {
             "0.0 if value is None else value",
         ),
         (
+            "a_norm_that_is_not_finite_is_read_back_as_not_reached",
+            "records.py",
+            "math.inf if value is None else value",
+            "math.nan if value is None else value",
+        ),
+        (
             "a_verdict_does_not_depend_on_the_order_of_records_and_counts_them_once",
             "verdict.py",
             '"base": sum(r.shows_at_base for r in records)',
@@ -557,9 +670,27 @@ TABLE: dict[str, list[Entry]] = {
         ),
         (
             "a_verdict_says_no_more_than_its_gates_and_certificates_bear",
-            "verdict.py",
+            "gates.py",
             "residual <= MAX_CONSTRAINT_RESIDUAL and longest <= budget",
             "True",
+        ),
+        (
+            "a_larger_budget_of_the_curve_holds_no_fewer_and_only_what_is_certified",
+            "verdict.py",
+            'if c is not None and c["shows"] and c["held"]]',
+            'if c is not None and c["shows"]]',
+        ),
+        (
+            "only_what_is_recoverable_is_specific_and_only_with_shared_deltas_that_beat_chance",
+            "verdict.py",
+            'specific=finding.specific if name == "RECOVERABLE" else None,',
+            "specific=finding.specific,",
+        ),
+        (
+            "only_what_is_recoverable_is_specific_and_only_with_shared_deltas_that_beat_chance",
+            "evidence.py",
+            "if min(lows) > rules.most:",
+            "if max(lows) > rules.most - 1:",
         ),
         (
             "a_configuration_survives_its_yaml",
@@ -598,6 +729,12 @@ TABLE: dict[str, list[Entry]] = {
             "planted/world.py",
             "return cls(T, torch.linalg.pinv(T))",
             "return cls(T, T.T)",
+        ),
+        (
+            "what_a_check_keeps_to_is_the_planted_admissible_space",
+            "admissible.py",
+            "return JacobianOrthogonal.of(first, jacobian(defended), torch.cat(read))",
+            "return first",
         ),
         (
             "an_admissible_delta_moves_no_clamped_feature_at_any_site",
@@ -656,8 +793,64 @@ TABLE: dict[str, list[Entry]] = {
         (
             "the_checker_misses_no_planted_world",
             "search.py",
-            "delta = _clip(here + scale_to(slope,",
-            "delta = _clip(here + scale_to(-slope,",
+            "delta = clip(here + scale_to(slope,",
+            "delta = clip(here + scale_to(-slope,",
+        ),
+        (
+            "the_checker_says_nothing_false_of_a_planted_world",
+            "verdict.py",
+            "for c in (record.smallest, record.certificate) if",
+            "for c in (record.certificate,) if",
+        ),
+    ],
+    "solver": [
+        (
+            "what_a_solver_finds_is_admissible_and_what_it_is_said_to_be",
+            "adam.py",
+            "delta = clip(feasible.project(delta + rate * toward), budget)",
+            "delta = clip(delta + rate * toward, budget)",
+        ),
+        (
+            "what_a_solver_finds_is_admissible_and_what_it_is_said_to_be",
+            "solvers.py",
+            "tried = scaled(free, length)",
+            "tried = scaled(free, 1.01 * length)",
+        ),
+        (
+            "no_solver_is_worse_than_its_start_and_it_reports_what_it_found",
+            "adam.py",
+            "Status.RECOVERED: solved,",
+            "Status.RECOVERED: better,",
+        ),
+        (
+            "a_larger_budget_never_recovers_less",
+            "adam.py",
+            "/ size).clamp(max=budget)",
+            "/ size).clamp(max=1 / budget)",
+        ),
+        (
+            "a_larger_budget_never_recovers_less",
+            "minimum.py",
+            "    return outer * rearrange(high,",
+            "    return 0.5 * outer * rearrange(high,",
+        ),
+        (
+            "the_best_over_solvers_is_no_longer_than_any_and_solves_what_any_does",
+            "solvers.py",
+            "least, index = norms.min(dim=0)",
+            "least, index = norms.max(dim=0)",
+        ),
+        (
+            "the_best_over_solvers_is_no_longer_than_any_and_solves_what_any_does",
+            "solvers.py",
+            "best = reduce(first_to, climbed or drawn)",
+            "best = drawn[0]",
+        ),
+        (
+            "an_edge_is_where_the_goal_begins",
+            "minimum.py",
+            "rows[high[rows] - low[rows] > fine]",
+            "rows[high[rows] - low[rows] > 8 * fine]",
         ),
     ],
 }

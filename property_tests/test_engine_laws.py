@@ -8,9 +8,14 @@ measured on the shallow `PlainLM`, whose blocks are of slope of order 1, and hal
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections import Counter
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -20,19 +25,22 @@ from torch import Tensor
 
 from property_tests.rounding import assert_within, eps, product_error, projection_leak
 from property_tests.strategies import COMPETING, SEEDS, ClampCase, SAECase, clamp_cases, costly, randn
-from recover.behavior import LogitDifference
+from recover.artifacts import DELTAS, EXAMPLES, TEMPORARY, UNITS, RunFolder, RunState
+from recover.behavior import LogitDifference, Targeted
 from recover.certify import Certificate, certify
-from recover.check import Examples, Memory, check
+from recover.check import Examples, check
 from recover.clamp import Clamp, Defense, Set
 from recover.constraint import ActivationStable, EncoderOrthogonal
 from recover.defended import clamp_edits, defend
 from recover.model import Model, Prompts
-from recover.records import ExampleRecord
+from recover.planted import KINDS
 from recover.sae import SAE
 from recover.search import Schedule
 from recover.types import Site
+from recover.verdict import Verdict
 from tests.models import D_MODEL, FAMILIES, N_LAYERS, VOCAB, left_padded, plain_lm, tiny_lm, token_rows
 from tests.saes import POINTWISE
+from tests.test_check import LIGHT
 from tests.test_check import defense as hard_clamp
 
 HALF_THE_DIGITS = eps(torch.float64) ** 0.5
@@ -363,109 +371,167 @@ class Interruption(Exception):  # noqa: N818 (it is no error)
     pass
 
 
-class Dying(Memory):
-    """A store that dies at its `left`-th call, after having done `what` it was asked or before."""
+class Dying(RunFolder):
+    """The folder of a run whose process dies at its `left`-th write, before it or after it."""
 
-    def __init__(self, left: int, after: bool, inner: Any) -> None:
-        super().__init__()
-        self.left, self.after, self.inner = left, after, inner
+    def __init__(self, path: Path, left: int, after: bool) -> None:
+        super().__init__(path)
+        self.left, self.after, self.kept = left, after, Counter[str]()
 
-    def _count(self, act: Any, *args: Any) -> None:
+    def write(self, name: str, content: bytes) -> None:
         self.left -= 1
         if self.left < 0 and not self.after:
             raise Interruption
-        act(*args)
+        super().write(name, content)
         if self.left < 0:
             raise Interruption
 
-    def finished(self) -> Mapping[str, ExampleRecord]:
-        found: Mapping[str, ExampleRecord] = self.inner.finished()
+    def keep(self, unit: str, values: Any, deltas: Mapping[str, Tensor]) -> None:
+        self.kept[unit] += 1
+        super().keep(unit, values, deltas)
+
+
+STATE = RunState(config={}, keep_text=False, fingerprint="", batch_size=1, features=[])
+
+
+@dataclass(frozen=True)
+class FolderCase:
+    """A whole check of a planted world in a folder; its process dies at the `dies`-th write, and again at `again`.
+
+    `wrong` examples are asked for an answer that is not theirs, so that they do not flip.
+    """
+
+    kind: str
+    n: int
+    batch_size: int
+    seed: int
+    wrong: int
+    share: float
+    dies: int
+    again: int
+    after: bool
+
+    def start(self, path: Path, left: int = 10**6) -> tuple[dict[str, Any], Counter[str]]:
+        """One start of the run: what it says but for its times, and the units that it worked on."""
+        world = KINDS[self.kind](self.seed, n_prompts=self.n)
+        right = world.examples.behavior
+        assert isinstance(right, Targeted)
+        asked = right.target.where(torch.arange(self.n) >= self.wrong, right.rivals[:, 0])
+        folder = Dying(path, left, self.after)
+        try:
+            if folder.state is None:
+                folder.begin(STATE)
+            else:
+                folder.resume()
+            verdict = check(
+                world.model,
+                world.defense,
+                replace(world.examples, behavior=right.retarget(asked)),
+                budget=self.share * world.budget,
+                schedule=Schedule(steps=10, restarts=0, seed=self.seed),
+                plan=LIGHT,
+                batch_size=self.batch_size,
+                store=folder,
+            )
+            folder.save_records(verdict.records)
+        finally:
+            folder.close()
+        return {k: v for k, v in verdict.to_dict().items() if k != "provenance"}, folder.kept
+
+    def units(self, path: Path) -> dict[str, Any]:
+        """What the units on disk hold but for their times, by file."""
+        found = {file.name: json.loads(file.read_text()) for file in (path / UNITS).iterdir()}
+        for unit in found.values():
+            del unit["values"]["seconds"]
         return found
 
-    def delta(self, example: str) -> Tensor:
-        found: Tensor = self.inner.delta(example)
-        return found
 
-    def save_deltas(self, deltas: Mapping[str, Tensor]) -> None:
-        self._count(self.inner.save_deltas, deltas)
+@costly(5)
+@given(
+    st.builds(
+        FolderCase,
+        kind=st.sampled_from(["write_only", "complete_bottleneck", "two_layers"]),
+        n=st.integers(2, 8),
+        batch_size=st.integers(2, 4),
+        seed=SEEDS,
+        wrong=st.integers(0, 4),
+        share=st.sampled_from([0.1, 1.0]),
+        dies=st.integers(0, 30),
+        again=st.integers(0, 15),
+        after=st.booleans(),
+    )
+)
+def test_a_resumed_check_is_an_uninterrupted_one(case: FolderCase) -> None:
+    """Verdict, records, units and deltas to the byte, on disk, wherever it dies, twice; no finished unit is run again.
 
-    def save(self, records: Sequence[ExampleRecord]) -> None:
-        self._count(self.inner.save, records)
+    (By SIGKILL: tests/test_cli.py.)
+    """
+    with TemporaryDirectory() as folder:
+        whole, cut = Path(folder) / "whole", Path(folder) / "cut"
+        expected, every = case.start(whole)
+        worked: Counter[str] = Counter()
+        for left in (case.dies, case.again, 10**6):
+            before = set(case.units(cut)) if (cut / UNITS).exists() else set()
+            with suppress(Interruption):
+                found, kept = case.start(cut, left)
+                assert not {f"{unit.replace('/', '-')}.json" for unit in kept} & before
+                worked += kept
+        assert found == expected
+        assert set(worked) <= set(every)
+        assert set(every.values()) == {1}
+        assert case.units(cut) == case.units(whole)
+        for name in (DELTAS, EXAMPLES):
+            assert (cut / name).exists() == (whole / name).exists()
+            assert not (cut / name).exists() or (cut / name).read_bytes() == (whole / name).read_bytes()
+        assert not list(cut.rglob(f"{TEMPORARY}*"))
 
 
 @dataclass(frozen=True)
 class CheckCase:
-    """A whole check of a defense that can be undone; it dies at the store's `dies`-th call, and again at `again`."""
+    """A whole check of a defense that can be undone, on prompts of unequal length."""
 
     n: int
     batch_size: int
     seed: int
     value: float
     budget: float
-    dies: int
-    again: int
-    after: bool
 
-    def run(self, store: Any, batch_size: int | None = None) -> dict[str, Any]:
+    def run(self, batch_size: int | None = None) -> Verdict:
         rows = token_rows([3 + i % 4 for i in range(self.n)], seed=self.seed)
         behavior = LogitDifference(torch.arange(self.n), torch.arange(self.n) + 30)
-        examples = Examples([f"e{i}" for i in range(self.n)], left_padded(rows), behavior)
         return check(
             Model(tiny_lm()),
             hard_clamp(self.value),
-            examples,
+            Examples([f"e{i}" for i in range(self.n)], left_padded(rows), behavior),
             budget=self.budget,
             schedule=Schedule(steps=4, restarts=1, seed=self.seed),
+            plan=LIGHT,
             batch_size=batch_size or self.batch_size,
-            store=store,
-        ).to_dict()
+        )
 
 
-checks = st.builds(
-    CheckCase,
-    n=st.integers(2, 10),
-    batch_size=st.integers(1, 5),
-    seed=SEEDS,
-    value=st.sampled_from([5.0, 20.0]),
-    budget=st.sampled_from([1.0, 15.0]),
-    dies=st.integers(0, 8),
-    again=st.integers(0, 4),
-    after=st.booleans(),
+@costly(3)
+@given(
+    st.builds(
+        CheckCase,
+        n=st.integers(2, 6),
+        batch_size=st.integers(2, 5),
+        seed=SEEDS,
+        value=st.sampled_from([5.0, 20.0]),
+        budget=st.sampled_from([1.0, 15.0]),
+    ),
+    st.integers(1, 6),
 )
-
-
-@costly(4)
-@given(checks)
-def test_a_resumed_check_is_an_uninterrupted_one(case: CheckCase) -> None:
-    """Verdict, records and deltas to the bit, wherever it dies, twice. (On disk: tests/test_cli.py, by SIGKILL.)"""
-    whole = Memory()
-    expected = case.run(whole)
-    kept = Memory()
-    for dies in (case.dies, case.again, 10**6):
-        try:
-            found = case.run(Dying(dies, case.after, kept))
-        except Interruption:
-            continue
-    assert found == expected
-    assert {name: r.to_json() for name, r in kept.finished().items()} == {
-        name: r.to_json() for name, r in whole.records.items()
-    }
-    for name, delta in whole.deltas.items():
-        assert torch.equal(kept.delta(name), delta)
-
-
-@costly(4)
-@given(checks, st.integers(1, 10))
 def test_a_check_in_batches_of_another_size_counts_the_same(case: CheckCase, batch_size: int) -> None:
     """Wherever no slack is within the rounding of float32 (half of its digits) of where counts change."""
-    one, other = Memory(), Memory()
-    first, second = case.run(one), case.run(other, batch_size)
+    one, other = case.run(), case.run(batch_size)
     tolerance = 40 * HALF_OF_FLOAT32
-    for record in one.records.values():
-        again = other.records[record.id]
+    for record, again in zip(one.records, other.records, strict=True):
+        assert record.id == again.id
         assert abs(record.base_slack - again.base_slack) <= tolerance
         assert abs(record.defended_slack - again.defended_slack) <= tolerance
         assume(min(abs(record.base_slack), abs(record.defended_slack)) > tolerance)
+    first, second = one.to_dict(), other.to_dict()
     assert first["counts"] == second["counts"]
     assert first["recovery"]["searched"] == second["recovery"]["searched"]
     assert first["counts"]["valid_flips"] == first["recovery"]["searched"] or first["verdict"] == "INVALID"
@@ -473,7 +539,11 @@ def test_a_check_in_batches_of_another_size_counts_the_same(case: CheckCase, bat
 
 def test_the_clamp_of_these_checks_can_be_undone() -> None:
     """Or the two laws above would hold of nothing."""
-    found = CheckCase(10, 4, 0, 20.0, 15.0, 0, 0, False).run(Memory())
-    assert found["counts"]["valid_flips"] > 0
+    found = CheckCase(10, 10, 0, 20.0, 15.0).run()
+    assert found.counts["valid_flips"] > 0
     assert isinstance(hard_clamp().clamps[0].sae, SAE)
     assert isinstance(hard_clamp().clamps[0].mode, Set)
+    with TemporaryDirectory() as folder:
+        said, kept = FolderCase("write_only", 6, 4, 0, 2, 1.0, 0, 0, False).start(Path(folder))
+    assert said["counts"]["valid_flips"] == said["recovery"]["recovered"] == 4
+    assert len(kept) > 15

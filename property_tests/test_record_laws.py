@@ -16,13 +16,16 @@ from hypothesis import strategies as st
 
 from recover.certify import Certificate
 from recover.config import Config, load_config
-from recover.fit import Fit
-from recover.records import ExampleRecord, SearchRecord
+from recover.phases import KEPT
+from recover.records import ExampleRecord, PlaceboRecord, SearchRecord
 from recover.search import Status
+from recover.solvers import SOLVERS
 from recover.types import InputError, Site
-from recover.verdict import Verdict, decide
+from recover.verdict import Verdict
+from tests.hand_made import at_smallest, certified, conclude, flip, missed, placebo
 
 finite = st.floats(allow_nan=False, allow_infinity=False)
+norms = st.floats(min_value=0, allow_nan=False)
 LISTS = ("preactivation_shift", "threshold_margin")
 
 
@@ -46,14 +49,27 @@ searched = st.builds(
     steps=st.integers(0, 500),
     score=finite,
     slack=finite,
+    smallest=norms,
+    winner=st.none() | st.sampled_from(list(SOLVERS)),
+    by_solver=st.dictionaries(st.text(), norms, max_size=4),
+    draws_reached=st.floats(0, 1),
 )
+compared = st.builds(PlaceboRecord, slack=finite, smallest=norms, within=st.booleans())
 records = st.builds(
     ExampleRecord,
     id=st.text(min_size=1),
     base_slack=finite,
     defended_slack=finite,
+    strict_base_slack=finite,
+    strict_defended_slack=finite,
     search=st.none() | searched,
     certificate=st.none() | certificates(),
+    smallest=st.none() | certificates().map(lambda facts: {name: facts[name] for name in KEPT}),
+    placebo=st.none() | compared,
+    write_orthogonal=st.none() | compared,
+    reached_at=st.none() | st.dictionaries(st.text(), st.booleans(), max_size=3),
+    longer=st.none() | st.booleans(),
+    undefended=st.none() | st.booleans(),
     text=st.none() | st.text(),
 )
 
@@ -79,28 +95,100 @@ def test_what_is_not_finite_is_read_back_as_not_a_number(record: ExampleRecord, 
     assert not read.valid_flip
 
 
-FIT = Fit("blocks.1.hook_resid_pre", 0.9, 3.0, 0.9, "blocks.1.hook_resid_pre", 0.0, 99)
+@given(records, st.sampled_from([math.nan, math.inf]))
+def test_a_norm_that_is_not_finite_is_read_back_as_not_reached(record: ExampleRecord, bad: float) -> None:
+    """So that it is larger than any budget."""
+    record = replace(record, placebo=PlaceboRecord(0.0, bad, False))
+    line = record.to_json()
+    json.loads(line, parse_constant=pytest.fail)
+    read = ExampleRecord.from_json(line)
+    assert read.placebo is not None
+    assert read.placebo.smallest == math.inf
+
+
 moderate = st.floats(-1e3, 1e3)
+sizes = st.floats(0, 1e3) | st.just(math.inf)
+placebos = st.none() | sizes.map(placebo)
+BUDGETS = (1.0, 2.5, 5.0, 10.0, 20.0, 40.0)
+
+
+@st.composite
+def wild_flips(draw: st.DrawFn, record: ExampleRecord) -> ExampleRecord:
+    """This flip, searched, with a certificate that may say anything, and need not agree with the search."""
+    facts, smallest = draw(certificates(st.floats(0, 1e3))), draw(certificates(st.floats(0, 1e3)))
+    facts |= {"reactivated": 0.0, "dormant": 2.0, "defended_slack": record.defended_slack}
+    by_solver = {name: draw(sizes) for name in SOLVERS}
+    least = min(by_solver.values())
+    winner = None if math.isinf(least) else min(by_solver, key=by_solver.__getitem__)
+    status, steps = draw(st.sampled_from([status.name for status in Status])), draw(st.integers(0, 9))
+    search = SearchRecord(status, steps, 1.0, draw(moderate), least, winner, by_solver, draw(st.floats(0, 1)))
+    return replace(
+        record,
+        search=search,
+        certificate=facts,
+        smallest={name: smallest[name] for name in KEPT},
+        placebo=draw(placebos),
+        write_orthogonal=draw(placebos),
+        reached_at={f"{budget:g}": draw(st.booleans()) for budget in BUDGETS},
+        longer=draw(st.booleans()),
+        undefended=draw(st.booleans()),
+    )
+
+
+@st.composite
+def tame_flips(draw: st.DrawFn, name: str) -> ExampleRecord:
+    """A flip that was searched as it should be, though features may have moved."""
+    near = draw(st.sampled_from([0.5, 3.0, 8.0, 30.0, math.inf]))
+    facts = {
+        "norm": draw(st.sampled_from([0.5, 4.0, 15.0, 20.0])),
+        "held": draw(st.sampled_from([True, True, False])),
+        "displacement": draw(st.sampled_from([1.0, 8.0, None])),
+    }
+    if draw(st.booleans()):
+        record = flip(name, near=min(near, 16.0), **facts)
+    else:
+        record = missed(name, near=near, status=draw(st.sampled_from(["EXHAUSTED", "UNMOVED"])), **facts)
+    record = at_smallest(record, held=draw(st.sampled_from([True, True, False])))
+    return replace(record, placebo=draw(placebos), write_orthogonal=draw(placebos))
 
 
 @st.composite
 def runs(draw: st.DrawFn) -> list[ExampleRecord]:
     """Records as a check leaves them: certificates of valid flips, of one number of features, and of no others."""
-    found = []
+    found, wild = [], draw(st.sampled_from([True, False, False]))
     for index in range(draw(st.integers(1, 8))):
-        base, left = draw(moderate), draw(moderate)
-        record = ExampleRecord(f"e{index}", base, left)
+        record = ExampleRecord(f"e{index}", *(draw(moderate) for _ in range(4)))
+        if draw(st.booleans()):
+            record = replace(record, base_slack=1.0, defended_slack=-draw(st.floats(0, 9)))
         if record.valid_flip:
-            certificate = draw(certificates(st.floats(0, 1e3)))
-            certificate |= {"reactivated": 0.0, "dormant": 2.0, "defended_slack": left}
-            search = SearchRecord("RECOVERED", draw(st.integers(0, 9)), 1.0, draw(moderate))
-            record = replace(record, search=search, certificate=certificate)
+            record = draw(wild_flips(record) if wild else tame_flips(record.id))
         found.append(record)
+    if draw(st.sampled_from([True, False, False])):
+        found.append(certified(draw(tame_flips("longer than the budget")), norm=25.0))
     return found
 
 
-def verdict_of(records: list[ExampleRecord], budget: float = 10.0) -> Verdict:
-    return decide(records, [FIT], budget, "float32", {}, {})
+@st.composite
+def transfers(draw: st.DrawFn) -> dict[str, Any]:
+    """Counts of transfer: a mechanism that survived, or that did in part, nothing, or anything."""
+    counts, shares = draw(
+        st.sampled_from(
+            [
+                ((40, 40, 40, 40), ((0.9, 1.0), (0.9, 1.0), (0.0, 0.1), (0.0,))),
+                ((40, 40, 40, 40), ((0.5, 0.6), (0.5, 1.0), (0.0, 0.1), (0.0,))),
+                ((40, 40, 40, 40), ((0.0, 0.1), (0.0, 0.1), (0.0, 0.1), (0.0,))),
+                ([draw(st.sampled_from([0, 3, 40])) for _ in range(4)], ((0.0, 0.5, 1.0),) * 4),
+            ]
+        )
+    )
+    names = ("own", "write_orthogonal", "shuffled", "random")
+    hits = [int(n * draw(st.sampled_from(share))) for n, share in zip(counts, shares, strict=True)]
+    readings = {name: {"hits": k, "n": n} for name, k, n in zip(names, hits, counts, strict=True)}
+    return {"budget": draw(st.floats(0.1, 1e3)), "readings": readings}
+
+
+def verdict_of(records: list[ExampleRecord], transfer: dict[str, Any] | None = None) -> Verdict:
+    return conclude(*records, curve=BUDGETS, transfer=transfer)
 
 
 def back_with_the_clamp_held(record: ExampleRecord) -> bool:
@@ -124,7 +212,9 @@ def test_a_verdict_does_not_depend_on_the_order_of_records_and_counts_them_once(
     random.shuffle(shuffled)
     one, other = verdict_of(found), verdict_of(shuffled)
     assert one.verdict == other.verdict
-    assert rounded(dict(one.recovery)) == rounded(dict(other.recovery))
+    for name in ("recovery", "minimum_norm", "curve", "controls"):
+        ours, theirs = (one.to_dict()[name], other.to_dict()[name])
+        assert rounded(ours) == rounded(theirs), name
     assert one.counts == other.counts
     flips = [record for record in found if record.base_slack > 0 and not record.defended_slack > 0]
     back = [record for record in flips if back_with_the_clamp_held(record)]
@@ -137,7 +227,7 @@ def test_a_verdict_does_not_depend_on_the_order_of_records_and_counts_them_once(
 def test_a_verdict_says_no_more_than_its_gates_and_certificates_bear(found: list[ExampleRecord]) -> None:
     """INVALID and INCONCLUSIVE name a gate that failed; RECOVERABLE needs one certificate, whatever the solver says."""
     verdict = verdict_of(found)
-    failed = {gate.name for gate in verdict.gates if gate.passed is False}
+    failed = {gate.name for gate in verdict.gates if gate.passed is False and gate.decides is not None}
     validity = {"fit", "site", "valid_flips"}
     match verdict.verdict:
         case "INVALID":
@@ -153,11 +243,57 @@ def test_a_verdict_says_no_more_than_its_gates_and_certificates_bear(found: list
             assert not failed
             assert not any(map(back_with_the_clamp_held, found))
     long = [
-        r.certificate for r in found if r.certificate and (r.certificate["norm"] is None or r.certificate["norm"] > 10)
+        r.certificate for r in found if r.certificate and (r.certificate["norm"] is None or r.certificate["norm"] > 20)
     ]
     assert not long or verdict.verdict in ("INVALID", "INCONCLUSIVE")
     assert not any(word in " ".join(verdict.reasons) for word in ("robust", "safe"))
     json.dumps(verdict.to_dict(), allow_nan=False)
+
+
+@given(runs())
+def test_a_larger_budget_of_the_curve_holds_no_fewer_and_only_what_is_certified(found: list[ExampleRecord]) -> None:
+    """Rates rise, and are shares of the flips."""
+    verdict = verdict_of(found)
+    near = []
+    for record in found:
+        if record.search is not None:
+            both = [c for c in (record.certificate, record.smallest) if c is not None and c["shows"] and c["held"]]
+            near.append(min((c["norm"] for c in both if c["norm"] is not None), default=math.inf))
+    rates = [point["rate"] for point in verdict.curve]
+    assert rates == sorted(rates)
+    assert len(rates) == (len(BUDGETS) if near else 0)
+    for point in verdict.curve:
+        low, high = point["wilson95"]
+        assert low <= point["rate"] <= high
+        assert point["rate"] == sum(norm <= point["budget"] for norm in near) / len(near)
+    assert (verdict.minimum_norm is None) == (not near)
+    if verdict.minimum_norm is not None:
+        low, high = verdict.minimum_norm["quartiles"]
+        assert low <= verdict.minimum_norm["median"] <= high
+        first, last = verdict.minimum_norm["interval95"]
+        assert first <= last
+        assert verdict.minimum_norm["unreached"] == sum(math.isinf(norm) for norm in near)
+
+
+@given(runs(), transfers())
+def test_only_what_is_recoverable_is_specific_and_only_with_shared_deltas_that_beat_chance(
+    found: list[ExampleRecord], transfer: dict[str, Any]
+) -> None:
+    """Whatever transfer and placebo say; and the verdict itself does not depend on them."""
+    verdict, without = verdict_of(found, transfer), verdict_of(found)
+    assert verdict.verdict == without.verdict
+    assert without.specific is None
+    if verdict.specific is None:
+        return
+    assert verdict.verdict == "RECOVERABLE"
+    if verdict.specific:
+        for name in ("own", "write_orthogonal"):
+            ours, shuffled = transfer["readings"][name], transfer["readings"]["shuffled"]
+            assert ours["hits"] > ours["n"] / 2
+            assert ours["hits"] * shuffled["n"] > shuffled["hits"] * ours["n"]
+
+
+seeds, shares = st.integers(0, 9), st.floats(0.01, 1)
 
 
 @st.composite
@@ -180,7 +316,18 @@ def configurations(draw: st.DrawFn) -> dict[str, Any]:
         "clamps": draw(st.lists(clamp, min_size=1, max_size=2)),
         "task": draw(st.sampled_from(["ioi", "python:module:object"])),
         "prompts": draw(st.fixed_dictionaries({"n": st.integers(1, 99)}, optional={"seed": st.integers(0, 9)})),
-        "search": {"budget": draw(st.floats(1e-3, 1e3)), "steps": draw(st.integers(1, 500))},
+        "search": {
+            "budget": draw(st.floats(1e-3, 1e3)),
+            "steps": draw(st.integers(1, 500)),
+            "curve": draw(st.lists(st.floats(0.1, 10), max_size=3)),
+        },
+        "controls": draw(st.fixed_dictionaries({}, optional={"seed": seeds, "placebo_features": st.integers(0, 5)})),
+        "transfer": draw(
+            st.fixed_dictionaries(
+                {}, optional={"norms": st.lists(shares, max_size=3), "folds": st.sampled_from([1, 2])}
+            )
+        ),
+        "rules": draw(st.fixed_dictionaries({}, optional={"alpha": shares, "min_heldout": st.integers(1, 99)})),
         "device": draw(st.sampled_from(["auto", "cpu", "cuda", "cuda:1"])),
         "batch_size": draw(st.sampled_from(["auto", 1, 7])),
     }
@@ -194,6 +341,7 @@ def test_a_configuration_survives_its_yaml(values: dict[str, Any]) -> None:
         path.write_text(config.dump_yaml())
         again = load_config(path)
     assert again == config
+    assert again.plan() == config.plan()
     assert again.fingerprint(model="a") == config.fingerprint(model="a")
 
 
@@ -207,7 +355,8 @@ def test_a_fingerprint_is_of_what_can_change_a_result_and_of_nothing_else(
     elsewhere = Config.model_validate({**values, "device": "mps", "batch_size": 3})
     assert reversed_keys.fingerprint(model="a") == elsewhere.fingerprint(model="a") == own
     changed = copy.deepcopy(values)
-    match data.draw(st.sampled_from(["model", "budget", "steps", "seed", "value", "mode", "skip_first", "identity"])):
+    whats = "model budget steps seed value mode skip_first curve control_seed folds alpha identity"
+    match data.draw(st.sampled_from(whats.split())):
         case "model":
             changed["model"] += "x"
         case "budget":
@@ -222,6 +371,14 @@ def test_a_fingerprint_is_of_what_can_change_a_result_and_of_nothing_else(
             changed["clamps"][0]["mode"] = "set" if changed["clamps"][0]["mode"] != "set" else "floor"
         case "skip_first":
             changed["skip_first"] = 5
+        case "curve":
+            changed["search"]["curve"] = [*changed["search"]["curve"], 3.0]
+        case "control_seed":
+            changed["controls"]["seed"] = changed["controls"].get("seed", 0) + 1
+        case "folds":
+            changed["transfer"]["folds"] = 3 - changed["transfer"].get("folds", 2)
+        case "alpha":
+            changed["rules"]["alpha"] = 0.5 * changed["rules"].get("alpha", 0.01)
         case _:
             assert Config.model_validate(values).fingerprint(model="b") != own
             return

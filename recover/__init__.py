@@ -4,8 +4,9 @@ The public names. Start at `search.py`; `check.py` is the whole protocol.
 """
 
 from recover.behavior import AnswerLikelihood, Behavior, ChoiceMargin, LogitDifference
+from recover.bench import Examples
 from recover.certify import Certificate, certify
-from recover.check import Examples, Memory, Store, check
+from recover.check import Memory, Store, check
 from recover.clamp import Clamp, Defense, Floor, Mode, Scale, Set
 from recover.config import Config, load_config
 from recover.constraint import (
@@ -19,6 +20,7 @@ from recover.constraint import (
 from recover.decompose import Decomposition, decompose, recompose
 from recover.defended import Defended, defend
 from recover.fit import Fit, measure_fit
+from recover.gates import Gate
 from recover.model import Model, Prompts, Run, Suffix
 from recover.runner import run_check
 from recover.sae import SAE, from_sae_lens, load_sae_folder
@@ -27,7 +29,7 @@ from recover.selection import attribution, largest
 from recover.stats import bootstrap, wilson
 from recover.subspace import NullSpace, row_space
 from recover.types import InputError, Site
-from recover.verdict import Gate, Verdict
+from recover.verdict import Verdict
 from recover.zoo import resolve_model, resolve_sae
 
 __all__ = [

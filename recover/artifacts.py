@@ -3,15 +3,16 @@
 ==================== ===============================================================================
 `config.yaml`         the configuration as resolved; can be given to `recover check` again
 `run.json`            what the run fixed at its start: see `RunState`
-`deltas.safetensors`  one delta `[n_pos d_model]` for each example searched, by example id, float32
-`examples.jsonl`      one record a line; an example with a line here is finished
+`units/`              the values of each finished unit of work, a phase of a batch, as JSON
+`deltas.safetensors`  deltas `[n_pos d_model]`, float32: by example id the one within the budget, and with `/smallest`
+                      behind it the smallest one; `transfer/fold/constraint/budget/draw` the shared ones
+`examples.jsonl`      one record a line, an example each; written when all of them are finished
 `verdict.json`        the answer
 `report.html`         the same for people
 ==================== ===============================================================================
 
 Every file is written to a temporary name and renamed, so that it is there whole or not at all. Deltas are written
-before the records that speak of them: whenever a run is killed, what `examples.jsonl` says is true, and the rest is
-done again.
+before the unit that speaks of them: whenever a run is killed, what its units say is true, and the rest is done again.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ CONFIG, RUN, DELTAS, EXAMPLES, VERDICT, REPORT = (
     "verdict.json",
     "report.html",
 )
-LOCK, TEMPORARY = ".lock", ".recover-"
+UNITS, LOCK, TEMPORARY = "units", ".lock", ".recover-"
+SEEDS = "seeds.json"
+"""In the folder above those of several seeds: how often each verdict came."""
 
 
 class RunState(BaseModel):
@@ -63,8 +66,18 @@ class RunState(BaseModel):
     features: list[list[int]]
 
 
+class _Unit(BaseModel):
+    """A finished unit of work, as its file has it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    unit: str
+    deltas: list[str]
+    values: Any
+
+
 class RunFolder:
-    """A run's folder; a `Store` of finished examples. It is this process's alone until `close`.
+    """A run's folder; a `Store` of finished units. It is this process's alone until `close`.
 
     Args:
         path: a folder that is new, empty or holds a run.
@@ -76,7 +89,7 @@ class RunFolder:
 
     def __init__(self, path: Path | str) -> None:
         self.path, self.name = Path(path), f"--out {path}"
-        self._records: dict[str, ExampleRecord] = {}
+        self._units: dict[str, str] = {}
         self._deltas: dict[str, Tensor] = {}
         try:
             self._made = not self.path.exists()
@@ -97,7 +110,7 @@ class RunFolder:
         except Timeout:
             raise InputError(f"{self.name}: another recover is at work there; wait for it or stop it") from None
         try:
-            for leftover in self.path.glob(f"{TEMPORARY}*"):
+            for leftover in [*self.path.glob(f"{TEMPORARY}*"), *self.path.glob(f"{UNITS}/{TEMPORARY}*")]:
                 leftover.unlink()
             self.state = self._read_state()
         except BaseException:
@@ -115,6 +128,7 @@ class RunFolder:
     def begin(self, state: RunState) -> None:
         """Record what a new run fixes."""
         self.write(RUN, (state.model_dump_json() + "\n").encode())
+        (self.path / UNITS).mkdir(exist_ok=True)
         self.state = state
 
     def resume(self) -> None:
@@ -123,39 +137,40 @@ class RunFolder:
         Raises:
             InputError: a file is damaged.
         """
-        with self._damage(EXAMPLES):
-            lines = self.read(EXAMPLES).splitlines() if (self.path / EXAMPLES).exists() else []
-        for number, line in enumerate(lines, start=1):
-            with self._damage(f"{EXAMPLES}, line {number}"):
-                record = ExampleRecord.from_json(line)
-            self._records[record.id] = record
+        (self.path / UNITS).mkdir(exist_ok=True)  # a run may have died before it made it
         with self._damage(DELTAS):
             self._deltas = load_file(self.path / DELTAS) if (self.path / DELTAS).exists() else {}
-            missing = [r.id for r in self._records.values() if r.search is not None and r.id not in self._deltas]
-            if missing:
-                raise ValueError(f"it lacks {len(missing)} deltas that {EXAMPLES} speaks of, the first {missing[0]}")
+        for path in sorted((self.path / UNITS).glob("*.json")):
+            with self._damage(f"{UNITS}/{path.name}"):
+                text = path.read_text(encoding="utf-8")
+                unit = _Unit.model_validate_json(text)
+                missing = [name for name in unit.deltas if name not in self._deltas]
+                if missing:
+                    raise ValueError(f"{DELTAS} lacks {len(missing)} deltas that it speaks of, the first {missing[0]}")
+                self._units[unit.unit] = text
 
-    def finished(self) -> Mapping[str, ExampleRecord]:
-        """The records of the examples that are done, by id."""
-        return self._records
+    def load(self, unit: str) -> Any | None:
+        """The values of a finished unit; None where it is not finished."""
+        return json.loads(self._units[unit])["values"] if unit in self._units else None
 
-    def save_deltas(self, deltas: Mapping[str, Tensor]) -> None:
-        """Keep deltas; they count once their records are saved."""
-        self._deltas |= {name: delta.float().contiguous() for name, delta in deltas.items()}
-        self.write(DELTAS, save(self._deltas))
+    def keep(self, unit: str, values: Any, deltas: Mapping[str, Tensor]) -> None:
+        """Keep a unit's deltas, and then its values: from here on it is finished."""
+        if deltas:
+            self._deltas |= {name: delta.float().contiguous() for name, delta in deltas.items()}
+            self.write(DELTAS, save(self._deltas))
+        text = json.dumps({"unit": unit, "deltas": sorted(deltas), "values": values}, allow_nan=False)
+        self.write(f"{UNITS}/{unit.replace('/', '-')}.json", (text + "\n").encode())
+        self._units[unit] = text
 
-    def delta(self, example: str) -> Tensor:
+    def delta(self, name: str) -> Tensor:
         """A delta, read back from the file."""
         with safe_open(self.path / DELTAS, framework="pt") as file:
-            delta: Tensor = file.get_tensor(example)
+            delta: Tensor = file.get_tensor(name)
         return delta
 
-    def save(self, records: Sequence[ExampleRecord]) -> None:
-        """Keep records; from here on their examples are finished."""
-        lines = [record.to_json() for record in records]
-        # As a later start would read them, so that it cannot see other numbers.
-        self._records |= {record.id: record for record in map(ExampleRecord.from_json, lines)}
-        self.write(EXAMPLES, "".join(record.to_json() + "\n" for record in self._records.values()).encode())
+    def save_records(self, records: Sequence[ExampleRecord]) -> None:
+        """Write `examples.jsonl`."""
+        self.write(EXAMPLES, "".join(record.to_json() + "\n" for record in records).encode())
 
     def has(self, names: Iterable[str]) -> bool:
         """Whether all of these files are there."""

@@ -1,100 +1,102 @@
 """`check()`: the protocol, from a defense and prompts to a verdict.
 
-1. *Fit*: does each SAE describe its site on these prompts?
+1. *Fit*: does each SAE describe its site on these prompts? What does the defense cost on neutral text?
 2. *Accounting*: which examples show the behavior without the defense and not with it.
-3. *Search* within the budget, under C1, for every valid flip; what is not solved is looked at again without gradients.
-4. *Certificate* of every delta, by an independent replay.
-5. *Verdict* from the records of 2 to 4.
+3. *Search*, *certificates* and per-example controls for every valid flip (`phases`).
+4. *Controls* over all of them: the clamp undone, random features clamped, the search's own health (`global_controls`).
+5. *Transfer*: shared deltas, fitted on one half and read on the other (`heldout`).
+6. *Verdict* from the records of all of these (`gates`, `evidence`, `verdict`).
 
-Examples go through 2 to 4 in batches, and each finished batch is handed to a `Store`. The batches of a run are fixed
-from its start, so that a run that was interrupted goes on with the same arithmetic and reaches the same verdict.
+Each phase of each batch is a *unit*: its values are handed to a `Store` as soon as it is finished, its deltas before
+that. Values pass through JSON in every store, and batches are fixed, so that a run that was interrupted goes on with
+the same arithmetic and reaches the same verdict.
 """
 
 from __future__ import annotations
 
+import json
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from recover.behavior import Behavior
-from recover.certify import certify
+from recover import heldout
+from recover.bench import Bench, Examples
 from recover.clamp import Defense
-from recover.constraint import Budget, EncoderOrthogonal
-from recover.defended import Placement, defend
+from recover.constraint import Budget
+from recover.defended import Placement
 from recover.fit import Fit, measure_fit
-from recover.gradient_free import reexamined
+from recover.gates import fit_gates
+from recover.global_controls import placebo_features, search_health, undo
 from recover.model import Model, Prompts
-from recover.records import ExampleRecord, certificate_records, search_records
-from recover.search import Schedule, recover
-from recover.types import InputError, Int, Site, Tensor
-from recover.verdict import Verdict, decide, fit_gates
+from recover.phases import PHASES, Done, accounting, curve_budgets
+from recover.plan import Plan
+from recover.records import ExampleRecord, without_nan
+from recover.search import Schedule
+from recover.types import Tensor
+from recover.utility import Utility, measure_utility
+from recover.verdict import Evidence, Verdict, decide
+
+__all__ = ["Examples", "Memory", "Store", "check"]
 
 FIT_PROMPTS = 32
 Progress = Callable[[str, int, int], None]
 """`progress(phase, done, total)`."""
 
 
-@dataclass(frozen=True, eq=False)
-class Examples:
-    """What is asked of the model: ids, prompts and one behavior entry each; `texts` only to be kept."""
-
-    ids: Sequence[str]
-    prompts: Prompts
-    behavior: Behavior
-    texts: Sequence[str] | None = None
-
-    def __post_init__(self) -> None:
-        if not len(self.ids) == len(self.prompts) or not len(self.ids):
-            raise InputError(
-                f"examples: {len(self.ids)} ids for {len(self.prompts)} prompts; give one each, at least one"
-            )
-        if len(set(self.ids)) < len(self.ids):
-            raise InputError("examples: two have the same id; each needs its own")
-
-    def select(self, rows: Int[Tensor, "rows"]) -> Examples:
-        """The same for the examples `rows`."""
-        pick = rows.tolist()
-        texts = None if self.texts is None else [self.texts[row] for row in pick]
-        return Examples([self.ids[row] for row in pick], self.prompts.select(rows), self.behavior.select(rows), texts)
-
-
 @runtime_checkable
 class Store(Protocol):
-    """Where finished examples go, and where an interrupted run finds them again."""
+    """Where finished units go, and where an interrupted run finds them again."""
 
-    def finished(self) -> Mapping[str, ExampleRecord]:
-        """The records of the examples that are done, by id."""
+    def load(self, unit: str) -> Any | None:
+        """The values of a finished unit; None where it is not finished."""
 
-    def save_deltas(self, deltas: Mapping[str, Tensor]) -> None:
-        """Keep the delta `[n_pos d_model]` of each example searched, before anything is said of it."""
+    def keep(self, unit: str, values: Any, deltas: Mapping[str, Tensor]) -> None:
+        """Keep a unit's deltas, and then its values: from here on it is finished."""
 
-    def delta(self, example: str) -> Tensor:
-        """A saved delta, read back."""
-
-    def save(self, records: Sequence[ExampleRecord]) -> None:
-        """Keep the records of a batch: from here on its examples are finished."""
+    def delta(self, name: str) -> Tensor:
+        """A saved delta `[n_pos d_model]`, read back."""
 
 
 class Memory:
     """A store that lasts as long as the object."""
 
     def __init__(self) -> None:
-        self.records: dict[str, ExampleRecord] = {}
+        self.units: dict[str, str] = {}
         self.deltas: dict[str, Tensor] = {}
 
-    def finished(self) -> Mapping[str, ExampleRecord]:
-        return self.records
+    def load(self, unit: str) -> Any | None:
+        return json.loads(self.units[unit]) if unit in self.units else None
 
-    def save_deltas(self, deltas: Mapping[str, Tensor]) -> None:
+    def keep(self, unit: str, values: Any, deltas: Mapping[str, Tensor]) -> None:
         self.deltas |= deltas
+        self.units[unit] = json.dumps(values, allow_nan=False)
 
-    def delta(self, example: str) -> Tensor:
-        return self.deltas[example]
+    def delta(self, name: str) -> Tensor:
+        return self.deltas[name]
 
-    def save(self, records: Sequence[ExampleRecord]) -> None:
-        self.records |= {record.id: record for record in records}
+
+@dataclass(eq=False)
+class _Ledger:
+    """Runs each unit once, whatever start it was in, and keeps its time."""
+
+    store: Store
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def run(self, phase: str, part: int | None, work: Callable[[], Done | Any]) -> Any:
+        """The values of a unit: from the store, or from `work`, whose values are then in the store."""
+        unit = phase if part is None else f"{phase}/{part}"
+        if self.store.load(unit) is None:
+            started = time.perf_counter()
+            done = work()
+            values, deltas = (done.values, done.deltas) if isinstance(done, Done) else (done, {})
+            seconds = time.perf_counter() - started
+            self.store.keep(unit, {"seconds": seconds, "values": without_nan(values)}, deltas)
+        kept: Any = self.store.load(unit)
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + kept["seconds"]
+        return kept["values"]
 
 
 def check(
@@ -105,6 +107,8 @@ def check(
     budget: float,
     placement: Placement = "after_clamp",
     schedule: Schedule | None = None,
+    plan: Plan | None = None,
+    neutral: Prompts | None = None,
     batch_size: int | None = None,
     store: Store | None = None,
     exact: Model | None = None,
@@ -115,68 +119,163 @@ def check(
 
     Args:
         model: the host model.
-        defense: its clamps, at one site.
+        defense: its clamps.
         examples: prompts and behavior.
         budget: largest Frobenius norm of a delta.
         placement: whether a delta enters after or before the clamp.
         schedule: how hard to search.
+        plan: how much of the protocol to run, with which thresholds and seed.
+        neutral: passages of ordinary text, to see what the defense costs; not measured where None.
         batch_size: examples at once; by default as many as memory allows.
-        store: where finished batches are kept; in memory by default.
+        store: where finished units are kept; in memory by default.
         exact: the same model in float32, for certificates; `model` itself by default.
         provenance: what the verdict should say about where it came from.
         progress: called as examples finish.
 
     Raises:
-        InputError: a defense over several sites, one that does not fit the model, or a budget that is no norm.
+        InputError: a defense that does not fit the model, or a budget that is no norm.
     """
-    check_one_site(defense.sites)
     Budget(budget)  # refuses what is no norm, also where nothing will be searched
-    store, schedule, report = store or Memory(), schedule or Schedule(), progress or (lambda *_: None)
+    store, plan, report = store or Memory(), plan or Plan(), progress or (lambda *_: None)
     widest = max(clamp.sae.d_sae for clamp in defense.clamps)
     fitting = model.batch_size(examples.prompts, widest)
     size = fitting if batch_size is None else min(batch_size, fitting if model.recurrent else batch_size)
-    fits = measure_fits(model, defense, examples, size)
-    valid = all(gate.passed for gate in fit_gates(fits))
-    rows = torch.arange(len(examples.ids))
-    report("examples", 0, len(rows))
-    for batch in torch.split(rows, size):
-        if any(examples.ids[row] not in store.finished() for row in batch.tolist()):
-            part = examples.select(batch)
-            _check_batch(model, exact or model, defense, part, budget, placement, schedule, store, report, search=valid)
-        report("examples", int(batch[-1]) + 1, len(rows))
-    records = [store.finished()[example] for example in examples.ids]
-    threat = threat_model(model, defense, budget, placement)
-    return decide(records, fits, budget, str(model.dtype).removeprefix("torch."), threat, provenance or {})
+    bench = Bench(model, exact or model, defense, examples, budget, placement, schedule or Schedule(), plan, size)
+    evidence, seconds = _gather(bench, _Ledger(store), neutral, report)
+    total = sum(seconds.values())
+    spent = {phase: round(took / total, 4) for phase, took in seconds.items()} if total else {}
+    told = {**(provenance or {}), "control_seed": plan.seed, "phases": spent, "phase_seconds": round(total, 1)}
+    return decide(evidence, plan, budget, str(model.dtype).removeprefix("torch."), threat_model(bench), told)
 
 
-def check_one_site(sites: Sequence[Site]) -> None:
-    """Raises:
-    InputError: there are several.
-    """
-    if len({site.index for site in sites}) > 1:
-        names = ", ".join(site.hook_name for site in sites)
-        raise InputError(f"defense: clamps at several sites ({names}); this version checks one site at a time")
+def _gather(
+    bench: Bench, ledger: _Ledger, neutral: Prompts | None, report: Progress
+) -> tuple[Evidence, dict[str, float]]:
+    """Everything that a verdict is made of, from units that are finished or are run now."""
+    fits = [Fit(**_numbers(one)) for one in ledger.run("fit", None, lambda: [vars(f) for f in measure_fits(bench)])]
+    utility = None
+    if neutral is not None:
+        cost = ledger.run("utility", None, lambda: asdict(_utility(bench, neutral)))
+        utility = Utility(**_numbers(cost))
+    rows, values = bench.rows, {name: {"id": name} for name in bench.examples.ids}
+
+    def by_batch(phase: str, work: Callable[[int], Done], batches: Sequence[int], total: int) -> None:
+        done = 0
+        for number in batches:
+            report(phase, done, total)
+            found = ledger.run(phase, number, lambda number=number: work(number))  # type: ignore[misc]
+            for name, part in found.items():
+                values[name] |= part
+            done += len(rows[number]) if phase == "accounting" else flips[number]
+            report(phase, done, total)
+
+    flips: dict[int, int] = {}
+    by_batch(
+        "accounting",
+        lambda number: accounting(bench, bench.batch(number), ledger.store, lambda *_: None),
+        range(len(rows)),
+        len(bench.examples.ids),
+    )
+    for number, batch in enumerate(rows):
+        records = [ExampleRecord.of(values[bench.examples.ids[row]]) for row in batch.tolist()]
+        flips[number] = sum(record.valid_flip for record in records)
+    some, total = [number for number, count in flips.items() if count], sum(flips.values())
+    if not total or not all(gate.passed for gate in fit_gates(fits)):
+        return Evidence([ExampleRecord.of(one) for one in values.values()], fits, utility), ledger.seconds
+    for name, phase in PHASES.items():
+
+        def work(number: int, name: str = name, phase: Any = phase) -> Done:
+            before = sum(flips[earlier] for earlier in some if earlier < number)
+            return phase(  # type: ignore[no-any-return]
+                bench, bench.batch(number), ledger.store, lambda done, _: report(name, before + done, total)
+            )
+
+        by_batch(name, work, some, total)
+    evidence = Evidence(
+        [ExampleRecord.of(one) for one in values.values()],
+        fits,
+        utility,
+        curve=curve_budgets(bench),
+        undo=ledger.run("undo", None, lambda: undo(bench, ledger.store)),
+        health=ledger.run("health", None, lambda: search_health(bench)),
+        placebo_features=_placebo_features(bench, ledger, report),
+        transfer=_transfer(bench, ledger, report),
+    )
+    return evidence, ledger.seconds
 
 
-def measure_fits(model: Model, defense: Defense, examples: Examples, batch_size: int) -> list[Fit]:
+def _placebo_features(bench: Bench, ledger: _Ledger, report: Progress) -> list[dict[str, Any]]:
+    """What each draw of random features gives, clamped in the place of the defense's."""
+    phase, draws, found = "placebo_features", bench.plan.placebo_features, []
+    for draw in range(draws):
+        report(phase, draw, draws)
+        found.append(ledger.run(phase, draw, lambda draw=draw: placebo_features(bench, draw)))  # type: ignore[misc]
+        report(phase, draw + 1, draws)
+    return found
+
+
+def _transfer(bench: Bench, ledger: _Ledger, report: Progress) -> dict[str, Any]:
+    """What `heldout` found, or why it was not run."""
+
+    def start() -> dict[str, Any]:
+        why = heldout.refused(bench)
+        return {"refused": why, "residual_norm": None if why else bench.pool.residual_norm}
+
+    begun = ledger.run("transfer", None, start)
+    if begun["refused"] is not None:
+        return {"refused": begun["refused"]}
+    folds = []
+    for fold in range(bench.plan.transfer.folds):
+        name = f"transfer, fold {fold + 1} of {bench.plan.transfer.folds}"
+        fitted = ledger.run(
+            "transfer",
+            2 * fold,
+            lambda fold=fold, name=name: heldout.fit(  # type: ignore[misc]
+                bench, fold, ledger.store, lambda done, steps: report(name, done, steps)
+            ),
+        )
+        read = ledger.run(
+            "transfer",
+            2 * fold + 1,
+            lambda fold=fold: heldout.read(bench, fold, ledger.store, lambda *_: None),  # type: ignore[misc]
+        )
+        folds.append((fitted, read))
+    return heldout.summary(folds, begun["residual_norm"])
+
+
+def measure_fits(bench: Bench) -> list[Fit]:
     """The fit of each clamp's SAE on the first prompts, once for each site."""
+    examples, defense = bench.examples, bench.defense
     some = examples.prompts.select(torch.arange(min(FIT_PROMPTS, len(examples.ids))))
-    return [measure_fit(model, defense.at(site)[0].sae, site, some, batch_size) for site in defense.sites]
+    return [measure_fit(bench.model, defense.at(site)[0].sae, site, some, bench.batch_size) for site in defense.sites]
 
 
-def threat_model(model: Model, defense: Defense, budget: float, placement: Placement) -> dict[str, Any]:
+def _utility(bench: Bench, neutral: Prompts) -> Utility:
+    return measure_utility(bench.model, bench.defense, neutral, bench.batch_size, bench.plan.max_loss_increase)
+
+
+def _numbers(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What was not finite is NaN again."""
+    return {name: float("nan") if value is None else value for name, value in values.items()}
+
+
+def threat_model(bench: Bench) -> dict[str, Any]:
     """Who may do what, as recorded in the verdict."""
+    defense, several = bench.defense, len(bench.defense.sites) > 1
+    constraint = "orthogonal to the encoder columns of the clamped features (C1)"
+    if several:
+        constraint += "; at later sites, to the first order, nothing that moves a clamped pre-activation"
     return {
         "access": "white-box, one perturbation an example",
         "sites": [site.hook_name for site in defense.sites],
         "positions": "last",
-        "placement": placement,
-        "constraint": "orthogonal to the encoder columns of the clamped features (C1)",
+        "placement": bench.placement,
+        "constraint": constraint,
         "norm": "Frobenius, over positions and dimensions",
-        "budget": budget,
+        "budget": bench.budget,
         "clamp": "live",
         "skip_first": defense.skip_first,
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": str(bench.model.dtype).removeprefix("torch."),
         "clamps": [
             {
                 "site": clamp.site.hook_name,
@@ -189,45 +288,3 @@ def threat_model(model: Model, defense: Defense, budget: float, placement: Place
             for clamp in defense.clamps
         ],
     }
-
-
-def _check_batch(
-    model: Model,
-    exact: Model,
-    defense: Defense,
-    examples: Examples,
-    budget: float,
-    placement: Placement,
-    schedule: Schedule,
-    store: Store,
-    report: Progress,
-    *,
-    search: bool,
-) -> None:
-    """Accounting, search and certificates of one batch, saved as they are done."""
-    defended = defend(model, defense, examples.prompts, examples.behavior, placement=placement)
-    base = examples.behavior.slack(defended.base_logits).tolist()
-    under = examples.behavior.slack(defended.defended_logits).tolist()
-    texts: Sequence[str | None] = examples.texts or [None] * len(base)
-    rows = zip(examples.ids, base, under, texts, strict=True)
-    records = [ExampleRecord(name, shown, left, text=text) for name, shown, left, text in rows]
-    flips = defended.valid_flips
-    if search and len(flips):
-        target, part = defended.select(flips), examples.select(flips)
-        constraint = EncoderOrthogonal.of(*defense.at(defense.sites[0]))
-        solution = recover(
-            target,
-            target.zero_delta,
-            constraint,
-            budget,
-            schedule,
-            on_step=lambda _, left: report("search", len(flips) - left, len(flips)),
-        )
-        solution = reexamined(target, solution, constraint, budget, schedule)
-        store.save_deltas(dict(zip(part.ids, solution.delta.cpu(), strict=True)))
-        saved = torch.stack([store.delta(name) for name in part.ids])
-        certificate = certify(exact, defense, part.prompts, part.behavior, saved, placement)
-        found = zip(flips.tolist(), search_records(solution), certificate_records(certificate), strict=True)
-        for row, searched, facts in found:
-            records[row] = replace(records[row], search=searched, certificate=facts)
-    store.save(records)

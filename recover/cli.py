@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from recover.config import load_config
+from recover.planted import KINDS, MIXTURES
 from recover.progress import shown
-from recover.report import to_text
-from recover.runner import rebuild_report, run_check
+from recover.report import seeds_to_text, to_text
+from recover.runner import rebuild_report, run_check, run_seeds
 from recover.selftest import report as selftest_report
 from recover.selftest import selftest, to_json
 from recover.types import InputError
@@ -37,7 +38,8 @@ OVERRIDES: tuple[tuple[str, str, type, tuple[str, ...] | None, str], ...] = (
     ("--skip-first", "skip_first", int, None, "tokens at a prompt's start that the clamp leaves alone"),
     ("--task", "task", str, None, "the behavior (ioi)"),
     ("--n", "prompts.n", int, None, "how many prompts"),
-    ("--seed", "prompts.seed", int, None, "seed of the prompts and of the search"),
+    ("--seed", "prompts.seed", int, None, "seed of the prompts"),
+    ("--control-seed", "controls.seed", int, None, "seed of the search, the split and the controls"),
     ("--prompts", "prompts.file", str, None, "a JSONL file of your own prompts"),
     ("--budget", "search.budget", float, None, "largest norm of a perturbation"),
     ("--placement", "search.placement", str, ("after_clamp", "before_clamp"), "where a perturbation enters"),
@@ -83,6 +85,13 @@ def parser() -> argparse.ArgumentParser:
     check.add_argument("--features", help="indices, such as 3,17,42, or top:N by attribution")
     check.add_argument("--only-active", action=argparse.BooleanOptionalAction, help="edit active features only")
     check.add_argument("--batch-size", help="examples at once (default: as memory allows)")
+    check.add_argument(
+        "--seeds",
+        type=_positive,
+        default=1,
+        metavar="N",
+        help="run N control seeds, and say how often each verdict came",
+    )
     check.add_argument("--keep-text", action="store_true", help="let prompts appear in the artifacts")
     check.add_argument(
         "--fail-if", action="append", choices=CONDITIONS, default=[], help="exit 1 on this verdict; repeatable"
@@ -96,6 +105,7 @@ def parser() -> argparse.ArgumentParser:
         epilog="Exit status: 0 no miss; 1 a miss; 2 unusable input, told in one line.",
     )
     planted.add_argument("--seeds", type=_positive, default=20, metavar="N", help="worlds of each kind (default: 20)")
+    planted.add_argument("--mixtures", action="store_true", help="worlds between the pure kinds too")
     planted.add_argument("--json", type=Path, metavar="FILE", help="write every outcome there")
     return top
 
@@ -140,10 +150,16 @@ def _features(text: str) -> Any:
 
 def _check(options: argparse.Namespace) -> int:
     config = load_config(options.defense, overrides(options))
-    with shown() as progress:
-        verdict = run_check(config, options.out, keep_text=options.keep_text, progress=progress)
-    _say(f"{to_text(verdict)}\n\nArtifacts: {options.out}")
-    return int(verdict["verdict"] in {CONDITIONS[condition] for condition in options.fail_if})
+    if options.seeds == 1:
+        with shown() as progress:
+            verdicts = [run_check(config, options.out, keep_text=options.keep_text, progress=progress)]
+        _say(f"{to_text(verdicts[0])}\n\nArtifacts: {options.out}")
+    else:
+        with shown() as progress:
+            verdicts = run_seeds(config, options.out, options.seeds, keep_text=options.keep_text, progress=progress)
+        _say(f"{seeds_to_text(verdicts)}\n\nArtifacts: {options.out}")
+    failing = {CONDITIONS[condition] for condition in options.fail_if}
+    return int(any(verdict["verdict"] in failing for verdict in verdicts))
 
 
 def _report(options: argparse.Namespace) -> int:
@@ -155,7 +171,8 @@ def _selftest(options: argparse.Namespace) -> int:
     if options.json is not None and not options.json.parent.is_dir():
         raise InputError(f"--json {options.json}: there is no folder {options.json.parent}; make it first")
     with shown() as progress:
-        outcomes = selftest(range(options.seeds), progress=progress)
+        kinds = (*KINDS, *MIXTURES) if options.mixtures else tuple(KINDS)
+        outcomes = selftest(range(options.seeds), kinds, progress=progress)
     if options.json is not None:
         try:
             options.json.write_text(json.dumps(to_json(outcomes), indent=1, allow_nan=False) + "\n", encoding="utf-8")

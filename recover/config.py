@@ -19,6 +19,7 @@ import hashlib
 import json
 import re
 from collections.abc import Hashable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -37,6 +38,8 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from recover.evidence import Rules
+from recover.plan import Plan
 from recover.types import InputError, Positions
 
 __all__ = ["DEFAULTS", "ClampConfig", "Config", "PromptConfig", "SearchConfig", "Selection", "load_config"]
@@ -59,6 +62,7 @@ DEFAULTS: Mapping[str, Any] = {
     "search": {"budget": 20.0, "placement": "after_clamp"},
 }
 
+PLAN = Plan()
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Text = Annotated[str, Field(min_length=1)]
 
@@ -138,6 +142,39 @@ class SearchConfig(_Section):
     placement: Literal["after_clamp", "before_clamp"] = "after_clamp"
     positions: Literal["last"] = "last"
     steps: PositiveInt = 100
+    curve: Annotated[tuple[Annotated[Finite, Field(gt=0)], ...], Field(strict=False)] = PLAN.curve
+
+
+class ControlConfig(_Section):
+    """The controls of a check, and the seed of all that is drawn beside the prompts."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = PLAN.seed
+    random_draws: PositiveInt = PLAN.random_draws
+    placebo_features: NonNegativeInt = PLAN.placebo_features
+    max_loss_increase: Annotated[Finite, Field(ge=0)] = PLAN.max_loss_increase
+
+
+class TransferConfig(_Section):
+    """Shared perturbations: their sizes, as shares of the residual's norm, and how they are fitted and read."""
+
+    norms: Annotated[tuple[Annotated[Finite, Field(gt=0)], ...], Field(strict=False)] = PLAN.transfer.norms
+    folds: Literal[1, 2] = 2
+    shuffles: PositiveInt = PLAN.transfer.shuffles
+    draws: PositiveInt = PLAN.transfer.draws
+    steps: PositiveInt = PLAN.transfer.fit.steps
+
+
+Share = Annotated[Finite, Field(ge=0, le=1)]
+
+
+class RuleConfig(_Section):
+    """Thresholds of the rules of evidence (`recover.evidence`)."""
+
+    alpha: Share = PLAN.rules.alpha
+    most: Share = PLAN.rules.most
+    max_chance: Share = PLAN.rules.max_chance
+    min_heldout: PositiveInt = PLAN.rules.min_heldout
+    min_pairs: PositiveInt = PLAN.rules.min_pairs
 
 
 class Config(_Section):
@@ -149,6 +186,9 @@ class Config(_Section):
     task: Text
     prompts: PromptConfig = PromptConfig(n=64)
     search: SearchConfig
+    controls: ControlConfig = ControlConfig()
+    transfer: TransferConfig = TransferConfig()
+    rules: RuleConfig = RuleConfig()
     dtype: Literal["float32", "bfloat16"] = "float32"
     device: str = "auto"
     batch_size: int | Literal["auto"] = "auto"
@@ -166,6 +206,18 @@ class Config(_Section):
         if value != "auto" and (type(value) is not int or value < 1):
             raise ValueError("must be auto or a whole number from 1")
         return value
+
+    def plan(self) -> Plan:
+        """What a check is told of the sections `controls`, `transfer` and `rules`."""
+        transfer = self.transfer.model_dump()
+        fit = replace(PLAN.transfer.fit, steps=transfer.pop("steps"))
+        return replace(
+            PLAN,
+            **self.controls.model_dump(),
+            curve=self.search.curve,
+            transfer=replace(PLAN.transfer, **transfer, fit=fit),
+            rules=Rules(**self.rules.model_dump()),
+        )
 
     def canonical(self) -> dict[str, Any]:
         """Everything as resolved, in plain YAML types."""

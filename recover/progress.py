@@ -29,22 +29,22 @@ def shown() -> Iterator[Progress]:
 
 
 class _Bars:
-    """A bar for each phase, one below the other; what the search of a batch has found stands beside the open one."""
+    """A bar for each phase, one below the other."""
 
     def __init__(self) -> None:
         self.bar: tqdm[Any] | None = None
+        self.closed = ""
 
     def __call__(self, phase: str, done: int, total: int) -> None:
-        if phase == "search":
-            if self.bar is not None:
-                self.bar.set_postfix_str(f"search: {done} of {total} back")
-            return
+        if phase == self.closed and done == total:
+            return  # what is at its end may be told so again
         if self.bar is None or self.bar.desc != phase:
             self.close()
             self.bar = tqdm(total=total, desc=phase, bar_format="{desc} {elapsed}" if total == 1 else None)
         self.bar.update(done - self.bar.n)
         if done == total:
             self.close()
+            self.closed = phase
 
     def close(self) -> None:
         if self.bar is not None:

@@ -2,49 +2,102 @@
 
 A verdict is computed from records alone, so that a resumed run and an uninterrupted one cannot differ. Floats are
 written with as many digits as Python needs to read the same float back. What is not finite (no threshold; a clamp that
-overflows) becomes null, which JSON has and reads as NaN where a number must be.
+overflows) becomes null, which JSON has; it reads as NaN where a number must be, and as infinity where a norm must be.
 """
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, TypeAdapter
+from pydantic import BeforeValidator, ConfigDict, TypeAdapter, with_config
 
 from recover.certify import Certificate
-from recover.search import Solution
+from recover.solvers import WorstCase
 
 Number = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
+Norm = Annotated[float, BeforeValidator(lambda value: math.inf if value is None else value)]
+STRICT = ConfigDict(extra="forbid")
 
 
+@with_config(STRICT)
 @dataclass(frozen=True)
 class SearchRecord:
-    """The solver's own account of one example."""
+    """The solvers' own account of one example.
+
+    Attributes:
+        status, steps, score, slack: of the delta within the budget.
+        smallest: the smallest norm that any solver found, budget or no budget.
+        winner: the solver that found it.
+        by_solver: what each found.
+        draws_reached: share of random draws at the budget's norm that brought the behavior back.
+    """
 
     status: str
     steps: int
     score: Number
     slack: Number
+    smallest: Norm
+    winner: str | None
+    by_solver: Mapping[str, Norm]
+    draws_reached: Number
+
+    @property
+    def by_gradient(self) -> float:
+        """The smallest norm that the solvers other than `random` found."""
+        return min((norm for name, norm in self.by_solver.items() if name != "random"), default=math.inf)
 
 
+@with_config(STRICT)
+@dataclass(frozen=True)
+class PlaceboRecord:
+    """The same search for an unrelated target.
+
+    Attributes:
+        slack: of the defended state: how far the placebo is from showing.
+        smallest: its smallest norm, by the solvers that follow gradients.
+        within: reached within the budget.
+    """
+
+    slack: Number
+    smallest: Norm
+    within: bool
+
+
+@with_config(STRICT)
 @dataclass(frozen=True)
 class ExampleRecord:
-    """One example: accounting for all, search and certificate for valid flips.
+    """One example: accounting for all, everything else for valid flips.
 
     Attributes:
         base_slack, defended_slack: in logits; the behavior shows where positive.
-        certificate: the fields of `Certificate`, numbers or lists of numbers; None where nothing was searched.
+        strict_base_slack, strict_defended_slack: the same for the predicate that transfer is read with.
+        certificate: of the delta within the budget: the fields of `Certificate`, numbers or lists of numbers.
+        smallest: of the smallest delta: those that say whether it holds.
+        placebo: None where there is no unrelated target that does not show already.
+        write_orthogonal: the search under C1+.
+        reached_at: for each budget of the curve, whether a search at that budget alone brought the behavior back.
+        longer: whether a search of twice the steps did, at the budget.
+        undefended: with the clamp off, from where it would have put the state, a search came back.
         text: the prompt, only where it was asked for.
     """
 
     id: str
     base_slack: Number
     defended_slack: Number
+    strict_base_slack: Number
+    strict_defended_slack: Number
     search: SearchRecord | None = None
     certificate: dict[str, Any] | None = None
+    smallest: dict[str, Any] | None = None
+    placebo: PlaceboRecord | None = None
+    write_orthogonal: PlaceboRecord | None = None
+    reached_at: dict[str, bool] | None = None
+    longer: bool | None = None
+    undefended: bool | None = None
     text: str | None = None
 
     @property
@@ -60,10 +113,27 @@ class ExampleRecord:
         """The behavior shows at base and not when defended."""
         return self.shows_at_base and not self.shows_when_defended
 
+    @property
+    def strict_flip(self) -> bool:
+        """The same by the stricter predicate."""
+        return self.strict_base_slack > 0 and not self.strict_defended_slack > 0
+
     def to_json(self) -> str:
         """One line of `examples.jsonl`."""
         values = {name: value for name, value in asdict(self).items() if name != "text" or value is not None}
         return json.dumps(without_nan(values | {"valid_flip": self.valid_flip}), allow_nan=False)
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> ExampleRecord:
+        """From the plain values of finished units, merged.
+
+        Raises:
+            ValueError: they are not those of an example of this version.
+        """
+        record = _RECORD.validate_python(dict(values))
+        if record.certificate is not None and record.certificate.keys() != _MEASURED:
+            raise ValueError("not the certificate of this version")
+        return record
 
     @classmethod
     def from_json(cls, line: str) -> ExampleRecord:
@@ -75,23 +145,33 @@ class ExampleRecord:
         values = json.loads(line)
         if not isinstance(values, dict) or not isinstance(values.pop("valid_flip", None), bool):
             raise ValueError("not the record of an example")
-        record = _RECORD.validate_python(values)
-        if record.certificate is not None and record.certificate.keys() != _MEASURED:
-            raise ValueError("not the certificate of this version")
-        return record
+        return cls.of(values)
 
 
 _RECORD = TypeAdapter(ExampleRecord)
 _MEASURED = {field.name for field in fields(Certificate)}
 
 
-def search_records(solution: Solution) -> list[SearchRecord]:
-    """One record an example of a batch."""
-    rows = zip(solution.status, solution.steps.tolist(), solution.score.tolist(), solution.slack.tolist(), strict=True)
-    return [SearchRecord(status.name, steps, score, slack) for status, steps, score, slack in rows]
+def search_values(found: WorstCase) -> list[dict[str, Any]]:
+    """The values of a `SearchRecord` for each example of a batch."""
+    return [
+        without_nan(
+            {
+                "status": found.status[row].name,
+                "steps": int(found.steps[row]),
+                "score": float(found.score[row]),
+                "slack": float(found.slack[row]),
+                "smallest": float(found.norm[row]),
+                "winner": found.winner[row],
+                "by_solver": {name: float(norms[row]) for name, norms in found.by_solver.items()},
+                "draws_reached": float(found.draws_reached[row]),
+            }
+        )
+        for row in range(len(found.winner))
+    ]
 
 
-def certificate_records(certificate: Certificate) -> list[dict[str, Any]]:
+def certificate_values(certificate: Certificate) -> list[dict[str, Any]]:
     """One plain dictionary an example of a batch."""
     columns = {name: values.tolist() for name, values in vars(certificate).items()}
     return [

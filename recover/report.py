@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
 
@@ -17,8 +17,8 @@ MEANINGS = {
 }
 SPECIFIC = {
     "unknown": "whether that is specific to this behavior is unknown",
-    True: "and that is specific to this behavior",
-    False: "but that is not specific to this behavior: others can be written as easily",
+    True: "and that is specific to this behavior: its mechanism survived the clamp",
+    False: "but that is not specific to this behavior: it shows nothing of its mechanism",
 }
 EDITS = {"set": "set to {:g}", "scale": "scaled by {:g}", "floor": "kept at {:g} or more"}
 RESULTS = {True: "passed", False: "FAILED", None: "not run"}
@@ -37,7 +37,9 @@ def sections(verdict: Mapping[str, Any]) -> list[tuple[str, Rows]]:
     return [
         ("Defense", _defense(verdict["threat_model"], verdict["fit"])),
         ("Without the clamp and with it", _accounting(verdict["counts"])),
-        ("Search", _search(verdict["threat_model"], verdict["recovery"])),
+        ("Search", _search(verdict["threat_model"], verdict["recovery"], verdict["minimum_norm"], verdict["curve"])),
+        ("Controls: what is found where there should be less to find", _controls(verdict["controls"])),
+        ("Transfer: one perturbation for all prompts, read on prompts it was not fitted to", _transfer(verdict)),
     ]
 
 
@@ -49,7 +51,7 @@ def to_text(verdict: Mapping[str, Any]) -> str:
         lines += _wrapped(reason, "  - ")
     for heading, rows in sections(verdict):
         lines += ["", heading]
-        for name, value in rows:
+        for name, value in rows or [("not run", "there was nothing for it to work on")]:
             lines += _wrapped(value, f"  {name:<{INDENT - 2}}")
     lines += ["", "Gates: what must hold for the verdict to mean what it says"]
     for result in (False, True, None):
@@ -57,6 +59,33 @@ def to_text(verdict: Mapping[str, Any]) -> str:
         names = ", ".join(gate["name"] for gate in gates) or "none"
         lines += _wrapped(f"{len(gates)}: {names}" if gates else names, f"  {RESULTS[result]:<{INDENT - 2}}")
     return "\n".join(lines)
+
+
+def seeds_to_text(verdicts: Sequence[Mapping[str, Any]]) -> str:
+    """How often each verdict came over several seeds, and a line for each of them."""
+    said = [_said(verdict) for verdict in verdicts]
+    lines = [
+        f"{said.count(one)} of {len(said)} seeds: {one}" for one in dict.fromkeys(sorted(said, key=said.count)[::-1])
+    ]
+    lines += ["", "seed  back       held out  C1+    shuffled  placebo norm / own  verdict"]
+    for verdict, one in zip(verdicts, said, strict=True):
+        transfer, placebo, found = verdict["transfer"] or {}, verdict["controls"]["placebo"], verdict["recovery"]
+        norms = "-" if placebo is None else f"{_norm(placebo['median_norm'])} / {_norm(placebo['own_median_norm'])}"
+        back = f"{found['recovered']} of {found['searched']}"
+        rates = [_rate(transfer.get(key)) for key in ("heldout_rate", "write_orthogonal_heldout_rate", "shuffled_rate")]
+        seed = verdict["provenance"]["control_seed"]
+        lines.append(f"{seed:>4}  {back:<9}  {rates[0]:<8}  {rates[1]:<5}  {rates[2]:<8}  {norms:<18}  {one}")
+    return "\n".join(lines)
+
+
+def _said(verdict: Mapping[str, Any]) -> str:
+    words = {True: "specific", False: "not specific", "unknown": "specific unknown"}
+    name = str(verdict["verdict"])
+    return f"{name}, {words[verdict['specific']]}" if name == "RECOVERABLE" else name
+
+
+def _rate(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0%}"
 
 
 def to_html(verdict: Mapping[str, Any], config: str) -> str:
@@ -88,7 +117,15 @@ def _defense(threat: Mapping[str, Any], fit: Mapping[str, Any]) -> Rows:
         f"explained variance {_number(fit['explained_variance'])}, loss recovered {_number(fit['loss_recovered'])}, "
         f"{_number(fit['l0'])} features active on a token"
     )
-    return [*(("clamp", clamp) for clamp in clamps), ("SAE fit", described)]
+    utility = fit["utility"]
+    cost = [
+        (
+            "neutral text",
+            f"loss {utility['loss_off']:.2f} nats a token without the defense, {utility['loss_on']:.2f} with",
+        )
+        for _ in range(utility is not None and None not in (utility["loss_off"], utility["loss_on"]))
+    ]
+    return [*(("clamp", clamp) for clamp in clamps), ("SAE fit", described), *cost]
 
 
 def _accounting(counts: Mapping[str, int]) -> Rows:
@@ -99,7 +136,12 @@ def _accounting(counts: Mapping[str, int]) -> Rows:
     ]
 
 
-def _search(threat: Mapping[str, Any], found: Mapping[str, Any]) -> Rows:
+def _search(
+    threat: Mapping[str, Any],
+    found: Mapping[str, Any],
+    smallest: Mapping[str, Any] | None,
+    curve: Sequence[Mapping[str, Any]],
+) -> Rows:
     if not found["searched"]:
         return [("not run", "there was nothing to search, or no use in searching")]
     low, high = found["wilson95"]
@@ -122,7 +164,105 @@ def _search(threat: Mapping[str, Any], found: Mapping[str, Any]) -> Rows:
             f"{_tiny(found['preactivation_shift_max'])}; {_share(found['reactivated_share'], 1)} of those at zero "
             "were reactivated",
         ),
+        *_smallest(smallest),
+        *((("by budget", ", ".join(f"{p['budget']:g}: {p['rate']:.0%}" for p in curve)),) if curve else ()),
+        ("found by", ", ".join(f"{name} {count}" for name, count in found["won_by"].items()) or "none"),
     ]
+
+
+def _smallest(smallest: Mapping[str, Any] | None) -> Rows:
+    if smallest is None:
+        return []
+    low, high = smallest["quartiles"]
+    words = (
+        f"median {_norm(smallest['median'])}, quartiles {_norm(low)} and {_norm(high)}; the median is "
+        f"{_share(smallest['median_over_residual'], 1)} of the residual's norm and "
+        f"{_share(smallest['median_over_displacement'], 1)} of what the clamp displaces"
+    )
+    return [("smallest norm", words)]
+
+
+def _controls(controls: Mapping[str, Any]) -> Rows:
+    rows: Rows = []
+    if (placebo := controls["placebo"]) is not None:
+        rows.append(
+            (
+                "placebo target",
+                f"an unrelated target of the same kind is reached on {_share(placebo['rate'], 0)} of {placebo['n']}, "
+                f"median smallest norm {_norm(placebo['median_norm'])}; the own one on "
+                f"{_share(placebo['own_rate'], 0)}, {_norm(placebo['own_median_norm'])}",
+            )
+        )
+    if (random := controls["random"]) is not None:
+        rows.append(
+            (
+                "random directions",
+                f"{_share(random['rate'], 2)} of the draws at the budget's norm, on {random['examples_reached']} of "
+                f"{random['n']} examples at least one",
+            )
+        )
+    if (features := controls["placebo_features"]) is not None:
+        rows.append(
+            (
+                "random features",
+                f"clamped instead, as many and as often active, they suppress the behavior on "
+                f"{_share(features['suppressed_rate'], 0)} of the examples; {_share(features['rate'], 0)} of these are "
+                "brought back",
+            )
+        )
+    if (undo := controls["undo"]) is not None:
+        rows.append(
+            (
+                "clamp undone",
+                f"taking back the admissible part of what the clamp displaced recovers {_share(undo['rate'], 0)} at "
+                f"most; cosine {_number(undo['cosine'])} with the perturbations found",
+            )
+        )
+    if (plus := controls["write_orthogonal"]) is not None:
+        rows.append(
+            (
+                "C1+",
+                f"orthogonal to what the clamp writes as well: {_share(plus['rate'], 0)}, median smallest norm "
+                f"{_norm(plus['median_norm'])}",
+            )
+        )
+    if controls["undefended"] is not None and controls["unbounded"] is not None:
+        rows.append(
+            (
+                "search itself",
+                f"a way back known to exist is found on {_share(controls['undefended']['rate'], 0)}; without a budget "
+                f"{_share(controls['unbounded']['rate'], 0)} are recovered",
+            )
+        )
+    return rows
+
+
+def _transfer(verdict: Mapping[str, Any]) -> Rows:
+    transfer = verdict["transfer"]
+    if transfer is None:
+        return []
+    if "refused" in transfer:
+        return [("not run", transfer["refused"])]
+    points = [
+        (
+            f"norm {point['budget']:.3g}",
+            f"{_share(point['relative_norm'], 0)} of the residual's: held out {_share(point['heldout_rate'], 0)}, "
+            f"C1+ {_share(point['write_orthogonal_heldout_rate'], 0)}; shuffled {_share(point['shuffled_rate'], 0)}, "
+            f"random {_share(point['random_rate'], 0)}, clamp undone {_share(point['undo_rate'], 0)}",
+        )
+        for point in transfer["curve"]
+    ]
+    held = (
+        f"{transfer['hits']} of {transfer['n']} by certificate, 95% interval {_share(transfer['wilson95'][0], 0)} to "
+        f"{_share(transfer['wilson95'][1], 0)}; chance satisfies the predicate {_share(transfer['chance_rate'], 1)} of "
+        "the time"
+    )
+    if verdict["counts"]["strict_flips"] != verdict["counts"]["valid_flips"]:
+        held += (
+            f"; by the check's own, weaker predicate {_share(transfer['weak_heldout_rate'], 0)}, and "
+            f"{_share(transfer['weak_shuffled_rate'], 0)} with shuffled targets"
+        )
+    return [*points, ("at the last norm", held)]
 
 
 def _provenance(provenance: Mapping[str, Any]) -> Rows:
@@ -145,6 +285,10 @@ def _number(value: float | None) -> str:
 
 def _share(value: float | None, digits: int) -> str:
     return "not defined" if value is None else f"{value:.{digits}%}"
+
+
+def _norm(value: float | None) -> str:
+    return "not reached" if value is None else f"{value:.3g}"
 
 
 def _tiny(value: float | None) -> str:

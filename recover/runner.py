@@ -11,21 +11,22 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
-from recover.artifacts import CONFIG, DELTAS, REPORT, VERDICT, RunFolder, RunState, write_whole
+from recover.artifacts import CONFIG, EXAMPLES, REPORT, SEEDS, VERDICT, RunFolder, RunState, write_whole
 from recover.check import Progress, check
 from recover.config import Config
 from recover.model import Model
+from recover.neutral import NEUTRAL
 from recover.report import to_html
 from recover.search import Schedule
 from recover.setting import Setting, build_defense, load_setting, select_features
 from recover.types import InputError
-from recover.verdict import SCHEMA
+from recover.verdict import SCHEMA, Verdict
 from recover.zoo import resolve_model
 
 
@@ -53,6 +54,29 @@ def run_check(
         folder.close()
 
 
+def run_seeds(
+    config: Config, out: Path, seeds: int, *, keep_text: bool = False, progress: Progress | None = None
+) -> list[dict[str, Any]]:
+    """The same check with several seeds of the search, the split and the controls; the prompts stay.
+
+    Each has its own folder `out/seed-N`, and `out/seeds.json` says how often each verdict came.
+
+    Raises:
+        InputError: as `run_check`.
+    """
+    verdicts = []
+    for seed in range(config.controls.seed, config.controls.seed + seeds):
+        one = config.model_copy(update={"controls": config.controls.model_copy(update={"seed": seed})})
+        verdicts.append(run_check(one, out / f"seed-{seed}", keep_text=keep_text, progress=progress))
+    said = Counter(json.dumps([verdict["verdict"], verdict["specific"]]) for verdict in verdicts)
+    counted = [dict(zip(("verdict", "specific"), json.loads(one), strict=True), seeds=n) for one, n in said.items()]
+    try:
+        write_whole(out / SEEDS, (json.dumps({"verdicts": counted}, indent=2) + "\n").encode())
+    except OSError as error:
+        raise InputError(f"--out {out}: {SEEDS} cannot be written ({error.strerror}); mend that") from None
+    return verdicts
+
+
 def _run(config: Config, folder: RunFolder, keep_text: bool, progress: Progress) -> dict[str, Any]:
     started = time.perf_counter()
     if folder.state is not None:
@@ -69,12 +93,12 @@ def _run(config: Config, folder: RunFolder, keep_text: bool, progress: Progress)
         )
     if not folder.has([CONFIG]):
         folder.write(CONFIG, config.dump_yaml().encode())
-    if not folder.has([DELTAS]):
-        folder.save_deltas({})
-    verdict = _finished(folder, setting.examples.ids)
+    verdict = _finished(folder)
     if verdict is None:
-        verdict = _check(setting, state, folder, progress)
+        said = _check(setting, state, folder, progress)
+        verdict = said.to_dict()
         verdict["provenance"]["seconds"] = round(time.perf_counter() - started, 1)
+        folder.save_records(said.records)
         folder.write_json(VERDICT, verdict)
     folder.write(REPORT, to_html(verdict, folder.read(CONFIG)).encode())
     return verdict
@@ -113,7 +137,7 @@ def _begin(folder: RunFolder, setting: Setting, keep_text: bool, progress: Progr
     return state
 
 
-def _check(setting: Setting, state: RunState, folder: RunFolder, progress: Progress) -> dict[str, Any]:
+def _check(setting: Setting, state: RunState, folder: RunFolder, progress: Progress) -> Verdict:
     config, model = setting.config, setting.model
     exact = model if config.dtype == "float32" else Model(resolve_model(config.model, config.device).module)
     return check(
@@ -122,18 +146,20 @@ def _check(setting: Setting, state: RunState, folder: RunFolder, progress: Progr
         setting.examples,
         budget=config.search.budget,
         placement=config.search.placement,
-        schedule=Schedule(steps=config.search.steps, seed=config.prompts.seed),
+        schedule=Schedule(steps=config.search.steps, seed=config.controls.seed),
+        plan=config.plan(),
+        neutral=model.tokenize(NEUTRAL),
         batch_size=state.batch_size,
         store=folder,
         exact=exact,
         provenance=setting.provenance,
         progress=progress,
-    ).to_dict()
+    )
 
 
-def _finished(folder: RunFolder, examples: Sequence[str]) -> dict[str, Any] | None:
+def _finished(folder: RunFolder) -> dict[str, Any] | None:
     """The verdict of a run with nothing left to do; None where there is something, or the verdict is damaged."""
-    if not folder.has([VERDICT]) or not all(example in folder.finished() for example in examples):
+    if not folder.has([VERDICT, EXAMPLES]):
         return None
     try:
         return _read_verdict(folder.path)

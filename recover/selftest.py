@@ -2,43 +2,39 @@
 
 For every kind of planted world (`recover.planted`) and every seed:
 
-1. *Verdict*: `check()` is run on it as on any model. Where two sites are clamped, which `check()` does not take, the
-   same is done with primitives: a search in the space of deltas that no clamped feature of either site sees, and a
-   certificate whose replay watches both.
-2. *Smallest norm*: measured, and held against the closed form.
-3. *Miss*: another verdict than the construction implies, or a smallest norm off by more than 1 %.
+1. *Verdict*: `check()` is run on it as on any model, the whole protocol.
+2. *Smallest norm*: as the check measured and certified it, held against the closed form.
+3. *Miss*: another verdict than the construction implies, another word about whether it is specific than may be said, or
+   a smallest norm off by more than 1 %.
 
 The kinds and their derivations are in `recover.planted`.
 """
 
 from __future__ import annotations
 
+import contextlib
+import multiprocessing
+import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
-from recover.certify import certify
 from recover.check import check
-from recover.constraint import EncoderOrthogonal
-from recover.defended import defend
-from recover.gradient_free import reexamined
-from recover.minimum import smallest_norm
-from recover.planted import KINDS, Planted
+from recover.planted import KINDS, MIXTURES, Planted
 from recover.records import without_nan
-from recover.search import Feasible, recover
-from recover.verdict import MAX_REPLAY_DIFFERENCE
+from recover.verdict import Verdict, certified_norm
 
 TOLERANCE = 0.01
 """Largest relative error of a smallest norm."""
-PENDING = ("write_only", "shared_route", "undone_clamp")
-"""Kinds whose `specific` needs controls that `check()` does not have yet: shown, not judged."""
 UNMEASURED = ("hard_readout",)
 """Kinds whose smallest norm a method that follows gradients cannot be asked for."""
-MOST_SHIFT = 1e-3
+WORTH_PROCESSES = 40
+"""So many worlds take longer than the start of other processes."""
+WORDS: dict[bool | None, str] = {True: "specific", False: "not specific", None: "specific unknown"}
 
 
 @dataclass(frozen=True)
@@ -46,8 +42,9 @@ class Outcome:
     """One world, judged.
 
     Attributes:
-        expected: the verdicts that are right, with what `specific` must be where that is known.
+        expected: the verdicts that are right, with what may be said of `specific` where that is known.
         given: the verdict, with what it said of `specific` where that matters.
+        right: whether the verdict is one of these.
         norm_error: largest relative error of the smallest norm over the examples; None where not measured.
         why: the verdict's own reasons.
     """
@@ -57,6 +54,7 @@ class Outcome:
     seed: int
     expected: tuple[str, ...]
     given: str
+    right: bool
     norm_error: float | None
     seconds: float
     why: tuple[str, ...]
@@ -64,94 +62,91 @@ class Outcome:
     @property
     def miss(self) -> bool:
         """Whether the checker was wrong."""
-        wrong = self.given.removesuffix(" (pending)") not in {
-            right.partition(" (")[0] if self.given.endswith(" (pending)") else right for right in self.expected
-        }
-        return wrong or not (self.norm_error is None or self.norm_error <= TOLERANCE)
+        return not self.right or not (self.norm_error is None or self.norm_error <= TOLERANCE)
 
 
 def selftest(
     seeds: Iterable[int],
     kinds: Sequence[str] = tuple(KINDS),
     progress: Callable[[str, int, int], None] | None = None,
+    processes: int | None = None,
 ) -> list[Outcome]:
-    """Judge a world of every kind for every seed; `progress(phase, done, total)` is called after each."""
+    """Judge a world of every kind for every seed; `progress(phase, done, total)` is called after each.
+
+    Args:
+        seeds: of the worlds.
+        kinds: of `KINDS` and `MIXTURES`.
+        progress: called as worlds are judged.
+        processes: at work side by side; by default one for each core, and none beside this one for a few worlds.
+    """
     worlds = [(kind, seed) for seed in seeds for kind in kinds]
+    processes = processes or (cores() if len(worlds) >= WORTH_PROCESSES else 1)
     outcomes = []
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the worlds are so small that threads would mostly wait for each other
-    try:
-        for done, (kind, seed) in enumerate(worlds, start=1):
-            outcomes.append(judge(KINDS[kind](seed), seed))
+    with _judges(processes) as judged:
+        for done, outcome in enumerate(judged(worlds), start=1):
+            outcomes.append(outcome)
             if progress is not None:
                 progress("planted worlds", done, len(worlds))
+    return sorted(outcomes, key=lambda outcome: kinds.index(outcome.kind))
+
+
+def cores() -> int:
+    """Those that this process may use, where the system tells."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextlib.contextmanager
+def _judges(processes: int) -> Iterator[Callable[[list[tuple[str, int]]], Iterator[Outcome]]]:
+    """What judges many worlds, one after the other in each process."""
+    # The worlds are so small that threads would mostly wait for each other.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        if processes == 1:
+            yield lambda worlds: map(_judge_seed, worlds)
+            return
+        # Not forked: torch does not survive a fork once it has used threads.
+        with multiprocessing.get_context("spawn").Pool(processes, torch.set_num_threads, (1,)) as pool:
+            yield lambda worlds: pool.imap(_judge_seed, worlds, chunksize=4)
     finally:
         torch.set_num_threads(threads)
-    return sorted(outcomes, key=lambda outcome: kinds.index(outcome.kind))
+
+
+def _judge_seed(world: tuple[str, int]) -> Outcome:
+    kind, seed = world
+    return judge((KINDS | MIXTURES)[kind](seed), seed)
 
 
 def judge(world: Planted, seed: int) -> Outcome:
     """What the checker says of a world, beside what is true."""
     start = time.monotonic()
-    verdict, specific, why = _verdict(world)
-    if world.specific is not None:
-        verdict += " (pending)" if world.name in PENDING else f" ({_in_words(specific)})"
+    said = check(world.model, world.defense, world.examples, budget=world.budget)
+    matters = said.verdict == "RECOVERABLE" and world.allowed != frozenset(WORDS)
+    words = " or ".join(WORDS[allowed] for allowed in (True, False, None) if allowed in world.allowed)
     return Outcome(
         kind=world.name,
         variant=world.variant,
         seed=seed,
         expected=tuple(
-            name if world.specific is None else f"{name} ({_in_words(world.specific)})" for name in world.expected
+            f"{name} ({words})" if name == "RECOVERABLE" and world.allowed != frozenset(WORDS) else name
+            for name in world.expected
         ),
-        given=verdict,
-        norm_error=None if world.name in UNMEASURED else norm_error(world),
+        given=f"{said.verdict} ({WORDS[said.specific]})" if matters else said.verdict,
+        right=said.verdict in world.expected and (said.verdict != "RECOVERABLE" or said.specific in world.allowed),
+        norm_error=None if world.name in UNMEASURED else norm_error(world, said),
         seconds=time.monotonic() - start,
-        why=why,
+        why=said.reasons,
     )
 
 
-def norm_error(world: Planted) -> float | None:
+def norm_error(world: Planted, said: Verdict) -> float | None:
     """Largest relative error of the smallest norm; infinite where what cannot be reached was, or the reverse."""
     if world.smallest_norm is None:
         return None
-    defended = defend(world.model, world.defense, world.examples.prompts, world.examples.behavior)
-    measured = smallest_norm(defended, defended.zero_delta, _admissible(world)).norm
-    known = world.smallest_norm.to(measured)
+    measured = torch.tensor([certified_norm(record) for record in said.records], dtype=torch.float64)
+    known = world.smallest_norm.double().cpu()
     same = torch.isinf(known) & torch.isinf(measured)
     return float(torch.where(same, 0.0, (measured - known).abs() / known).nan_to_num(nan=torch.inf).max())
-
-
-def _admissible(world: Planted) -> Feasible:
-    """What a delta must keep to: the encoders' own null space, or, over two sites, the one pulled back to the first."""
-    if len(world.defense.sites) > 1:
-        return world.admissible
-    return EncoderOrthogonal.of(*world.defense.clamps)
-
-
-def _verdict(world: Planted) -> tuple[str, bool | None, tuple[str, ...]]:
-    """Verdict, specific, reasons."""
-    if len(world.defense.sites) == 1:
-        said = check(world.model, world.defense, world.examples, budget=world.budget)
-        return said.verdict, said.specific, said.reasons
-    prompts, behavior = world.examples.prompts, world.examples.behavior
-    defended = defend(world.model, world.defense, prompts, behavior)
-    if len(defended.valid_flips) < len(prompts):
-        return "INVALID", None, ("not every example is a valid flip",)
-    admissible = _admissible(world)
-    solution = recover(defended, defended.zero_delta, admissible, world.budget)
-    solution = reexamined(defended, solution, admissible, world.budget)
-    facts = certify(world.model, world.defense, prompts, behavior, solution.delta)
-    shift, apart = float(facts.preactivation_shift.max()), float((facts.slack - solution.slack).abs().max())
-    if shift > MOST_SHIFT or apart > MAX_REPLAY_DIFFERENCE["float32"] or bool((facts.norm > world.budget).any()):
-        why = f"clamped features of both sites moved by {shift:.1e}, search and replay differ by {apart:.1e}"
-        return "INCONCLUSIVE", None, (why,)
-    recovered = int(facts.shows.sum())
-    why = f"{recovered} of {len(prompts)} recovered; clamped features of both sites moved by at most {shift:.1e}"
-    return "RECOVERABLE" if recovered else "NOT_RECOVERED_AT_BUDGET", None, (why,)
-
-
-def _in_words(specific: bool | None) -> str:
-    return {True: "specific", False: "not specific", None: "specific unknown"}[specific]
 
 
 def report(outcomes: Sequence[Outcome]) -> str:
@@ -182,8 +177,6 @@ def report(outcomes: Sequence[Outcome]) -> str:
         "",
         f"{len(misses)} misses in {len(outcomes)} worlds; norm error: largest relative error of the smallest norm.",
     ]
-    if any(outcome.given.endswith("(pending)") for outcome in outcomes):
-        lines.append("pending: whether a finding is specific is not judged yet.")
     for outcome in misses:
         name = " ".join(filter(None, (outcome.kind, outcome.variant, f"seed {outcome.seed}")))
         error = "" if outcome.norm_error is None else f"; norm error {outcome.norm_error:.2%}"

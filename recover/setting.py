@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from recover.check import Examples, Progress, check_one_site
+from recover.bench import Examples
+from recover.check import Progress
 from recover.clamp import Clamp, Defense, Floor, Scale, Set
 from recover.config import ClampConfig, Config, Selection
 from recover.defended import check_fits
@@ -60,6 +61,7 @@ class Setting:
         return {
             "versions": {package: _version(package) for package in PACKAGES},
             "seed": self.config.prompts.seed,
+            "control_seed": self.config.controls.seed,
             "device": str(self.model.device),
             "dtype": self.config.dtype,
             "sae_sha256": {name: sae.sha256 for name, sae in self.saes.items()},
@@ -85,7 +87,8 @@ def load_setting(config: Config, *, keep_text: bool = False) -> Setting:
     texts = [example.prompt for example in asked]
     behavior = task.behavior(loaded.tokenizer, asked, model.device)
     ids = [example.id for example in asked]
-    examples = Examples(ids, model.tokenize(texts), behavior, texts if keep_text else None)
+    strict = task.strict(loaded.tokenizer, asked, model.device)
+    examples = Examples(ids, model.tokenize(texts), behavior, texts if keep_text else None, strict)
     return Setting(config, loaded, model, saes, examples)
 
 
@@ -123,7 +126,6 @@ def _placeholders(config: Config, saes: Mapping[str, SAE]) -> list[Defense]:
         except InputError as error:
             reason = str(error).removeprefix("clamp: ")
             raise InputError(f"clamps[{index}], SAE {clamp.sae!r}: {reason}") from None
-    check_one_site([site for defense in built for site in defense.sites])
     return built
 
 

@@ -1,26 +1,21 @@
 """The folder of a run, by itself: what is kept, what is read back, and what is refused."""
 
-import dataclasses
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from recover import artifacts
-from recover.artifacts import DELTAS, EXAMPLES, LOCK, RUN, RunFolder, RunState, write_whole
-from recover.certify import Certificate
-from recover.records import ExampleRecord, SearchRecord
+from recover.artifacts import DELTAS, EXAMPLES, LOCK, RUN, UNITS, RunFolder, RunState, write_whole
+from recover.check import Memory, Store
+from recover.records import ExampleRecord, without_nan
 from recover.types import InputError
+from tests.hand_made import SHOWS_THROUGHOUT, certified, flip, searched
 
 STATE = RunState(config={"task": "ioi"}, keep_text=False, fingerprint="f", batch_size=2, features=[[3, 1]])
-MEASURED = {field.name: 0.1 for field in dataclasses.fields(Certificate)}
-
-
-def record(name, **changes):
-    values = {"base_slack": 0.1, "defended_slack": -1 / 3, "search": SearchRecord("RECOVERED", 3, 0.1, 2e-3)}
-    return ExampleRecord(name, **values | {"certificate": MEASURED} | changes)
 
 
 @pytest.fixture
@@ -47,26 +42,76 @@ def test_a_later_start_reads_back_what_an_earlier_one_kept(opened):
     first = opened()
     assert first.state is None
     first.begin(STATE)
-    deltas = {name: torch.randn(1, 5) for name in ("a", "b")}
-    first.save_deltas({"a": deltas["a"]})
-    first.save([record("a"), record("c", search=None, certificate=None, text="Mary")])
-    first.save_deltas({"b": deltas["b"]})
-    first.save([record("b")])
+    deltas = {name: torch.randn(1, 5) for name in ("a", "a/smallest", "transfer/0/c1/5/0")}
+    units = {
+        "fit": [0.1, 1 / 3, None],
+        "accounting/0": {"a": {"base_slack": 0.1, "text": 'Mary "ünï"\n'}},
+        "search/0": {"a": {"norm": 2e-300}},
+        "search/10": {},
+        "transfer/0": {"transfer/0/c1/5/0": {"fitted": 3}},
+    }
+    first.keep("fit", units["fit"], {})
+    first.keep("accounting/0", units["accounting/0"], {})
+    first.keep("search/0", units["search/0"], {name: deltas[name] for name in ("a", "a/smallest")})
+    first.keep("search/10", units["search/10"], {})
+    first.keep("transfer/0", units["transfer/0"], {"transfer/0/c1/5/0": deltas["transfer/0/c1/5/0"]})
 
     second = opened()
     assert second.state == STATE
+    assert second.load("fit") is None
     second.resume()
-    kept = {"a": record("a"), "c": record("c", search=None, certificate=None, text="Mary"), "b": record("b")}
-    assert second.finished() == first.finished() == kept
-    assert list(second.finished()) == ["a", "c", "b"]
+    for name, values in units.items():
+        assert second.load(name) == first.load(name) == values
+    assert second.load("search/1") is second.load("search") is None
     assert all(torch.equal(second.delta(name), delta) for name, delta in deltas.items())
-    assert set(load_file(second.path / DELTAS)) == {"a", "b"}
+    assert set(load_file(second.path / DELTAS)) == set(deltas)
+    assert names(second.path) == {RUN, DELTAS, UNITS}
+
+
+def test_every_unit_has_a_file_of_its_own_and_is_written_whole(opened, monkeypatch):
+    folder = opened()
+    folder.begin(STATE)
+    written = []
+    real = artifacts.write_whole
+
+    def watched(path, content):
+        written.append(path.relative_to(folder.path).as_posix())
+        real(path, content)
+
+    monkeypatch.setattr(artifacts, "write_whole", watched)
+    folder.keep("search/3", [], {"a": torch.zeros(1, 3)})
+    folder.keep("fit", [], {})
+    # Deltas go before what speaks of them, and are not written where there are none.
+    assert written == [DELTAS, "units/search-3.json", "units/fit.json"]
+    assert {path.name for path in (folder.path / UNITS).iterdir()} == {"search-3.json", "fit.json"}
+
+
+def test_what_was_kept_cannot_be_changed_from_outside(opened):
+    for store in (opened(), Memory()):
+        assert isinstance(store, Store)
+        if isinstance(store, RunFolder):
+            store.begin(STATE)
+        values = {"a": [1, 2]}
+        store.keep("search/0", values, {})
+        values["a"].append(3)
+        store.load("search/0")["a"].append(4)
+        assert store.load("search/0") == {"a": [1, 2]}
+
+
+def test_a_number_that_is_not_finite_is_no_value_of_a_unit(opened):
+    for store in (opened(), Memory()):
+        if isinstance(store, RunFolder):
+            store.begin(STATE)
+        with pytest.raises(ValueError, match="not JSON compliant"):
+            store.keep("search/0", {"a": math.inf}, {})
+        assert store.load("search/0") is None
 
 
 def test_deltas_are_kept_in_float32_whatever_they_come_in(opened):
     folder = opened()
+    folder.begin(STATE)
     wide = torch.randn(1, 6, dtype=torch.float64)
-    folder.save_deltas({"a": wide, "b": wide.to(torch.bfloat16), "c": wide.float().T.expand(6, 2).T})
+    folder.keep("search/0", {}, {"a": wide, "b": wide.to(torch.bfloat16), "c": wide.float().T.expand(6, 2).T})
     kept = load_file(folder.path / DELTAS)
     assert {delta.dtype for delta in kept.values()} == {torch.float32}
     assert torch.equal(kept["a"], wide.float())
@@ -75,68 +120,136 @@ def test_deltas_are_kept_in_float32_whatever_they_come_in(opened):
 
 def test_a_delta_is_read_from_the_file_and_not_from_memory(opened):
     folder = opened()
-    folder.save_deltas({"a": torch.zeros(1, 3)})
+    folder.begin(STATE)
+    folder.keep("search/0", {}, {"a": torch.zeros(1, 3)})
     other = RunFolder.__new__(RunFolder)
-    other.path, other._deltas = folder.path, {}
+    other.path, other._deltas, other._units = folder.path, {}, {}
     other.name = "other"
-    other.save_deltas({"a": torch.ones(1, 3)})
+    other.keep("search/0", {}, {"a": torch.ones(1, 3)})
     assert torch.equal(folder.delta("a"), torch.ones(1, 3))
 
 
 def test_numbers_that_are_not_finite_are_the_same_before_and_after_a_restart(opened):
+    """In a unit, as `check` hands them over, and in the lines that are written at the end."""
     folder = opened()
     folder.begin(STATE)
-    broken = record(
-        "a",
-        base_slack=math.inf,
-        defended_slack=math.nan,
-        search=SearchRecord("NON_FINITE", 0, math.nan, -math.inf),
-        certificate=MEASURED | {"drift": None, "threshold_margin": [0.5, None]},
+    broken = certified(
+        searched(flip("a"), status="NON_FINITE", steps=0, score=math.nan, slack=-math.inf, smallest=math.inf),
+        drift=None,
+        threshold_margin=[0.5, None],
     )
-    folder.save([broken])
-    before = folder.finished()["a"]
-    line = json.loads((folder.path / EXAMPLES).read_text())
+    broken = replace(broken, base_slack=math.inf, defended_slack=math.nan)
+    line = json.loads(broken.to_json())
+    folder.keep("search/0", without_nan({name: value for name, value in line.items() if name != "valid_flip"}), {})
+    before = ExampleRecord.of(folder.load("search/0"))
+    folder.save_records([broken])
     assert (line["base_slack"], line["search"]["slack"], line["certificate"]["drift"]) == (None, None, None)
+    assert json.loads((folder.path / EXAMPLES).read_text()) == line
     folder = opened()
-    folder.save_deltas({"a": torch.zeros(1, 3)})
     folder.resume()
-    after = folder.finished()["a"]
+    after = ExampleRecord.of(folder.load("search/0"))
     assert repr(after) == repr(before)
     assert math.isnan(after.base_slack)
     assert math.isnan(after.search.slack)
+    assert after.search.smallest == math.inf
     assert not after.shows_at_base
     assert after.certificate["threshold_margin"] == [0.5, None]
 
 
+def test_records_are_written_a_line_each(opened):
+    folder = opened()
+    folder.begin(STATE)
+    records = [flip("b"), replace(SHOWS_THROUGHOUT, text='Mary "ünï"\n'), flip("a", slack=1 / 3)]
+    folder.save_records(records)
+    lines = folder.read(EXAMPLES).splitlines()
+    assert [ExampleRecord.from_json(line) for line in lines] == records
+
+
 @pytest.mark.parametrize(
-    ("base", "defended", "flip"),
+    ("base", "defended", "is_flip"),
     [(0.1, -0.1, True), (0.1, 0.1, False), (-0.1, -0.1, False), (0.1, 0.0, True), (0.0, -1.0, False)],
 )
-def test_valid_flip_is_in_the_line(base, defended, flip):
-    line = record("a", base_slack=base, defended_slack=defended).to_json()
-    assert json.loads(line)["valid_flip"] is flip
+def test_valid_flip_is_in_the_line(base, defended, is_flip):
+    record = replace(flip("a"), base_slack=base, defended_slack=defended)
+    line = record.to_json()
+    assert json.loads(line)["valid_flip"] is is_flip
     assert "text" not in json.loads(line)
-    assert ExampleRecord.from_json(line) == record("a", base_slack=base, defended_slack=defended)
+    assert ExampleRecord.from_json(line) == record
 
 
-def test_deltas_without_their_records_do_not_count(opened):
-    """Killed between the two writes: the example is done again, and its delta replaced."""
+def test_deltas_without_their_unit_do_not_count(opened, monkeypatch):
+    """Killed between the two writes: the unit is done again, and its delta replaced."""
     folder = opened()
     folder.begin(STATE)
-    folder.save_deltas({"a": torch.ones(1, 3)})
+
+    def killed(name, content):
+        if name != DELTAS:
+            raise KeyboardInterrupt
+        write_whole(folder.path / name, content)
+
+    monkeypatch.setattr(folder, "write", killed)
+    with pytest.raises(KeyboardInterrupt):
+        folder.keep("search/0", {"a": 1}, {"a": torch.ones(1, 3)})
+    assert folder.load("search/0") is None
     folder = opened()
     folder.resume()
-    assert folder.finished() == {}
-    folder.save_deltas({"a": torch.zeros(1, 3)})
-    folder.save([record("a")])
+    assert folder.load("search/0") is None
+    assert torch.equal(folder.delta("a"), torch.ones(1, 3))
+    folder.keep("search/0", {"a": 2}, {"a": torch.zeros(1, 3)})
     assert torch.equal(folder.delta("a"), torch.zeros(1, 3))
+    assert folder.load("search/0") == {"a": 2}
 
 
-def test_records_without_their_deltas_are_damage(opened):
+def test_a_unit_without_its_deltas_is_damage(opened):
     folder = opened()
     folder.begin(STATE)
-    folder.save([record("a")])
-    with pytest.raises(InputError, match=r"deltas.safetensors is damaged \(it lacks 1 deltas .* the first a\)"):
+    folder.keep("search/0", {}, {"a": torch.ones(1, 3), "a/smallest": torch.ones(1, 3)})
+    (folder.path / DELTAS).unlink()
+    complaint = r"units/search-0.json is damaged \(deltas.safetensors lacks 2 deltas .* the first a\)"
+    with pytest.raises(InputError, match=complaint):
+        opened().resume()
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b"{", "JSON"),
+        (b"[]", "object"),
+        (b"null", "object"),
+        (b'{"unit": "search/0", "values": {}}', "deltas Field required"),
+        (b'{"unit": "search/0", "deltas": []}', "values Field required"),
+        (b'{"unit": "search/0", "deltas": null, "values": {}}', "deltas"),
+        (b'{"unit": 3, "deltas": [], "values": {}}', "unit"),
+        (b"\xff", ""),
+        (b"", "JSON"),
+    ],
+)
+def test_a_unit_that_is_damaged_is_named_in_one_line(opened, content, why):
+    folder = opened()
+    folder.begin(STATE)
+    folder.keep("fit", [], {})
+    (folder.path / UNITS / "search-0.json").write_bytes(content)
+    with pytest.raises(InputError, match=r"^--out \S+: units/search-0.json is damaged \([^\n]*\); [^\n]*$") as refusal:
+        opened().resume()
+    assert why in str(refusal.value)
+
+
+def test_a_run_without_its_units_begins_again(opened):
+    """Killed before they were made, or removed by hand."""
+    folder = opened()
+    folder.begin(STATE)
+    (folder.path / UNITS).rmdir()
+    folder = opened()
+    folder.resume()
+    folder.keep("fit", [1], {})
+    assert folder.load("fit") == [1]
+
+
+def test_damaged_deltas_are_named_in_one_line(opened):
+    folder = opened()
+    folder.begin(STATE)
+    (folder.path / DELTAS).write_bytes(b"no tensors")
+    with pytest.raises(InputError, match=r"^--out \S+: deltas.safetensors is damaged \([^\n]*\); [^\n]*$"):
         opened().resume()
 
 
@@ -157,9 +270,11 @@ def test_what_a_killed_write_left_is_removed_and_nothing_of_others(opened, tmp_p
     folder = opened()
     folder.begin(STATE)
     (folder.path / f"{artifacts.TEMPORARY}abc").write_text("half")
+    (folder.path / UNITS / f"{artifacts.TEMPORARY}abc").write_text("half")
     (folder.path / ".other.tmp").write_text("mine")
     (folder.path / "notes").write_text("mine")
-    assert names(opened().path) == {RUN, ".other.tmp", "notes"}
+    assert names(opened().path) == {RUN, UNITS, ".other.tmp", "notes"}
+    assert names(folder.path / UNITS) == set()
 
 
 def test_only_one_at_a_time(opened, tmp_path):
@@ -179,7 +294,7 @@ def test_a_folder_that_was_made_for_nothing_goes_away(tmp_path):
     folder = RunFolder(tmp_path / "run")
     folder.begin(STATE)
     folder.close()
-    assert names(tmp_path / "run") == {RUN}
+    assert names(tmp_path / "run") == {RUN, UNITS}
 
 
 def test_a_refused_folder_is_not_held(tmp_path):

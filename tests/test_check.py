@@ -1,12 +1,15 @@
-"""`check()` from end to end on a tiny model: every verdict, and interruptions that change nothing."""
+"""`check()` from end to end on a tiny model and planted ones: every verdict, and interruptions that change nothing."""
 
 from __future__ import annotations
 
 import importlib
 import json
+import random
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from importlib.resources import files
+from itertools import groupby, pairwise
 from typing import Any
 
 import jsonschema
@@ -15,15 +18,19 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+from recover import bench, global_controls, heldout, phases
 from recover.activation import ReLU
-from recover.behavior import LogitDifference
+from recover.behavior import ChoiceMargin, LogitDifference
 from recover.check import Examples, Memory, Store, check
 from recover.clamp import Clamp, Defense, Scale, Set
 from recover.constraint import EncoderOrthogonal
-from recover.model import Model
+from recover.model import Model, Prompts
+from recover.phases import PHASES, SMALLEST
+from recover.plan import Plan, TransferPlan
+from recover.planted import complete_bottleneck, error_bypass, shared_route, two_layers, write_only
 from recover.records import ExampleRecord
 from recover.sae import SAE
-from recover.search import Schedule
+from recover.transfer import FitSchedule, halves
 from recover.types import InputError, Site
 from recover.verdict import Verdict
 from tests.models import D_MODEL, left_padded, plain_forward, tiny_lm, token_rows
@@ -32,6 +39,8 @@ CHECK = importlib.import_module("recover.check")  # the package has a function o
 N, SITE, FEATURES, BUDGET = 30, Site(2), (1, 4, 17, 25), 15.0
 ROWS = token_rows([4 + i % 5 for i in range(N)], seed=11)
 TARGET, OTHER = torch.arange(N), torch.arange(N) + 30
+OTHERS = torch.stack([OTHER, (TARGET + 3) % N, (TARGET + 8) % N], dim=1)
+"""Of the stricter predicate: one of them is the other of the check's own."""
 PROVENANCE = {
     "versions": {"torch": torch.__version__},
     "seed": 0,
@@ -41,6 +50,15 @@ PROVENANCE = {
     "model": "tiny",
     "seconds": 0.0,
 }
+LIGHT = Plan(
+    random_draws=20,
+    placebo_features=1,
+    curve=(0.5, 1.0),
+    transfer=TransferPlan(norms=(0.65,), folds=1, shuffles=1, draws=10, fit=FitSchedule(steps=10)),
+)
+"""Every part of the protocol, little of each."""
+TIMES = ("phases", "phase_seconds")
+"""What of the provenance differs from run to run."""
 
 
 def signed_basis(site: Site = SITE) -> SAE:
@@ -60,14 +78,30 @@ def examples(texts: Sequence[str] | None = None) -> Examples:
 
 
 def run(**options: Any) -> Verdict:
-    settings = {"budget": BUDGET, "batch_size": 8, "provenance": PROVENANCE, **options}
+    settings = {"budget": BUDGET, "plan": LIGHT, "provenance": PROVENANCE, **options}
     model = settings.pop("model", None) or Model(tiny_lm())
     return check(
         model, settings.pop("defense", None) or defense(), settings.pop("examples", None) or examples(), **settings
     )
 
 
-def by_hooks(module: nn.Module, row: int, delta: Tensor | None, clamp: bool) -> float:
+def run_small(**options: Any) -> Verdict:
+    """The whole protocol in a second: a planted world of three batches."""
+    world = write_only(0, n_prompts=12)
+    settings = {"budget": world.budget, "plan": LIGHT, "batch_size": 5, "provenance": PROVENANCE, **options}
+    return check(world.model, world.defense, world.examples, **settings)
+
+
+def written(module: nn.Module, length: int = 16) -> Prompts:
+    """What the model itself would write, so that its loss there is low."""
+    ids = torch.arange(1, 41, 5)[:, None]
+    for _ in range(length):
+        with torch.no_grad():
+            ids = torch.cat([ids, module(ids).logits[:, -1:].argmax(dim=-1)], dim=1)
+    return Prompts(ids, torch.ones_like(ids).bool())
+
+
+def by_hooks(module: nn.Module, row: int, delta: Tensor | None, clamp: bool, *, strict: bool = False) -> float:
     """Slack of an example: the clamp as `h + (z' - z) W_dec`, with this SAE's `z = relu(h W)`."""
     sae, chosen = signed_basis(), list(FEATURES)
 
@@ -78,7 +112,7 @@ def by_hooks(module: nn.Module, row: int, delta: Tensor | None, clamp: bool) -> 
         return h if delta is None else torch.cat([h[:-1], h[-1:] + delta])
 
     logits = plain_forward(module, ROWS[row], {SITE: change})[0][-1]
-    return float(logits[TARGET[row]] - logits[OTHER[row]])
+    return float(logits[TARGET[row]] - logits[OTHERS[row] if strict else OTHER[row]].max())
 
 
 def valid(verdict: Verdict) -> dict[str, Any]:
@@ -88,14 +122,33 @@ def valid(verdict: Verdict) -> dict[str, Any]:
     return values
 
 
+def timeless(verdict: Verdict) -> dict[str, Any]:
+    """All that a verdict says but how long it took."""
+    values = verdict.to_dict()
+    return values | {"provenance": {k: v for k, v in values["provenance"].items() if k not in TIMES}}
+
+
+def units(store: Memory) -> dict[str, Any]:
+    """What was kept of each unit but how long it took."""
+    return {unit: json.loads(text)["values"] for unit, text in store.units.items()}
+
+
 def failed(verdict: Verdict) -> list[str]:
     return [gate.name for gate in verdict.gates if gate.passed is False]
 
 
 @pytest.fixture(scope="module")
 def finished() -> tuple[Verdict, Memory]:
+    """On the tiny model, in two batches, with a stricter predicate and neutral text."""
     store = Memory()
-    return run(store=store), store
+    strict = replace(examples(), strict=ChoiceMargin(TARGET, OTHERS))
+    return run(store=store, batch_size=16, examples=strict, neutral=written(tiny_lm())), store
+
+
+@pytest.fixture(scope="module")
+def small() -> tuple[Verdict, Memory]:
+    store = Memory()
+    return run_small(store=store), store
 
 
 def test_a_defense_that_can_be_undone_is_recoverable(finished: tuple[Verdict, Memory]) -> None:
@@ -112,38 +165,92 @@ def test_a_defense_that_can_be_undone_is_recoverable(finished: tuple[Verdict, Me
         "base": sum(x > 0 for x in base),
         "defended": sum(x > 0 for x in under),
         "valid_flips": len(flips),
+        "strict_flips": sum(record.strict_flip for record in verdict.records),
     }
-    assert list(store.deltas) == [f"e{row}" for row in flips]
-    assert_close([store.records[f"e{i}"].base_slack for i in range(N)], base, atol=1e-3, rtol=0)
-    assert_close([store.records[f"e{i}"].defended_slack for i in range(N)], under, atol=1e-3, rtol=0)
-    recovered = 0
+    searched = [name for name in store.deltas if not name.startswith("transfer/")]
+    assert sorted(searched) == sorted(f"e{row}{suffix}" for row in flips for suffix in ("", SMALLEST))
+    records = {record.id: record for record in verdict.records}
+    assert list(records) == [f"e{i}" for i in range(N)]
+    assert_close([records[f"e{i}"].base_slack for i in range(N)], base, atol=1e-3, rtol=0)
+    assert_close([records[f"e{i}"].defended_slack for i in range(N)], under, atol=1e-3, rtol=0)
+    recovered, closest = 0, []
     for row in flips:
-        record, delta = store.records[f"e{row}"], store.deltas[f"e{row}"]
-        slack = by_hooks(module, row, delta, clamp=True)
-        assert record.certificate is not None
-        assert record.certificate["slack"] == pytest.approx(slack, abs=1e-3)
-        assert record.certificate["norm"] == pytest.approx(float(delta.norm()), rel=1e-5)
-        assert float(delta.norm()) <= BUDGET
-        assert float((delta @ signed_basis().W_enc[:, list(FEATURES)]).norm()) <= 1e-5 * 2 * float(delta.norm())
-        recovered += slack > 0
+        record = records[f"e{row}"]
+        for facts, delta in (
+            (record.certificate, store.deltas[f"e{row}"]),
+            (record.smallest, store.deltas[f"e{row}{SMALLEST}"]),
+        ):
+            slack = by_hooks(module, row, delta, clamp=True)
+            assert facts is not None
+            assert facts["slack"] == pytest.approx(slack, abs=1e-3)
+            assert facts["norm"] == pytest.approx(float(delta.norm()), rel=1e-5)
+            assert float((delta @ signed_basis().W_enc[:, list(FEATURES)]).norm()) <= 1e-5 * 2 * float(delta.norm())
+        assert float(store.deltas[f"e{row}"].norm()) <= BUDGET
+        recovered += by_hooks(module, row, store.deltas[f"e{row}"], clamp=True) > 0
+        assert by_hooks(module, row, store.deltas[f"e{row}{SMALLEST}"], clamp=True) > 0
+        closest.append(min(float(store.deltas[f"e{row}{suffix}"].norm()) for suffix in ("", SMALLEST)))
     assert 0 < recovered == values["recovery"]["recovered"]
     assert values["recovery"]["searched"] == len(flips)
     assert values["recovery"]["drift_max"] < 1e-3
+    assert values["minimum_norm"]["median"] == pytest.approx(sorted(closest)[len(closest) // 2], rel=1e-5)
+    for point, budget in zip(values["curve"], (BUDGET / 2, BUDGET), strict=True):
+        assert (point["budget"], point["rate"]) == (budget, sum(norm <= budget for norm in closest) / len(closest))
+
+
+def test_a_stricter_predicate_is_counted_beside_the_own(finished: tuple[Verdict, Memory]) -> None:
+    """The target above three others: what transfer is read with, and not what is searched."""
+    verdict, module = finished[0], tiny_lm()
+    base, under = ([by_hooks(module, row, None, clamp, strict=True) for row in range(N)] for clamp in (False, True))
+    assert_close([record.strict_base_slack for record in verdict.records], base, atol=1e-3, rtol=0)
+    assert_close([record.strict_defended_slack for record in verdict.records], under, atol=1e-3, rtol=0)
+    strict = [row for row in range(N) if base[row] > 0 >= under[row]]
+    assert [record.id for record in verdict.records if record.strict_flip] == [f"e{row}" for row in strict]
+    assert 2 <= len(strict) == verdict.counts["strict_flips"] != verdict.counts["valid_flips"]
+    assert verdict.recovery["searched"] == verdict.counts["valid_flips"]
+
+
+def test_shared_deltas_are_read_on_the_other_half_alone(finished: tuple[Verdict, Memory]) -> None:
+    """Every one that was fitted, by hooks."""
+    verdict, store = finished
+    flips = [int(record.id[1:]) for record in verdict.records if record.strict_flip]
+    held_out = [flips[row] for row in halves([f"e{row}" for row in flips], LIGHT.seed)[1].tolist()]
+    assert 0 < len(held_out) < len(flips)
+    module, read = tiny_lm(), units(store)["transfer/1"]
+    assert {fit["kind"] for fit in read["fits"]} == {"c1", "c1_plus", "shuffled"}
+    hits = {}
+    for fit in read["fits"]:
+        delta = store.deltas[f"transfer/0/{fit['kind']}/{fit['budget']:.6g}/0"]
+        assert float(delta.norm()) <= fit["budget"]
+        assert float((delta @ signed_basis().W_enc[:, list(FEATURES)]).norm()) <= 1e-5 * 2 * float(delta.norm())
+        hits[fit["kind"], fit["budget"]] = sum(
+            by_hooks(module, row, delta, clamp=True, strict=True) > 0 for row in held_out
+        )
+        assert (fit["hits"], fit["n"]) == (hits[fit["kind"], fit["budget"]], len(held_out))
+        weak = [row for row in held_out if by_hooks(module, row, None, clamp=True) <= 0]
+        assert fit["weak_n"] == len(weak)
+        assert fit["weak_hits"] == sum(by_hooks(module, row, delta, clamp=True) > 0 for row in weak)
+    said = valid(verdict)["transfer"]
+    assert said["budget"] == max(BUDGET, 0.65 * said["residual_norm"])
+    assert (said["hits"], said["n"]) == (hits["c1", said["budget"]], len(held_out))
 
 
 def test_a_tiny_budget_recovers_nothing() -> None:
-    verdict = run(budget=1e-4)
+    verdict = run_small(budget=1e-4)
     assert valid(verdict)["verdict"] == "NOT_RECOVERED_AT_BUDGET"
     assert verdict.recovery["recovered"] == 0
-    assert not failed(verdict)
+    assert failed(verdict) == ["norm_at_budget"]  # a caution
+    assert any("it was the budget that stopped them" in reason for reason in verdict.reasons)
 
 
-@pytest.mark.parametrize("placement", ["before_clamp", "after_clamp"])
-def test_both_placements_say_the_same_of_a_pointwise_sae(placement: Any, finished: tuple[Verdict, Memory]) -> None:
-    verdict = run(placement=placement)
-    assert valid(verdict)["threat_model"]["placement"] == placement
-    assert verdict.counts == finished[0].counts
-    assert abs(verdict.recovery["recovered"] - finished[0].recovery["recovered"]) <= 1
+def test_both_placements_say_the_same_of_a_pointwise_sae(small: tuple[Verdict, Memory]) -> None:
+    verdict = run_small(placement="before_clamp")
+    assert valid(small[0])["threat_model"]["placement"] == "after_clamp"
+    assert valid(verdict)["threat_model"]["placement"] == "before_clamp"
+    assert verdict.counts == small[0].counts
+    assert abs(verdict.recovery["recovered"] - small[0].recovery["recovered"]) <= 1
+    assert verdict.minimum_norm is not None
+    assert small[0].minimum_norm is not None
+    assert verdict.minimum_norm["median"] == pytest.approx(small[0].minimum_norm["median"], rel=1e-3)
 
 
 def test_an_sae_that_does_not_fit_is_invalid_and_nothing_is_searched() -> None:
@@ -163,16 +270,75 @@ def test_a_clamp_that_suppresses_nothing_is_invalid() -> None:
     assert failed(verdict) == ["valid_flips"]
 
 
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("kind", [complete_bottleneck, error_bypass])
+def test_random_features_that_the_behavior_does_not_need_are_invalid(kind: Callable[..., Any], seed: int) -> None:
+    """The readout reads none of those that are left; it is not the search that says so, but that nothing flips."""
+    world, store = kind(seed), Memory()
+    (clamp,) = world.defense.clamps
+    left = sorted(set(range(clamp.sae.d_sae)) - set(clamp.features))
+    chosen = random.Random(seed).sample(left, len(clamp.features))
+    other = Clamp(clamp.sae, chosen, clamp.mode, clamp.only_active, clamp.positions, clamp.site)
+    verdict = check(
+        world.model,
+        Defense((other,)),
+        world.examples,
+        budget=world.budget,
+        plan=LIGHT,
+        store=store,
+        provenance=PROVENANCE,
+    )
+    n = len(world.examples.ids)
+    assert valid(verdict)["verdict"] == "INVALID"
+    assert failed(verdict) == ["valid_flips"]
+    assert (verdict.counts["base"], verdict.counts["defended"], verdict.counts["valid_flips"]) == (n, n, 0)
+    assert verdict.reasons[0].startswith(f"valid_flips: 0 of {n} examples")
+    assert list(store.units) == ["fit", "accounting/0"]
+
+
+def test_a_clamp_that_breaks_ordinary_text_is_said_to(finished: tuple[Verdict, Memory]) -> None:
+    """In the gates and in the reasons, beside a verdict that stays."""
+    values, (gate,) = valid(finished[0]), [gate for gate in finished[0].gates if gate.name == "utility"]
+    assert values["verdict"] == "RECOVERABLE"
+    assert values["fit"]["utility"]["increase"] > LIGHT.max_loss_increase
+    assert gate.passed is False
+    assert "breaks ordinary text" in gate.detail
+    assert gate.detail in finished[0].reasons
+
+
+def test_how_much_text_may_suffer_is_for_the_plan_to_say() -> None:
+    mild = Defense((Clamp(signed_basis(), FEATURES, Set(5.0)),))
+    some: dict[str, Any] = {
+        "neutral": written(tiny_lm()),
+        "defense": mild,
+        "examples": examples().select(torch.arange(2)),
+    }
+    kept = run(**some)
+    cost = valid(kept)["fit"]["utility"]["increase"]
+    assert 0 < cost < LIGHT.max_loss_increase
+    assert not any("ordinary text" in reason for reason in kept.reasons)
+    strict = run(**some, plan=replace(LIGHT, max_loss_increase=cost / 2))
+    gates = [{gate.name: gate.passed for gate in verdict.gates}["utility"] for verdict in (kept, strict)]
+    assert gates == [True, False]
+    assert any("breaks ordinary text" in reason for reason in strict.reasons)
+
+
+def test_without_neutral_text_its_gate_is_not_run(small: tuple[Verdict, Memory]) -> None:
+    (gate,) = [gate for gate in small[0].gates if gate.name == "utility"]
+    assert (gate.passed, gate.detail) == (None, "no neutral text was given")
+    assert small[0].fit["utility"] is None
+
+
 def test_a_replay_that_disagrees_is_inconclusive() -> None:
     """The certificates are made on another model than the search."""
-    verdict = run(exact=Model(tiny_lm(seed=1)))
+    verdict = run_small(exact=write_only(1, n_prompts=12).model)
     assert valid(verdict)["verdict"] == "INCONCLUSIVE"
-    assert failed(verdict) == ["replay"]
+    assert [gate.name for gate in verdict.gates if gate.passed is False and gate.decides] == ["replay"]
 
 
 def test_a_constraint_that_was_not_kept_is_inconclusive(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(EncoderOrthogonal, "project", lambda self, delta: delta)
-    verdict = run()
+    verdict = run_small()
     assert valid(verdict)["verdict"] == "INCONCLUSIVE"
     assert failed(verdict) == ["held"]
 
@@ -184,121 +350,241 @@ def test_a_constraint_that_leaves_no_direction_is_an_answer_and_said() -> None:
     verdict = run(defense=basis, store=store)
     assert valid(verdict)["verdict"] == "NOT_RECOVERED_AT_BUDGET"
     assert any("nothing is admissible" in reason for reason in verdict.reasons)
-    assert {r.search.status for r in store.records.values() if r.search is not None} == {"NOTHING_ADMISSIBLE"}
+    assert {r.search.status for r in verdict.records if r.search is not None} == {"NOTHING_ADMISSIBLE"}
     assert not any(delta.any() for delta in store.deltas.values())
+
+
+# Several sites
+
+
+def test_a_defense_over_two_layers_is_checked_as_one() -> None:
+    """Held at both by the certificate, at the norm that the construction implies; transfer says why it was not run."""
+    world, store = two_layers(0, n_prompts=6), Memory()
+    verdict = check(
+        world.model,
+        world.defense,
+        world.examples,
+        budget=world.budget,
+        plan=LIGHT,
+        batch_size=4,
+        store=store,
+        provenance=PROVENANCE,
+    )
+    values = valid(verdict)
+    assert (values["verdict"], values["specific"], failed(verdict)) == ("RECOVERABLE", "unknown", [])
+    assert values["threat_model"]["sites"] == ["blocks.1.hook_resid_pre", "blocks.2.hook_resid_pre"]
+    assert "at later sites" in values["threat_model"]["constraint"]
+    assert world.smallest_norm is not None
+    for record, norm in zip(verdict.records, world.smallest_norm.tolist(), strict=True):
+        assert record.certificate is not None
+        assert record.smallest is not None
+        assert record.certificate["shows"]
+        assert record.certificate["held"]
+        assert record.smallest["held"]
+        assert record.smallest["norm"] == pytest.approx(norm, rel=0.01)
+    why = "several sites are clamped, so that what is admissible differs from prompt to prompt"
+    assert values["transfer"] == {"refused": why}
+    assert f"whether it is specific is unknown: transfer: {why}" in verdict.reasons
+    assert not any(name.startswith("transfer/") for name in (*store.deltas, *store.units))
+
+
+# Interruptions
 
 
 class KilledError(Exception):
     pass
 
 
-class Failing(Memory):
-    """A memory that dies after so many calls of one of its methods."""
+class Dying(Memory):
+    """What an earlier start left; dies at its first `keep`, before it or after it."""
 
-    def __init__(self, method: str, after: int, before: bool) -> None:
-        super().__init__()
-        self.method, self.left, self.before = method, after, before
+    def __init__(self, earlier: Memory, after: bool) -> None:
+        self.units, self.deltas, self.after = dict(earlier.units), dict(earlier.deltas), after
 
-    def _count(self, method: str, act: Callable[[], None]) -> None:
-        self.left -= method == self.method
-        dying = method == self.method and self.left < 0
-        if dying and self.before:
-            raise KilledError
-        act()
-        if dying:
-            raise KilledError
-
-    def save_deltas(self, deltas: Mapping[str, Tensor]) -> None:
-        self._count("save_deltas", lambda: super(Failing, self).save_deltas(deltas))
-
-    def save(self, records: Sequence[ExampleRecord]) -> None:
-        self._count("save", lambda: super(Failing, self).save(records))
+    def keep(self, unit: str, values: Any, deltas: Mapping[str, Tensor]) -> None:
+        if self.after:
+            super().keep(unit, values, deltas)
+        raise KilledError
 
 
-@pytest.mark.parametrize("before", [True, False], ids=["before writing", "after writing"])
-@pytest.mark.parametrize("after", [0, 1])
-@pytest.mark.parametrize("method", ["save", "save_deltas"])
-def test_an_interrupted_run_ends_like_an_uninterrupted_one(
-    method: str, after: int, before: bool, finished: tuple[Verdict, Memory], monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def computed(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often each part of the protocol was worked on, by batch where it has batches."""
+    counts: Counter[str] = Counter()
+
+    def count(name: str, work: Any) -> Any:
+        def counted(*arguments: Any, **options: Any) -> Any:
+            of = [a for a in arguments if isinstance(a, int | bench.Batch)]
+            counts[" ".join([name, *(a.examples.ids[0] if isinstance(a, bench.Batch) else str(a) for a in of)])] += 1
+            return work(*arguments, **options)
+
+        return counted
+
+    for name, phase in PHASES.items():
+        monkeypatch.setitem(PHASES, name, count(name, phase))  # type: ignore[arg-type]
+    for name in ("measure_fits", "accounting", "undo", "search_health", "placebo_features"):
+        monkeypatch.setattr(CHECK, name, count(name, getattr(CHECK, name)))
+    for name in ("refused", "fit", "read"):
+        monkeypatch.setattr(heldout, name, count(f"transfer {name}", getattr(heldout, name)))
+    return counts
+
+
+def test_a_run_that_dies_at_every_keep_ends_like_an_uninterrupted_one(
+    small: tuple[Verdict, Memory], computed: Counter[str]
 ) -> None:
-    dying = Failing(method, after, before)
-    with pytest.raises(KilledError):
-        run(store=dying)
-    store = Memory()
-    store.records, store.deltas = dict(dying.records), dict(dying.deltas)
-    done = set(store.records)
-    assert len(done) == 8 * (after + (method == "save" and not before))
-
-    seen: list[str] = []
-    real = CHECK.defend
-
-    def counting(model: Model, defense: Defense, prompts: Any, behavior: Any, **options: Any) -> Any:
-        seen.extend(f"e{int(token)}" for token in behavior.target)
-        return real(model, defense, prompts, behavior, **options)
-
-    monkeypatch.setattr(CHECK, "defend", counting)
-    verdict = run(store=store)
-    assert verdict.to_dict() == finished[0].to_dict()
-    assert seen == [f"e{i}" for i in range(N) if f"e{i}" not in done]
-    assert store.records == finished[1].records
-    assert all(torch.equal(store.deltas[name], delta) for name, delta in finished[1].deltas.items())
+    """Each start finishes one unit, or dies just before: two starts a unit, and no unit is worked on again."""
+    whole, store = small[1], Memory()
+    assert len(whole.units) == 28
+    for done, unit in enumerate(whole.units):
+        for after in (False, True):
+            store = Dying(store, after)
+            with pytest.raises(KilledError):
+                run_small(store=store)
+            assert list(store.units) == list(whole.units)[: done + after], unit
+    last = Memory()
+    last.units, last.deltas = store.units, store.deltas
+    verdict = run_small(store=last)
+    assert timeless(verdict) == timeless(small[0])
+    assert verdict.records == small[0].records
+    assert units(last) == units(whole)
+    assert list(last.deltas) == list(whole.deltas)
+    assert all(torch.equal(last.deltas[name], delta) for name, delta in whole.deltas.items())
+    assert len(computed) == len(whole.units)
+    assert set(computed.values()) == {2}
 
 
-def test_a_finished_run_recomputes_nothing(finished: tuple[Verdict, Memory], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_finished_run_recomputes_nothing(small: tuple[Verdict, Memory], monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("computed again")
 
-    for name in ("defend", "recover", "certify"):
-        monkeypatch.setattr(CHECK, name, never)
-    assert run(store=finished[1]).to_dict() == finished[0].to_dict()
+    for module, names in {
+        CHECK: ("measure_fit", "measure_utility"),
+        bench: ("defend", "admissible"),
+        phases: ("worst_case", "recover", "certify"),
+        global_controls: ("defend", "recover", "finite_differences"),
+        heldout: ("fit_shared", "random_shared", "certify"),
+    }.items():
+        for name in names:
+            monkeypatch.setattr(module, name, never)
+    monkeypatch.setattr(Model, "run", never)
+    again = run_small(store=small[1])
+    assert timeless(again) == timeless(small[0])
+    assert again.provenance == small[0].provenance  # the time that the units took, whenever that was
 
 
 def test_the_certificate_is_of_the_delta_as_the_store_reads_it_back() -> None:
     class Halving(Memory):
-        def delta(self, example: str) -> Tensor:
-            return super().delta(example) / 2
+        def delta(self, name: str) -> Tensor:
+            return super().delta(name) / 2
 
     store = Halving()
-    run(store=store)
+    verdict = run_small(store=store)
     assert isinstance(store, Store)
-    assert store.deltas
-    for name, delta in store.deltas.items():
-        facts = store.records[name].certificate
-        assert facts is not None
-        assert facts["norm"] == pytest.approx(float(delta.norm()) / 2, rel=1e-5)
+    assert verdict.counts["valid_flips"] == len(verdict.records)
+    for record in verdict.records:
+        for facts, name in ((record.certificate, record.id), (record.smallest, f"{record.id}{SMALLEST}")):
+            assert facts is not None
+            assert facts["norm"] == pytest.approx(float(store.deltas[name].norm()) / 2, rel=1e-5)
+    assert verdict.transfer is not None
+    for fit in units(store)["transfer/1"]["fits"]:
+        name = f"transfer/0/{fit['kind']}/{fit['budget']:.6g}/0"
+        assert fit["norm"] == pytest.approx(float(store.deltas[name].norm()) / 2, rel=1e-5)
 
 
-def test_records_survive_their_lines(finished: tuple[Verdict, Memory]) -> None:
-    for record in finished[1].records.values():
+def test_records_survive_their_lines(finished: tuple[Verdict, Memory], small: tuple[Verdict, Memory]) -> None:
+    for record in (*finished[0].records, *small[0].records):
         assert ExampleRecord.from_json(record.to_json()) == record
 
 
-def test_texts_are_kept_only_where_given() -> None:
+def test_texts_are_kept_only_where_given(small: tuple[Verdict, Memory]) -> None:
+    world = write_only(0, n_prompts=12)
+    texts = [f"text {i}" for i in range(12)]
+    given = Examples(world.examples.ids, world.examples.prompts, world.examples.behavior, texts)
+    verdict = check(world.model, world.defense, given, budget=world.budget, plan=LIGHT, batch_size=5)
+    assert [record.text for record in verdict.records] == texts
+    assert "text 7" not in json.dumps(verdict.to_dict())
+    assert {record.text for record in small[0].records} == {None}
+
+
+def test_batches_of_another_size_say_the_same(small: tuple[Verdict, Memory]) -> None:
+    verdict = run_small(batch_size=12)
+    assert verdict.counts == small[0].counts
+    assert verdict.recovery["recovered"] == small[0].recovery["recovered"]
+    assert verdict.recovery["norm_mean"] == pytest.approx(small[0].recovery["norm_mean"], rel=1e-2)
+
+
+def test_the_whole_protocol_by_its_default_plan() -> None:
+    """Every part is run, and as much of it as the plan says; the finding is what the construction implies."""
+    world = shared_route(0)
     store = Memory()
-    run(examples=examples([f"text {i}" for i in range(N)]), store=store, budget=1e-4)
-    assert store.records["e7"].text == "text 7"
-    assert "text" not in json.dumps(run(budget=1e-4).to_dict()["counts"])
+    verdict = check(world.model, world.defense, world.examples, budget=world.budget, store=store, provenance=PROVENANCE)
+    values, plan, n = valid(verdict), Plan(), len(world.examples.ids)
+    assert (values["verdict"], values["specific"], failed(verdict)) == ("RECOVERABLE", True, [])
+    assert [gate.name for gate in verdict.gates if gate.passed is None] == ["utility"]
+    assert [point["budget"] for point in values["curve"]] == pytest.approx([world.budget * x for x in plan.curve])
+    assert None not in values["controls"].values()
+    assert values["controls"]["placebo_features"]["draws"] == plan.placebo_features
+    assert [one["scale"] for one in values["controls"]["undo"]["scales"]] == list(plan.undo_scales)
+    transfer = plan.transfer
+    budgets = len(transfer.norms) + 1
+    assert len(values["transfer"]["curve"]) == budgets
+    # Two folds read every flip once.
+    assert {name: reading["n"] for name, reading in values["transfer"]["readings"].items()} == {
+        "own": n,
+        "write_orthogonal": n,
+        "shuffled": transfer.shuffles * n,
+        "random": transfer.draws * n,
+    }
+    shared = [name for name in store.deltas if name.startswith("transfer/")]
+    assert len(shared) == transfer.folds * (3 * budgets - 1 + transfer.shuffles)
+    assert values["statistics"]["comparisons"] == 3
 
 
-def test_batches_of_another_size_say_the_same(finished: tuple[Verdict, Memory]) -> None:
-    verdict = run(batch_size=30)
-    assert verdict.counts == finished[0].counts
-    assert verdict.recovery["recovered"] == finished[0].recovery["recovered"]
-    assert verdict.recovery["norm_mean"] == pytest.approx(finished[0].recovery["norm_mean"], rel=1e-2)
+def test_another_seed_draws_another_split_and_other_controls(small: tuple[Verdict, Memory]) -> None:
+    store = Memory()
+    verdict = run_small(plan=replace(LIGHT, seed=1), store=store)
+    assert (small[0].provenance["control_seed"], verdict.provenance["control_seed"]) == (0, 1)
+    assert verdict.counts == small[0].counts
+    one, other = units(small[1]), units(store)
+    assert {unit for unit in one if one[unit] != other[unit]} >= {"placebo/0", "transfer/1"}
+    assert all(small[1].deltas[name].ne(delta).any() for name, delta in store.deltas.items() if "transfer/" in name)
+    assert all(one[unit] == other[unit] for unit in one if unit.startswith(("fit", "accounting")))
 
 
-def test_progress_is_told_to_the_end() -> None:
-    told: list[tuple[str, int, int]] = []
-    run(progress=lambda *args: told.append(args), schedule=Schedule(steps=2, restarts=0))
-    assert [done for phase, done, _ in told if phase == "examples"][-4:] == [8, 16, 24, 30]
-    assert {total for phase, _, total in told if phase == "examples"} == {N}
-    assert all(0 <= done <= total for _, done, total in told)
+# What is told of a run
 
 
-def test_a_defense_over_several_sites_is_refused() -> None:
-    clamps = (defense().clamps[0], Clamp(signed_basis(Site(3)), (0,), Set(0.0)))
-    with pytest.raises(InputError, match=r"several sites \(blocks.2.hook_resid_pre, blocks.3.hook_resid_pre\)"):
-        run(defense=Defense(clamps))
+def test_progress_is_told_phase_by_phase_to_the_end(small: tuple[Verdict, Memory]) -> None:
+    for store in (Memory(), small[1]):  # a new run, and one that is finished already
+        told: list[tuple[str, int, int]] = []
+        run_small(progress=lambda *args, told=told: told.append(args), store=store)
+        by_phase = {phase: [(done, total) for name, done, total in told if name == phase] for phase, *_ in told}
+        in_turn = [phase for phase, _ in groupby(phase for phase, *_ in told)]
+        fits = ["transfer, fold 1 of 1"] if store is not small[1] else []
+        assert in_turn == ["accounting", *PHASES, "placebo_features", *fits]
+        for phase, steps in by_phase.items():
+            assert len({total for _, total in steps}) == 1
+            assert all(before <= after for (before, _), (after, _) in pairwise(steps)), phase
+            assert steps[-1][0] == steps[-1][1]
+        for phase in ("accounting", *PHASES):
+            assert {0, 5, 10, 12} <= {done for done, _ in by_phase[phase]}
+            assert by_phase[phase][-1] == (12, 12)
+        assert by_phase["placebo_features"] == [(0, 1), (1, 1)]
+        for fit in fits:
+            assert by_phase[fit] == [(step, 10) for step in range(1, 11)]
+
+
+def test_the_time_of_each_phase_is_told_as_a_share(small: tuple[Verdict, Memory]) -> None:
+    spent = small[0].provenance["phases"]
+    assert list(spent) == ["fit", "accounting", *PHASES, "undo", "health", "placebo_features", "transfer"]
+    assert sum(spent.values()) == pytest.approx(1, abs=1e-4 * len(spent))
+    assert all(share >= 0 for share in spent.values())
+    took: Counter[str] = Counter()
+    for unit, text in small[1].units.items():
+        took[unit.split("/")[0]] += json.loads(text)["seconds"]
+    for phase, share in spent.items():
+        assert share == pytest.approx(took[phase] / took.total(), abs=1e-4)
+    assert small[0].provenance["phase_seconds"] == pytest.approx(took.total(), abs=0.06)
 
 
 def test_a_bad_budget_is_refused_even_where_nothing_would_be_searched() -> None:
@@ -312,5 +598,8 @@ def test_examples_need_one_id_each() -> None:
     for ids, complaint in ((["a"], "1 ids for 2"), (["a", "a"], "same id")):
         with pytest.raises(InputError, match=complaint):
             Examples(ids, prompts, behavior)
-    part = Examples(["a", "b"], prompts, behavior, ["A", "B"]).select(torch.tensor([1]))
+    strict = ChoiceMargin(TARGET[:2], OTHER[:4].reshape(2, 2))
+    part = Examples(["a", "b"], prompts, behavior, ["A", "B"], strict).select(torch.tensor([1]))
     assert (part.ids, part.texts, part.behavior.target.tolist()) == (["b"], ["B"], [1])  # type: ignore[attr-defined]
+    assert part.strict is not None
+    assert part.strict.tokens.tolist() == [[1, 32, 33]]  # type: ignore[union-attr]

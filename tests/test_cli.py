@@ -1,7 +1,6 @@
 """`recover` as a user meets it: verdicts, exit codes, the one line that bad input gets, and runs that are killed."""
 
 import contextlib
-import importlib
 import io
 import json
 import math
@@ -26,13 +25,17 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from recover import cli, progress, runner, setting
-from recover.artifacts import CONFIG, DELTAS, EXAMPLES, REPORT, RUN, VERDICT, RunFolder
+from recover.artifacts import CONFIG, DELTAS, EXAMPLES, REPORT, RUN, SEEDS, UNITS, VERDICT, RunFolder
 from recover.config import load_config
+from recover.phases import PHASES
+from recover.plan import Plan
 from recover.tasks import ioi
 
 N, BATCH = 40, 16
 SCHEMA = json.loads(resources.files("recover").joinpath("schemas/verdict.schema.json").read_text())
-ARTIFACTS = {CONFIG, DELTAS, EXAMPLES, REPORT, RUN, VERDICT}
+ARTIFACTS = {CONFIG, DELTAS, EXAMPLES, REPORT, RUN, UNITS, VERDICT}
+TIMES = ("seconds", "phases", "phase_seconds")
+"""What of the provenance differs from run to run."""
 
 
 @pytest.fixture(scope="module")
@@ -98,22 +101,48 @@ def refused(result, *parts):
     return True
 
 
-def verdict_of(out, *, seconds=False):
+def verdict_of(out, *, times=False):
     verdict = json.loads((out / VERDICT).read_text())
-    if not seconds:
-        del verdict["provenance"]["seconds"]
+    for name in () if times else TIMES:
+        del verdict["provenance"][name]
     return verdict
+
+
+def contents(out):
+    """Every file of a folder."""
+    return {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+
+def lines_of(out):
+    return (out / EXAMPLES).read_text().splitlines() if (out / EXAMPLES).exists() else []
+
+
+def units_of(out, *, times=False):
+    """What the units on disk say, by their names."""
+    units = {}
+    for path in (out / UNITS).glob("*.json") if (out / UNITS).exists() else ():
+        unit = json.loads(path.read_text())
+        assert path.stem == unit["unit"].replace("/", "-")
+        if not times:
+            del unit["values"]["seconds"]
+        units[unit["unit"]] = unit
+    return units
 
 
 # A whole check
 
 
-def test_a_whole_check(recover, root, tmp_path):
-    code, said, err = recover("--batch-size", BATCH)
+def test_a_whole_check_by_its_defaults(recover, root, tmp_path):
+    """All that the defaults ask for, where other tests ask for little of each."""
+    settings = tiny.configuration(root)
+    del settings["controls"], settings["transfer"], settings["search"]["curve"]
+    defense = tmp_path / "defense.yaml"
+    defense.write_text(yaml.safe_dump(settings))
+    code, said, err = recover("--batch-size", BATCH, defense=defense)
     assert (code, err) == (0, "")
     out = tmp_path / "out"
     assert {path.name for path in out.iterdir()} - {".lock"} == ARTIFACTS
-    verdict = verdict_of(out, seconds=True)
+    verdict = verdict_of(out, times=True)
     jsonschema.validate(verdict, SCHEMA)
     assert verdict["verdict"] == "RECOVERABLE"
     assert said.startswith("RECOVERABLE: with the clamp held, the behavior was brought back")
@@ -126,20 +155,52 @@ def test_a_whole_check(recover, root, tmp_path):
         "base": sum(row["base_slack"] > 0 for row in rows),
         "defended": sum(row["defended_slack"] > 0 for row in rows),
         "valid_flips": len(flips),
+        "strict_flips": sum(row["strict_base_slack"] > 0 >= row["strict_defended_slack"] for row in rows),
     }
     assert len(rows) == N
     assert 5 <= len(flips) == sum(row["base_slack"] > 0 >= row["defended_slack"] for row in rows)
     assert verdict["recovery"]["recovered"] == sum(row["certificate"]["shows"] for row in flips) > 0
-    assert all(row["certificate"] is None for row in rows if not row["valid_flip"])
+    for row in rows:
+        if not row["valid_flip"]:
+            assert {row[part] for part in ("search", "certificate", "smallest", "undefended")} == {None}
 
-    deltas = load_file(out / DELTAS)
-    assert set(deltas) == {row["id"] for row in flips}
+    plan, deltas = Plan(), load_file(out / DELTAS)
+    shared = {name for name in deltas if name.startswith("transfer/")}
+    assert set(deltas) - shared == {row["id"] + suffix for row in flips for suffix in ("", "/smallest")}
+    assert {name.split("/")[2] for name in shared} == {"c1", "c1_plus", "shuffled"}
     assert {(delta.dtype, delta.shape) for delta in deltas.values()} == {(torch.float32, (1, tiny.D_MODEL))}
     for row in flips:
         assert deltas[row["id"]].norm() == pytest.approx(row["certificate"]["norm"], rel=1e-6)
+        assert deltas[row["id"] + "/smallest"].norm() == pytest.approx(row["smallest"]["norm"], rel=1e-6)
         assert row["certificate"]["norm"] <= 100
 
-    assert load_config(out / CONFIG) == load_config(root / "defense.yaml", {"batch_size": BATCH})
+    assert [point["budget"] / 100 for point in verdict["curve"]] == pytest.approx(plan.curve)
+    assert verdict["controls"]["placebo_features"]["draws"] == plan.placebo_features
+    assert len(verdict["transfer"]["curve"]) == len(plan.transfer.norms) + 1
+    held_out = verdict["transfer"]["readings"]
+    assert held_out["own"]["n"] == verdict["counts"]["strict_flips"] >= 2
+    assert held_out["random"]["n"] == plan.transfer.draws * held_out["own"]["n"]
+    assert load_config(out / CONFIG) == load_config(defense, {"batch_size": BATCH})
+
+
+def test_the_units_on_disk_are_the_phases_of_the_batches(finished):
+    by_batch = [f"{phase}/{batch}" for phase in ("accounting", *PHASES) for batch in range(3)]
+    once = ["fit", "utility", "undo", "health", "placebo_features/0", "transfer", "transfer/0", "transfer/1"]
+    units = units_of(finished, times=True)
+    assert sorted(units) == sorted([*by_batch, *once])
+    # Each names the deltas that it speaks of, and all of those are in the file.
+    assert sorted(name for unit in units.values() for name in unit["deltas"]) == sorted(load_file(finished / DELTAS))
+    # `examples.jsonl` is what the units say of each example, by its id.
+    rows = {row["id"]: row for row in map(json.loads, lines_of(finished))}
+    for name in by_batch:
+        for example, parts in units[name]["values"]["values"].items():
+            assert {key: rows[example][key] for key in parts} == parts
+    # And so are the times of the phases.
+    provenance = verdict_of(finished, times=True)["provenance"]
+    total = sum(unit["values"]["seconds"] for unit in units.values())
+    assert sum(provenance["phases"].values()) == pytest.approx(1, abs=1e-4 * len(provenance["phases"]))
+    assert provenance["phase_seconds"] == pytest.approx(total, abs=0.06)
+    assert provenance["seconds"] >= provenance["phase_seconds"] - 0.1
 
 
 def test_the_figures_that_are_known_beforehand(finished):
@@ -147,6 +208,7 @@ def test_the_figures_that_are_known_beforehand(finished):
     assert verdict["fit"]["explained_variance"] == pytest.approx(1, abs=1e-6)
     assert verdict["fit"]["l0"] == tiny.D_MODEL
     assert verdict["provenance"]["seed"] == 0
+    assert verdict["provenance"]["control_seed"] == 0
     assert verdict["threat_model"]["clamps"] == [
         {"site": tiny.SITE, "k": 6, "mode": "set", "value": 80.0, "only_active": False, "positions": "all"}
     ]
@@ -155,9 +217,7 @@ def test_the_figures_that_are_known_beforehand(finished):
         assert certificate["constraint_residual"] < 1e-6
         assert certificate["drift"] < 1e-3
     names = {gate["name"]: gate["passed"] for gate in verdict["gates"]}
-    assert {"placebo_features", "shuffled_transfer", "minimum_norm"} <= {
-        n for n, passed in names.items() if passed is None
-    }
+    assert None not in names.values()
     assert all(names[name] is True for name in ("fit", "site", "valid_flips", "gradient", "finite", "replay", "held"))
 
 
@@ -187,7 +247,7 @@ def test_exit_status_1_where_a_condition_holds(recover, root, tmp_path, conditio
     conditions = [word for condition in conditions for word in ("--fail-if", condition)]
     status, said, err = recover("--n", 24, *flags, *conditions)
     assert (status, said.split(":")[0], err) == (code, verdict, "")
-    jsonschema.validate(verdict_of(tmp_path / "out", seconds=True), SCHEMA)
+    jsonschema.validate(verdict_of(tmp_path / "out", times=True), SCHEMA)
 
 
 def test_an_sae_of_another_layer_is_invalid_with_the_gate_named(recover, root, tmp_path):
@@ -201,17 +261,21 @@ def test_an_sae_of_another_layer_is_invalid_with_the_gate_named(recover, root, t
     explained = verdict["fit"]["explained_variance"]
     assert detail.startswith(f"it explains {1 - explained:.3f} more at blocks.0.hook_resid_pre than at {tiny.SITE}")
     assert verdict["recovery"]["searched"] == 0
-    assert load_file(tmp_path / "out" / DELTAS) == {}
+    assert not (tmp_path / "out" / DELTAS).exists()
+    assert set(units_of(tmp_path / "out")) == {"fit", "utility", "accounting/0"}
 
 
 def test_a_clamp_that_overflows_is_inconclusive_and_resumes_so(recover, tmp_path):
-    """Infinite logits become null in JSON; a resumed run must read them as the first one did."""
-    recover("--value", "1e38", "--n", 24)
-    first = verdict_of(tmp_path / "out")
+    """What is infinite becomes null in JSON; a resumed run must read it as the first one did."""
+    recover("--value", "3.4e38", "--n", 24)
+    out = tmp_path / "out"
+    first, records = verdict_of(out), lines_of(out)
+    assert first["verdict"] == "INCONCLUSIVE"
     assert {gate["name"] for gate in first["gates"] if gate["passed"] is False} >= {"finite", "replay"}
-    (tmp_path / "out" / VERDICT).unlink()
-    recover("--value", "1e38", "--n", 24)
-    assert verdict_of(tmp_path / "out") == first
+    assert "no share can be taken" in first["transfer"]["refused"]
+    (out / VERDICT).unlink()
+    recover("--value", "3.4e38", "--n", 24)
+    assert (verdict_of(out), lines_of(out)) == (first, records)
 
 
 # Flags
@@ -283,8 +347,9 @@ def test_both_placements_find_the_same_under_a_pointwise_sae(recover, tmp_path):
 def test_bfloat16_end_to_end(recover, tmp_path):
     code, _, err = recover("--dtype", "bfloat16", "--n", 24)
     assert (code, err) == (0, "")
-    verdict = verdict_of(tmp_path / "out", seconds=True)
+    verdict = verdict_of(tmp_path / "out", times=True)
     jsonschema.validate(verdict, SCHEMA)
+    assert verdict["verdict"] == "RECOVERABLE"
     assert (verdict["provenance"]["dtype"], verdict["threat_model"]["dtype"]) == ("bfloat16", "bfloat16")
     assert verdict["recovery"]["constraint_residual_max"] < 1e-5
 
@@ -301,10 +366,10 @@ def pieces(root, n=N):
 @pytest.mark.parametrize("keep", [False, True])
 def test_prompt_text_stays_out_unless_asked_for(recover, root, tmp_path, keep):
     _, said, err = recover("--batch-size", BATCH, *(["--keep-text"] if keep else []))
-    contents = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
-    contents |= {"stdout": said.encode(), "stderr": err.encode()}
-    leaks = {name for name, content in contents.items() if any(piece in content for piece in pieces(root))}
-    assert leaks == ({EXAMPLES} if keep else set())
+    written = contents(tmp_path / "out") | {"stdout": said.encode(), "stderr": err.encode()}
+    leaks = {name for name, content in written.items() if any(piece in content for piece in pieces(root))}
+    kept = {EXAMPLES, *(f"{UNITS}/accounting-{batch}.json" for batch in range(3))}
+    assert leaks == (kept if keep else set())
 
 
 def test_keeping_text_is_another_run(recover, earlier):
@@ -329,6 +394,12 @@ GOOD = {"prompt": "Mary and John left and John gave the key to", "io": "Mary", "
         (["--n", "0"], ["prompts.n"]),
         (["--seed", "-1"], ["prompts.seed", "greater than or equal to 0"]),
         (["--seed", str(2**64)], ["prompts.seed", "less than"]),
+        (["--control-seed", "-1"], ["controls.seed", "greater than or equal to 0"]),
+        (["--control-seed", str(2**31)], ["controls.seed", "less than"]),
+        (["--control-seed", "x"], ["--control-seed", "'x'"]),
+        (["--seeds", "0"], ["--seeds", "'0' is not a whole number from 1"]),
+        (["--seeds", "-2"], ["--seeds", "'-2' is not a whole number from 1"]),
+        (["--seeds", "two"], ["--seeds", "'two' is not a whole number from 1"]),
         (["--batch-size", "0"], ["batch_size: must be auto or a whole number from 1"]),
         (["--batch-size", "²"], ["batch_size"]),
         (["--features", "1,x"], ["--features '1,x'", "3,17,42"]),
@@ -397,6 +468,9 @@ def test_bad_prompt_files(recover, tmp_path, text, parts):
     ("old", "new", "parts"),
     [
         ("search:", "serach:", ["serach: unknown key; did you mean 'search'?"]),
+        ("controls:", "contorls:", ["contorls: unknown key; did you mean 'controls'?"]),
+        ("random_draws: 20", "random_draws: 0", ["controls.random_draws", "greater than 0"]),
+        ("folds: 1", "folds: 3", ["transfer.folds", "1 or 2"]),
         ("budget: 100.0", "budget: .nan", ["search.budget", "finite"]),
         ("mode: set", "mode: [", ["line ", "not valid YAML"]),
         ("task: ioi", "task: ioi\ntask: ioi", ["given twice"]),
@@ -412,13 +486,22 @@ def test_bad_configuration_files(recover, root, tmp_path, monkeypatch, old, new,
     assert refused(recover(defense=path), str(path), *parts)
 
 
-def test_clamps_at_two_sites_are_refused_before_the_model_is_loaded(recover, root, tmp_path, monkeypatch):
-    monkeypatch.setattr(setting, "resolve_model", None)
-    settings = tiny.configuration(root)
+def test_clamps_at_two_sites_are_checked_together(recover, root, tmp_path):
+    """What is admissible is the same for all prompts at one site only, so transfer says why it was not run."""
+    settings = tiny.configuration(root, search__budget=5.0)
     settings["clamps"].append(settings["clamps"][0] | {"sae": str(root / "sae-of-layer-2")})
     path = tmp_path / "defense.yaml"
     path.write_text(yaml.safe_dump(settings))
-    assert refused(recover(defense=path), "several sites (blocks.1.hook_resid_pre, blocks.2.hook_resid_pre)")
+    code, said, err = recover("--n", 24, defense=path)
+    assert (code, err) == (0, "")
+    verdict = verdict_of(tmp_path / "out", times=True)
+    jsonschema.validate(verdict, SCHEMA)
+    assert verdict["threat_model"]["sites"] == [tiny.SITE, "blocks.2.hook_resid_pre"]
+    assert [site["site"] for site in verdict["fit"]["sites"]] == verdict["threat_model"]["sites"]
+    assert verdict["recovery"]["searched"] > 0
+    why = "several sites are clamped, so that what is admissible differs from prompt to prompt"
+    assert verdict["transfer"] == {"refused": why}
+    assert why in " ".join(said.split())
 
 
 def test_missing_files_and_commands(recover, capsys, tmp_path):
@@ -474,13 +557,14 @@ def test_out_with_files_of_others_is_left_as_it_is(recover, tmp_path, monkeypatc
         (["--features", "0,1,2,3,4,9"], "clamps[0].features[5] is 5 there and 9 here"),
         (["--features", "1"], "clamps[0].features is "),
         (["--n", "41"], "prompts.n is 40 there and 41 here"),
+        (["--control-seed", "3"], "controls.seed is 0 there and 3 here"),
     ],
 )
 def test_out_of_another_configuration(recover, earlier, monkeypatch, flags, difference):
     monkeypatch.setattr(runner, "load_setting", None)
-    before = {path.name: path.read_bytes() for path in earlier.iterdir()}
+    before = contents(earlier)
     assert refused(recover(*flags), str(earlier), f"another configuration ({difference}", "give another folder")
-    assert {path.name: path.read_bytes() for path in earlier.iterdir()} == before
+    assert contents(earlier) == before
 
 
 def test_out_of_other_weights(recover, root, earlier, tmp_path):
@@ -496,9 +580,7 @@ def test_out_of_other_weights(recover, root, earlier, tmp_path):
     assert recover()[0] == 0
 
 
-def damage_line_3(text):
-    lines = text.splitlines(keepends=True)
-    return "".join([*lines[:2], lines[2][:50] + "\n", *lines[3:]])
+FIT, SEARCH = f"{UNITS}/fit.json", f"{UNITS}/search-1.json"
 
 
 @pytest.mark.parametrize(
@@ -508,11 +590,17 @@ def damage_line_3(text):
         (RUN, lambda text: "[]", ["run.json is damaged"]),
         (RUN, lambda text: text.replace('"batch_size":16', '"batch_size":"16"'), ["run.json is damaged (batch_size"]),
         (RUN, lambda text: text.replace('"fingerprint"', '"finger"'), ["run.json is damaged"]),
-        (EXAMPLES, damage_line_3, ["examples.jsonl, line 3 is damaged"]),
-        (EXAMPLES, lambda text: text + "{}\n", ["examples.jsonl, line 41 is damaged"]),
-        (EXAMPLES, lambda text: text + "7\n", ["examples.jsonl, line 41 is damaged"]),
-        (EXAMPLES, lambda text: text.replace('"norm": ', '"nrom": ', 1), ["examples.jsonl, line", "is damaged"]),
-        (EXAMPLES, lambda text: text.replace('"base_slack": ', '"base_slack": "x', 1), ["examples.jsonl, line 1 is"]),
+        (SEARCH, lambda text: text[:50], [f"{SEARCH} is damaged"]),
+        (SEARCH, lambda text: "", [f"{SEARCH} is damaged"]),
+        (SEARCH, lambda text: "{}\n", [f"{SEARCH} is damaged"]),
+        (FIT, lambda text: "7\n", [f"{FIT} is damaged"]),
+        (FIT, lambda text: text.replace('"values"', '"valeus"', 1), [f"{FIT} is damaged"]),
+        (FIT, lambda text: text.replace('"unit"', '"nuit"'), [f"{FIT} is damaged"]),
+        (
+            SEARCH,
+            lambda text: text.replace("/smallest", "/smalest", 1),
+            [f"{SEARCH} is damaged (deltas.safetensors lacks 1"],
+        ),
         (DELTAS, lambda text: "{}", ["deltas.safetensors is damaged"]),
     ],
 )
@@ -529,10 +617,20 @@ def test_damaged_deltas(recover, earlier, monkeypatch):
     os.truncate(earlier / DELTAS, (earlier / DELTAS).stat().st_size - 10)
     assert refused(recover(), "deltas.safetensors is damaged")
     (earlier / DELTAS).unlink()
-    assert refused(recover(), "deltas.safetensors is damaged (it lacks 10 deltas")
+    lost = len(units_of(earlier)["search/0"]["deltas"])
+    assert refused(recover(), f"search-0.json is damaged (deltas.safetensors lacks {lost} deltas")
 
 
-@pytest.mark.parametrize("damage", ["", "{", "[]", "{}", '{"schema": "recover.verdict/1"}', '{"schema": "other"}'])
+def test_lost_records_are_written_again_from_the_units(recover, finished, earlier, monkeypatch):
+    """`examples.jsonl` is but a page of what the units hold."""
+    (earlier / EXAMPLES).unlink()
+    monkeypatch.setattr(RunFolder, "keep", None)
+    assert recover("--batch-size", BATCH)[0] == 0
+    assert (earlier / EXAMPLES).read_bytes() == (finished / EXAMPLES).read_bytes()
+    assert verdict_of(earlier) == verdict_of(finished)
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", "{}", '{"schema": "recover.verdict/2"}', '{"schema": "other"}'])
 def test_a_damaged_verdict_is_refused_by_report_and_mended_by_check(recover, finished, earlier, capsys, damage):
     (earlier / VERDICT).write_text(damage)
     assert refused(call(capsys, "report", earlier), f"{earlier}: verdict.json is damaged")
@@ -564,17 +662,18 @@ def test_the_same_command_gives_the_same_in_another_folder(recover, finished, tm
     assert verdict_of(tmp_path / "out") == verdict_of(finished)
     for name in (DELTAS, EXAMPLES, CONFIG):
         assert (tmp_path / "out" / name).read_bytes() == (finished / name).read_bytes()
+    assert units_of(tmp_path / "out") == units_of(finished)
 
 
 def test_a_finished_run_is_not_run_again(recover, earlier, monkeypatch):
     monkeypatch.setattr(runner, "check", None)
-    before = {path.name: path.read_bytes() for path in earlier.iterdir()}
+    before = contents(earlier)
     first = recover()
     assert (first[0], first[2]) == (0, "")
     assert first[1].startswith("RECOVERABLE")
     (earlier / REPORT).unlink()
     assert recover("--fail-if", "recoverable") == (1, first[1], "")
-    assert {path.name: path.read_bytes() for path in earlier.iterdir()} == before
+    assert contents(earlier) == before
 
 
 KILLED = -signal.SIGKILL
@@ -619,72 +718,177 @@ def child(root, tmp_path):
     return start
 
 
-def lines_of(out):
-    return (out / EXAMPLES).read_text().splitlines() if (out / EXAMPLES).exists() else []
-
-
 @pytest.fixture
 def resumes(recover, finished, monkeypatch):
     """Whether the same command finishes a run as if it had not been killed, computing only what was not finished."""
-    check = importlib.import_module("recover.check")  # the package has a function of this name
-    computed, run_batch = [], check._check_batch
+    computed, keep = [], RunFolder.keep
 
-    def counted(model, exact, defense, examples, *rest, **named):
-        computed.extend(examples.ids)
-        return run_batch(model, exact, defense, examples, *rest, **named)
+    def counted(folder, unit, values, deltas):
+        computed.append(unit)
+        keep(folder, unit, values, deltas)
 
-    monkeypatch.setattr(check, "_check_batch", counted)
+    monkeypatch.setattr(RunFolder, "keep", counted)
 
     def resumed(out):
-        before, every = lines_of(out), lines_of(finished)
+        before = units_of(out, times=True)
         computed.clear()
         code, _, err = recover("--batch-size", BATCH, out=out)
         assert (code, err) == (0, "")
-        assert computed == [json.loads(line)["id"] for line in every[len(before) :]]
-        assert lines_of(out)[: len(before)] == before
+        assert sorted([*before, *computed]) == sorted(units_of(finished))
+        after = units_of(out, times=True)
+        assert {unit: after[unit] for unit in before} == before
+        assert units_of(out) == units_of(finished)
         assert verdict_of(out) == verdict_of(finished)
         for name in (CONFIG, DELTAS, EXAMPLES):
             assert (out / name).read_bytes() == (finished / name).read_bytes()
         assert {path.name for path in out.iterdir()} - {".lock"} == ARTIFACTS
+        assert not list(out.rglob(".recover-*"))
         return len(before)
 
     return resumed
 
 
-# run.json, config.yaml, deltas; deltas and examples of each of three batches; verdict, report.
-WRITES = 11
+# run.json, config.yaml; fit and utility; deltas before the units of search and of transfer's fit; the other units of
+# three batches and of all; examples, verdict, report. (Death at every write of a run: property_tests/test_engine_laws.)
+WRITES = 2 + 2 + 3 + 6 + 5 * 3 + 3 + 4 + 3
 
 
-def test_killed_at_every_write(child, resumes, tmp_path):
-    done = []
-    for write in range(1, WRITES + 2):
-        out = tmp_path / str(write)
-        process, error = child(out, write)
-        process.join()
-        assert (process.exitcode, error.read_text()) == (KILLED if write <= WRITES else 0, "")
-        done.append(resumes(out))
-    # Examples count as finished from the write of their records on, which is the 5th, 7th and 9th.
-    assert done == [0, 0, 0, 0, 0, 16, 16, 32, 32, 40, 40, 40]
+@pytest.mark.parametrize(
+    ("write", "done"),
+    [
+        (1, 0),  # run.json
+        (2, 0),  # config.yaml
+        (9, 5),  # the first search, whose deltas are written
+        (16, 10),  # the last certificates
+        (33, 27),  # deltas of transfer
+        (37, 29),  # the verdict
+        (WRITES, 29),  # the report
+        (WRITES + 1, 29),  # none
+    ],
+)
+def test_killed_at_a_write(child, resumes, tmp_path, write, done):
+    process, error = child(tmp_path / "out", write)
+    process.join()
+    assert (process.exitcode, error.read_text()) == (KILLED if write <= WRITES else 0, "")
+    assert resumes(tmp_path / "out") == done
 
 
 @pytest.mark.parametrize("delay", [0.0, 0.02, 0.05])
 def test_killed_at_any_moment(child, resumes, tmp_path, delay):
     process, _ = child(tmp_path / "out")
-    while process.is_alive() and not (tmp_path / "out" / EXAMPLES).exists():
+    while process.is_alive() and not (tmp_path / "out" / UNITS / "search-0.json").exists():
         time.sleep(0.001)
     time.sleep(delay)
     process.kill()
     process.join()
-    assert resumes(tmp_path / "out") >= BATCH
+    assert resumes(tmp_path / "out") >= 6
 
 
-@pytest.mark.parametrize(("write", "late"), [(1, False), (6, False), (7, True)])
+@pytest.mark.parametrize(("write", "late"), [(1, False), (9, False), (34, True)])
 def test_ctrl_c_is_told_in_one_line(child, resumes, tmp_path, write, late):
     process, error = child(tmp_path / "out", write, signal.SIGINT, late)
     process.join()
     assert process.exitcode == 130
     assert error.read_text() == "recover: interrupted; the same command goes on where this one stopped\n"
     resumes(tmp_path / "out")
+
+
+# Seeds
+
+
+def test_a_control_seed_is_another_run_of_the_same_prompts(recover, finished, tmp_path):
+    assert recover("--batch-size", BATCH, "--control-seed", 1)[0] == 0
+    out = tmp_path / "out"
+    one, other = verdict_of(finished), verdict_of(out)
+    assert load_config(out / CONFIG).controls.seed == 1
+    assert (one["provenance"]["control_seed"], other["provenance"]["control_seed"]) == (0, 1)
+    assert one["provenance"]["seed"] == other["provenance"]["seed"]
+    assert one["counts"] == other["counts"]
+    mine, theirs = units_of(finished), units_of(out)
+    same = {"fit", "utility", *(f"accounting/{batch}" for batch in range(3))}
+    assert all(mine[unit] == theirs[unit] for unit in same)
+    assert mine["placebo/0"] != theirs["placebo/0"]
+    assert (out / DELTAS).read_bytes() != (finished / DELTAS).read_bytes()
+
+
+def test_several_seeds_have_a_folder_each_and_are_counted(recover, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    code, said, err = recover("--n", 24, "--seeds", 2)
+    assert (code, err) == (0, "")
+    assert {path.name for path in out.iterdir()} == {"seed-0", "seed-1", SEEDS}
+    verdicts = [verdict_of(out / f"seed-{seed}", times=True) for seed in range(2)]
+    for seed, verdict in enumerate(verdicts):
+        assert {path.name for path in (out / f"seed-{seed}").iterdir()} - {".lock"} == ARTIFACTS
+        jsonschema.validate(verdict, SCHEMA)
+        assert verdict["provenance"]["control_seed"] == seed
+    expected = [{"verdict": "RECOVERABLE", "specific": "unknown", "seeds": 2}]
+    assert json.loads((out / SEEDS).read_text()) == {"verdicts": expected}
+    first, *table = said.splitlines()
+    assert first == "2 of 2 seeds: RECOVERABLE, specific unknown"
+    lines = [line.split() for line in table if re.match(r" *\d+  ", line)]
+    assert [line[0] for line in lines] == ["0", "1"]
+    for line, verdict in zip(lines, verdicts, strict=True):
+        found = verdict["recovery"]
+        assert line[1:4] == [str(found["recovered"]), "of", str(found["searched"])]
+    assert said.endswith(f"Artifacts: {out}\n")
+    # One of them is the run that its seed alone gives.
+    assert recover("--n", 24, "--control-seed", 1, out=tmp_path / "alone")[0] == 0
+    assert verdict_of(tmp_path / "alone") == verdict_of(out / "seed-1")
+
+    # A later start does what is left, and a third seed is one more; a condition holds if it does of any.
+    (out / "seed-1" / VERDICT).unlink()
+    (out / "seed-1" / UNITS / "health.json").unlink()
+    (out / SEEDS).unlink()
+    computed, keep = [], RunFolder.keep
+    monkeypatch.setattr(
+        RunFolder, "keep", lambda folder, unit, *rest: (computed.append(unit), keep(folder, unit, *rest))
+    )
+    assert recover("--n", 24, "--seeds", 2, "--fail-if", "recoverable") == (1, said, "")
+    assert computed == ["health"]
+    assert json.loads((out / SEEDS).read_text()) == {"verdicts": expected}
+    assert [verdict_of(out / f"seed-{seed}")["reasons"] for seed in range(2)] == [v["reasons"] for v in verdicts]
+
+
+def test_seeds_go_on_from_the_control_seed_and_different_verdicts_are_counted_apart(recover, tmp_path, monkeypatch):
+    def said(config, out, **_):
+        seed = config.controls.seed
+        name, specific = [("RECOVERABLE", True), ("RECOVERABLE", "unknown"), ("INCONCLUSIVE", "unknown")][seed % 3]
+        reading = {"heldout_rate": 0.5, "write_orthogonal_heldout_rate": None, "shuffled_rate": 0.25}
+        return {
+            "verdict": name,
+            "specific": specific,
+            "transfer": reading if name == "RECOVERABLE" else None,
+            "controls": {"placebo": {"median_norm": 2.0, "own_median_norm": None}},
+            "recovery": {"recovered": seed, "searched": 9},
+            "provenance": {"control_seed": seed},
+        }
+
+    monkeypatch.setattr(runner, "run_check", said)
+    (tmp_path / "out").mkdir()
+    code, text, _ = recover("--seeds", 4, "--control-seed", 4, "--fail-if", "inconclusive")
+    assert code == 1
+    assert json.loads((tmp_path / "out" / SEEDS).read_text())["verdicts"] == [
+        {"verdict": "RECOVERABLE", "specific": "unknown", "seeds": 2},
+        {"verdict": "INCONCLUSIVE", "specific": "unknown", "seeds": 1},
+        {"verdict": "RECOVERABLE", "specific": True, "seeds": 1},
+    ]
+    assert text.splitlines()[0] == "2 of 4 seeds: RECOVERABLE, specific unknown"
+    assert set(text.splitlines()[1:3]) == {
+        "1 of 4 seeds: INCONCLUSIVE",
+        "1 of 4 seeds: RECOVERABLE, specific",
+    }
+    rows = [line.split() for line in text.splitlines() if re.match(r" *\d+  ", line)]
+    assert [row[:7] for row in rows][:2] == [
+        ["4", "4", "of", "9", "50%", "-", "25%"],
+        ["5", "5", "of", "9", "-", "-", "-"],
+    ]
+
+
+def test_seeds_that_cannot_be_counted_are_told_in_one_line(recover, tmp_path, monkeypatch):
+    verdict = {"verdict": "INVALID", "specific": "unknown"}
+    monkeypatch.setattr(runner, "run_check", lambda *_, **__: verdict)
+    (tmp_path / "out" / SEEDS).mkdir(parents=True)
+    assert refused(recover("--seeds", 2), f"--out {tmp_path / 'out'}: seeds.json cannot be written")
 
 
 # The real process
@@ -699,7 +903,7 @@ def in_a_process(*arguments):
 
 def without_progress(stderr):
     """What is left without the lines that a slow run, on a busy machine, prints every ten seconds."""
-    return re.sub(r"recover: [\w ]+ \d+ of \d+\n", "", stderr)
+    return re.sub(r"recover: [\w ,]+ \d+ of \d+\n", "", stderr)
 
 
 def test_as_a_module_with_nothing_but_the_verdict_on_its_streams(root, finished, tmp_path):
@@ -732,15 +936,29 @@ def test_progress_is_a_bar_for_each_phase_on_a_terminal(monkeypatch):
     with progress.shown() as report:
         report("loading", 0, 1)
         report("loading", 1, 1)
-        report("search", 0, 9)  # before any bar is open
         for done in (0, 16, 40):
-            report("examples", done, 40)
-            report("search", 3, 5)
-    first, second, last = sys.stderr.getvalue().split("\n")
+            report("accounting", done, 40)
+        for done in (0, 3, 2, 5, 5):  # told of its end twice
+            report("search", done, 5)
+        report("transfer, fold 1 of 2", 7, 60)  # never at its end
+    first, second, third, fourth, last = sys.stderr.getvalue().split("\n")
     assert re.search(r"\rloading 00:00 *$", first)
-    assert "search: 3 of 5 back" in second
-    assert re.search(r"examples: 100%.* 40/40 ", second)
+    assert re.search(r"accounting: 100%.* 40/40 ", second)
+    assert re.search(r"search: 100%.* 5/5 ", third)
+    assert re.search(r"transfer, fold 1 of 2: .* 7/60 ", fourth)
     assert last == ""
+
+
+def test_progress_is_told_phase_by_phase(recover, monkeypatch):
+    """Of a whole run, by what a terminal shows at the end of each bar."""
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    recover("--n", 24, "--batch-size", 10)
+    ends = [line.split("\r")[-1].split("|")[0].strip() for line in terminal.getvalue().split("\n") if line]
+    phases = [re.sub(r"( \d\d:\d\d|: +\d+%)$", "", end) for end in ends]
+    fold = "transfer, fold 1 of 1"
+    assert phases == ["loading", "accounting", *PHASES, "placebo_features", fold]
+    assert all(end.endswith("100%") or re.search(r"\d\d:\d\d$", end) for end in ends)
 
 
 def test_progress_is_a_few_lines_in_a_log(monkeypatch, capsys):
@@ -750,5 +968,7 @@ def test_progress_is_a_few_lines_in_a_log(monkeypatch, capsys):
     with progress.shown() as report:
         report("loading", 0, 1)
         for done in range(1, 7):
-            report("examples", done, 64)
-    assert capsys.readouterr().err == "recover: examples 2 of 64\nrecover: examples 5 of 64\n"
+            report("transfer, fold 1 of 2", done, 64)
+    assert capsys.readouterr().err == (
+        "recover: transfer, fold 1 of 2 2 of 64\nrecover: transfer, fold 1 of 2 5 of 64\n"
+    )

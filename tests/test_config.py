@@ -1,11 +1,15 @@
 """Configurations: what a good file resolves to, and the one line that a bad one gets."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 
 from recover.config import DEFAULTS, Selection, load_config
+from recover.evidence import Rules
+from recover.plan import Plan, TransferPlan
+from recover.transfer import FitSchedule
 from recover.types import InputError
 
 IOI = Path(__file__).parent.parent / "analyses" / "ioi_smollm2.yaml"
@@ -129,6 +133,22 @@ def test_numbers_in_every_usual_spelling(write, text):
         ("task:", "batch_size: 0\ntask:", "batch_size", "whole number from 1"),
         ("task:", "batch_size: true\ntask:", "batch_size", "whole number from 1"),
         ("smollm2\n", "''\n", "model", "must not be empty"),
+        ("{budget: 20.0}", "{budget: 20.0, curve: [1.0, 0]}", "search.curve[1]", "greater than 0"),
+        ("{budget: 20.0}", "{budget: 20.0, curve: 1.0}", "search.curve", "must be a list"),
+        ("task:", "controls: {seed: -1}\ntask:", "controls.seed", "greater than or equal to 0"),
+        ("task:", "controls: {seed: 2147483648}\ntask:", "controls.seed", "less than 2147483648"),
+        ("task:", "controls: {random_drws: 1}\ntask:", "controls.random_drws", "did you mean 'random_draws'?"),
+        ("task:", "controls: {random_draws: 0}\ntask:", "controls.random_draws", "greater than 0"),
+        ("task:", "controls: {placebo_features: -1}\ntask:", "controls.placebo_features", "greater than or equal to 0"),
+        ("task:", "controls: {max_loss_increase: .inf}\ntask:", "controls.max_loss_increase", "finite"),
+        ("task:", "transfer: {folds: 3}\ntask:", "transfer.folds", "1 or 2"),
+        ("task:", "transfer: {norms: [-0.5]}\ntask:", "transfer.norms[0]", "greater than 0"),
+        ("task:", "transfer: {shuffles: 0}\ntask:", "transfer.shuffles", "greater than 0"),
+        ("task:", "transfer: [0.5]\ntask:", "transfer", "section"),
+        ("task:", "rules: {alpha: 1.5}\ntask:", "rules.alpha", "less than or equal to 1"),
+        ("task:", "rules: {most: -0.5}\ntask:", "rules.most", "greater than or equal to 0"),
+        ("task:", "rules: {min_heldout: 0}\ntask:", "rules.min_heldout", "greater than 0"),
+        ("task:", "rules: {min_pair: 1}\ntask:", "rules.min_pair", "did you mean 'min_pairs'?"),
     ],
 )
 def test_bad_values_are_named_in_one_line(write, old, new, where, why):
@@ -180,6 +200,35 @@ def test_bad_flags_are_named(write):
         load_config(write(), {"search.budget": -1.0})
 
 
+def test_by_default_the_plan_is_that_of_the_library():
+    assert load_config().plan() == Plan()
+
+
+def test_every_setting_of_the_protocol_reaches_its_plan(write):
+    """Each key of the three sections and the curve, and nothing else of the plan."""
+    sections = """\
+search: {budget: 20.0, curve: [0.5, 1.0]}
+controls: {seed: 7, random_draws: 11, placebo_features: 0, max_loss_increase: 0.25}
+transfer: {norms: [0.3], folds: 1, shuffles: 2, draws: 13, steps: 17}
+rules: {alpha: 0.05, most: 0.6, max_chance: 0.2, min_heldout: 9, min_pairs: 6}
+"""
+    assert load_config(write("search: {budget: 20.0}\n", sections)).plan() == replace(
+        Plan(),
+        seed=7,
+        curve=(0.5, 1.0),
+        random_draws=11,
+        placebo_features=0,
+        max_loss_increase=0.25,
+        transfer=TransferPlan(norms=(0.3,), folds=1, shuffles=2, draws=13, fit=FitSchedule(steps=17)),
+        rules=Rules(alpha=0.05, most=0.6, max_chance=0.2, min_heldout=9, min_pairs=6),
+    )
+
+
+def test_a_section_may_be_given_in_part(write):
+    plan = load_config(write("task:", "rules: {alpha: 0.05}\ntask:"), {"controls.seed": 3}).plan()
+    assert plan == replace(Plan(), seed=3, rules=Rules(alpha=0.05))
+
+
 def test_configurations_are_frozen(write):
     with pytest.raises(ValueError, match="frozen"):
         load_config(write()).search.budget = 1.0
@@ -203,6 +252,21 @@ CHANGES = {
     "search.budget": 1.0,
     "search.placement": "before_clamp",
     "search.steps": 1,
+    "search.curve": [0.5, 1.0],
+    "controls.seed": 1,
+    "controls.random_draws": 10,
+    "controls.placebo_features": 0,
+    "controls.max_loss_increase": 1.0,
+    "transfer.norms": [0.5],
+    "transfer.folds": 1,
+    "transfer.shuffles": 2,
+    "transfer.draws": 10,
+    "transfer.steps": 10,
+    "rules.alpha": 0.05,
+    "rules.most": 0.6,
+    "rules.max_chance": 0.2,
+    "rules.min_heldout": 9,
+    "rules.min_pairs": 6,
 }
 
 

@@ -249,3 +249,13 @@ def test_the_real_model_knows_the_names_and_the_task(smollm2):
         io, subject = (ioi.token_id(tokenizer, name, example.prompt) for name in (example.io, example.subject))
         right += bool(logits[io] > logits[subject])
     assert right >= 15
+
+
+def test_the_strict_predicate_sets_every_name_against_the_right_one(tokenizer):
+    asked = ioi.generate(tokenizer, 6, seed=0)
+    behavior = ioi.strict(tokenizer, asked)
+    names = {ioi.token_id(tokenizer, name) for name in ioi.NAMES if name != SPLIT_NAME}
+    for example, target, others in zip(asked, behavior.target.tolist(), behavior.others.tolist(), strict=True):
+        assert target == ioi.token_id(tokenizer, example.io)
+        assert others[0] == ioi.token_id(tokenizer, example.subject)
+        assert sorted([target, *others]) == sorted(names)

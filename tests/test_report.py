@@ -2,7 +2,9 @@
 
 import copy
 import json
+import math
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from importlib import resources
 
@@ -10,10 +12,11 @@ import jsonschema
 import pytest
 
 from recover.fit import Fit
-from recover.records import ExampleRecord, SearchRecord
-from recover.report import MEANINGS, WIDTH, to_html, to_text
-from recover.search import Status
-from recover.verdict import NOT_RUN, decide
+from recover.plan import Plan
+from recover.report import MEANINGS, WIDTH, seeds_to_text, to_html, to_text
+from recover.utility import Utility
+from recover.verdict import Evidence, decide
+from tests.hand_made import SHOWS_THROUGHOUT, at_smallest, certified, flip, missed, placebo, transfer
 
 SCHEMA = json.loads(resources.files("recover").joinpath("schemas/verdict.schema.json").read_text())
 THREAT = {
@@ -41,17 +44,17 @@ THREAT = {
 PROVENANCE = {
     "versions": {"recover": "0.1.0", "torch": "2.9.0"},
     "seed": 0,
+    "control_seed": 5,
     "device": "cpu",
     "dtype": "float32",
     "sae_sha256": {"tiny": "0" * 64},
     "model": "tiny (folder, sha256:00)",
+    "phases": {"search": 0.75},
+    "phase_seconds": 10.0,
     "seconds": 12.5,
 }
 HELD = {
-    "shows": True,
     "score": 0.5,
-    "slack": 0.5,
-    "defended_slack": -1.0,
     "norm": 12.0,
     "relative_norm": 0.0625,
     "displacement": 475.0,
@@ -63,35 +66,51 @@ HELD = {
     "decode_drift": 0.0,
     "clamp_floor_violation": 0.0,
     "rounding": 1e-3,
-    "held": True,
     "dormant": 2.0,
     "reactivated": 0.0,
 }
-
-
-NEVER_MISSING = ("shows", "held", "dormant", "reactivated", "defended_slack")
+MEASURED = sorted({"slack", *HELD} - {"dormant", "reactivated"})
+"""What may not be finite."""
 
 
 def records(recovered=3, flips=4, n=10, **changes):
     """`flips` valid flips of `n` examples, of which `recovered` came back."""
-    rows = [
-        ExampleRecord(
-            str(i),
-            1.0,
-            -1.0,
-            SearchRecord(Status.RECOVERED.name, 3, 0.5, 0.5),
-            HELD | {"shows": i < recovered} | changes,
-        )
-        for i in range(flips)
-    ]
-    return rows + [ExampleRecord(str(i), 1.0, 1.0) for i in range(flips, n)]
+    rows = [(flip if row < recovered else missed)(str(row), **HELD | changes) for row in range(flips)]
+    rows = [at_smallest(row, displacement=475.0) for row in rows]
+    return rows + [replace(SHOWS_THROUGHOUT, id=str(row)) for row in range(flips, n)]
 
 
-def make(rows=None, explained=0.875, better_by=0.0, **changes):
+def make(rows=None, explained=0.875, better_by=0.0, evidence=None, **changes):
     fit = Fit("blocks.4.hook_resid_pre", explained, 31.5, 0.95, "blocks.4.hook_resid_pre", better_by, 512)
-    verdict = decide(records() if rows is None else rows, [fit], 20.0, "float32", THREAT, PROVENANCE).to_dict()
-    jsonschema.validate(verdict, SCHEMA)
+    gathered = Evidence(records() if rows is None else rows, [fit], **{"utility": None} | (evidence or {}))
+    verdict = decide(gathered, Plan(), 20.0, "float32", THREAT, PROVENANCE).to_dict()
+    jsonschema.validate(verdict, SCHEMA, cls=jsonschema.Draft202012Validator)
     return verdict | changes
+
+
+FULL = {
+    "utility": Utility(3.0, 3.25, 0.25, 100, False),
+    "curve": (5.0, 20.0, 40.0),
+    "undo": {
+        "rate": 0.125,
+        "cosine": 0.25,
+        "scales": [{"scale": 1.0, "rate": 0.125, "averaged_rate": 0.0, "norm_mean": 3.5}],
+    },
+    "health": {"n": 4, "finite_differences": 4, "error_channel": 4},
+    "placebo_features": [{"suppressed": 1, "base": 10, "recovered": 1}, {"suppressed": 4, "base": 10, "recovered": 0}],
+    "transfer": transfer(),
+}
+"""Evidence of the whole protocol."""
+
+
+def controlled():
+    """Of the four flips two have a placebo, one of which is not reached, and so it is under C1+."""
+    first, second, *rest = records()
+    return [
+        replace(first, placebo=placebo(10.0), write_orthogonal=placebo(4.0)),
+        replace(second, placebo=placebo(math.inf), write_orthogonal=placebo(math.inf)),
+        *rest,
+    ]
 
 
 VERDICTS = {
@@ -99,13 +118,16 @@ VERDICTS = {
     "NOT_RECOVERED_AT_BUDGET": make(records(recovered=0)),
     "INCONCLUSIVE": make(records(constraint_residual=0.25)),
     "INVALID": make(explained=0.25),
+    "RECOVERABLE, all run": make(controlled(), evidence=FULL),
+    "NOT_RECOVERED_AT_BUDGET, all run": make(records(recovered=0), evidence=FULL),
+    "RECOVERABLE, transfer refused": make(evidence={"transfer": {"refused": "several sites are clamped"}}),
 }
 
 
 @pytest.mark.parametrize("name", VERDICTS)
 def test_the_page_of_text_opens_with_the_verdict_and_its_meaning(name):
-    text = to_text(VERDICTS[name])
-    assert text.startswith(f"{name}: {MEANINGS[name][:40]}")
+    text, verdict = to_text(VERDICTS[name]), name.partition(",")[0]
+    assert text.startswith(f"{verdict}: {MEANINGS[verdict][:40]}")
     assert max(map(len, text.splitlines())) <= WIDTH
     assert not re.search(r"None|nan|\{|\}|\[|\]", text)
     assert text.isascii()
@@ -130,10 +152,74 @@ def test_its_figures_are_those_of_the_records():
         "clamped features moved by at most 0.0e+00, their pre-activations by at most 3.0e-06",
         # Zero drift is true of any delta here, and the reader is told so.
         "100% of them sit below their threshold (median margin -5.00)",
-        "whether this is specific to the behavior is unknown",
-        f"not run {len(NOT_RUN)}: {NOT_RUN[0]}",
+        "whether that is specific to this behavior is unknown",
+        # Of 3, 3, 3 and 30, and the residual's norm is 20.
+        "smallest norm median 3, quartiles 3 and 30; the median is 15.0% of the residual's norm and 0.6% of what the "
+        "clamp displaces",
+        "found by smallest_norm 4",
+        "not run 3: utility, finite_differences, error_channel",
     ):
         assert words in text, words
+    assert "by budget" not in text
+
+
+def test_the_whole_protocol_is_in_the_page():
+    text = flat(to_text(VERDICTS["RECOVERABLE, all run"]))
+    for words in (
+        "RECOVERABLE: with the clamp held, the behavior was brought back; and that is specific to this behavior",
+        "neutral text loss 3.00 nats a token without the defense, 3.25 with",
+        "by budget 5: 75%, 20: 75%, 40: 100%",
+        "an unrelated target of the same kind is reached on 50% of 2, median smallest norm not reached; the own one on "
+        "100%, 3",
+        "0.00% of the draws at the budget's norm, on 0 of 4 examples at least one",
+        "they suppress the behavior on 25% of the examples; 20% of these are brought back",
+        "taking back the admissible part of what the clamp displaced recovers 12% at most; cosine 0.25 with",
+        "C1+ orthogonal to what the clamp writes as well: 50%, median smallest norm not reached",
+        "a way back known to exist is found on 100%; without a budget 100% are recovered",
+        "norm 60 60% of the residual's: held out 95%, C1+ 85%; shuffled 5%, random 1%, clamp undone 7%",
+        "at the last norm 40 of 40 by certificate, 95% interval 90% to 100%; chance satisfies the predicate 5.0% of",
+        "not run none",
+    ):
+        assert words in text, words
+    assert "weaker predicate" not in text
+
+
+def test_controls_that_were_not_run_are_left_out():
+    text = flat(to_text(VERDICTS["RECOVERABLE"]))
+    for name in ("placebo target", "random features", "clamp undone", "C1+", "neutral text"):
+        assert name not in text, name
+    assert "search itself a way back known to exist is found on 100%" in text
+    assert "fitted to not run there was nothing for it to work on" in text
+    assert "fitted to not run several sites are clamped" in flat(to_text(VERDICTS["RECOVERABLE, transfer refused"]))
+
+
+def test_where_transfer_is_read_with_a_stricter_predicate_the_weaker_one_stands_beside_it():
+    rows = controlled()
+    rows[-1] = replace(rows[-1], strict_defended_slack=-0.5)
+    text = flat(to_text(make(rows, evidence=FULL)))
+    assert "; by the check's own, weaker predicate 99%, and 40% with shuffled targets" in text
+
+
+def test_seeds_are_counted_and_stand_in_a_table():
+    """Two that say the same come first; what was not run is a dash, what was not reached says so."""
+    specific, again = (make(controlled(), evidence=FULL) for _ in range(2))
+    again["provenance"] = again["provenance"] | {"control_seed": 6}
+    failing = make(records(constraint_residual=0.25))
+    refused = VERDICTS["RECOVERABLE, transfer refused"]
+    lines = seeds_to_text([failing, specific, refused, again]).splitlines()
+    assert lines[0] == "2 of 4 seeds: RECOVERABLE, specific"
+    assert set(lines[1:3]) == {"1 of 4 seeds: INCONCLUSIVE", "1 of 4 seeds: RECOVERABLE, specific unknown"}
+    assert [re.split(r"  +", line.strip()) for line in lines[4:]] == [
+        ["seed", "back", "held out", "C1+", "shuffled", "placebo norm / own", "verdict"],
+        ["5", "3 of 4", "-", "-", "-", "-", "INCONCLUSIVE"],
+        ["5", "3 of 4", "95%", "85%", "5%", "not reached / 3", "RECOVERABLE, specific"],
+        ["5", "3 of 4", "-", "-", "-", "-", "RECOVERABLE, specific unknown"],
+        ["6", "3 of 4", "95%", "85%", "5%", "not reached / 3", "RECOVERABLE, specific"],
+    ]
+    # The columns begin where their names do.
+    columns = [lines[4].index(name) for name in ("back", "held out", "C1+", "shuffled", "placebo", "verdict")]
+    for line in lines[5:]:
+        assert all(line[at - 1] == " " and line[at] != " " for at in columns)
 
 
 @pytest.mark.parametrize(
@@ -159,19 +245,21 @@ def test_never_robust_or_safe(name):
 
 
 def test_nothing_to_search_is_said():
-    text = flat(to_text(make([ExampleRecord("a", 1.0, 1.0)])))
+    text = flat(to_text(make([SHOWS_THROUGHOUT])))
     assert text.startswith("INVALID")
     assert "valid_flips: 0 of 1 examples show the behavior without the defense and not with it" in text
     assert "Search not run" in text
 
 
-@pytest.mark.parametrize("missing", [name for name in HELD if name not in NEVER_MISSING])
+@pytest.mark.parametrize("missing", MEASURED)
 def test_numbers_that_were_not_finite_are_not_shown_as_numbers(missing):
     """One example of four overflowed: whatever is missing, there is a page, and no figure is made up."""
     rows = records()
-    gone = [None, None] if isinstance(HELD[missing], list) else None
-    rows[1] = ExampleRecord("1", 1.0, -1.0, rows[1].search, rows[1].certificate | {missing: gone})
-    verdict = make(rows)
+    gone = {missing: [None, None] if isinstance(rows[1].certificate[missing], list) else None}
+    rows[1] = certified(rows[1], **gone)
+    if missing in rows[1].smallest:
+        rows[1] = at_smallest(rows[1], **gone)
+    verdict = make(rows, evidence=FULL)
     text = to_text(verdict)
     to_html(verdict, "")
     assert not re.search(r"\b(None|nan)\b", text)
@@ -235,7 +323,7 @@ def test_the_page_is_whole_and_fetches_nothing(name):
     assert not {"src", "href", "onload", "style"} & set(page.attributes)
     assert not re.search(r"https?:|url\(|@import", source)
     text = flat(" ".join(page.text))
-    assert f"<h1>{name}</h1>" in source
+    assert f"<h1>{name.partition(',')[0]}</h1>" in source
     for reason in VERDICTS[name]["reasons"]:
         assert reason in text
     for gate in VERDICTS[name]["gates"]:
@@ -255,4 +343,9 @@ def test_both_pages_have_the_same_figures():
     page = flat(" ".join(Page(to_html(make(), "")).text))
     for figure in ("3 of 4 (75%; 95% interval 30% to 95%)", "explained variance 0.875", "norm 12 on average"):
         assert figure in text
+        assert figure in page
+    whole = make(controlled(), evidence=FULL)
+    page = flat(" ".join(Page(to_html(whole, "")).text))
+    for figure in ("5: 75%, 20: 75%, 40: 100%", "reached on 50% of 2", "on 25% of the examples", "40 of 40 by"):
+        assert figure in flat(to_text(whole))
         assert figure in page

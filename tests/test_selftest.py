@@ -2,45 +2,82 @@
 
 from __future__ import annotations
 
-import importlib
+import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from recover import cli, selftest
+from recover import bench, cli, heldout, phases, selftest, solvers
+from recover.admissible import admissible
 from recover.constraint import EncoderOrthogonal
-from recover.planted import KINDS
+from recover.planted import KINDS, MIXTURES
 from recover.selftest import Outcome
 
 KNOWN = {
     "complete_bottleneck": "NOT_RECOVERED_AT_BUDGET",
     "error_bypass": "RECOVERABLE",
     "feature_bypass": "RECOVERABLE",
+    "write_only": "RECOVERABLE (not specific)",
+    "shared_route": "RECOVERABLE (specific)",
     "two_layers": "RECOVERABLE",
+    "undone_clamp": "RECOVERABLE (not specific)",
+    "half_erased": "RECOVERABLE",
+    "undone_and_route": "RECOVERABLE (specific)",
 }
+WORLDS = (*KINDS, *MIXTURES)
 
 
 @pytest.fixture(scope="module")
 def outcomes() -> list[Outcome]:
-    return selftest.selftest(range(2))
+    return selftest.selftest(range(2), WORLDS, processes=2)
 
 
 def test_every_kind_is_judged_and_none_is_missed(outcomes: list[Outcome]) -> None:
-    assert [(one.kind, one.seed) for one in outcomes] == [(kind, seed) for kind in KINDS for seed in range(2)]
+    assert [(one.kind, one.seed) for one in outcomes] == [(kind, seed) for kind in WORLDS for seed in range(2)]
     assert not [one for one in outcomes if one.miss]
     for one in outcomes:
         if one.kind in KNOWN:
             assert one.given == KNOWN[one.kind]
-        assert one.norm_error is None or one.norm_error < 1e-3
+        most = 1e-3 if one.kind in KINDS else selftest.TOLERANCE
+        assert one.norm_error is None or one.norm_error < most
         assert (one.norm_error is None) == (one.kind == "hard_readout")
 
 
+@pytest.mark.parametrize("kind", ["complete_bottleneck", "write_only", "two_layers", "weak_predicate"])
+def test_worlds_judged_side_by_side_are_judged_as_one_by_one(kind: str, outcomes: list[Outcome]) -> None:
+    alone = selftest.selftest(range(2), [kind], processes=1)
+    assert [replace(one, seconds=0.0) for one in alone] == [
+        replace(one, seconds=0.0) for one in outcomes if one.kind == kind
+    ]
+    assert all(one.seconds > 0 for one in alone)
+
+
+def test_other_processes_are_started_where_there_are_worlds_enough_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[int] = []
+
+    @contextlib.contextmanager
+    def judges(processes: int) -> Iterator[Any]:
+        started.append(processes)
+        yield lambda worlds: (outcome(kind=kind, seed=seed) for kind, seed in worlds)
+
+    monkeypatch.setattr(selftest, "_judges", judges)
+    monkeypatch.setattr(selftest, "cores", lambda: 3)
+    told: list[tuple[str, int, int]] = []
+    found = selftest.selftest(range(4), WORLDS[:10], lambda *args: told.append(args))
+    assert [(one.kind, one.seed) for one in found] == [(kind, seed) for kind in WORLDS[:10] for seed in range(4)]
+    assert told == [("planted worlds", done, 40) for done in range(1, 41)]
+    selftest.selftest(range(4), WORLDS[:9])
+    selftest.selftest(range(4), processes=7)
+    assert started == [3, 1, 7]
+
+
 def outcome(**changes: Any) -> Outcome:
-    plain = Outcome("kind", "", 0, ("RECOVERABLE",), "RECOVERABLE", 0.001, 0.1, ("because",))
+    plain = Outcome("kind", "", 0, ("RECOVERABLE",), "RECOVERABLE", True, 0.001, 0.1, ("because",))
     return replace(plain, **changes)
 
 
@@ -48,22 +85,48 @@ def outcome(**changes: Any) -> Outcome:
     ("changes", "miss"),
     [
         ({}, False),
-        ({"given": "NOT_RECOVERED_AT_BUDGET"}, True),
-        ({"given": "INCONCLUSIVE"}, True),
-        ({"given": "INCONCLUSIVE", "expected": ("RECOVERABLE", "INCONCLUSIVE")}, False),
+        ({"right": False}, True),
         ({"norm_error": 0.02}, True),
         ({"norm_error": float("inf")}, True),
         ({"norm_error": float("nan")}, True),
         ({"norm_error": None}, False),
-        ({"expected": ("RECOVERABLE (specific)",), "given": "RECOVERABLE (specific)"}, False),
-        ({"expected": ("RECOVERABLE (specific)",), "given": "RECOVERABLE (not specific)"}, True),
-        ({"expected": ("RECOVERABLE (not specific)",), "given": "RECOVERABLE (specific unknown)"}, True),
-        ({"expected": ("RECOVERABLE (specific)",), "given": "RECOVERABLE (pending)"}, False),
-        ({"expected": ("RECOVERABLE (specific)",), "given": "NOT_RECOVERED_AT_BUDGET (pending)"}, True),
+        ({"norm_error": None, "right": False}, True),
     ],
 )
 def test_what_counts_as_a_miss(changes: dict[str, Any], miss: bool) -> None:
     assert outcome(**changes).miss is miss
+
+
+@pytest.mark.parametrize(
+    ("kind", "verdict", "specific", "given", "miss"),
+    [
+        ("error_bypass", "RECOVERABLE", None, "RECOVERABLE", False),
+        ("error_bypass", "RECOVERABLE", True, "RECOVERABLE", False),  # the construction does not say
+        ("error_bypass", "NOT_RECOVERED_AT_BUDGET", None, "NOT_RECOVERED_AT_BUDGET", True),
+        ("error_bypass", "INCONCLUSIVE", None, "INCONCLUSIVE", True),
+        ("hard_readout", "INCONCLUSIVE", None, "INCONCLUSIVE", False),
+        ("complete_bottleneck", "RECOVERABLE", None, "RECOVERABLE", True),
+        ("shared_route", "RECOVERABLE", True, "RECOVERABLE (specific)", False),
+        ("shared_route", "RECOVERABLE", False, "RECOVERABLE (not specific)", True),
+        ("shared_route", "RECOVERABLE", None, "RECOVERABLE (specific unknown)", True),
+        ("shared_route", "NOT_RECOVERED_AT_BUDGET", None, "NOT_RECOVERED_AT_BUDGET", True),
+        ("write_only", "RECOVERABLE", False, "RECOVERABLE (not specific)", False),
+        ("write_only", "RECOVERABLE", True, "RECOVERABLE (specific)", True),
+        ("write_only", "RECOVERABLE", None, "RECOVERABLE (specific unknown)", True),
+        ("weak_predicate", "RECOVERABLE", False, "RECOVERABLE (not specific)", False),
+        ("weak_predicate", "RECOVERABLE", None, "RECOVERABLE (specific unknown)", False),
+        ("weak_predicate", "RECOVERABLE", True, "RECOVERABLE (specific)", True),
+    ],
+)
+def test_what_is_right_of_a_world(
+    kind: str, verdict: str, specific: bool | None, given: str, miss: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the checker said of it, and with the norm aside."""
+    said = SimpleNamespace(verdict=verdict, specific=specific, reasons=("because",), records=())
+    monkeypatch.setattr(selftest, "check", lambda *_, **__: said)
+    monkeypatch.setattr(selftest, "norm_error", lambda *_: 0.0)
+    one = selftest.judge((KINDS | MIXTURES)[kind](0), 0)
+    assert (one.given, one.miss, one.why) == (given, miss, ("because",))
 
 
 def test_the_report_by_hand() -> None:
@@ -71,7 +134,7 @@ def test_the_report_by_hand() -> None:
         [
             outcome(kind="one", norm_error=0.001),
             outcome(kind="one", norm_error=0.004, seed=1),
-            outcome(kind="two", variant="odd", given="INCONCLUSIVE", norm_error=None, seconds=2.0),
+            outcome(kind="two", variant="odd", given="INCONCLUSIVE", right=False, norm_error=None, seconds=2.0),
         ]
     )
     assert text == (
@@ -88,27 +151,32 @@ def test_the_report_by_hand() -> None:
     )
 
 
-def test_pending_is_said_while_it_lasts(outcomes: list[Outcome]) -> None:
-    text = selftest.report(outcomes)
-    assert ("pending:" in text) == any(one.kind in selftest.PENDING for one in outcomes)
-
-
 def broken_projection(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(EncoderOrthogonal, "project", lambda self, delta: delta)
 
 
 def long_norms(patch: pytest.MonkeyPatch) -> None:
-    real = selftest.smallest_norm
+    real = phases.worst_case
 
-    def longer(*args: Any) -> Any:
-        found = real(*args)
-        return replace(found, norm=1.02 * found.norm)
+    def longer(*args: Any, **options: Any) -> Any:
+        found = real(*args, **options)
+        return replace(
+            found, smallest=1.02 * found.smallest, delta=found.delta.where(found.delta == 0, 1.02 * found.smallest)
+        )
 
-    patch.setattr(selftest, "smallest_norm", longer)
+    patch.setattr(phases, "worst_case", longer)
 
 
 def one_layer_forgotten(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(selftest, "_admissible", lambda world: EncoderOrthogonal.of(world.defense.clamps[0]))
+    patch.setattr(bench, "admissible", lambda defended, **_: EncoderOrthogonal.of(defended.defense.clamps[0]))
+
+
+def undoing_allowed(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(bench, "admissible", lambda defended, **_: admissible(defended))
+
+
+def shuffled_to_themselves(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(heldout, "derangement", lambda targets, *_: targets)
 
 
 @pytest.mark.parametrize(
@@ -121,6 +189,9 @@ def one_layer_forgotten(patch: pytest.MonkeyPatch) -> None:
         ("two_layers", long_norms),
         ("two_layers", one_layer_forgotten),
         ("degenerate_geometry", broken_projection),
+        ("half_erased", long_norms),
+        ("undone_clamp", undoing_allowed),
+        ("shared_route", shuffled_to_themselves),
     ],
     ids=lambda value: getattr(value, "__name__", value),
 )
@@ -134,7 +205,9 @@ def test_a_broken_checker_is_noticed(
 
 
 def test_without_the_second_opinion_hard_readouts_are_lied_about(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.import_module("recover.check"), "reexamined", lambda _, solution, *__: solution)
+    """Neither a look without gradients at what failed, nor random draws beside what follows them."""
+    monkeypatch.setattr(solvers, "reexamined", lambda _, solution, *__, **___: solution)
+    monkeypatch.setattr(phases, "random_draws", lambda *arguments, draws: solvers.ascent(*arguments))
     assert any(one.given == "NOT_RECOVERED_AT_BUDGET" and one.miss for one in selftest.selftest([2], ["hard_readout"]))
 
 
@@ -147,7 +220,13 @@ def test_threads_are_given_back() -> None:
 
 
 def few(monkeypatch: pytest.MonkeyPatch, outcomes: list[Outcome]) -> None:
-    monkeypatch.setattr(cli, "selftest", lambda seeds, progress: [one for one in outcomes if one.seed in seeds])
+    monkeypatch.setattr(
+        cli,
+        "selftest",
+        lambda seeds, kinds, progress: [
+            one for one in outcomes if one.seed in seeds and (one.kind in kinds or one.kind not in WORLDS)
+        ],
+    )
 
 
 def test_the_command_prints_saves_and_exits(
@@ -155,13 +234,15 @@ def test_the_command_prints_saves_and_exits(
 ) -> None:
     few(monkeypatch, outcomes)
     file = tmp_path / "outcomes.json"
-    assert cli.main(["selftest", "--seeds", "2", "--json", str(file)]) == 0
+    assert cli.main(["selftest", "--seeds", "2"]) == 0
+    assert "0 misses in 18 worlds" in capsys.readouterr().out
+    assert cli.main(["selftest", "--seeds", "2", "--mixtures", "--json", str(file)]) == 0
     out = capsys.readouterr().out
-    assert "0 misses in 18 worlds" in out
+    assert "0 misses in 28 worlds" in out
     assert "expected \\ given" in out
     saved = json.loads(file.read_text())
-    assert (saved["misses"], len(saved["worlds"])) == (0, 18)
-    assert {world["kind"] for world in saved["worlds"]} == set(KINDS)
+    assert (saved["misses"], len(saved["worlds"])) == (0, 28)
+    assert {world["kind"] for world in saved["worlds"]} == set(WORLDS)
     assert set(saved["worlds"][0]) >= {"kind", "seed", "expected", "given", "norm_error", "miss", "why"}
 
     few(monkeypatch, [outcome(norm_error=float("inf"))])

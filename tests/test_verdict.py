@@ -1,121 +1,76 @@
-"""Verdicts from hand-written records: which words, which gates, which figures; and the records' own round trip."""
+"""Verdicts from hand-written records: which words, which figures, by hand; and the records' own round trip."""
 
 from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
-from importlib.resources import files
+from dataclasses import asdict, replace
 from typing import Any
 
-import jsonschema
 import pytest
 import torch
 
 from recover.certify import Certificate
+from recover.evidence import Rules
 from recover.fit import Fit
-from recover.records import ExampleRecord, SearchRecord, certificate_records, search_records
-from recover.search import Solution, Status
-from recover.verdict import NOT_RUN, Verdict, decide
+from recover.phases import KEPT
+from recover.plan import Plan
+from recover.records import ExampleRecord, SearchRecord, certificate_values, search_values
+from recover.search import Status
+from recover.solvers import WorstCase
+from recover.stats import median_interval
+from recover.utility import Utility
+from tests.hand_made import (
+    APPEARS,
+    FACTS,
+    GOOD,
+    NEVER_SHOWS,
+    SHOWS_THROUGHOUT,
+    at_smallest,
+    certified,
+    conclude,
+    failed,
+    flip,
+    missed,
+    placebo,
+    searched,
+    transfer,
+    validated,
+)
 
-GOOD = Fit("blocks.1.hook_resid_pre", 0.9, 30.0, 0.95, "blocks.1.hook_resid_pre", 0.0, 100)
-THREAT = {
-    "access": "white-box",
-    "sites": ["blocks.1.hook_resid_pre"],
-    "positions": "last",
-    "placement": "after_clamp",
-    "constraint": "C1",
-    "norm": "Frobenius",
-    "budget": 20.0,
-    "clamp": "live",
-    "skip_first": 0,
-    "dtype": "float32",
-    "clamps": [
-        {
-            "site": "blocks.1.hook_resid_pre",
-            "k": 2,
-            "mode": "set",
-            "value": -5.0,
-            "only_active": True,
-            "positions": "all",
-        }
-    ],
-}
-PROVENANCE = {
-    "versions": {"torch": "2"},
-    "seed": 0,
-    "device": "cpu",
-    "dtype": "float32",
-    "sae_sha256": {"x": "0" * 64},
-    "model": "tiny",
-    "seconds": 1.0,
-}
-FACTS: dict[str, Any] = {
-    "shows": True,
-    "score": 1.5,
-    "slack": 0.5,
-    "defended_slack": -1.0,
-    "norm": 4.0,
-    "relative_norm": 0.2,
-    "displacement": 8.0,
-    "constraint_residual": 1e-7,
-    "preactivation_shift": [1e-6, 3e-6],
-    "threshold_margin": [-2.0, 1.0],
-    "drift": 1e-5,
-    "relative_drift": 1e-6,
-    "decode_drift": 2e-5,
-    "clamp_floor_violation": 0.0,
-    "rounding": 1e-3,
-    "held": True,
-    "dormant": 4.0,
-    "reactivated": 1.0,
-}
-
-
-def flip(name: str, *, status: str = "RECOVERED", slack: float = 0.5, **facts: Any) -> ExampleRecord:
-    certificate = FACTS | {"slack": slack, "shows": slack > 0} | facts
-    return ExampleRecord(name, 1.0, -1.0, SearchRecord(status, 3, 1.5, slack), certificate)
-
-
-def missed(name: str, *, status: str = "EXHAUSTED", **facts: Any) -> ExampleRecord:
-    return flip(name, status=status, slack=-0.25, **facts)
-
-
-SHOWS_THROUGHOUT = ExampleRecord("a", 1.0, 0.5)
-NEVER_SHOWS = ExampleRecord("b", -1.0, -0.5)
-APPEARS = ExampleRecord("c", 0.0, 0.5)
-
-
-def conclude(*records: ExampleRecord, fits: list[Fit] | None = None, dtype: str = "float32") -> Verdict:
-    return decide(list(records), fits or [GOOD], 20.0, dtype, THREAT, PROVENANCE)
-
-
-def validated(verdict: Verdict) -> dict[str, Any]:
-    """As JSON, valid under the schema in the package."""
-    values = json.loads(json.dumps(verdict.to_dict(), allow_nan=False))
-    schema = json.loads(files("recover").joinpath("schemas/verdict.schema.json").read_text())
-    jsonschema.validate(values, schema, cls=jsonschema.Draft202012Validator)
-    return values
-
-
-def failed(verdict: Verdict) -> list[str]:
-    return [gate.name for gate in verdict.gates if gate.passed is False]
+INF = math.inf
+NOTHING = transfer(own=(4, 40), plus=(5, 40), shuffled=(14, 120))
+"""One perturbation for all does no more than one fitted to shuffled targets."""
 
 
 def test_one_recovered_flip_is_recoverable_and_not_yet_specific() -> None:
-    verdict = conclude(flip("x"), missed("y"), SHOWS_THROUGHOUT, NEVER_SHOWS, APPEARS)
+    refused = {"refused": "several sites are clamped"}
+    verdict = conclude(flip("x"), missed("y"), SHOWS_THROUGHOUT, NEVER_SHOWS, APPEARS, transfer=refused)
     values = validated(verdict)
     assert (values["verdict"], values["specific"]) == ("RECOVERABLE", "unknown")
-    assert values["counts"] == {"n": 5, "base": 3, "defended": 2, "valid_flips": 2}
+    assert values["counts"] == {"n": 5, "base": 3, "defended": 2, "valid_flips": 2, "strict_flips": 2}
     assert "1 of 2 valid flips" in values["reasons"][0]
-    assert "unknown" in values["reasons"][-1]
+    assert "unknown: transfer: several sites are clamped" in values["reasons"][1]
+    assert values["transfer"] == refused
     assert not failed(verdict)
+
+
+def test_flips_by_the_stricter_predicate_are_counted_apart() -> None:
+    counts = conclude(
+        flip("x"),
+        replace(flip("y"), strict_base_slack=0.0),
+        replace(SHOWS_THROUGHOUT, strict_defended_slack=-0.1),
+        replace(flip("z"), strict_defended_slack=0.1),
+    ).counts
+    assert (counts["valid_flips"], counts["strict_flips"]) == (3, 2)
 
 
 def test_figures_of_recovery_by_hand() -> None:
     found = conclude(
         flip("x", norm=4.0, drift=1.0, reactivated=1.0, dormant=4.0),
-        flip("y", norm=6.0, drift=0.5, reactivated=0.0, dormant=2.0, constraint_residual=3e-7),
+        searched(
+            flip("y", norm=6.0, drift=0.5, reactivated=0.0, dormant=2.0, constraint_residual=3e-7), winner="ascent"
+        ),
         missed("z", norm=20.0, drift=0.0, reactivated=3.0, dormant=4.0, threshold_margin=[-4.0, None]),
         SHOWS_THROUGHOUT,
     ).recovery
@@ -131,7 +86,7 @@ def test_figures_of_recovery_by_hand() -> None:
         "threshold_margin_median": -2.0,
         "below_threshold_share": 3 / 5,
         "norm_mean": 10.0,
-        "relative_norm_mean": 0.2,
+        "relative_norm_mean": (0.2 + 0.2 + 0.75) / 3,
         "clamp_displacement_mean": 8.0,
         "reactivated_share": 0.4,
         "zero_reactivation_recovered": 1,
@@ -141,10 +96,11 @@ def test_figures_of_recovery_by_hand() -> None:
         assert found[name] == pytest.approx(value), name
     # Wilson at 2 of 3: (2/3 + z^2/6 -+ z sqrt(2/27 + z^2/36)) / (1 + z^2/3), z = 1.96.
     assert found["wilson95"] == pytest.approx([0.2077, 0.9385], abs=1e-4)
+    assert found["won_by"] == {"smallest_norm": 2, "ascent": 1}
 
 
 def test_nothing_recovered_is_not_recovered_at_this_budget() -> None:
-    values = validated(conclude(missed("x"), missed("y")))
+    values = validated(conclude(missed("x"), missed("y"), transfer=NOTHING))
     assert values["verdict"] == "NOT_RECOVERED_AT_BUDGET"
     assert "norm at most 20" in values["reasons"][0]
     assert "larger budget" in values["reasons"][0]
@@ -190,20 +146,26 @@ def test_no_valid_flip_makes_it_invalid() -> None:
         (missed("x", status="OUTDONE"), "gradient_free"),
         (missed("x", status="UNMOVED"), None),
         (missed("x", status="NOTHING_ADMISSIBLE"), None),
-        (replace(flip("x"), search=SearchRecord("RECOVERED", 3, 1.5, 0.502)), "replay"),
-        (replace(flip("x"), search=SearchRecord("RECOVERED", 3, 1.5, 0.4995)), None),
+        (searched(flip("x"), slack=0.502), "replay"),
+        (searched(flip("x"), slack=0.4995), None),
         (flip("x", slack=math.nan), "finite replay"),
         (flip("x", constraint_residual=1.1e-5), "held"),
         (flip("x", constraint_residual=0.9e-5), None),
         (flip("x", constraint_residual=None), "held"),
         (flip("x", norm=20.001), "held"),
         (flip("x", norm=20.0), None),
+        (flip("x", norm=None), "held"),
+        (replace(flip("x"), undefended=False), "undefended"),
+        (replace(missed("x"), longer=True), "doubled_steps"),
+        (replace(flip("x"), reached_at={"2": True, "20": False}), "monotone_in_budget"),
     ],
 )
 def test_what_cannot_be_believed_is_inconclusive(record: ExampleRecord, gate: str | None) -> None:
-    verdict = conclude(flip("ok"), ExampleRecord.from_json(record.to_json()))
+    verdict = conclude(flip("ok"), ExampleRecord.from_json(record.to_json()), transfer=transfer())
     assert failed(verdict) == ([] if gate is None else gate.split())
-    assert validated(verdict)["verdict"] == ("RECOVERABLE" if gate is None else "INCONCLUSIVE")
+    values = validated(verdict)
+    assert values["verdict"] == ("RECOVERABLE" if gate is None else "INCONCLUSIVE")
+    assert values["specific"] is True if gate is None else values["specific"] == "unknown"
 
 
 def test_a_bad_fit_weighs_more_than_a_failed_search() -> None:
@@ -213,7 +175,7 @@ def test_a_bad_fit_weighs_more_than_a_failed_search() -> None:
 
 @pytest.mark.parametrize(("dtype", "difference", "passes"), [("bfloat16", 0.5, True), ("float16", 0.9, False)])
 def test_replay_is_compared_within_the_precision_of_the_model(dtype: str, difference: float, passes: bool) -> None:
-    record = replace(flip("x"), search=SearchRecord("RECOVERED", 3, 1.5, 0.5 + difference))
+    record = searched(flip("x"), slack=0.5 + difference)
     assert (conclude(record, dtype=dtype).verdict == "RECOVERABLE") is passes
 
 
@@ -224,12 +186,24 @@ def test_every_dtype_has_a_verdict(dtype: str) -> None:
 
 def test_what_was_not_run_is_listed_and_not_passed() -> None:
     gates = {gate["name"]: gate for gate in validated(conclude(flip("x")))["gates"]}
-    for name in ("placebo_features", "shuffled_transfer", "minimum_norm", "placebo", "random", "undo", "transfer"):
-        assert name in NOT_RUN
-        assert gates[name] == {"name": name, "passed": None, "detail": "not run"}
+    for name, decides in (("finite_differences", "INCONCLUSIVE"), ("error_channel", "INCONCLUSIVE"), ("utility", None)):
+        assert gates[name]["passed"] is None
+        assert gates[name]["detail"]
+        assert gates[name]["decides"] == decides
     assert {name for name, gate in gates.items() if gate["passed"]} == {
-        "fit", "site", "valid_flips", "gradient", "gradient_free", "finite", "replay", "held",
+        "fit", "site", "valid_flips", "gradient", "gradient_free", "finite", "replay", "held", "monotone_in_budget",
+        "doubled_steps", "undefended", "unbounded", "norm_at_budget",
     }  # fmt: skip
+    nothing = {gate["name"]: gate["passed"] for gate in validated(conclude(SHOWS_THROUGHOUT))["gates"]}
+    assert set(nothing) == set(gates)
+    assert {name for name, passed in nothing.items() if passed is not None} == {"fit", "site", "valid_flips"}
+
+
+def test_what_was_not_measured_is_null() -> None:
+    values = validated(conclude(SHOWS_THROUGHOUT))
+    assert values["minimum_norm"] is values["transfer"] is values["fit"]["utility"] is None
+    assert values["curve"] == []
+    assert set(values["controls"].values()) == {None}
 
 
 def test_features_far_below_their_threshold_and_competing_ones_are_spoken_of() -> None:
@@ -243,7 +217,8 @@ def test_features_far_below_their_threshold_and_competing_ones_are_spoken_of() -
 
 def test_a_record_survives_its_line() -> None:
     record = flip("x", slack=1 / 3, threshold_margin=[0.1, None], drift=1e-45)
-    for one in (record, SHOWS_THROUGHOUT, replace(record, text='ünï\n"code"')):
+    whole = replace(record, placebo=placebo(INF), write_orthogonal=placebo(1 / 7), longer=None)
+    for one in (record, whole, missed("y", near=INF), SHOWS_THROUGHOUT, replace(record, text='ünï\n"code"')):
         line = one.to_json()
         assert "\n" not in line
         assert ExampleRecord.from_json(line) == one
@@ -252,20 +227,26 @@ def test_a_record_survives_its_line() -> None:
 
 
 def test_numbers_that_are_not_finite_are_null_and_read_back_as_nan() -> None:
-    record = ExampleRecord("x", math.nan, math.inf, SearchRecord("NON_FINITE", 0, -math.inf, math.nan))
+    search = SearchRecord("NON_FINITE", 0, -INF, math.nan, INF, None, {"ascent": INF}, math.nan)
+    record = ExampleRecord("x", math.nan, INF, -INF, math.nan, search)
     line = record.to_json()
     values = json.loads(line)
     assert values["base_slack"] is values["defended_slack"] is values["search"]["slack"] is None
+    assert values["search"]["smallest"] is values["search"]["by_solver"]["ascent"] is None
     back = ExampleRecord.from_json(line)
     assert back.to_json() == line
     assert not back.valid_flip
+    assert not back.strict_flip
     assert back.search is not None
     assert math.isnan(back.search.slack)
+    assert math.isnan(back.search.draws_reached)
+    # Where a norm must be: not reached.
+    assert back.search.smallest == back.search.by_solver["ascent"] == INF
 
 
 def test_a_broken_search_gives_one_verdict_before_and_after_its_line() -> None:
-    facts = FACTS | {"slack": None, "score": None, "shows": False}
-    record = ExampleRecord("x", 1.0, -1.0, SearchRecord("NON_FINITE", 0, -math.inf, -math.inf), facts)
+    broken = searched(missed("x", near=INF), status="NON_FINITE", steps=0, score=-INF, slack=-INF)
+    record = certified(broken, slack=None, score=None)
     fresh, read = (conclude(one).to_dict() for one in (record, ExampleRecord.from_json(record.to_json())))
     assert json.dumps(fresh) == json.dumps(read)
     assert fresh["verdict"] == "INCONCLUSIVE"
@@ -284,17 +265,47 @@ def test_a_line_with_the_certificate_of_another_version_is_refused() -> None:
         ExampleRecord.from_json(json.dumps(values))
 
 
-def test_records_of_a_solution_and_a_certificate() -> None:
-    solution = Solution(
-        torch.zeros(2, 1, 3),
-        torch.tensor([1.5, -2.0]),
-        torch.tensor([0.5, -torch.inf]),
-        torch.tensor([3, 0]),
-        (Status.RECOVERED, Status.NON_FINITE),
+def test_a_line_with_a_key_of_another_version_is_refused() -> None:
+    values = json.loads(flip("x").to_json())
+    for changed in (values | {"more": 1}, values | {"search": values["search"] | {"more": 1}}):
+        with pytest.raises(ValueError, match="more"):
+            ExampleRecord.from_json(json.dumps(changed))
+
+
+def test_values_of_a_worst_case_and_a_certificate() -> None:
+    found = WorstCase(
+        delta=torch.zeros(2, 1, 3),
+        score=torch.tensor([1.5, -2.0]),
+        slack=torch.tensor([0.5, -torch.inf]),
+        status=(Status.RECOVERED, Status.NON_FINITE),
+        steps=torch.tensor([3, 0]),
+        smallest=torch.zeros(2, 1, 3),
+        norm=torch.tensor([0.25, torch.inf]),
+        winner=("adam", None),
+        by_solver={"adam": torch.tensor([0.25, torch.inf]), "random": torch.tensor([4.0, torch.inf])},
+        draws_reached=torch.tensor([0.125, torch.nan]),
     )
-    assert search_records(solution) == [
-        SearchRecord("RECOVERED", 3, 1.5, 0.5),
-        SearchRecord("NON_FINITE", 0, -2.0, -math.inf),
+    assert search_values(found) == [
+        {
+            "status": "RECOVERED",
+            "steps": 3,
+            "score": 1.5,
+            "slack": 0.5,
+            "smallest": 0.25,
+            "winner": "adam",
+            "by_solver": {"adam": 0.25, "random": 4.0},
+            "draws_reached": 0.125,
+        },
+        {
+            "status": "NON_FINITE",
+            "steps": 0,
+            "score": -2.0,
+            "slack": None,
+            "smallest": None,
+            "winner": None,
+            "by_solver": {"adam": None, "random": None},
+            "draws_reached": None,
+        },
     ]
     one = torch.tensor([1.0, 2.0])
     columns: dict[str, torch.Tensor] = dict.fromkeys(FACTS, one) | {
@@ -303,10 +314,11 @@ def test_records_of_a_solution_and_a_certificate() -> None:
         "preactivation_shift": torch.tensor([[0.5, 0.25], [1.0, 2.0]]),
         "threshold_margin": torch.tensor([[torch.nan, 1.0], [2.0, torch.inf]]),
     }
-    first, second = certificate_records(Certificate(**columns))
+    first, second = certificate_values(Certificate(**columns))
     assert (first["shows"], first["drift"], first["threshold_margin"]) == (True, 1.0, [None, 1.0])
     assert (second["shows"], second["drift"], second["threshold_margin"]) == (False, 2.0, [2.0, None])
     assert second["preactivation_shift"] == [1.0, 2.0]
+    assert set(KEPT) <= first.keys()
 
 
 def test_a_recovery_that_moved_clamped_features_does_not_count() -> None:
@@ -324,6 +336,285 @@ def test_a_search_that_only_ever_moved_clamped_features_is_inconclusive() -> Non
 
 
 def test_what_the_replay_shows_without_a_delta_is_no_flip_to_recover() -> None:
-    """A half-precision model may call suppressed what the float32 replay does not."""
-    values = validated(conclude(flip("x"), flip("y", defended_slack=0.1), missed("z")))
+    """A half-precision model may call suppressed what the float32 replay does not; no figure is of these."""
+    shown = replace(flip("y", defended_slack=0.1), placebo=placebo(1.0), undefended=None)
+    values = validated(conclude(flip("x"), shown, missed("z"), curve=(20.0,)))
     assert (values["recovery"]["recovered"], values["recovery"]["searched"]) == (1, 2)
+    assert values["curve"][0]["rate"] == 1 / 2
+    assert values["minimum_norm"]["median"] == 30.0
+    assert values["controls"]["placebo"] is None
+    alone = conclude(shown, transfer=transfer())
+    assert (validated(alone)["verdict"], failed(alone)) == ("INCONCLUSIVE", ["replay"])
+
+
+# The smallest norms: 2, 3, 5, 8 and twice not reached.
+SIX = (
+    flip("a", near=3.0, displacement=12.0),
+    flip("b", near=5.0, displacement=5.0),
+    at_smallest(flip("c", near=8.0, norm=16.0, displacement=4.0), relative_norm=0.1),
+    missed("d", status="UNMOVED", near=INF),
+    flip("e", near=2.0, displacement=4.0),
+    missed("f", status="UNMOVED", near=INF),
+)
+
+
+def test_the_distribution_of_smallest_norms_by_hand() -> None:
+    """Quartiles are members of the sample, the upper one where two would do; what was not reached is infinite."""
+    smallest = conclude(*SIX).minimum_norm
+    assert smallest is not None
+    assert (smallest["median"], smallest["quartiles"], smallest["unreached"]) == (8.0, [5.0, INF], 2)
+    # Over displacement: 0.25, 1, 2, infinite, 0.5, infinite.
+    assert smallest["median_over_displacement"] == 2.0
+    # Of the residual's norm: 0.15, 0.25, 0.1, infinite, 0.1, infinite.
+    assert smallest["median_over_residual"] == 0.25
+    assert smallest["interval95"] == list(median_interval([2.0, 3.0, 5.0, 8.0, INF, INF]))
+    assert smallest["by_solver"] == pytest.approx(
+        {"ascent": 1.05 * 8, "adam": 1.04 * 8, "smallest_norm": 8.0, "random": 16.0}
+    )
+    values = validated(conclude(*SIX))
+    assert values["minimum_norm"]["quartiles"] == [5.0, None]
+    assert values["minimum_norm"]["interval95"][1] is None
+
+
+def test_of_five_the_quartiles_are_the_second_the_third_and_the_fourth() -> None:
+    smallest = conclude(*(flip(f"e{size}", near=float(size)) for size in (9, 1, 7, 3, 5))).minimum_norm
+    assert smallest is not None
+    assert (smallest["median"], smallest["quartiles"], smallest["unreached"]) == (5.0, [3.0, 7.0], 0)
+
+
+def test_the_interval_does_not_depend_on_the_order_of_examples() -> None:
+    """Resamples are drawn by place: of these 22, in this order and the other, they are not the same ones."""
+    records = [flip(f"e{row}", near=float(row + 1)) for row in range(22)]
+    one, other = (conclude(*some).minimum_norm for some in (records, records[::-1]))
+    assert one is not None
+    assert one == other
+
+
+def test_a_smallest_norm_is_one_that_a_certificate_bears_out() -> None:
+    """Not the solver's word; and the delta within the budget may be the one that holds."""
+    for record, norm, share in (
+        (flip("x", near=3.0), 3.0, 0.15),
+        (at_smallest(flip("x", near=3.0), held=False), 4.0, 0.2),
+        (at_smallest(flip("x", near=3.0), shows=False), 4.0, 0.2),
+        (at_smallest(flip("x", near=3.0), norm=None), 4.0, 0.2),
+        (at_smallest(missed("x", near=30.0), held=False), INF, INF),
+        (flip("x", near=5.0, norm=4.0, relative_norm=0.2), 4.0, 0.2),
+    ):
+        smallest = conclude(record).minimum_norm
+        assert smallest is not None
+        assert (smallest["median"], smallest["median_over_residual"]) == (norm, pytest.approx(share))
+        assert smallest["median_over_displacement"] == norm / 8
+
+
+def test_the_share_of_the_residual_is_known_where_nothing_within_the_budget_was_any_use() -> None:
+    """The delta within the budget may be zero, and says nothing of the residual."""
+    smallest = conclude(missed("x", near=30.0, norm=0.0, relative_norm=0.0)).minimum_norm
+    assert smallest is not None
+    assert (smallest["median"], smallest["median_over_residual"]) == (30.0, 1.5)
+
+
+def test_ratios_that_are_not_numbers_are_left_out_of_a_median() -> None:
+    one, two = flip("x", near=2.0, displacement=None), flip("y", near=3.0, displacement=1.5)
+    smallest = conclude(one, two).minimum_norm
+    assert smallest is not None
+    assert (smallest["median"], smallest["median_over_displacement"]) == (3.0, 2.0)
+    assert validated(conclude(one))["minimum_norm"]["median_over_displacement"] is None
+
+
+def test_the_curve_by_hand() -> None:
+    """Norms 2, 3 and 30, and one that was not reached, against five budgets."""
+    records = flip("a", near=2.0), flip("b", near=3.0), missed("c"), missed("d", status="UNMOVED", near=INF)
+    points = validated(conclude(*records, curve=(1.0, 2.0, 20.0, 30.0, 40.0)))["curve"]
+    assert [point["budget"] for point in points] == [1.0, 2.0, 20.0, 30.0, 40.0]
+    assert [point["rate"] for point in points] == [0.0, 0.25, 0.5, 0.75, 0.75]
+    # Wilson at 1 of 4: (1/4 + z^2/8 -+ z sqrt(3/64 + z^2/64)) / (1 + z^2/4), z = 1.96.
+    assert points[1]["wilson95"] == pytest.approx([0.0456, 0.6994], abs=1e-4)
+    assert points[0]["wilson95"][0] == 0.0
+
+
+def test_controls_by_hand() -> None:
+    by_random = {"ascent": 25.0, "adam": 26.0, "smallest_norm": INF, "random": 15.0}
+    undone = {
+        "rate": 0.25,
+        "cosine": -0.5,
+        "scales": [{"scale": 1.0, "rate": 0.25, "averaged_rate": 0.0, "norm_mean": 3.5}],
+    }
+    records = (
+        replace(flip("a", near=3.0), placebo=placebo(10.0), write_orthogonal=placebo(4.0)),
+        replace(
+            searched(missed("b"), by_solver=by_random, smallest=15.0, draws_reached=0.02),
+            placebo=placebo(INF),
+            write_orthogonal=placebo(30.0),
+        ),
+        replace(searched(flip("c", near=6.0), draws_reached=0.04), placebo=placebo(30.0), undefended=False),
+        replace(searched(missed("d", status="UNMOVED", near=INF), draws_reached=math.nan), undefended=None),
+    )
+    controls = validated(conclude(*records, undo=undone))["controls"]
+    # Own norms 3, 25 (that of `random` is not compared) and 6, against 10, infinite and 30.
+    paired = controls["placebo"].pop("paired")
+    assert controls["placebo"] == {
+        "n": 3,
+        "rate": 1 / 3,
+        "own_rate": 2 / 3,
+        "median_norm": 30.0,
+        "own_median_norm": 6.0,
+    }
+    assert (paired["n"], paired["smaller"], paired["larger"], paired["ties"]) == (3, 3, 0, 0)
+    # The ratios are 0.3, 0 and 0.2; three of three by chance: 1 in 8.
+    assert (paired["median_ratio"], paired["p"]) == (pytest.approx(0.2), 0.125)
+    assert controls["random"] == {"rate": pytest.approx(0.02), "examples_reached": 2, "n": 3}
+    assert controls["undo"] == undone
+    assert controls["write_orthogonal"] == {"rate": 0.5, "median_norm": 30.0}
+    assert controls["undefended"] == {"rate": pytest.approx(2 / 3)}
+    assert controls["unbounded"] == {"rate": 0.75}
+    assert controls["placebo_features"] is None
+
+
+@pytest.mark.parametrize(
+    ("draws", "expected"),
+    [
+        ([(6, 10, 3), (2, 10, 1), (None, None, None)], (2, 0.4, 8, 0.5)),
+        ([(0, 10, 0)], (1, 0.0, 0, None)),
+        ([(None, None, None)], None),
+        ([(0, 0, 0)], None),
+    ],
+)
+def test_placebo_features_by_hand(draws: list[tuple[Any, ...]], expected: tuple[Any, ...] | None) -> None:
+    """Suppressed 6 of 10 and 2 of 10, of which 3 and 1 came back; a draw that was not possible is no draw."""
+    given = [dict(zip(("suppressed", "base", "recovered"), draw, strict=True)) for draw in draws]
+    found = validated(conclude(flip("x"), placebo_features=given))["controls"]["placebo_features"]
+    names = ("draws", "suppressed_rate", "suppressed", "rate")
+    assert found == (None if expected is None else dict(zip(names, expected, strict=True)))
+
+
+def as_easy(n: int = 12) -> list[ExampleRecord]:
+    """Flips whose placebo needs as long a perturbation."""
+    return [replace(flip(f"e{row}"), placebo=placebo(3.0)) for row in range(n)]
+
+
+@pytest.mark.parametrize(("found", "specific"), [(transfer(), True), (NOTHING, False), (None, None)])
+def test_whether_it_is_specific_is_judged_by_the_rules_of_evidence(
+    found: dict[str, Any] | None, specific: bool | None
+) -> None:
+    verdict = conclude(*as_easy(), transfer=found)
+    assert verdict.verdict == "RECOVERABLE"
+    assert verdict.specific is specific
+    assert validated(verdict)["specific"] == ("unknown" if specific is None else specific)
+    words = {True: "specific: one shared perturbation cannot carry", False: "not specific: one shared"}
+    assert specific is None or any(reason.startswith(words[specific]) for reason in verdict.reasons)
+
+
+def test_nothing_is_specific_but_what_was_recovered() -> None:
+    for verdict, name in (
+        (conclude(missed("x"), transfer=transfer()), "NOT_RECOVERED_AT_BUDGET"),
+        (conclude(flip("x", norm=99.0), transfer=transfer()), "INCONCLUSIVE"),
+        (conclude(flip("x"), fits=[replace(GOOD, explained_variance=0.1)], transfer=transfer()), "INVALID"),
+    ):
+        assert (verdict.verdict, verdict.specific) == (name, None)
+        assert not any("pecific" in reason for reason in verdict.reasons)
+
+
+def test_statistics_by_hand() -> None:
+    """Eight of eight held out against none of eight shuffled: 1 deal of 16 over 8; four comparisons."""
+    found = transfer(own=(8, 8), plus=(8, 8), shuffled=(0, 8), random=(0, 100))
+    rules = Rules(alpha=0.02, most=0.6, max_chance=0.3, min_heldout=7, min_pairs=4)
+    statistics = validated(conclude(*as_easy(), transfer=found, plan=Plan(rules=rules)))["statistics"]
+    one = 1 / math.comb(16, 8)
+    # Holm: the smallest two p-values are four times theirs; every pair is a tie, and both targets are always reached.
+    assert statistics["p_corrected"] == pytest.approx(
+        {"transfer": 4 * one, "write_orthogonal_transfer": 4 * one, "placebo": 1.0, "placebo_rate": 1.0}
+    )
+    assert statistics["comparisons"] == 4
+    assert statistics["rules"] == asdict(rules)
+    assert statistics["correction"] == "Holm"
+    nothing = validated(conclude(flip("x")))["statistics"]
+    assert (nothing["comparisons"], nothing["p_corrected"]) == (0, {})
+
+
+def test_the_rules_of_the_plan_are_those_that_judge() -> None:
+    found = transfer(own=(8, 8), plus=(8, 8), shuffled=(0, 8), random=(0, 100))
+    for least, specific in ((8, True), (9, None)):
+        verdict = conclude(*as_easy(), transfer=found, plan=Plan(rules=Rules(min_heldout=least)))
+        assert verdict.specific is specific
+
+
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [
+        (transfer(own=(38, 40)), True),
+        (NOTHING, False),
+        (transfer(shuffled=(0, 0)), False),
+        ({"refused": "only 1 example flips by the predicate that it is read with"}, False),
+        # 3 of 3 against 0 of 8: one deal of 165 over 3, 0.6 %; against 0 of 6, one of 84, 1.2 %.
+        (transfer(own=(3, 3), shuffled=(0, 8)), True),
+        (transfer(own=(3, 3), shuffled=(0, 6)), False),
+    ],
+)
+def test_a_mechanism_that_survived_is_told_where_the_budget_was_too_small(found: dict[str, Any], said: bool) -> None:
+    verdict = conclude(missed("x"), missed("y"), transfer=found)
+    assert verdict.verdict == "NOT_RECOVERED_AT_BUDGET"
+    reasons = [reason for reason in verdict.reasons if "the mechanism survived the clamp" in reason]
+    assert len(reasons) == said
+    if said:
+        hits, n = found["readings"]["own"]["hits"], found["readings"]["own"]["n"]
+        assert reasons[0].startswith("beyond the budget, one perturbation of norm 60 shared by all prompts")
+        assert f"{hits} of {n} that it was not fitted to" in reasons[0]
+
+
+def test_a_shared_perturbation_of_the_budget_is_not_beyond_it() -> None:
+    reasons = conclude(missed("x"), transfer=transfer(budget=20.0)).reasons
+    assert any(reason.startswith("at the budget, one perturbation of norm 20 shared") for reason in reasons)
+
+
+@pytest.mark.parametrize(
+    ("broken", "passes"),
+    [(Utility(3.0, 4.5, 1.5, 100, True), False), (Utility(3.0, 3.25, 0.25, 100, False), True)],
+)
+def test_a_clamp_that_breaks_ordinary_text_is_a_caution(broken: Utility, passes: bool) -> None:
+    verdict = conclude(flip("x"), utility=broken, transfer=transfer())
+    values = validated(verdict)
+    assert (values["verdict"], values["specific"]) == ("RECOVERABLE", True)
+    (gate,) = (gate for gate in values["gates"] if gate["name"] == "utility")
+    assert (gate["passed"], gate["decides"]) == (passes, None)
+    assert values["fit"]["utility"] == asdict(broken)
+    told = [reason for reason in values["reasons"] if "breaks ordinary text" in reason]
+    assert len(told) == (not passes)
+    assert passes or "3.00 nats a token without it and 4.50 with it" in told[0]
+
+
+def test_the_largest_cost_on_neutral_text_is_that_of_the_plan() -> None:
+    verdict = conclude(
+        flip("x"), utility=Utility(3.0, 3.25, 0.25, 100, False), plan=replace(Plan(), max_loss_increase=0.5)
+    )
+    assert any("0.5 more is where a model counts as broken" in gate.detail for gate in verdict.gates)
+
+
+@pytest.mark.parametrize(("suppressed", "said"), [(25, True), (24, False)])
+def test_random_features_that_suppress_as_much_are_a_caution(suppressed: int, said: bool) -> None:
+    """Two flips of four that show: half of 50 % is where random features count as no other."""
+    draws = [{"base": 100, "suppressed": suppressed, "recovered": 0}]
+    for records in ((flip("x"), flip("y")), (missed("x"), missed("y"))):
+        verdict = conclude(*records, SHOWS_THROUGHOUT, replace(SHOWS_THROUGHOUT, id="d"), placebo_features=draws)
+        told = [reason for reason in verdict.reasons if "hardly these features" in reason]
+        assert len(told) == said
+        assert not said or "on 25% of the examples, against 50% with those of the defense" in told[0]
+    bad = conclude(flip("x"), fits=[replace(GOOD, explained_variance=0.1)], placebo_features=draws)
+    assert not any("hardly these features" in reason for reason in bad.reasons)
+
+
+def test_a_search_with_nothing_to_search_says_so() -> None:
+    statuses = ("NOTHING_ADMISSIBLE", "UNMOVED", "UNMOVED", "EXHAUSTED")
+    records = [missed(f"e{row}", status=status) for row, status in enumerate(statuses)]
+    reasons = conclude(*records).reasons
+    assert any(reason.startswith("on 1 of them nothing is admissible at all") for reason in reasons)
+    assert any(reason.startswith("on 2 of them no admissible perturbation that was drawn") for reason in reasons)
+    assert not any("of them n" in reason for reason in conclude(flip("x"), *records).reasons)
+
+
+def test_the_verdict_keeps_its_records_and_where_it_came_from() -> None:
+    verdict = conclude(flip("x"), SHOWS_THROUGHOUT)
+    assert verdict.records == (flip("x"), SHOWS_THROUGHOUT)
+    values = validated(verdict)
+    assert "records" not in values
+    assert values["provenance"]["model"] == "tiny"
+    assert values["threat_model"]["budget"] == 20.0

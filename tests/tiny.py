@@ -1,4 +1,4 @@
-"""A tiny model, its tokenizer and SAEs that fit it, saved as `recover check` reads them: a whole check takes a second.
+"""A tiny model, its tokenizer and SAEs that fit it, saved as `recover check` reads them: a check takes a second or two.
 
 - *Tokenizer*: one token for every word that an IOI prompt can hold, so every name is a single token.
 - *Model*: a random Llama of three blocks. The embedding writes only to the first half of the residual stream and the
@@ -8,7 +8,7 @@
 
 A random model answers at chance, so about half of the prompts show the behavior at base, and setting a few features
 to a large value makes every prompt alike, so about half of these lose it. The budget brings all of them back: what is
-not found soon is looked for long.
+not found soon is looked for long. The configuration asks for little of every part of the protocol.
 """
 
 from __future__ import annotations
@@ -100,7 +100,9 @@ def configuration(folder: Path, **changes: Any) -> dict[str, Any]:
         ],
         "task": "ioi",
         "prompts": {"n": 40, "seed": 0},
-        "search": {"budget": 100.0, "steps": 20},
+        "search": {"budget": 100.0, "steps": 20, "curve": [0.5, 1.0]},
+        "controls": {"random_draws": 20, "placebo_features": 1},
+        "transfer": {"norms": [0.65], "folds": 1, "shuffles": 1, "draws": 10, "steps": 10},
         "device": "cpu",
     }
     for key, value in changes.items():

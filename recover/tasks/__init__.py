@@ -21,7 +21,7 @@ __all__ = ["TASKS", "Task", "get_task"]
 
 @runtime_checkable
 class Task(Protocol):
-    """Gives the examples of a task and their behavior; a module with these two functions is one."""
+    """Gives the examples of a task and their behavior; a module with these three functions is one."""
 
     def load(
         self,
@@ -39,6 +39,12 @@ class Task(Protocol):
         self, tokenizer: Any, examples: Sequence[ioi.IOIExample], device: torch.device | str = "cpu"
     ) -> Behavior:
         """What is asked of the model at the end of each prompt."""
+        ...
+
+    def strict(
+        self, tokenizer: Any, examples: Sequence[ioi.IOIExample], device: torch.device | str = "cpu"
+    ) -> Behavior | None:
+        """The same with a low rate of chance, to read transfer with; None where `behavior` has one already."""
         ...
 
 

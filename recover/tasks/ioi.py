@@ -25,10 +25,20 @@ from typing import Any, Literal, TypeVar, get_args
 
 import torch
 
-from recover.behavior import LogitDifference
+from recover.behavior import ChoiceMargin, LogitDifference
 from recover.types import InputError
 
-__all__ = ["IOIExample", "Template", "behavior", "candidate_names", "generate", "load", "load_jsonl", "token_id"]
+__all__ = [
+    "IOIExample",
+    "Template",
+    "behavior",
+    "candidate_names",
+    "generate",
+    "load",
+    "load_jsonl",
+    "strict",
+    "token_id",
+]
 
 Template = Literal["BABA", "ABBA"]
 TEMPLATES: tuple[Template, ...] = get_args(Template)
@@ -226,6 +236,23 @@ def behavior(tokenizer: Any, examples: Sequence[IOIExample], device: torch.devic
     target = [token_id(tokenizer, example.io, example.prompt) for example in examples]
     other = [token_id(tokenizer, example.subject, example.prompt) for example in examples]
     return LogitDifference(torch.tensor(target, device=device), torch.tensor(other, device=device))
+
+
+def strict(tokenizer: Any, examples: Sequence[IOIExample], device: torch.device | str = "cpu") -> ChoiceMargin:
+    """The indirect object the likeliest of all names that there are, the subject among them: chance is one in as many.
+
+    The same names compete in every prompt, so that a shared delta which takes down the subject, or writes one name, is
+    not rewarded for it.
+    """
+    names = {name: token_id(tokenizer, name) for name in single_token_names(tokenizer)}
+    rows = []
+    for example in examples:
+        own = [token_id(tokenizer, name, example.prompt) for name in (example.io, example.subject)]
+        rows.append([*own, *(token for token in names.values() if token not in own)])
+    width = min(map(len, rows))  # a file's own names may not be among ours
+    rows = [row[:width] for row in rows]
+    tokens = torch.tensor(rows, device=device)
+    return ChoiceMargin(tokens[:, 0], tokens[:, 1:])
 
 
 def load(

@@ -1,0 +1,200 @@
+"""The phases of a check that go example by example, each a function of one batch of the bench.
+
+==================  ==================================================================================================
+`accounting`        does the behavior show without the defense, and with it?
+`search`            for each valid flip the best that several solvers find under C1, and the smallest norm
+`certificates`      of the delta within the budget and of the smallest one, both read back from where they were saved
+`placebo`           the same search for an unrelated target
+`write_orthogonal`  the same search under C1+: orthogonal to what the clamp writes as well
+`budgets`           a search at each budget of the curve alone, and one of twice the steps: is the search in order?
+`undefended`        can the search find a way back that is known to exist?
+==================  ==================================================================================================
+
+A phase gives plain values by example id, which later become an `ExampleRecord`, and deltas to be saved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+
+from recover.behavior import Targeted
+from recover.bench import Batch, Bench
+from recover.certify import Certificate, certify
+from recover.controls import Anywhere, Undefended, displacement, longest, placebo_targets
+from recover.gradient_free import reexamined
+from recover.records import certificate_values, search_values, without_nan
+from recover.search import recover
+from recover.solvers import SOLVERS, Solver, WorstCase, random_draws, worst_case
+from recover.types import Tensor
+
+BY_GRADIENT = {name: solver for name, solver in SOLVERS.items() if name != "random"}
+"""Controls are searched with these, and compared with what these found for the behavior itself."""
+SMALLEST = "/smallest"
+KEPT = ("shows", "held", "slack", "norm", "relative_norm", "displacement", "constraint_residual")
+
+
+@dataclass(frozen=True, eq=False)
+class Done:
+    """What a phase gives for a batch: values by example id, and deltas by name."""
+
+    values: Mapping[str, Mapping[str, Any]]
+    deltas: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@runtime_checkable
+class Deltas(Protocol):
+    """Where saved deltas are read back."""
+
+    def delta(self, name: str) -> Tensor:
+        """A saved delta `[n_pos d_model]`."""
+
+
+Report = Callable[[int, int], None]
+"""`report(examples of the batch that are solved, examples of the batch)`."""
+Phase = Callable[[Bench, Batch, Deltas, Report], Done]
+
+
+def accounting(bench: Bench, batch: Batch, deltas: Deltas, report: Report) -> Done:
+    """Slack without the defense and with it, by both predicates; the text, where it is kept."""
+    columns = [values.tolist() for values in (batch.base, batch.under, batch.strict_base, batch.strict_under)]
+    names = ("base_slack", "defended_slack", "strict_base_slack", "strict_defended_slack")
+    values = {
+        example: without_nan(dict(zip(names, row, strict=True)))
+        for example, *row in zip(batch.examples.ids, *columns, strict=True)
+    }
+    for example, text in zip(batch.examples.ids, batch.examples.texts or (), strict=False):
+        values[example]["text"] = text
+    return Done(values)
+
+
+def search(bench: Bench, batch: Batch, deltas: Deltas, report: Report) -> Done:
+    """The worst case over the solvers, and its deltas."""
+    target, flips = batch.target, len(batch.flips)
+    solvers: dict[str, Solver] = {**SOLVERS, "random": partial(random_draws, draws=bench.plan.random_draws)}
+    found = worst_case(
+        target,
+        target.zero_delta,
+        bench.feasible(target),
+        bench.budget,
+        bench.schedule,
+        solvers,
+        on_solver=lambda _, left: report(flips - left, flips),
+    )
+    within = dict(zip(batch.flip_ids, found.delta.cpu(), strict=True))
+    smallest = {
+        f"{example}{SMALLEST}": delta for example, delta in zip(batch.flip_ids, found.smallest.cpu(), strict=True)
+    }
+    return Done(_by_id(batch, "search", search_values(found)), within | smallest)
+
+
+def certificates(bench: Bench, batch: Batch, deltas: Deltas, report: Report) -> Done:
+    """Both deltas of each flip, replayed."""
+    within, smallest = (
+        certificate_values(certified(bench, batch, [deltas.delta(f"{name}{suffix}") for name in batch.flip_ids]))
+        for suffix in ("", SMALLEST)
+    )
+    kept = [{name: facts[name] for name in KEPT} for facts in smallest]
+    return Done(
+        {
+            example: {"certificate": one, "smallest": other}
+            for example, one, other in zip(batch.flip_ids, within, kept, strict=True)
+        }
+    )
+
+
+def certified(bench: Bench, batch: Batch, saved: list[Tensor]) -> Certificate:
+    """The certificates of one delta for each flip of the batch."""
+    part = batch.examples.select(batch.flips)
+    return certify(bench.exact, bench.defense, part.prompts, part.behavior, torch.stack(saved), bench.placement)
+
+
+def placebo(bench: Bench, batch: Batch, deltas: Deltas, report: Report) -> Done:
+    """The search for an unrelated target, where the behavior has targets and there is one."""
+    behavior = bench.examples.behavior
+    if not isinstance(behavior, Targeted):
+        return Done({})
+    drawn = placebo_targets(batch.target, batch.flip_ids, behavior.target.tolist(), bench.plan.seed)
+    if drawn is None or not bool(drawn[1].any()):
+        return Done({})
+    tokens, there = drawn
+    rows = there.nonzero().flatten()
+    part = batch.target.select(rows)
+    assert isinstance(part.behavior, Targeted)
+    aimed = replace(part, behavior=part.behavior.retarget(tokens[rows]))
+    ids = [batch.flip_ids[row] for row in rows.tolist()]
+    return Done({name: {"placebo": one} for name, one in zip(ids, _compared(bench, aimed), strict=True)})
+
+
+def write_orthogonal(bench: Bench, batch: Batch, deltas: Deltas, report: Report) -> Done:
+    """The search for the behavior itself under C1+."""
+    return Done(_by_id(batch, "write_orthogonal", _compared(bench, batch.target, write_orthogonal=True)))
+
+
+def budgets(bench: Bench, batch: Batch, deltas: Deltas, report: Report) -> Done:
+    """A search at each budget of the curve; and at the budget one of twice the steps."""
+    target, goal = batch.target, bench.schedule.goal
+    feasible, schedule = bench.feasible(target), bench.schedule
+    reached = {
+        budget: (recover(target, target.zero_delta, feasible, budget, schedule).slack >= goal).tolist()
+        for budget in curve_budgets(bench)
+    }
+    longer = recover(
+        target, target.zero_delta, feasible, bench.budget, replace(schedule, steps=2 * schedule.steps)
+    ).slack
+    return Done(
+        {
+            example: {
+                "reached_at": {f"{budget:g}": values[row] for budget, values in reached.items()},
+                "longer": bool(longer[row] >= goal),
+            }
+            for row, example in enumerate(batch.flip_ids)
+        }
+    )
+
+
+def undefended(bench: Bench, batch: Batch, deltas: Deltas, report: Report) -> Done:
+    """A search with the clamp off and nothing held, from where the clamp would have put the state."""
+    objective, start = Undefended.of(batch.target), displacement(batch.target)
+    reach = longest(start) * (1 + 1e-3)
+    found = recover(objective, start, Anywhere(), reach, bench.schedule)
+    found = reexamined(objective, found, Anywhere(), reach, bench.schedule)
+    back = (found.slack > 0).tolist()
+    return Done({example: {"undefended": back[row]} for row, example in enumerate(batch.flip_ids)})
+
+
+PHASES: Mapping[str, Phase] = {
+    "search": search,
+    "certificates": certificates,
+    "placebo": placebo,
+    "write_orthogonal": write_orthogonal,
+    "budgets": budgets,
+    "undefended": undefended,
+}
+"""Those over valid flips, in order."""
+
+
+def curve_budgets(bench: Bench) -> list[float]:
+    """The budgets of the curve, smallest first."""
+    return sorted({share * bench.budget for share in bench.plan.curve})
+
+
+def _compared(bench: Bench, target: Any, *, write_orthogonal: bool = False) -> list[dict[str, Any]]:
+    """A `PlaceboRecord` for each example of a search that is held against the main one."""
+    with torch.no_grad():
+        slack = target(target.zero_delta)[1].tolist()
+    feasible = bench.feasible(target, write_orthogonal=write_orthogonal)
+    found: WorstCase = worst_case(target, target.zero_delta, feasible, bench.budget, bench.schedule, BY_GRADIENT)
+    sizes = [min(float(norms[row]) for norms in found.by_solver.values()) for row in range(len(slack))]
+    return [
+        without_nan({"slack": start, "smallest": size, "within": size <= bench.budget})
+        for start, size in zip(slack, sizes, strict=True)
+    ]
+
+
+def _by_id(batch: Batch, name: str, values: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    return {example: {name: one} for example, one in zip(batch.flip_ids, values, strict=True)}
