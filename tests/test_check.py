@@ -533,6 +533,7 @@ def test_the_whole_protocol_by_its_default_plan() -> None:
         "own": n,
         "write_orthogonal": n,
         "shuffled": transfer.shuffles * n,
+        "dealt": transfer.shuffles * n,
         "random": transfer.draws * n,
     }
     shared = [name for name in store.deltas if name.startswith("transfer/")]

@@ -123,14 +123,6 @@ def test_ids_are_of_the_content_and_say_nothing_of_it(tokenizer):
     assert example.id == ioi.generate(tokenizer, 1, 0)[0].id
 
 
-def test_candidates_are_twenty_different_names_the_asked_ones_first(tokenizer):
-    names = ioi.candidate_names(tokenizer, including=["Paul", "Joseph", "Paul"])
-    assert names[:2] == ["Paul", "Joseph"]
-    assert len(names) == len(set(names)) == 20
-    with pytest.raises(InputError, match="only 59 of 500"):
-        ioi.candidate_names(tokenizer, count=500)
-
-
 @pytest.fixture
 def file(tmp_path):
     def write(*lines):

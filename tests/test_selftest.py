@@ -72,7 +72,7 @@ def test_other_processes_are_started_where_there_are_worlds_enough_for_them(monk
     assert [(one.kind, one.seed) for one in found] == [(kind, seed) for kind in WORLDS[:10] for seed in range(4)]
     assert told == [("planted worlds", done, 40) for done in range(1, 41)]
     selftest.selftest(range(4), WORLDS[:9])
-    selftest.selftest(range(4), processes=7)
+    assert {one.kind for one in selftest.selftest(range(4), processes=7)} == set(KINDS)
     assert started == [3, 1, 7]
 
 

@@ -32,7 +32,6 @@ __all__ = [
     "IOIExample",
     "Template",
     "behavior",
-    "candidate_names",
     "generate",
     "load",
     "load_jsonl",
@@ -71,7 +70,6 @@ OBJECTS = tuple(
     for noun in "book drink letter ticket basket coat camera gift lamp phone map key".split()
 )
 CONTEXT = "The drink was handed to"
-CANDIDATES = 20
 
 
 @dataclass(frozen=True)
@@ -122,23 +120,6 @@ def single_token_names(tokenizer: Any) -> list[str]:
         except InputError:
             continue
     return list(by_token.values())
-
-
-def candidate_names(tokenizer: Any, including: Sequence[str] = (), count: int = CANDIDATES) -> list[str]:
-    """Give `count` different names to rank against each other; chance is `1 / count`.
-
-    Args:
-        tokenizer: the model's.
-        including: names that come first, such as an example's `io` and `subject`.
-        count: how many in all.
-
-    Raises:
-        InputError: the tokenizer has fewer single-token names than that.
-    """
-    names = list(dict.fromkeys([*including, *single_token_names(tokenizer)]))
-    if len(names) < count:
-        raise InputError(f"this tokenizer has only {len(names)} of {count} candidate names as single tokens")
-    return names[:count]
 
 
 def generate(tokenizer: Any, n: int, seed: int, templates: Sequence[Template] = TEMPLATES) -> list[IOIExample]:
