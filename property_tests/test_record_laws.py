@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from recover.certify import Certificate
 from recover.config import Config, load_config
+from recover.evidence import Rules
 from recover.phases import KEPT
 from recover.records import ExampleRecord, PlaceboRecord, SearchRecord
 from recover.search import Status
@@ -174,14 +175,14 @@ def transfers(draw: st.DrawFn) -> dict[str, Any]:
     counts, shares = draw(
         st.sampled_from(
             [
-                ((40, 40, 40, 40), ((0.9, 1.0), (0.9, 1.0), (0.0, 0.1), (0.0,))),
-                ((40, 40, 40, 40), ((0.5, 0.6), (0.5, 1.0), (0.0, 0.1), (0.0,))),
-                ((40, 40, 40, 40), ((0.0, 0.1), (0.0, 0.1), (0.0, 0.1), (0.0,))),
-                ([draw(st.sampled_from([0, 3, 40])) for _ in range(4)], ((0.0, 0.5, 1.0),) * 4),
+                ((40, 40, 40, 40, 40), ((0.9, 1.0), (0.9, 1.0), (0.0, 0.1), (0.0, 0.3), (0.0,))),
+                ((40, 40, 40, 40, 40), ((0.5, 0.6), (0.5, 1.0), (0.0, 0.1), (0.0, 0.3), (0.0,))),
+                ((40, 40, 40, 40, 40), ((0.0, 0.1), (0.0, 0.1), (0.0, 0.1), (0.0,), (0.0,))),
+                ([draw(st.sampled_from([0, 3, 40])) for _ in range(5)], ((0.0, 0.5, 1.0),) * 5),
             ]
         )
     )
-    names = ("own", "write_orthogonal", "shuffled", "random")
+    names = ("own", "write_orthogonal", "shuffled", "dealt", "random")
     hits = [int(n * draw(st.sampled_from(share))) for n, share in zip(counts, shares, strict=True)]
     readings = {name: {"hits": k, "n": n} for name, k, n in zip(names, hits, counts, strict=True)}
     return {"budget": draw(st.floats(0.1, 1e3)), "readings": readings}
@@ -291,6 +292,9 @@ def test_only_what_is_recoverable_is_specific_and_only_with_shared_deltas_that_b
             ours, shuffled = transfer["readings"][name], transfer["readings"]["shuffled"]
             assert ours["hits"] > ours["n"] / 2
             assert ours["hits"] * shuffled["n"] > shuffled["hits"] * ours["n"]
+        for name in ("dealt", "random"):
+            chance = transfer["readings"][name]
+            assert chance["hits"] <= Rules().max_chance * chance["n"]
 
 
 seeds, shares = st.integers(0, 9), st.floats(0.01, 1)

@@ -251,3 +251,16 @@ def test_the_strict_predicate_sets_every_name_against_the_right_one(tokenizer):
         assert target == ioi.token_id(tokenizer, example.io)
         assert others[0] == ioi.token_id(tokenizer, example.subject)
         assert sorted([target, *others]) == sorted(names)
+
+
+def test_names_of_a_file_that_are_none_of_ours_compete_with_ours(tokenizer):
+    """As many candidates in every prompt, none of them twice, the own two first."""
+    (ours,) = ioi.generate(tokenizer, 1, seed=0)
+    prompt = "When the and John met at the park, John gave it to"
+    foreign = ioi.IOIExample.of(prompt, "the", "John", "ABBA")
+    one, other = ioi.strict(tokenizer, [ours, foreign]).tokens.tolist()
+    names = {ioi.token_id(tokenizer, name) for name in ioi.single_token_names(tokenizer)}
+    assert len(one) == len(other) == len(set(other)) == len(names)
+    assert set(one) == names
+    assert other[:2] == [ioi.token_id(tokenizer, name, prompt) for name in ("the", "John")]
+    assert set(other) - names == {other[0]}
