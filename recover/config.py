@@ -117,7 +117,10 @@ class ClampConfig(_Section):
 
 
 class PromptConfig(_Section):
-    """Which prompts: `n` generated ones (64 by default), or the first `n` (by default all) of a file."""
+    """Which prompts: `n` generated ones (64 by default), or the first `n` (by default all) of a file.
+
+    `candidates` is how many answers compete in the predicate that transfer is read with; all that there are by default.
+    """
 
     n: PositiveInt | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
@@ -126,6 +129,7 @@ class PromptConfig(_Section):
         "ABBA",
     )
     file: Text | None = None
+    candidates: Annotated[int, Field(ge=2)] | None = None
 
     @model_validator(mode="before")
     @classmethod

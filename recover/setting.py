@@ -83,11 +83,11 @@ def load_setting(config: Config, *, keep_text: bool = False) -> Setting:
     for place in places:
         check_fits(model, place)
     saes = {name: sae.to(model.device) for name, sae in saes.items()}
-    asked = task.load(loaded.tokenizer, **config.prompts.model_dump())
+    asked = task.load(loaded.tokenizer, **config.prompts.model_dump(exclude={"candidates"}))
     texts = [example.prompt for example in asked]
     behavior = task.behavior(loaded.tokenizer, asked, model.device)
     ids = [example.id for example in asked]
-    strict = task.strict(loaded.tokenizer, asked, model.device)
+    strict = task.strict(loaded.tokenizer, asked, model.device, config.prompts.candidates)
     examples = Examples(ids, model.tokenize(texts), behavior, texts if keep_text else None, strict)
     return Setting(config, loaded, model, saes, examples)
 

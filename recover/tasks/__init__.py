@@ -42,7 +42,11 @@ class Task(Protocol):
         ...
 
     def strict(
-        self, tokenizer: Any, examples: Sequence[ioi.IOIExample], device: torch.device | str = "cpu"
+        self,
+        tokenizer: Any,
+        examples: Sequence[ioi.IOIExample],
+        device: torch.device | str = "cpu",
+        candidates: int | None = None,
     ) -> Behavior | None:
         """The same with a low rate of chance, to read transfer with; None where `behavior` has one already."""
         ...

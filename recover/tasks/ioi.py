@@ -219,18 +219,23 @@ def behavior(tokenizer: Any, examples: Sequence[IOIExample], device: torch.devic
     return LogitDifference(torch.tensor(target, device=device), torch.tensor(other, device=device))
 
 
-def strict(tokenizer: Any, examples: Sequence[IOIExample], device: torch.device | str = "cpu") -> ChoiceMargin:
+def strict(
+    tokenizer: Any,
+    examples: Sequence[IOIExample],
+    device: torch.device | str = "cpu",
+    candidates: int | None = None,
+) -> ChoiceMargin:
     """The indirect object the likeliest of all names that there are, the subject among them: chance is one in as many.
 
     The same names compete in every prompt, so that a shared delta which takes down the subject, or writes one name, is
-    not rewarded for it.
+    not rewarded for it. With `candidates` only so many compete, the example's own two first.
     """
     names = {name: token_id(tokenizer, name) for name in single_token_names(tokenizer)}
     rows = []
     for example in examples:
         own = [token_id(tokenizer, name, example.prompt) for name in (example.io, example.subject)]
         rows.append([*own, *(token for token in names.values() if token not in own)])
-    width = min(map(len, rows))  # a file's own names may not be among ours
+    width = min(candidates or len(names), *map(len, rows))  # a file's own names may not be among ours
     rows = [row[:width] for row in rows]
     tokens = torch.tensor(rows, device=device)
     return ChoiceMargin(tokens[:, 0], tokens[:, 1:])
