@@ -262,6 +262,7 @@ CHANGES = {
     "transfer.shuffles": 2,
     "transfer.draws": 10,
     "transfer.steps": 10,
+    "prompts.candidates": 20,
     "rules.alpha": 0.05,
     "rules.most": 0.6,
     "rules.max_chance": 0.2,
