@@ -28,6 +28,7 @@ from recover.gates import (
     fit_gates,
     flips_gate,
     health_gates,
+    hopeless,
     search_gates,
     suppressed,
     utility_gate,
@@ -132,7 +133,7 @@ def decide(
     if name == "RECOVERABLE":
         reasons = [words.found(found), *finding.reasons]
     elif name == "NOT_RECOVERED_AT_BUDGET":
-        statuses = [r.search.status for r in searched if r.search is not None]
+        statuses = [r.search.status for r in searched if r.search is not None and hopeless(r)]
         reasons = [words.not_found(found), *words.unmoved(statuses), *words.in_spite(evidence.read, budget, plan.rules)]
     smallest = minimum_norm(searched) if searched else None
     features = placebo_features(evidence.placebo_features)

@@ -141,12 +141,15 @@ def reached(name: str, near: float = 3.0, **budgets: bool) -> ExampleRecord:
     return replace(flip(name, near=near), reached_at={key.removeprefix("b"): found for key, found in budgets.items()})
 
 
-def test_monotone_in_budget_where_more_found_less() -> None:
+def test_monotone_in_budget_is_of_the_worst_case_over_solvers() -> None:
+    """That one ascent lost something at a larger budget is told; another solver found it there."""
     lost = reached("x", b5=True, b10=False, b20=True)
-    decides("monotone_in_budget", lost)
-    assert gate("monotone_in_budget", reached("x", b5=False, b10=True, b20=True)).passed
-    assert gate("monotone_in_budget", *of(10, lost)).passed
-    assert not gate("monotone_in_budget", *of(10, lost, replace(lost, id="y"))).passed
+    found = gate("monotone_in_budget", lost, flip("y"))
+    assert found.passed
+    assert "on 1 steepest ascent alone lost at a larger budget" in found.detail
+    whole = gate("monotone_in_budget", reached("x", b5=False, b10=True, b20=True))
+    assert whole.passed
+    assert "ascent" not in whole.detail
 
 
 def test_monotone_in_budget_where_one_budget_came_closer_than_the_smallest_norm() -> None:
@@ -154,9 +157,9 @@ def test_monotone_in_budget_where_one_budget_came_closer_than_the_smallest_norm(
     assert gate("monotone_in_budget", reached("x", near=5.05, b5=True, b20=True)).passed
     closer = reached("x", near=5.06, b5=True, b20=True)
     decides("monotone_in_budget", closer)
+    decides("monotone_in_budget", reached("x", near=INF, b5=True, b10=False, b20=False))
     assert gate("monotone_in_budget", *of(10, closer)).passed
-    # One of each: neither is on more than one of ten.
-    assert gate("monotone_in_budget", *of(10, closer, reached("y", b5=True, b20=False))).passed
+    assert not gate("monotone_in_budget", *of(10, closer, replace(closer, id="y"))).passed
     assert gate("monotone_in_budget", replace(flip("x"), reached_at=None)).passed
 
 
@@ -211,6 +214,12 @@ def test_norm_at_budget_is_a_caution(norm: float, passes: bool) -> None:
     assert not failed(verdict)
     assert (found.detail in verdict.reasons) is not passes
     assert found.detail.startswith(f"{int(not passes)} of 1 searches that failed")
+
+
+@pytest.mark.parametrize("status", ["UNMOVED", "NOTHING_ADMISSIBLE"])
+def test_a_budget_stops_nothing_where_nothing_would_help(status: str) -> None:
+    found = gate("norm_at_budget", missed("x", status=status, norm=20.0, near=math.inf), missed("y"))
+    assert (found.passed, found.detail[:33]) == (True, "0 of 2 searches that failed ended")
 
 
 @pytest.mark.parametrize("name", ["finite_differences", "error_channel"])

@@ -158,6 +158,7 @@ def test_no_valid_flip_makes_it_invalid() -> None:
         (replace(flip("x"), undefended=False), "undefended"),
         (replace(missed("x"), longer=True), "doubled_steps"),
         (replace(flip("x"), reached_at={"2": True, "20": False}), "monotone_in_budget"),
+        (replace(flip("x"), reached_at={"4": True, "20": False}), None),
     ],
 )
 def test_what_cannot_be_believed_is_inconclusive(record: ExampleRecord, gate: str | None) -> None:
@@ -603,8 +604,10 @@ def test_random_features_that_suppress_as_much_are_a_caution(suppressed: int, sa
 
 
 def test_a_search_with_nothing_to_search_says_so() -> None:
-    statuses = ("NOTHING_ADMISSIBLE", "UNMOVED", "UNMOVED", "EXHAUSTED")
-    records = [missed(f"e{row}", status=status) for row, status in enumerate(statuses)]
+    """Not of what a longer delta does bring back."""
+    statuses = ("NOTHING_ADMISSIBLE", "UNMOVED", "UNMOVED")
+    records = [missed(f"e{row}", status=status, near=math.inf) for row, status in enumerate(statuses)]
+    records += [missed("longer", status="UNMOVED"), missed("tried", status="EXHAUSTED")]
     reasons = conclude(*records).reasons
     assert any(reason.startswith("on 1 of them nothing is admissible at all") for reason in reasons)
     assert any(reason.startswith("on 2 of them no admissible perturbation that was drawn") for reason in reasons)
