@@ -55,6 +55,20 @@ class Targeted(Behavior, Protocol):
         """The same question with `target [batch]` as the right answer; the old one takes a rival's place."""
 
 
+@runtime_checkable
+class Answering(Behavior, Protocol):
+    """A behavior that reads the logits of a whole answer, `[batch pos choice]`, and not of the next token alone."""
+
+    @property
+    def reads(self) -> int:
+        """At how many of the last positions: as many as the longest answer has tokens."""
+
+
+def positions_read(behavior: Behavior) -> int:
+    """At how many of the last positions a behavior reads logits: one, or as many as its answer has tokens."""
+    return behavior.reads if isinstance(behavior, Answering) else 1
+
+
 def shows(behavior: Behavior, logits: Logits) -> Bool[Tensor, "batch"]:
     """Whether the behavior shows, by example."""
     return behavior.slack(logits) > 0
@@ -159,3 +173,55 @@ class AnswerLikelihood:
 
     def _answer(self, values: Logits) -> PerExample:
         return values.gather(1, self.answer[:, None])[:, 0]
+
+
+@dataclass(frozen=True, eq=False)
+class ForcedAnswer:
+    """A whole answer, teacher-forced; shows where greedy generation would give it token for token.
+
+    The score is the mean log-probability of the answer's tokens, the first `heavy` of them counting `weight` times.
+
+    Attributes:
+        answer: `[batch pos]`, negative where an answer has ended.
+    """
+
+    answer: Int[Tensor, "batch pos"]
+    heavy: int = 16
+    weight: float | int = 2.0
+
+    @property
+    def tokens(self) -> None:
+        return None
+
+    @property
+    def reads(self) -> int:
+        return int(self.answer.shape[1])
+
+    def score(self, logits: Float[Tensor, "batch pos vocab"]) -> PerExample:
+        counts = self._there.to(logits.dtype)
+        counts[:, : self.heavy] *= self.weight
+        likely = torch.where(self._there, _at(logits.log_softmax(dim=-1), self._token), 0.0)
+        return (counts * likely).sum(dim=1) / counts.sum(dim=1)
+
+    def margins(self, logits: Float[Tensor, "batch pos vocab"]) -> Float[Tensor, "batch pos"]:
+        """The logit of each token minus the largest of all others; infinite where an answer has ended."""
+        others = logits.scatter(-1, self._token[..., None], -torch.inf)
+        return torch.where(self._there, _at(logits, self._token) - others.amax(dim=-1), torch.inf)
+
+    def slack(self, logits: Float[Tensor, "batch pos vocab"]) -> PerExample:
+        return self.margins(logits).amin(dim=1)
+
+    def select(self, rows: Rows) -> ForcedAnswer:
+        return ForcedAnswer(self.answer[rows], self.heavy, self.weight)
+
+    @property
+    def _there(self) -> Bool[Tensor, "batch pos"]:
+        return self.answer >= 0
+
+    @property
+    def _token(self) -> Int[Tensor, "batch pos"]:
+        return self.answer.clamp(min=0)
+
+
+def _at(values: Float[Tensor, "batch pos vocab"], tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos"]:
+    return values.gather(-1, tokens[..., None])[..., 0]

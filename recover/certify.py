@@ -22,7 +22,7 @@ import torch
 from einops import einsum, reduce
 
 from recover import metrics
-from recover.behavior import Behavior
+from recover.behavior import Behavior, positions_read
 from recover.clamp import Clamp, Defense
 from recover.decompose import Decomposition, decompose, recompose
 from recover.defended import Placement, check_fits
@@ -98,8 +98,10 @@ def _together(facts: Iterable[_ClampFacts]) -> tuple[Tensor, Tensor, Tensor, Ten
 
 @dataclass(frozen=True, eq=False)
 class _Replay:
+    """Logits, and the states around the clamps of each site; `after` with the delta added."""
+
     logits: Tensor
-    before: Residual
+    before: Mapping[int, Residual]
     after: Mapping[int, Residual]
 
 
@@ -110,6 +112,8 @@ def certify(
     behavior: Behavior,
     delta: Float[Tensor, "batch n_pos d_model"],
     placement: Placement = "after_clamp",
+    *,
+    every_site: bool = False,
 ) -> Certificate:
     """Measure saved deltas afresh.
 
@@ -118,39 +122,48 @@ def certify(
         defense: the clamps, live.
         prompts: one for each delta.
         behavior: the predicate, one entry for each delta.
-        delta: at the last `n_pos` positions of the first clamped site.
+        delta: at the last `n_pos` positions of the first clamped site; or, site after site, of every one.
         placement: where delta enters.
+        every_site: whether delta enters at every clamped site.
 
     Raises:
         InputError: shapes that do not belong together, or a defense that does not fit the model.
     """
-    check_fits(model, defense)
-    batch, n_pos, d_model = delta.shape
+    check_fits(model, defense, n_answer=positions_read(behavior) - 1)
+    sites = defense.sites if every_site else defense.sites[:1]
+    batch, d_model = delta.shape[0], delta.shape[2]
+    n_pos, apart = divmod(delta.shape[1], len(sites))
     shortest = int(prompts.mask.sum(dim=-1).min())
-    if batch != len(prompts) or d_model != model.d_model or not 1 <= n_pos <= shortest:
+    if batch != len(prompts) or d_model != model.d_model or apart or not 1 <= n_pos <= shortest:
         raise InputError(
             f"delta: its shape {tuple(delta.shape)} does not belong to {len(prompts)} prompts of at least "
             f"{shortest} tokens and {model.d_model} dimensions"
         )
     delta = delta.detach().to(model.device, torch.float32)
+    parts = dict(zip((site.index for site in sites), torch.split(delta, n_pos, dim=1), strict=True))
+    nothing = {index: torch.zeros_like(part) for index, part in parts.items()}
     with torch.no_grad():
-        defended = _replay(model, defense, prompts, behavior, torch.zeros_like(delta), placement)
-        recovered = _replay(model, defense, prompts, behavior, delta, placement)
+        defended = _replay(model, defense, prompts, behavior, nothing, placement)
+        recovered = _replay(model, defense, prompts, behavior, parts, placement)
     site = defense.sites[0]
-    h, h_def = (state[:, -n_pos:].float() for state in (defended.before, defended.after[site.index]))
+    h, h_def = (
+        torch.cat([states[index][:, -n_pos:].float() for index in parts], dim=1)
+        for states in (defended.before, defended.after)
+    )
     facts = {
         clamp: _clamp_facts(clamp, defended.after[clamp.site.index], recovered.after[clamp.site.index], n_pos)
         for clamp in defense.clamps
     }
     z_def, z_rec, shift, margin = _together(facts.values())
-    residual = constraint_residual(defense.at(site), delta)
+    # At later sites delta holds a correction along what is read there: shift and drift say whether it was right.
+    residual = constraint_residual(defense.at(site), parts[site.index])
     by_site, limits, held = [], [], residual <= ROUNDING
     for place in defense.sites:
         here = [facts[clamp] for clamp in defense.at(place)]
         # What several clamps write at one site adds up before its norm is taken.
         by_site.append(torch.stack([one.written for one in here]).sum(dim=0))
         before, after = (run.after[place.index][:, -n_pos:].float() for run in (defended, recovered))
-        limits.append(_rounding(defense.at(place), before, delta if place == site else after - before))
+        limits.append(_rounding(defense.at(place), before, parts[place.index] if place == site else after - before))
         z_before, z_after, moved, _ = _together(here)
         drift = metrics.activation_drift(z_after, z_before)
         held = held & (moved.flatten(1).amax(dim=1) <= limits[-1]) & (drift <= limits[-1])
@@ -204,25 +217,24 @@ def _replay(
     defense: Defense,
     prompts: Prompts,
     behavior: Behavior,
-    delta: Residual,
+    delta: Mapping[int, Residual],
     placement: Placement,
 ) -> _Replay:
-    """One whole forward pass, the clamps made the long way, `delta` added at the first site."""
-    first = defense.sites[0].index
-    before: list[Residual] = []
+    """One whole forward pass, the clamps made the long way, the parts of `delta` added at their sites."""
+    before: dict[int, Residual] = {}
     after: dict[int, Residual] = {}
-    reach = torch.zeros(len(prompts), prompts.ids.shape[1], model.d_model, device=model.device)
-    reach[:, -delta.shape[1] :] = delta
+    reads, width = positions_read(behavior), prompts.ids.shape[1]
 
     def at(index: int, clamps: tuple[Clamp, ...]) -> Edit:
         def edit(residual: Residual, positions: TokenIds) -> Residual:
-            state = residual.float()
-            if index == first:
-                before.append(state)
-            if index == first and placement == "before_clamp":
+            before[index] = state = residual.float()
+            reach = torch.zeros_like(state)
+            if index in delta:
+                reach[:, -delta[index].shape[1] :] = delta[index]
+            if placement == "before_clamp":
                 state = state + reach
-            state = _clamp_the_long_way(clamps, state, positions >= defense.skip_first)
-            if index == first and placement == "after_clamp":
+            state = _clamp_the_long_way(clamps, state, positions >= defense.skip_first, width - reads)
+            if placement == "after_clamp":
                 state = state + reach
             after[index] = state
             return state.to(residual.dtype)
@@ -230,20 +242,28 @@ def _replay(
         return edit
 
     edits = {site: at(site.index, defense.at(site)) for site in defense.sites}
-    run = model.run(prompts, edits=edits)
+    run = model.run(prompts, edits=edits, reads=reads)
     logits = run.logits if behavior.tokens is None else run.logits.gather(1, behavior.tokens)
-    return _Replay(logits, before[0], after)
+    return _Replay(logits, before, after)
 
 
-def _clamp_the_long_way(clamps: tuple[Clamp, ...], state: Residual, mask: Mask) -> Residual:
-    """Encode everything, edit the clamped features, decode, add the error (reference: Definitions)."""
+def _clamp_the_long_way(clamps: tuple[Clamp, ...], state: Residual, mask: Mask, end: int) -> Residual:
+    """Encode everything, edit the clamped features, decode, add the error (reference: Definitions).
+
+    `end` is the column of the prompt's last token.
+    """
     sae = clamps[0].sae
     parts = decompose(sae, state)
     features = parts.features.clone()
     for clamp in clamps:
         where = mask.clone()
+        column = torch.arange(where.shape[1], device=where.device)
         if clamp.positions == "last":
-            where[:, :-1] = False
+            where = where & (column == end)
+        elif clamp.positions == "prompt":
+            where = where & (column <= end)
+        elif clamp.positions == "answer":
+            where = where & (column > end)
         chosen = features[..., clamp.indices]
         edited = clamp.mode(chosen)
         if clamp.only_active:

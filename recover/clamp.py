@@ -81,7 +81,7 @@ class Clamp:
 
     Attributes:
         only_active: leave a feature that is zero alone.
-        positions: `all`; `last`, the last column; `prompt` or `answer`, told apart by the mask of `apply`.
+        positions: `all`; `prompt`; `last`, the last column of the prompt; or `answer`, what follows the prompt.
         site: by default the SAE's own.
 
     Raises:
@@ -147,40 +147,37 @@ class Clamp:
         # Not `z > 0`: the features of an AbsTopK SAE are active at negative values too.
         return torch.where(z != 0, self.mode(z), z) if self.only_active else self.mode(z)
 
-    def displacement(self, x: Residual, mask: Mask | None = None) -> Residual:
+    def displacement(self, x: Residual, mask: Mask | None = None, n_answer: int = 0) -> Residual:
         """`h_def - h`, in the dtype of the SAE; arguments as in `apply`."""
         z = self.read(x)
         change = self.features_after(z) - z
-        edited = self._edited(x, mask)
+        edited = self.edited(x, mask, n_answer)
         if edited is not None:
             change = change.where(rearrange(edited, "batch pos -> batch pos 1"), 0.0)
         return einsum(change, self.decoder, "batch pos k, k d_model -> batch pos d_model")
 
-    def apply(self, x: Residual, mask: Mask | None = None) -> Residual:
+    def apply(self, x: Residual, mask: Mask | None = None, n_answer: int = 0) -> Residual:
         """The defended residual, in the dtype of `x`.
 
         Args:
             x: the residual at the clamp's site.
-            mask: where the clamp may act: the real tokens (all, where None), and of these, for the positions
-                `prompt` and `answer`, the ones that belong there.
-
-        Raises:
-            ValueError: a clamp on answer positions without a mask that says where the answer is.
+            mask: where the clamp may act: the real tokens; all, where None.
+            n_answer: so many of the last columns follow the prompt.
         """
-        return (x + self.displacement(x, mask)).to(x.dtype)
+        return (x + self.displacement(x, mask, n_answer)).to(x.dtype)
 
     @cached_property
     def _selected(self) -> SAE | None:
         return self.sae.select(self.indices) if self.sae.pointwise else None
 
-    def _edited(self, x: Residual, mask: Mask | None) -> Mask | None:
-        if self.positions == "answer" and mask is None:
-            raise ValueError("a clamp on answer positions needs a mask that says where the answer is")
-        if self.positions != "last":
+    def edited(self, x: Residual, mask: Mask | None, n_answer: int = 0) -> Mask | None:
+        """Where the clamp acts, arguments as in `apply`; None for everywhere."""
+        if self.positions == "all" or (self.positions == "prompt" and n_answer == 0):
             return mask
-        last = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
-        last[:, -1] = True
-        return last if mask is None else last & mask
+        column = torch.arange(x.shape[1], device=x.device) - (x.shape[1] - n_answer)
+        chosen = {"prompt": column < 0, "last": column == -1, "answer": column >= 0}[self.positions]
+        chosen = chosen.expand(x.shape[:2])
+        return chosen if mask is None else chosen & mask
 
 
 @dataclass(frozen=True, eq=False)
@@ -222,12 +219,12 @@ class Defense:
         """The clamps at this place, in the order given."""
         return tuple(clamp for clamp in self.clamps if clamp.site.index == site.index)
 
-    def apply(self, site: Site, x: Residual, mask: Mask | None = None) -> Residual:
+    def apply(self, site: Site, x: Residual, mask: Mask | None = None, n_answer: int = 0) -> Residual:
         """The residual at `site` with its clamps applied together; as it is, where there are none."""
         here = self.at(site)
         if not here:
             return x
-        displacement = torch.stack([clamp.displacement(x, mask) for clamp in here]).sum(dim=0)
+        displacement = torch.stack([clamp.displacement(x, mask, n_answer) for clamp in here]).sum(dim=0)
         return (x + displacement).to(x.dtype)
 
 

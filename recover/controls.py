@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 from einops import rearrange
 
-from recover.behavior import Behavior, Targeted
+from recover.behavior import Behavior, Targeted, positions_read
 from recover.defended import Defended
 from recover.metrics import norm
 from recover.model import Suffix
@@ -53,12 +53,17 @@ class Undefended:
         """The same examples, the clamp off."""
         held = defended.suffix
         _, suffix = held.model.prefill(
-            held.prompts, (held.site, defended.base), n_pos=held.n_pos, tokens=defended.behavior.tokens
+            held.prompts,
+            (held.site, defended.base),
+            n_pos=held.n_pos,
+            tokens=defended.behavior.tokens,
+            reads=positions_read(defended.behavior),
         )
         return cls(suffix, defended.behavior)
 
     def __call__(self, delta: Residual) -> tuple[PerExample, PerExample]:
-        logits = self.suffix.logits(self.suffix.residual + delta, self.behavior.tokens).float()
+        state, reads = self.suffix.residual + delta, positions_read(self.behavior)
+        logits = self.suffix.logits(state, self.behavior.tokens, reads).float()
         return self.behavior.score(logits), self.behavior.slack(logits)
 
     def select(self, rows: Int[Tensor, "rows"]) -> Undefended:

@@ -4,22 +4,28 @@
 2. One prefill from there, with every clamp live, gives the defended logits, the defended residual and the keys and
    values that a suffix-only run needs.
 3. A delta enters at the last `n_pos` positions of the first clamped site, after the clamp (`h_def + delta`) or before
-   it (`clamp(h + delta)`); under C1 and a pointwise SAE the two are the same state.
+   it (`clamp(h + delta)`); under C1 and a pointwise SAE the two are the same state. Or it enters at every clamped site,
+   after the clamp there: its positions are then those of the first site, of the second, and so on.
+
+A behavior that reads a whole answer is teacher-forced: the prompts hold the answer, and clamps know where it begins.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from einops import rearrange, repeat
 
-from recover.behavior import Behavior
+from recover.behavior import Behavior, positions_read
 from recover.clamp import Defense
-from recover.model import Edit, Model, Prompts, Suffix
+from recover.model import Change, Edit, Model, Prompts, Suffix
 from recover.types import Float, InputError, Int, PerExample, Residual, Site, Tensor, TokenIds
 
 Placement = Literal["after_clamp", "before_clamp"]
+Delta = Float[Tensor, "batch site_pos d_model"]
 PLACEMENTS: tuple[Placement, ...] = ("after_clamp", "before_clamp")
 
 
@@ -32,15 +38,17 @@ class Defended:
         base_logits: without the defense; of the behavior's tokens only.
         defended_logits: with it.
         suffix: the rest of the model, ready for perturbations; its `state` is the defended residual.
+        delta_sites: where a delta enters: the first clamped site, or all of them.
     """
 
     defense: Defense
     behavior: Behavior
     base: Residual
-    base_logits: Float[Tensor, "batch choice"]
-    defended_logits: Float[Tensor, "batch choice"]
+    base_logits: Float[Tensor, "batch ..."]
+    defended_logits: Float[Tensor, "batch ..."]
     suffix: Suffix
     placement: Placement
+    delta_sites: tuple[Site, ...]
 
     @property
     def shown_at_base(self) -> Tensor:
@@ -58,9 +66,10 @@ class Defended:
         return (self.shown_at_base & ~self.shown_when_defended).nonzero().flatten()
 
     @property
-    def zero_delta(self) -> Residual:
-        """No perturbation, `[batch n_pos d_model]` in float32: where a search starts."""
-        return torch.zeros_like(self.suffix.residual, dtype=torch.float32)
+    def zero_delta(self) -> Delta:
+        """No perturbation, `[batch (site n_pos) d_model]` in float32: where a search starts."""
+        one = torch.zeros_like(self.suffix.residual, dtype=torch.float32)
+        return repeat(one, "batch pos d_model -> batch (site pos) d_model", site=len(self.delta_sites))
 
     def select(self, rows: Int[Tensor, "rows"]) -> Defended:
         """The same for the examples `rows`."""
@@ -72,13 +81,39 @@ class Defended:
             self.defended_logits[rows],
             self.suffix.select(rows),
             self.placement,
+            self.delta_sites,
         )
 
-    def logits(self, delta: Residual) -> Float[Tensor, "batch choice"]:
-        """Logits of the behavior's tokens with `delta [batch n_pos d_model]` added; differentiable."""
-        return self.suffix.logits(self._perturbed(delta), self.behavior.tokens)
+    def by_site(self, delta: Delta) -> dict[Site, Residual]:
+        """What of a delta enters at each site, `[batch n_pos d_model]`."""
+        parts = rearrange(delta, "batch (site pos) d_model -> site batch pos d_model", site=len(self.delta_sites))
+        return dict(zip(self.delta_sites, parts, strict=True))
 
-    def entering(self, delta: Residual) -> dict[Site, Residual]:
+    def logits(self, delta: Delta) -> Float[Tensor, "batch ..."]:
+        """Logits of the behavior's tokens with `delta [batch (site n_pos) d_model]` added; differentiable."""
+        first, *later = self.by_site(delta).items()
+        return self.changed_logits(self._perturbed(first[1]), {site: _adds(part) for site, part in later})
+
+    def changed_logits(self, state: Residual, changes: Mapping[Site, Change]) -> Float[Tensor, "batch ..."]:
+        """The same with this state after the first clamp, and these changes after the later ones."""
+        return self.suffix.logits(state, self.behavior.tokens, positions_read(self.behavior), changes)
+
+    def states(self) -> dict[Site, Residual]:
+        """The defended residual after each clamp, at the positions that a delta touches."""
+        seen = {self.suffix.site: self.suffix.residual}
+
+        def watch(site: Site) -> Change:
+            def change(h: Tensor) -> Tensor:
+                seen[site] = h
+                return h
+
+            return change
+
+        with torch.no_grad():
+            self.changed_logits(self.suffix.residual, {site: watch(site) for site in self.defense.sites[1:]})
+        return seen
+
+    def entering(self, delta: Delta) -> dict[Site, Residual]:
         """What comes to each later clamped site with `delta` added, before the clamp there; differentiable.
 
         `[batch n_pos d_model]`, at the positions that a delta touches, in the order of the sites.
@@ -90,21 +125,26 @@ class Defended:
         if self.placement == "after_clamp":
             return self.suffix.residual + delta
         whole = torch.cat([self.base[:, : -self.suffix.n_pos], self.base[:, -self.suffix.n_pos :] + delta], dim=1)
-        state = clamp_edits(self.defense)[self.suffix.site](whole, self.suffix.prompts.positions)
+        edits = clamp_edits(self.defense, positions_read(self.behavior) - 1)
+        state = edits[self.suffix.site](whole, self.suffix.prompts.positions)
         return state[:, -self.suffix.n_pos :]
 
-    def __call__(self, delta: Residual) -> tuple[PerExample, PerExample]:
+    def __call__(self, delta: Delta) -> tuple[PerExample, PerExample]:
         """Score and slack of `delta`, as a search asks for them."""
         logits = self.logits(delta).float()
         return self.behavior.score(logits), self.behavior.slack(logits)
 
 
-def clamp_edits(defense: Defense) -> dict[Site, Edit]:
-    """The defense as edits that the engine runs."""
+def _adds(part: Residual) -> Change:
+    return lambda h: h + part
+
+
+def clamp_edits(defense: Defense, n_answer: int = 0) -> dict[Site, Edit]:
+    """The defense as edits that the engine runs, where the last `n_answer` columns follow the prompt."""
 
     def at(site: Site) -> Edit:
         def edit(residual: Residual, positions: TokenIds) -> Residual:
-            return defense.apply(site, residual, positions >= defense.skip_first)
+            return defense.apply(site, residual, positions >= defense.skip_first, n_answer)
 
         return edit
 
@@ -117,42 +157,54 @@ def defend(
     prompts: Prompts,
     behavior: Behavior,
     *,
-    n_pos: int = 1,
+    n_pos: int | None = None,
     placement: Placement = "after_clamp",
+    every_site: bool = False,
 ) -> Defended:
     """Run `prompts` with and without the defense and hold what a search needs.
 
     Args:
         model: the host model.
         defense: its first clamped site is where a delta enters.
-        prompts: any number, as one batch.
+        prompts: any number, as one batch; with its answer (`recover.generate.answered`) where the behavior reads one.
         behavior: one entry for each prompt.
-        n_pos: how many trailing positions a delta may touch.
+        n_pos: how many trailing positions a delta may touch; by default those that the behavior reads.
         placement: whether a delta enters after or before the clamp of its site.
+        every_site: whether it enters at every clamped site; after the clamps, that is.
 
     Raises:
-        InputError: a site that the model does not have, an SAE of another width, or too short a prompt.
+        InputError: a site that the model does not have, an SAE of another width, too short a prompt, or a delta before
+            several clamps.
     """
-    check_fits(model, defense)
+    reads = positions_read(behavior)
+    check_fits(model, defense, n_answer=reads - 1)
+    if every_site and placement != "after_clamp":
+        raise InputError(f"placement: {placement!r} with a delta at every clamped site; use after_clamp")
     site = defense.sites[0]
     with torch.no_grad():
-        undefended = model.run(prompts, read=[site], tokens=behavior.tokens)
+        undefended = model.run(prompts, read=[site], tokens=behavior.tokens, reads=reads)
         base = undefended.residuals[site]
         run, suffix = model.prefill(
-            prompts, (site, base), edits=clamp_edits(defense), n_pos=n_pos, tokens=behavior.tokens
+            prompts,
+            (site, base),
+            edits=clamp_edits(defense, reads - 1),
+            n_pos=reads if n_pos is None else n_pos,
+            tokens=behavior.tokens,
+            reads=reads,
         )
-    return Defended(defense, behavior, base, undefended.logits, run.logits, suffix, placement)
+    sites = defense.sites if every_site else (site,)
+    return Defended(defense, behavior, base, undefended.logits, run.logits, suffix, placement, sites)
 
 
-def check_fits(model: Model, defense: Defense) -> None:
-    """Whether every clamp can be put into this model.
+def check_fits(model: Model, defense: Defense, n_answer: int = 0) -> None:
+    """Whether every clamp can be put into this model, for a behavior that reads `n_answer` tokens of an answer.
 
     Raises:
         InputError: a site that the model does not have, an SAE of another width, or positions that no prompt has.
     """
     for clamp in defense.clamps:
         model.check_site(clamp.site)
-        if clamp.positions == "answer":
+        if clamp.positions == "answer" and n_answer == 0:
             raise InputError(
                 "clamp: positions `answer` has nothing to act on, as next-token behaviors are read before any answer; "
                 "use all, last or prompt"

@@ -98,7 +98,7 @@ def next_token_loss(model: Model, batches: Sequence[Prompts], edits: dict[Site, 
     losses = []
     for prompts in batches:
         with torch.no_grad():
-            logits = model.run(prompts, edits=edits, every_position=True).logits[:, :-1]
+            logits = model.run(prompts, edits=edits, reads=None).logits[:, :-1]
         counted = (prompts.positions > 0)[:, 1:]
         losses.append(F.cross_entropy(logits[counted].float(), prompts.ids[:, 1:][counted], reduction="none"))
     return torch.cat(losses).double().mean().item()

@@ -20,7 +20,7 @@ from typing import Any, cast
 
 import nnsight
 import torch
-from einops import einsum, rearrange
+from einops import einsum, rearrange, repeat
 from torch import nn
 
 from recover.memory import prompts_at_once
@@ -29,6 +29,9 @@ from recover.types import Bool, Float, InputError, Int, Mask, Residual, Site, Te
 
 Edit = Callable[[Tensor, Tensor], Tensor]
 """`edit(residual [batch pos d_model], positions [batch pos]) -> residual`, pure; positions as `Prompts` counts them."""
+
+Change = Callable[[Tensor], Tensor]
+"""`change(residual [batch n_pos d_model]) -> residual`, pure."""
 
 ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 """transformers' names of layers whose whole state is keys and values."""
@@ -90,7 +93,7 @@ class Model:
         self.is_language_model = hasattr(module, "prepare_inputs_for_generation")
         self.recurrent = self.is_language_model and is_recurrent(module)
         forward = inspect.signature(cast(Any, module).forward).parameters
-        self._last_position_only = {"logits_to_keep": 1} if "logits_to_keep" in forward else {}
+        self._keeps_logits = "logits_to_keep" in forward
         self._block_returns_tuple: bool | None = None
 
     @property
@@ -162,7 +165,7 @@ class Model:
         past: Any = None,
         past_mask: Bool[Tensor, "batch past"] | None = None,
         tokens: Int[Tensor, "batch choice"] | None = None,
-        every_position: bool = False,
+        reads: int | None = 1,
     ) -> Run:
         """One forward pass.
 
@@ -174,10 +177,11 @@ class Model:
             past: keys and values of earlier tokens, as transformers holds them.
             past_mask: which tokens of `past` are real.
             tokens: the tokens whose logits are wanted, by example; only these columns of the head are computed.
-            every_position: logits of the whole vocabulary at every position instead, `[batch pos vocab]`.
+            reads: at how many of the last positions logits are wanted; None: at every one.
 
         Returns:
-            Logits at the last position, `[batch vocab]` or `[batch choice]`, and the residuals read.
+            Logits at the last position, `[batch vocab]` or `[batch choice]`, with a dimension `pos` before the last
+            where other than one position is read; and the residuals read.
         """
         first = 0 if start is None else start[0].index
         changes = {site.index: edit for site, edit in (edits or {}).items()}
@@ -188,7 +192,7 @@ class Model:
         found: dict[int, Tensor] = {}
         real = prompts.mask if past_mask is None else torch.cat([past_mask, prompts.mask], dim=1)
         positions = positions_of(real)[:, -prompts.ids.shape[1] :]
-        inputs = self._inputs(prompts, real, positions, past) | ({} if every_position else self._last_position_only)
+        inputs = self._inputs(prompts, real, positions, past) | self._logits_at(reads)
         with self._traced.trace(**inputs):
             if start is not None:
                 for block in range(first):
@@ -214,14 +218,14 @@ class Model:
                     found[self.n_layers] = h
             if tokens is not None and self._head is not None:
                 head = self._traced.get(self._head_path)
-                head.skip(selected_head(self._head, head.input[:, -1:], tokens))
+                head.skip(selected_head(self._head, head.input[:, -(reads or 0) :], tokens))
             output = nnsight.save(self._traced.output)
             found = nnsight.save(found)
         logits = output if isinstance(output, Tensor) else output.logits
-        logits = logits if every_position else logits[:, -1]
+        logits = logits[:, -(reads or 0) :]
         if tokens is not None and self._head is None:
-            logits = logits.gather(-1, tokens)
-        return Run(logits, {site: found[site.index] for site in read})
+            logits = logits.gather(-1, repeat(tokens, "batch choice -> batch pos choice", pos=logits.shape[1]))
+        return Run(logits[:, 0] if reads == 1 else logits, {site: found[site.index] for site in read})
 
     def prefill(
         self,
@@ -231,6 +235,7 @@ class Model:
         edits: Mapping[Site, Edit] | None = None,
         n_pos: int = 1,
         tokens: Int[Tensor, "batch choice"] | None = None,
+        reads: int | None = 1,
     ) -> tuple[Run, Suffix]:
         """Run whole prompts from `start` on, and keep what a suffix-only run needs.
 
@@ -240,6 +245,7 @@ class Model:
             edits: edits at `start`'s site and above, live here and in every suffix run that follows.
             n_pos: how many trailing positions the suffix holds.
             tokens: as in `run`.
+            reads: as in `run`.
 
         Returns:
             The pass, with the edited residual at the start site, and the suffix.
@@ -252,7 +258,7 @@ class Model:
             raise InputError(f"positions: {n_pos} trailing positions asked, the shortest prompt is shorter")
         past = recorder(self.n_layers) if self.is_language_model and not self.recurrent else None
         with torch.no_grad():
-            run = self.run(prompts, read=[site], edits=edits, start=start, past=past, tokens=tokens)
+            run = self.run(prompts, read=[site], edits=edits, start=start, past=past, tokens=tokens, reads=reads)
         above = {place: edit for place, edit in (edits or {}).items() if place.index > site.index}
         state = run.residuals[site]
         kept = None if past is None else KeysValues.of(past, pos - n_pos)
@@ -271,6 +277,10 @@ class Model:
             return {"input_ids": prompts.ids}
         inputs = {"input_ids": prompts.ids, "attention_mask": real.long(), "position_ids": positions.clamp(min=0)}
         return inputs | ({"use_cache": False} if past is None else {"use_cache": True, "past_key_values": past})
+
+    def _logits_at(self, reads: int | None) -> dict[str, int]:
+        """What asks the module for the logits of some positions only, where it can."""
+        return {"logits_to_keep": reads} if self._keeps_logits and reads is not None else {}
 
     def _probe(self) -> bool:
         """Whether a block returns a tuple, seen once on one token (older transformers blocks do)."""
@@ -311,10 +321,25 @@ class Suffix:
         return Suffix(self.model, prompts, self.site, self.state[rows], self.n_pos, self.edits, past)
 
     def logits(
-        self, residual: Residual, tokens: Int[Tensor, "batch choice"] | None = None
-    ) -> Float[Tensor, "batch choice"]:
-        """Logits at the last position with `residual [batch n_pos d_model]` at the site; differentiable in it."""
-        return self._run(residual, self.edits, tokens)
+        self,
+        residual: Residual,
+        tokens: Int[Tensor, "batch choice"] | None = None,
+        reads: int = 1,
+        changes: Mapping[Site, Change] | None = None,
+    ) -> Float[Tensor, "batch ..."]:
+        """Logits at the last `reads` positions with `residual [batch n_pos d_model]` at the site; differentiable in it.
+
+        Args:
+            residual: the state at the site, after its edit.
+            tokens: as in `Model.run`.
+            reads: as in `Model.run`.
+            changes: what else is done at sites above, after the edits there, to the last `n_pos` positions.
+        """
+        edits = dict(self.edits)
+        for site, change in (changes or {}).items():
+            place = next((known for known in edits if known.index == site.index), site)
+            edits[place] = self._then(edits.get(place), change)
+        return self._run(residual, edits, tokens, reads)
 
     def entering(self, residual: Residual, sites: Sequence[Site]) -> dict[Site, Residual]:
         """What comes to each of `sites`, `[batch n_pos d_model]`, *before* the edit there; the edits below are live.
@@ -338,15 +363,30 @@ class Suffix:
         self._run(residual, dict(changes.values()), None)
         return seen
 
+    def _then(self, first: Edit | None, change: Change) -> Edit:
+        """An edit followed by a change of the last `n_pos` positions."""
+
+        def edit(h: Tensor, positions: Tensor) -> Tensor:
+            h = h if first is None else first(h, positions)
+            return torch.cat([h[:, : -self.n_pos], change(h[:, -self.n_pos :]).to(h.dtype)], dim=1)
+
+        return edit
+
     def _run(
-        self, residual: Residual, edits: Mapping[Site, Edit], tokens: Int[Tensor, "batch choice"] | None
-    ) -> Float[Tensor, "batch choice"]:
+        self,
+        residual: Residual,
+        edits: Mapping[Site, Edit],
+        tokens: Int[Tensor, "batch choice"] | None,
+        reads: int = 1,
+    ) -> Float[Tensor, "batch ..."]:
         """Logits of one pass over the suffix."""
         ids, mask, n_pos = self.prompts.ids, self.prompts.mask, self.n_pos
         residual = residual.to(self.state.dtype)
         if self.past is None:
             whole = torch.cat([self.state[:, :-n_pos], residual], dim=1)
-            return self.model.run(self.prompts, start=(self.site, whole), edits=edits, tokens=tokens).logits
+            return self.model.run(
+                self.prompts, start=(self.site, whole), edits=edits, tokens=tokens, reads=reads
+            ).logits
         return self.model.run(
             Prompts(ids[:, -n_pos:], mask[:, -n_pos:]),
             start=(self.site, residual),
@@ -354,6 +394,7 @@ class Suffix:
             past=held(self.past, self.model.n_layers),
             past_mask=mask[:, :-n_pos],
             tokens=tokens,
+            reads=reads,
         ).logits
 
 
@@ -363,8 +404,8 @@ def positions_of(mask: Mask) -> TokenIds:
 
 
 def selected_head(
-    head: nn.Linear, hidden: Float[Tensor, "batch 1 d_model"], tokens: Int[Tensor, "batch choice"]
-) -> Float[Tensor, "batch 1 choice"]:
+    head: nn.Linear, hidden: Float[Tensor, "batch pos d_model"], tokens: Int[Tensor, "batch choice"]
+) -> Float[Tensor, "batch pos choice"]:
     """The head's output for a few tokens an example, at a fraction of the vocabulary's cost."""
     weight = head.weight[tokens]
     logits = einsum(hidden, weight, "batch pos d_model, batch choice d_model -> batch pos choice")

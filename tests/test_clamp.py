@@ -140,28 +140,29 @@ ALL, NONE, LAST, REAL = [[1, 1, 1]] * 2, [[0, 0, 0]] * 2, [[0, 0, 1]] * 2, [[0, 
 
 
 @pytest.mark.parametrize(
-    ("positions", "mask", "edited"),
+    ("positions", "mask", "n_answer", "edited"),
     [
-        ("all", None, ALL),
-        ("all", REAL, REAL),
-        ("last", None, LAST),
-        ("last", REAL, [[0, 0, 1], [0, 0, 0]]),
-        ("prompt", None, ALL),
-        ("prompt", REAL, REAL),
-        ("answer", REAL, REAL),
-        ("answer", NONE, NONE),
+        ("all", None, 0, ALL),
+        ("all", REAL, 2, REAL),
+        ("last", None, 0, LAST),
+        ("last", REAL, 0, [[0, 0, 1], [0, 0, 0]]),
+        ("last", None, 2, [[1, 0, 0]] * 2),
+        ("last", REAL, 1, [[0, 1, 0]] * 2),
+        ("last", None, 3, NONE),
+        ("prompt", None, 0, ALL),
+        ("prompt", REAL, 0, REAL),
+        ("prompt", REAL, 1, [[0, 1, 0], [1, 1, 0]]),
+        ("prompt", None, 3, NONE),
+        ("answer", None, 0, NONE),
+        ("answer", REAL, 2, [[0, 1, 1], [0, 1, 0]]),
+        ("answer", None, 3, ALL),
     ],
 )
-def test_positions(positions: Positions, mask: list[list[int]] | None, edited: list[list[int]]) -> None:
+def test_positions(positions: Positions, mask: list[list[int]] | None, n_answer: int, edited: list[list[int]]) -> None:
     clamp = Clamp(transparent(), (1,), Set(-5.0), positions=positions)
     x = torch.ones(2, 3, 4)
-    defended = clamp.apply(x, None if mask is None else torch.tensor(mask, dtype=torch.bool))
+    defended = clamp.apply(x, None if mask is None else torch.tensor(mask, dtype=torch.bool), n_answer)
     assert (defended != x).any(dim=-1).int().tolist() == edited
-
-
-def test_answer_positions_need_a_mask() -> None:
-    with pytest.raises(ValueError, match="answer"):
-        Clamp(transparent(), (1,), Set(-5.0), positions="answer").apply(torch.ones(1, 1, 4))
 
 
 def test_defended_state_has_the_dtype_of_the_residual() -> None:

@@ -69,7 +69,7 @@ def upper_of(site: Site) -> Site | None:
 def test_batched_prompts_of_unequal_length_run_as_each_alone(family: str) -> None:
     module, rows = tiny_lm(family), token_rows()
     sites = [Site(layer) for layer in range(N_LAYERS)] + [SITES["last"]]
-    run = Model(module).run(left_padded(rows), read=sites, every_position=True)
+    run = Model(module).run(left_padded(rows), read=sites, reads=None)
     for index, ids in enumerate(rows):
         logits, _ = plain_forward(module, ids)
         assert_close(run.logits[index, -len(ids) :], logits, **TIGHT)
