@@ -31,45 +31,47 @@ __all__ = ["Clamp", "Defense", "Floor", "Mode", "Scale", "Set"]
 
 
 Number = float | int  # to a run-time type checker an int is no float
+Values = Number | tuple[Number, ...]
+"""One for all clamped features, or one for each in their order."""
 
 
 @dataclass(frozen=True)
 class Set:
     """Write a value, whatever the activation was."""
 
-    value: Number
+    value: Values
 
     def __post_init__(self) -> None:
         _check_finite("set", self.value)
 
     def __call__(self, z: Float[Tensor, "*batch k"]) -> Float[Tensor, "*batch k"]:
-        return torch.full_like(z, self.value)
+        return torch.zeros_like(z) + _like(self.value, z)
 
 
 @dataclass(frozen=True)
 class Scale:
     """Multiply the activation."""
 
-    factor: Number
+    factor: Values
 
     def __post_init__(self) -> None:
         _check_finite("scale", self.factor)
 
     def __call__(self, z: Float[Tensor, "*batch k"]) -> Float[Tensor, "*batch k"]:
-        return self.factor * z
+        return _like(self.factor, z) * z
 
 
 @dataclass(frozen=True)
 class Floor:
     """Raise the activation to at least a value."""
 
-    value: Number
+    value: Values
 
     def __post_init__(self) -> None:
         _check_finite("floor", self.value)
 
     def __call__(self, z: Float[Tensor, "*batch k"]) -> Float[Tensor, "*batch k"]:
-        return z.clamp(min=self.value)
+        return torch.maximum(z, _like(self.value, z).expand_as(z))
 
 
 Mode = Set | Scale | Floor
@@ -85,7 +87,7 @@ class Clamp:
         site: by default the SAE's own.
 
     Raises:
-        InputError: no features, one that is out of range or named twice, or no site.
+        InputError: no features, one that is out of range or named twice, no site, or not as many values as features.
     """
 
     sae: SAE
@@ -107,7 +109,11 @@ class Clamp:
         site = site or sae.site
         if site is None:
             raise InputError("clamp: the SAE does not say where it reads; give the clamp a site")
-        values = (sae, _checked(features, sae.d_sae), mode, only_active, positions, site)
+        chosen = _checked(features, sae.d_sae)
+        given = mode.factor if isinstance(mode, Scale) else mode.value
+        if isinstance(given, tuple) and len(given) != len(chosen):
+            raise InputError(f"clamp: {len(given)} values for {len(chosen)} features; give one for all, or one each")
+        values = (sae, chosen, mode, only_active, positions, site)
         for name, value in zip(self.__dataclass_fields__, values, strict=True):
             object.__setattr__(self, name, value)
 
@@ -228,9 +234,14 @@ class Defense:
         return (x + displacement).to(x.dtype)
 
 
-def _check_finite(mode: str, value: Number) -> None:
-    if not math.isfinite(value):
-        raise InputError(f"clamp: {mode} {value} is not finite; give a finite number")
+def _like(values: Values, z: Tensor) -> Tensor:
+    return torch.tensor(values, dtype=z.dtype, device=z.device)
+
+
+def _check_finite(mode: str, values: Values) -> None:
+    for value in values if isinstance(values, tuple) else (values,):
+        if not math.isfinite(value):
+            raise InputError(f"clamp: {mode} {value} is not finite; give a finite number")
 
 
 def _checked(features: Iterable[SupportsIndex], d_sae: int) -> tuple[int, ...]:

@@ -51,6 +51,33 @@ def attribution(model: Model, sae: SAE, site: Site, prompts: Prompts, behavior: 
         return einsum(features, slope, counted, "batch pos d_sae, batch pos d_sae, batch pos -> d_sae")
 
 
+def contrast(
+    model: Model, sae: SAE, site: Site, shown: Prompts, hidden: Prompts, batch_size: int | None = None
+) -> tuple[Float[Tensor, "d_sae"], Float[Tensor, "d_sae"]]:
+    """How much more active each feature is where a behavior is about to show than where it is not, and how active.
+
+    Args:
+        model: the host model, without any clamp.
+        sae: of the site.
+        site: where it is used.
+        shown: prompts that the behavior follows; what counts is the last position.
+        hidden: prompts that it does not follow.
+        batch_size: prompts at once; all by default.
+
+    Returns:
+        The difference of the mean activations, and the mean over `shown`.
+    """
+    means = []
+    for prompts in (shown, hidden):
+        total = torch.zeros(sae.d_sae, dtype=sae.dtype, device=sae.device)
+        for rows in torch.split(torch.arange(len(prompts)), batch_size or len(prompts)):
+            with torch.no_grad():
+                residual = model.run(prompts.select(rows), read=[site]).residuals[site]
+                total += reduce(sae.encode(residual[:, -1]), "batch d_sae -> d_sae", "sum")
+        means.append(total / len(prompts))
+    return means[0] - means[1], means[0]
+
+
 def largest(attributions: Float[Tensor, "d_sae"], top: int) -> tuple[int, ...]:
     """The `top` features of largest positive attribution, largest first; equal ones in the order of their index.
 

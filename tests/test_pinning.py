@@ -18,6 +18,7 @@ from recover.pinning import Pin, Pinned
 from recover.planted.pinned import PinnedWorld, pinned_layers
 from recover.sae import from_sae_lens
 from recover.search import Schedule
+from recover.speech import say
 from recover.types import InputError, Site
 from tests.by_hand import sae_lens_sae
 from tests.models import D_MODEL, VOCAB, left_padded, tiny_lm, token_rows
@@ -134,12 +135,9 @@ def test_examples_do_not_see_each_other() -> None:
 
 def test_an_answer_is_brought_back_token_for_token_in_free_generation() -> None:
     """Under live clamps that changed it, with the saved vectors alone; drift is pinned there too."""
-    from recover.defended import clamp_edits
-    from recover.generate import n_answer
-
     model, prompts, defense, steps = Model(tiny_lm(scale=8.0)), left_padded(token_rows()), live(SITES[:2]), 3
     answer = generate(model, prompts, steps)
-    clamped = generate(model, prompts, steps, lambda first, last: clamp_edits(defense, n_answer(first, last)))
+    clamped = say(model, prompts, steps, defense)
     changed = (clamped != answer).any(dim=1)
     assert bool(changed.any())
     behavior = ForcedAnswer(answer)
@@ -147,22 +145,7 @@ def test_an_answer_is_brought_back_token_for_token_in_free_generation() -> None:
     found = recover_pinned(pinned, 60.0, Schedule(steps=200))
     back = found.recovered
     assert bool(back[changed].any())
-    parts = pinned.defended.by_site(found.delta)
-
-    def edits(first: int, last: int) -> object:
-        made = clamp_edits(defense, n_answer(first, last))
-
-        def at(site: Site) -> object:
-            def edit(h: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-                h = made[site](h, positions).clone()
-                h[:, first - last - 1 :] += parts[site][:, first : last + 1]
-                return h
-
-            return edit
-
-        return {site: at(site) for site in defense.sites}
-
-    free = generate(model, prompts, steps, edits)  # type: ignore[arg-type]
+    free = say(model, prompts, steps, defense, found.delta, every_site=True)
     assert torch.equal(free[back], answer[back])
 
 

@@ -1,0 +1,218 @@
+"""Refusal: requests to a chat model, those that it answers and those that it can only decline.
+
+A defense that makes a model refuse is judged on its answers, so the prompts are whole requests in the model's chat
+template and the behavior is a readout of the reply (`recover.refusal`).
+
+1. *Shipped* (`recover.tasks.requests`): `ordinary` requests, which SmolLM2-135M-Instruct answers, and `unservable`
+   ones, which ask for what no text model has or does and which it declines. All are benign.
+2. *Given*: a file of the user's own, CSV or JSON lines, with the columns of AdvBench (`goal,target`) or of HarmBench
+   (`Behavior,FunctionalCategory,SemanticCategory,Tags,ContextString,BehaviorID`). Which one is told by the header.
+
+What a user's file asks is never shown: not in an id, a message or a `repr`.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from jinja2 import TemplateError
+
+from recover.tasks import requests
+from recover.types import InputError
+
+__all__ = ["Request", "chat_prompt", "draw", "load", "load_file", "shipped"]
+
+Shipped = Literal["ordinary", "unservable"]
+Kind = Literal["ordinary", "unservable", "given"]
+
+COLUMNS = "goal,target (as AdvBench) or Behavior,...,ContextString,BehaviorID (as HarmBench)"
+ID_LENGTH = 200
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a user asks of the model; `kind` is `given` where it comes from a file. `str()` shows the id alone."""
+
+    id: str
+    text: str
+    kind: Kind
+
+    def __repr__(self) -> str:
+        return f"Request({self.id})"
+
+
+def shipped(kind: Shipped) -> list[Request]:
+    """All shipped requests of a kind, `ordinary-001` first."""
+    texts = requests.ORDINARY if kind == "ordinary" else requests.UNSERVABLE
+    return [Request(f"{kind}-{number:03}", text, kind) for number, text in enumerate(texts, start=1)]
+
+
+def draw(n: int, seed: int = 0, kind: Shipped = "ordinary") -> list[Request]:
+    """Draw `n` different shipped requests; the first of a seed are the same for every larger `n`.
+
+    Raises:
+        InputError: there are not as many.
+    """
+    listed = shipped(kind)
+    if not 0 <= n <= len(listed):
+        raise InputError(f"{n} {kind} requests asked for; give 0 to {len(listed)}, which is all that there are")
+    return random.Random(seed).sample(listed, len(listed))[:n]
+
+
+def load(
+    *, n: int | None = None, seed: int = 0, kind: Shipped = "ordinary", file: Path | str | None = None
+) -> list[Request]:
+    """Give the requests that a `prompts:` section asks for.
+
+    Args:
+        n: how many to draw; with a file, how many to keep from its start (None: all).
+        seed: of the draw; a file is kept in its order.
+        kind: which of the shipped ones to draw.
+        file: to read instead of drawing.
+
+    Raises:
+        InputError: from `draw` and `load_file`.
+    """
+    if file is not None:
+        return load_file(file)[:n]
+    return draw(len(shipped(kind)) if n is None else n, seed, kind)
+
+
+def load_file(path: Path | str) -> list[Request]:
+    """Read a user's own requests, in the file's order; spaces around them are dropped.
+
+    Ids are the file's `BehaviorID`, or `line-N` by the line on which the row begins. A `ContextString` stands before
+    its behavior, as HarmBench puts it there.
+
+    Raises:
+        InputError: with the line number, and never with what the file asks.
+    """
+    path = Path(path)
+    text = _text(path)
+    given: list[Request] = []
+    seen: dict[str, int] = {}
+    column = None
+    try:
+        for number, row in _json_rows(text) if text.lstrip().startswith("{") else _csv_rows(text):
+            try:
+                column = column or _column(row)
+                request = _request(row, column, number)
+                if request.id in seen:
+                    raise InputError(f"repeats the BehaviorID of line {seen[request.id]}; give each row its own")
+            except InputError as error:
+                raise InputError(f"line {number}: {error}") from None
+            seen[request.id] = number
+            given.append(request)
+    except InputError as error:
+        raise InputError(f"request file {path}, {error}") from None
+    if not given:
+        raise InputError(f"request file {path}: has no requests; give rows with the columns {COLUMNS}")
+    return given
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise InputError(f"request file {path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        number = error.object.count(b"\n", 0, error.start) + 1
+        raise InputError(f"request file {path}, line {number}: is not UTF-8 text; save it as UTF-8") from None
+
+
+def _json_rows(text: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Each line's object and the line's number."""
+    for number, line in enumerate(text.split("\n"), start=1):  # not splitlines, which breaks within strings
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (json.JSONDecodeError, RecursionError):
+            row = None
+        if not isinstance(row, dict):
+            raise InputError(f"line {number}: is not a JSON object; give one object a line, or CSV")
+        yield number, row
+
+
+def _csv_rows(text: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Each row by the names of the first, and the number of the line on which it begins: rows may span lines."""
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    header: list[str] | None = None
+    while True:
+        number = reader.line_num + 1
+        try:
+            row = next(reader)
+        except StopIteration:
+            return
+        except csv.Error:
+            raise InputError(
+                f"line {number}: quotes that do not match begin here; put a field that holds a comma, a quote or a "
+                "line break in quotes, and double the quotes within"
+            ) from None
+        if not row:
+            continue
+        if header is None:
+            header = [name.strip() for name in row]
+            _column(dict.fromkeys(header), f"line {number}: ")
+        elif len(row) != len(header):
+            raise InputError(
+                f"line {number}: has {len(row)} fields where the header has {len(header)}; put a field that holds a "
+                "comma in quotes"
+            )
+        else:
+            yield number, dict(zip(header, row, strict=True))
+
+
+def _column(row: dict[str, Any], where: str = "") -> str:
+    """Which column holds the requests. The row's own names are not shown: without a header they are a request."""
+    found = [column for column in ("goal", "Behavior") if column in row]
+    if len(found) != 1:
+        wrong = "both goal and Behavior among its columns" if found else "no column that holds requests"
+        raise InputError(f"{where}has {wrong}; name the columns {COLUMNS}")
+    return found[0]
+
+
+def _request(row: dict[str, Any], column: str, number: int) -> Request:
+    asked = row.get(column)
+    if not isinstance(asked, str) or not asked.strip():
+        raise InputError(f"has no text under {column!r}; write the request there or delete the row")
+    context = row.get("ContextString") if column == "Behavior" else None
+    if not isinstance(context, str | None):
+        raise InputError("has something other than text under 'ContextString'; write text there or leave it empty")
+    name = f"line-{number}"
+    if column == "Behavior" and "BehaviorID" in row:
+        name = row["BehaviorID"]
+        # Ids are shown and kept, so one that could be a sentence is refused.
+        if not isinstance(name, str) or not name or len(name.split()) != 1 or len(name) > ID_LENGTH:
+            raise InputError(f"has no name under 'BehaviorID'; give one of at most {ID_LENGTH} characters, no spaces")
+        name = name.strip()
+    text = f"{context.strip()}\n\n---\n\n{asked.strip()}" if context and context.strip() else asked.strip()
+    if any("\ud800" <= character <= "\udfff" for character in text + name):
+        raise InputError("holds half of a surrogate pair, which is no text; write the character itself")
+    return Request(name, text, "given")
+
+
+def chat_prompt(tokenizer: Any, text: str) -> str:
+    """The request in the model's chat template, up to where the reply begins.
+
+    The template writes the special tokens, a first one included: tokenize it with `add_special_tokens=False`.
+
+    Raises:
+        InputError: the tokenizer has no chat template, or one that takes no request of a user alone.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise InputError("the model's tokenizer has no chat template; name a chat model, such as smollm2")
+    message = [{"role": "user", "content": text}]
+    try:
+        return str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
+    except (TemplateError, ValueError) as error:
+        raise InputError(
+            f"the model's chat template cannot take a request ({type(error).__name__}); name another chat model"
+        ) from None
