@@ -129,7 +129,7 @@ def shorten(pinned: Pinned, free: Residual, goal: float | None = None, steps: in
         best, size = torch.where(moved, here, best), torch.where(shorter, length, size)
         square = norm(steep).square().clamp(min=torch.finfo(steep.dtype).tiny)
         level = _dot(outward, steep) / square
-        back = (least * (1 + MARGIN) - slack) / square
+        back = (2 * least - slack) / square  # past the edge, so that rounding cannot undo it
         step = _each(back + stride * level) * steep - _each(stride) * outward
         here = here + step.nan_to_num(0.0, 0.0, 0.0)
     return best

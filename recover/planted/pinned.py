@@ -2,7 +2,8 @@
 
 Blocks are linear, `h -> J h`, and every clamped feature is active wherever a delta may lead (its bias is large), so
 that a clamp which scales it by `f` maps `h` to `C h + const` with `C = I + (f - 1) W_dec^T W_enc^T`, over clamped
-features only. With `x_m` the change of the state after the clamp of site `m` and `delta_m` what is added there,
+features only; decoders are such that what it makes of the biases adds up to zero, and with it the constant.
+With `x_m` the change of the state after the clamp of site `m` and `delta_m` what is added there,
 
     x_1 = delta_1        x_m = C_m J_m x_(m-1) + delta_m        logits change by V x_M
 
@@ -35,7 +36,7 @@ from recover.types import Float, Site, Tensor
 __all__ = ["PinnedWorld", "pinned_layers"]
 
 BIAS = 40.0
-"""So large that no feature is at its threshold; scaled, it shifts every state by the same."""
+"""So large that no feature is near its threshold."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,36 +51,35 @@ class PinnedWorld:
 
 
 def pinned_layers(
-    seed: int, *, n_sites: int = 2, d_model: int = 16, k: int = 3, d_sae: int = 24, vocab: int = 14, n_prompts: int = 6
+    seed: int, *, n_sites: int = 2, d_model: int = 16, k: int = 3, d_sae: int = 24, vocab: int = 40, n_prompts: int = 6
 ) -> PinnedWorld:
-    """A world with `n_sites` clamped layers, `k < d_model` features at each. Derivation: this module."""
+    """A world with `n_sites` clamped layers, `1 < k < d_model` features at each. Derivation: this module."""
     draw = Draw(seed)
     J = [torch.eye(d_model).double() + 0.5 * draw.normal(d_model, d_model) / d_model**0.5 for _ in range(n_sites + 1)]
     V, embedding = draw.normal(vocab, d_model), draw.normal(vocab, d_model)
-    clamps, C, shifts, free = [], [], [], []
+    clamps, C, free = [], [], []
     for m in range(n_sites):
         W_enc, W_dec = draw.normal(d_model, d_sae) / d_model**0.5, draw.normal(d_sae, d_model) / d_model**0.5
-        bias = torch.full((d_sae,), BIAS).double()
         factor, chosen = draw.number(1.3, 2.0), draw.order(d_sae)[:k]
+        A, bias = W_enc[:, chosen], draw.uniform(BIAS, 1.5 * BIAS, d_sae)
+        W_dec[chosen[-1]] = -(bias[chosen[:-1]] @ W_dec[chosen[:-1]]) / bias[chosen[-1]]
+        D = W_dec[chosen]
         sae = SAE(W_enc.float(), bias.float(), W_dec.float(), torch.zeros(d_model), ReLU(), Site(m + 1), "standard", "")
         clamps.append(Clamp(sae, chosen.tolist(), Scale(factor)))
-        A, D = W_enc[:, chosen], W_dec[chosen]
         C.append(torch.eye(d_model).double() + (factor - 1) * D.T @ A.T)
-        shifts.append((factor - 1) * BIAS * D.sum(dim=0))
         free.append(torch.linalg.svd(A, full_matrices=True).U[:, k:])
 
-    tokens = torch.arange(vocab)[:n_prompts, None].expand(-1, 2).clone()
-    base = defended = embedding[:n_prompts] @ J[0].T
+    base = defended = embedding @ J[0].T
     for m in range(n_sites):
         base = base @ J[m + 1].T
-        defended = (defended @ C[m].T + shifts[m]) @ J[m + 1].T
+        defended = defended @ C[m].T @ J[m + 1].T
     base, defended = base @ V.T, defended @ V.T
-    # The pair of tokens that the clamps turn round most clearly.
+    # Of each prompt the pair of tokens that the clamps turn round most clearly, and the clearest prompts.
     before, after = (logits[:, :, None] - logits[:, None, :] for logits in (base, defended))
-    clear = torch.minimum(before, -after).flatten(1).argmax(dim=1)
-    target, other = clear // vocab, clear % vocab
-    rows = torch.arange(n_prompts)
-    gap = -after[rows, target, other]
+    clear, pair = torch.minimum(before, -after).flatten(1).max(dim=1)
+    chosen_rows = clear.topk(n_prompts).indices
+    target, other = pair[chosen_rows] // vocab, pair[chosen_rows] % vocab
+    gap = -after[chosen_rows, target, other]
 
     n_free = d_model - k
     B = torch.zeros(n_sites * d_model, n_sites * n_free, dtype=torch.float64)
@@ -92,6 +92,7 @@ def pinned_layers(
     c[:, -n_free:] = (V[target] - V[other]) @ J[-1] @ free[-1]
     smallest = gap / (c * torch.linalg.solve(B.T @ B, c.T).T).sum(dim=1).sqrt()
 
+    tokens = chosen_rows[:, None].expand(-1, 2).clone()
     network = Network(embedding, [Linear(map_) for map_ in J], V, torch.zeros(vocab)).eval().requires_grad_(False)
     prompts = Prompts(tokens, torch.ones_like(tokens, dtype=torch.bool))
     return PinnedWorld(
