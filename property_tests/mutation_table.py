@@ -64,8 +64,8 @@ TABLE: dict[str, list[Entry]] = {
         (
             "an_empty_clamp_is_the_identity_forward_and_backward",
             "clamp.py",
-            "return (x + self.displacement(x, mask)).to(x.dtype)",
-            "return (x.detach() + self.displacement(x, mask) + 0 * x).to(x.dtype)",
+            "return (x + self.displacement(",
+            "return (x.detach() + 0 * x + self.displacement(",
         ),
         (
             "padding_and_other_masked_positions_are_untouched",
@@ -73,12 +73,12 @@ TABLE: dict[str, list[Entry]] = {
             "        if edited is not None:\n",
             "        if edited is None:\n",
         ),
-        ("a_clamp_on_the_last_position_edits_no_other", "clamp.py", "last[:, -1] = True", "last[:, -2:] = True"),
+        ("a_clamp_on_the_last_position_edits_no_other", "clamp.py", '"last": column == -1', '"last": column >= -2'),
         (
             "setting_and_flooring_twice_is_setting_and_flooring_once",
             "clamp.py",
-            "return torch.full_like(z, self.value)",
-            "return z + self.value",
+            "return torch.zeros_like(z) + _like(self.value, z)",
+            "return z + _like(self.value, z)",
         ),
         (
             "setting_active_features_of_an_orthonormal_dictionary_twice_is_setting_them_once",
@@ -86,12 +86,12 @@ TABLE: dict[str, list[Entry]] = {
             "return torch.where(z != 0, self.mode(z), z) if self.only_active else self.mode(z)",
             "return self.mode(z)",
         ),
-        ("a_floor_never_lowers_and_keeps_order", "clamp.py", "z.clamp(min=self.value)", "z.clamp(max=self.value)"),
+        ("a_floor_never_lowers_and_keeps_order", "clamp.py", "torch.maximum(z, _like", "torch.minimum(z, _like"),
         (
             "the_order_of_disjoint_clamps_does_not_matter",
             "clamp.py",
-            "torch.stack([clamp.displacement(x, mask) for clamp in here]).sum(dim=0)",
-            "here[0].displacement(x, mask)",
+            "for clamp in here]).sum(dim=0)",
+            "for clamp in here])[0]",
         ),
         (
             "features_may_be_named_in_any_order_and_split_over_clamps",
@@ -122,6 +122,12 @@ TABLE: dict[str, list[Entry]] = {
             "activation.py",
             "top = pre.topk(self.k, dim=-1, sorted=False)\n",
             "top = pre.topk(pre.shape[-1], dim=-1, sorted=False)\n",
+        ),
+        (
+            "under_c1_they_do_not_commute_where_features_compete",
+            "activation.py",
+            "top = pre.abs().topk(self.k, dim=-1, sorted=False)",
+            "top = pre.abs().topk(pre.shape[-1], dim=-1, sorted=False)",
         ),
         (
             "clamps_that_share_a_feature_are_refused",
@@ -239,14 +245,26 @@ TABLE: dict[str, list[Entry]] = {
         (
             "projections_are_feasible_and_never_longer",
             "constraint.py",
-            "woken = crossed & ~held\n",
-            "woken = crossed & held\n",
+            "crossed = (self.clamp.read(self.h_def + projected) != 0) != active\n",
+            "crossed = active & False\n",
+        ),
+        (
+            "projections_are_feasible_and_never_longer",
+            "constraint.py",
+            "return torch.where(crossed.any(dim=-1, keepdim=True), 0.0, projected)",
+            "return projected",
         ),
         (
             "c2_leaves_at_least_the_room_of_c1",
             "constraint.py",
             "        active = self.reference != 0\n        held = active\n",
             "        active = self.reference != 0\n        held = active\n        return delta * 0\n",
+        ),
+        (
+            "c2_leaves_at_least_the_room_of_c1",
+            "constraint.py",
+            "woken = crossed & ~held\n",
+            "woken = crossed & held\n",
         ),
         (
             "the_way_back_to_no_delta_stays_feasible",
@@ -258,7 +276,7 @@ TABLE: dict[str, list[Entry]] = {
             "examples_are_projected_one_by_one",
             "constraint.py",
             'here = rearrange(which == index, "batch pos -> batch pos 1")',
-            'here = rearrange(which >= index, "batch pos -> batch pos 1")',
+            'here = rearrange(which <= index, "batch pos -> batch pos 1")',
         ),
         (
             "a_budget_scales_what_is_longer_and_leaves_the_rest",
@@ -597,14 +615,26 @@ TABLE: dict[str, list[Entry]] = {
         (
             "the_defended_state_is_the_clamped_model_and_no_delta_leaves_it",
             "defended.py",
-            "return defense.apply(site, residual, positions >= defense.skip_first)",
-            "return residual",
+            "edits=clamp_edits(defense, reads - 1),",
+            "edits={},",
+        ),
+        (
+            "the_defended_state_is_the_clamped_model_and_no_delta_leaves_it",
+            "defended.py",
+            "positions >= defense.skip_first",
+            "positions >= 0",
+        ),
+        (
+            "the_defended_state_is_the_clamped_model_and_no_delta_leaves_it",
+            "defended.py",
+            "state = edits[self.suffix.site](whole, self.suffix.prompts.positions)",
+            "state = whole",
         ),
         (
             "a_certificate_does_not_depend_on_the_order_or_the_company_of_examples",
             "certify.py",
-            "reach[:, -delta.shape[1] :] = delta",
-            "reach[:, -delta.shape[1] :] = delta.mean(dim=0)",
+            "reach[:, -delta[index].shape[1] :] = delta[index]",
+            "reach[:, -delta[index].shape[1] :] = delta[index].mean(dim=0)",
         ),
         (
             "a_certificate_of_an_admissible_delta_says_that_nothing_moved",
@@ -639,7 +669,7 @@ TABLE: dict[str, list[Entry]] = {
         (
             "the_clamp_of_these_checks_can_be_undone",
             "defended.py",
-            "return defense.apply(site, residual, positions >= defense.skip_first)",
+            "return defense.apply(site, residual, positions >= defense.skip_first, n_answer)",
             "return residual",
         ),
     ],
@@ -693,6 +723,12 @@ TABLE: dict[str, list[Entry]] = {
             "if max(lows) > rules.most - 1:",
         ),
         (
+            "only_what_is_recoverable_is_specific_and_only_with_shared_deltas_that_beat_chance",
+            "evidence.py",
+            "if min(lows) > rules.most:",
+            "if max(lows) > rules.most:",
+        ),
+        (
             "a_configuration_survives_its_yaml",
             "config.py",
             "return yaml.safe_dump(self.canonical(), sort_keys=False)",
@@ -725,10 +761,22 @@ TABLE: dict[str, list[Entry]] = {
             "self.generator = torch.Generator().manual_seed(torch.seed() % 1000)",
         ),
         (
-            "the_planted_admissible_space_is_the_one_of_the_clamped_encoders",
+            "every_planted_example_is_a_valid_flip_and_a_seed_is_a_world",
             "planted/world.py",
             "return cls(T, torch.linalg.pinv(T))",
             "return cls(T, T.T)",
+        ),
+        (
+            "the_planted_admissible_space_is_the_one_of_the_clamped_encoders",
+            "planted/world.py",
+            "return sae, order.argsort()[:n]",
+            "return sae, order[:n]",
+        ),
+        (
+            "the_planted_admissible_space_is_the_one_of_the_clamped_encoders",
+            "planted/world.py",
+            "W_enc=columns[:, order].float().contiguous(),",
+            "W_enc=rows[order].T.float().contiguous(),",
         ),
         (
             "what_a_check_keeps_to_is_the_planted_admissible_space",
@@ -851,6 +899,100 @@ TABLE: dict[str, list[Entry]] = {
             "minimum.py",
             "rows[high[rows] - low[rows] > fine]",
             "rows[high[rows] - low[rows] > 8 * fine]",
+        ),
+    ],
+    "pinning": [
+        (
+            "no_pinned_delta_moves_a_clamped_pre_activation_of_any_layer",
+            "pinning.py",
+            "added[site] = parts[site] + self.pins[site].correction(pushed.float())",
+            "added[site] = parts[site]",
+        ),
+        (
+            "the_shortest_pinned_delta_is_the_closed_form",
+            "pinned_search.py",
+            "_each(stride) * outward",
+            "_each(stride) * leaf.detach()",
+        ),
+        (
+            "a_defense_that_edits_nothing_generates_the_plain_text",
+            "generate.py",
+            "mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)",
+            "mask = torch.cat([mask, torch.zeros_like(mask[:, :1])], dim=1)",
+        ),
+        (
+            "live_clamps_give_the_same_text_with_and_without_keys_and_values",
+            "generate.py",
+            "edits=edits(step if kept else 0, step)",
+            "edits=edits(step, step)",
+        ),
+    ],
+    "refusal": [
+        (
+            "readouts_do_not_depend_on_white_space_around_a_text",
+            "refusal.py",
+            "text.lstrip()[: 4 * OPENING]",
+            "text[: 4 * OPENING]",
+        ),
+        (
+            "white_space_makes_no_text_long_enough",
+            "refusal.py",
+            "len(text.strip()) >= STRICT_LENGTH",
+            "len(text) >= STRICT_LENGTH",
+        ),
+        (
+            "jaccard_is_symmetric_a_share_and_one_of_a_text_and_itself",
+            "refusal.py",
+            "len(ours & theirs) / len(ours | theirs) if",
+            "len(ours & theirs) / len(ours or theirs) if",
+        ),
+        (
+            "a_reply_is_like_itself_unless_it_refuses_warns_or_is_degenerate",
+            "refusal.py",
+            " or degenerate(text):",
+            ":",
+        ),
+        (
+            "each_readout_of_likeness_holds_only_where_the_weaker_one_does",
+            "refusal.py",
+            "        and base_like(text, base)\n",
+            "",
+        ),
+        (
+            "a_flip_is_from_what_refuses_nothing_to_a_refusal",
+            "refusal.py",
+            "return not opens and opens_with_refusal(defended_text)",
+            "return opens_with_refusal(defended_text)",
+        ),
+        (
+            "what_follows_the_opening_decides_nothing",
+            "refusal.py",
+            "if skipped else 0 :][:OPENING]",
+            "if skipped else 0 :]",
+        ),
+        (
+            "what_is_said_again_and_again_is_degenerate",
+            "refusal.py",
+            "_seen_before(characters, LOOP_CHARACTERS)) >= LOOP",
+            "_seen_before(words, LOOP_WORDS)) > 0.99",
+        ),
+        (
+            "a_file_gives_back_the_requests_written_to_it",
+            "tasks/refusal.py",
+            'enumerate(text.split("\\n"), start=1)',
+            "enumerate(text.splitlines(), start=1)",
+        ),
+        (
+            "a_file_is_read_or_refused_in_one_line_that_shows_nothing_of_it",
+            "tasks/refusal.py",
+            "line {number}: is not a JSON object;",
+            "line {number}: {line} is not a JSON object;",
+        ),
+        (
+            "a_longer_draw_begins_with_a_shorter",
+            "tasks/refusal.py",
+            "sample(listed, len(listed))[:n]",
+            "sample(listed, n)",
         ),
     ],
 }

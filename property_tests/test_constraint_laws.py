@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -162,10 +162,31 @@ def test_what_keeps_the_activations_keeps_what_they_write(scene: Scene) -> None:
     assert (decoded[drift == 0] == 0).all()
 
 
-@given(pointwise_scenes, st.sampled_from(["C1", "C2", "C3"]))
-def test_projections_are_feasible_and_never_longer(scene: Scene, name: str) -> None:
+def of_the_steepest(scene: Scene) -> Scene:
+    """The scene with one feature clamped, so that a delta is left room: the one that jumps farthest where it wakes."""
+    sae, case = scene.sae.sae(), scene.clamps[0]
+    farthest = int(jump(sae.activation, torch.arange(sae.d_sae)).argmax())
+    return replace(scene, clamps=(replace(case, features=(farthest,)),))
+
+
+def at_threshold(clamp: Clamp, h: Tensor) -> Tensor:
+    """`h`, moved so that the first clamped feature stands at its threshold: rounding decides on which side."""
+    a = clamp.encoder[:, 0].double()
+    gap = (clamp.threshold - clamp.pre_activations(h))[..., :1].double()
+    return (h.double() + gap * a / a.square().sum().clamp(min=1e-12)).to(h.dtype)
+
+
+jumping = scenes(("jumprelu", "gated"), geometries=("generic",), kinds=("normal", "huge", "tiny"))
+anywhere = st.tuples(pointwise_scenes, st.sampled_from(["C1", "C2", "C3"]), st.just(False))
+on_an_edge = st.tuples(jumping.map(of_the_steepest), st.sampled_from(["C2", "C3"]), st.just(True))
+
+
+@given(anywhere | on_an_edge)
+def test_projections_are_feasible_and_never_longer(drawn: tuple[Scene, str, bool]) -> None:
     """C2 and C3 too, and without a proviso: a feature that rounding alone would wake keeps its reference."""
+    scene, name, edge = drawn
     clamp, h, delta = scene.clamp, scene.residual(), scene.delta()
+    h = at_threshold(clamp, h) if edge else h
     constraint = constraints_of(clamp, h)[name]
     projected = constraint.project(delta)
     assert short(projected, delta, max(scene.sae.d_model, scene.sae.d_sae)).all()

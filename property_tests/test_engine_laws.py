@@ -31,7 +31,7 @@ from recover.certify import Certificate, certify
 from recover.check import Examples, check
 from recover.clamp import Clamp, Defense, Set
 from recover.constraint import ActivationStable, EncoderOrthogonal
-from recover.defended import clamp_edits, defend
+from recover.defended import PLACEMENTS, defend
 from recover.model import Model, Prompts
 from recover.planted import KINDS
 from recover.sae import SAE
@@ -256,29 +256,28 @@ def test_under_c1_and_pointwise_features_a_delta_before_or_after_the_clamp_is_on
     same(after, before)
 
 
-@costly()
+@costly(40)
 @given(defended_cases("gpt2", (*POINTWISE, *COMPETING)))
 def test_the_defended_state_is_the_clamped_model_and_no_delta_leaves_it(case: DefendedCase) -> None:
-    """Both placements; base logits are those of the model alone."""
+    """Both placements; base logits are those of the model alone, and no clamp acts on the tokens that are skipped."""
     defense, engine = case.defense(torch.float64), case.engine
     behavior = case.behavior
-    defended = defend(
-        engine.model,
-        defense,
-        engine.prompts,
-        behavior,
-        n_pos=engine.n_pos,
-        placement=case.placement,  # type: ignore[arg-type]
-    )
+
+    def clamping(residual: Tensor, positions: Tensor) -> Tensor:
+        return defense.clamps[0].apply(residual, positions >= case.skip_first)
+
     with torch.no_grad():
-        bare = engine.model.run(engine.prompts).logits
-        clamped = engine.model.run(engine.prompts, edits=clamp_edits(defense)).logits
-        same(defended.base_logits, bare.gather(1, behavior.tokens))
-        same(defended.defended_logits, clamped.gather(1, behavior.tokens))
-        same(defended.logits(defended.zero_delta.double()), defended.defended_logits)
-    flips = set(defended.valid_flips.tolist())
-    shown = zip(defended.shown_at_base.tolist(), defended.shown_when_defended.tolist(), strict=True)
-    assert flips == {row for row, (base, left) in enumerate(shown) if base and not left}
+        bare = engine.model.run(engine.prompts).logits.gather(1, behavior.tokens)
+        clamped = engine.model.run(engine.prompts, edits={engine.site: clamping}).logits.gather(1, behavior.tokens)
+    for placement in PLACEMENTS:
+        defended = defend(engine.model, defense, engine.prompts, behavior, n_pos=engine.n_pos, placement=placement)
+        same(defended.base_logits, bare)
+        same(defended.defended_logits, clamped)
+        with torch.no_grad():
+            same(defended.logits(defended.zero_delta.double()), clamped)
+        flips = set(defended.valid_flips.tolist())
+        shown = zip(defended.shown_at_base.tolist(), defended.shown_when_defended.tolist(), strict=True)
+        assert flips == {row for row, (base, left) in enumerate(shown) if base and not left}
 
 
 def certificate_of(case: DefendedCase, rows: Tensor) -> Certificate:

@@ -1,0 +1,106 @@
+"""The published baseline: what its projection and correction are, and how far it drifts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from recover.certify import certify
+from recover.clamp import Scale, Set
+from recover.defended import defend
+from recover.metrics import norm
+from recover.monitor import Jacobian, Monitor
+from recover.planted.pinned import pinned_layers
+from recover.probes import _corrected, _outside, _span, _watched, recover_probed
+from recover.restoration import recover_restored
+from recover.search import Schedule
+from recover.types import InputError
+from tests.models import left_padded, token_rows
+from tests.test_admissible import SHEAR, linear_world
+from tests.test_restoration import normal, tiny
+
+
+def test_the_span_is_that_of_combinations_of_rows_and_of_the_drift_direction() -> None:
+    """Against the table of all rows, those of the first site included."""
+    defended = tiny(2)
+    monitor = Monitor.of(defended, c1=False)
+    leaf, watched = _watched(monitor, 0.3 * normal(defended.zero_delta).float())
+    weights = torch.randn(3, watched.pre.shape[1], generator=torch.Generator().manual_seed(0))
+    basis = _span(monitor, leaf, watched, weights)
+    assert basis.shape == (4, leaf[0].numel(), 4)
+    jacobian = Jacobian.at(monitor, leaf, watched, monitor.held(watched))
+    table, rows = jacobian.table(), jacobian.rows
+    drift = (monitor.moved(watched.detached())[:, rows, None].double() * table).sum(dim=1)
+    expected = torch.cat([weights[:, rows].double() @ table, drift[:, None]], dim=1)
+    projector = torch.linalg.pinv(expected) @ expected
+    assert_close(basis @ basis.mT, projector, rtol=0, atol=1e-4)
+    v = normal(leaf, 2)
+    assert_close(
+        _outside(basis, v).flatten(1), v.flatten(1) - (projector @ v.flatten(1)[..., None])[..., 0], atol=1e-3, rtol=0
+    )
+
+
+def test_without_drift_its_direction_takes_no_room() -> None:
+    defended = tiny(2)
+    monitor = Monitor.of(defended, c1=False)
+    leaf, watched = _watched(monitor, defended.zero_delta)
+    basis = _span(monitor, leaf, watched, torch.ones(1, watched.pre.shape[1]))
+    assert bool((basis.norm(dim=(1, 2)).round(decimals=4) <= 2**0.5).all())
+    assert bool(basis.isfinite().all())
+
+
+def test_a_correction_is_the_best_step_along_the_drift_direction_by_hand() -> None:
+    """Rows e0 and (0, 1, 2, 0) doubled by their clamps: of (1, 2, 2, 1) they read r = (1, 6) and pull back to J^T r.
+
+    Site 1 scales feature 0 before delta enters, so that its row is e0; site 2 scales by 2 what it reads: twice.
+    """
+    defended = linear_world(SHEAR, clamps=((1, 0, Scale(2.0)), (2, 1, Scale(2.0))))
+    monitor = Monitor.of(defended, c1=False)
+    J = torch.tensor([[1.0, 0.0, 0.0, 0.0], [0.0, 2.0, 4.0, 0.0]])
+    delta = torch.tensor([1.0, 2.0, 2.0, 1.0])
+    r = J @ delta
+    toward = J.T @ r
+    expected = delta - toward * (toward @ toward) / (J @ toward).square().sum()
+    found = _corrected(monitor, delta.expand(2, 1, 4))
+    assert_close(found, expected.expand(2, 1, 4))
+
+
+def test_where_probes_span_all_rows_only_adam_drifts() -> None:
+    """A linear world of six rows, eight probes: corrections bring back what Adam's scaling lets out."""
+    world = pinned_layers(0, n_sites=2)
+    defended = defend(world.model, world.defense, world.prompts, world.behavior)
+    budget = 3 * float(world.smallest_norm.max())
+    bare, corrected = (recover_probed(defended, budget, Schedule(steps=40), corrections=n, rate=0.3) for n in (0, 5))
+    assert bool(bare.recovered.any())
+    assert float(corrected.drift.max()) < 0.5 * float(bare.drift.max())
+    assert bool((norm(corrected.delta) <= budget).all())
+
+
+@pytest.mark.parametrize(("rank", "budget"), [(6, 1.5), (12, 3.0)])
+def test_it_drifts_farther_than_restoration_and_recovers_no_more(rank: int, budget: float) -> None:
+    defended = tiny(3, rank=rank)
+    schedule = Schedule(steps=60, restarts=0)
+    ours, theirs = (search(defended, budget, schedule) for search in (recover_restored, recover_probed))
+    assert int(theirs.recovered.sum()) <= int(ours.recovered.sum())
+    assert int(ours.recovered.sum()) >= 3
+    facts = certify(defended.suffix.model, defended.defense, left_padded(token_rows()), defended.behavior, theirs.delta)
+    assert_close(theirs.drift, facts.relative_drift, rtol=1e-2, atol=1e-4)
+    assert bool((theirs.drift > 10 * ours.drift).all())
+    assert float(theirs.drift.min()) > 5e-3
+    assert float(ours.drift.max()) <= 1e-3
+    assert torch.equal(facts.shows, theirs.slack > 0)
+
+
+def test_examples_do_not_see_each_other() -> None:
+    """In a linear world: elsewhere Adam makes whole steps of the rounding of a coordinate that counts for nothing."""
+    world, rows = pinned_layers(2, n_sites=2), torch.tensor([3, 1])
+    defended = defend(world.model, world.defense, world.prompts, world.behavior)
+    together, some = (recover_probed(one, 2.0, Schedule(steps=6)) for one in (defended, defended.select(rows)))
+    assert_close(some.slack, together.slack[rows], atol=1e-3, rtol=1e-3)
+
+
+def test_a_budget_that_is_none_is_refused() -> None:
+    defended = linear_world(SHEAR, clamps=((1, 0, Set(0.0)), (2, 1, Scale(2.0))))
+    with pytest.raises(InputError, match="budget"):
+        recover_probed(defended, -1.0)
