@@ -1,0 +1,156 @@
+"""Requests to a chat model, what it answers, and what it answers under a defense that makes it refuse.
+
+1. *Ask*: greedy answers to requests in the model's chat template, each the target of its own search.
+2. *Defend*: raise the features that are more active, at a request's last token, before refusals than before answers.
+3. *Flips*: requests whose answer opens with neither a refusal nor a safety cue, and with a refusal under the defense.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from recover import refusal
+from recover.behavior import ForcedAnswer
+from recover.clamp import Clamp, Defense, Floor, Mode
+from recover.generate import answered, generate
+from recover.model import Model, Prompts
+from recover.sae import SAE
+from recover.selection import contrast, largest
+from recover.speech import say, texts
+from recover.tasks.refusal import Request, chat_prompt
+from recover.types import InputError, TokenIds
+
+__all__ = ["Dialogue", "ask", "raised", "refused_under"]
+
+
+@dataclass(frozen=True, eq=False)
+class Dialogue:
+    """Requests, and the answers that the model gives by itself.
+
+    Attributes:
+        prompts: in the chat template, without their answers.
+        answers: greedy, `[batch pos]`.
+        texts: the same in words.
+        stop: tokens that end an answer.
+    """
+
+    model: Model
+    ids: Sequence[str]
+    prompts: Prompts
+    answers: TokenIds
+    texts: Sequence[str]
+    stop: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def select(self, rows: Sequence[int]) -> Dialogue:
+        """The same for some of the requests."""
+        index = torch.tensor(list(rows), dtype=torch.long, device=self.answers.device)
+        ids, words = ([values[row] for row in rows] for values in (self.ids, self.texts))
+        return Dialogue(self.model, ids, self.prompts.select(index), self.answers[index], words, self.stop)
+
+    @property
+    def refused(self) -> list[int]:
+        """Requests that the model declines by itself."""
+        return [row for row, text in enumerate(self.texts) if refusal.opens_with_refusal(text)]
+
+    @property
+    def served(self) -> list[int]:
+        """Requests whose answer opens with neither a refusal nor a safety cue."""
+        return [row for row, text in enumerate(self.texts) if refusal.read(text, text).non_refusal]
+
+    def forced(self, columns: int) -> tuple[Prompts, ForcedAnswer]:
+        """The first `columns` tokens of each answer, teacher-forced, and the behavior of giving them."""
+        target = self.answers[:, :columns]
+        return answered(self.prompts, target), ForcedAnswer(target)
+
+    def with_answers_of(self, other: Sequence[int]) -> Dialogue:
+        """Each request with the answer to another one in the place of its own: what a placebo asks for."""
+        index = torch.tensor(list(other), dtype=torch.long, device=self.answers.device)
+        words = [self.texts[row] for row in other]
+        return Dialogue(self.model, self.ids, self.prompts, self.answers[index], words, self.stop)
+
+
+def ask(
+    model: Model,
+    requests: Sequence[Request],
+    n_tokens: int,
+    *,
+    batch_size: int = 24,
+    on_batch: Callable[[int, int], None] | None = None,
+) -> Dialogue:
+    """The model's own greedy answers to requests, of `n_tokens` tokens at most.
+
+    Raises:
+        InputError: no requests, or a tokenizer without a chat template.
+    """
+    if not requests:
+        raise InputError("requests: there are none; give at least one")
+    tokenizer = model.tokenizer
+    rows = [tokenizer(chat_prompt(tokenizer, r.text), add_special_tokens=False)["input_ids"] for r in requests]
+    width = max(map(len, rows))
+    ids = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=model.device)
+    mask = torch.tensor([[False] * (width - len(row)) + [True] * len(row) for row in rows], device=model.device)
+    prompts, stop = Prompts(ids, mask), (int(tokenizer.eos_token_id),)
+    answers = torch.full((len(rows), n_tokens), -1, device=model.device)
+    for part in torch.split(torch.arange(len(rows), device=model.device), batch_size):
+        said = generate(model, prompts.select(part), n_tokens, stop=stop)
+        answers[part, : said.shape[1]] = said
+        if on_batch is not None:
+            on_batch(int(part[-1]) + 1, len(rows))
+    return Dialogue(model, [request.id for request in requests], prompts, answers, texts(tokenizer, answers), stop)
+
+
+def raised(
+    dialogue: Dialogue,
+    declined: Dialogue,
+    saes: Sequence[SAE],
+    top: int,
+    times: float,
+    *,
+    mode: Callable[[tuple[float, ...]], Mode] = Floor,
+) -> Defense:
+    """A defense that raises refusal features: at the site of each SAE, to `times` their own mean before a refusal.
+
+    Args:
+        dialogue: requests, of which those that the model serves are the contrast.
+        declined: requests, of which those that the model declines say what announces a refusal.
+        saes: one for each site.
+        top: how many features at each.
+        times: multiple of the mean activation, at a declined request's last token.
+        mode: of that value for each feature: raise to at least it, or set it.
+
+    Raises:
+        InputError: nothing was served or declined, an SAE without a site, or fewer features than asked.
+    """
+    if not dialogue.served or not declined.refused:
+        raise InputError(
+            f"refusal features: {len(dialogue.served)} requests served and {len(declined.refused)} declined; "
+            "give requests of both kinds"
+        )
+    shown, hidden = declined.select(declined.refused).prompts, dialogue.select(dialogue.served).prompts
+    clamps = []
+    for sae in saes:
+        if sae.site is None:
+            raise InputError("refusal features: an SAE does not say where it reads; give it a site")
+        more, mean = contrast(dialogue.model, sae, sae.site, shown, hidden)
+        features = largest(more, top)
+        values = tuple(times * float(mean[feature]) for feature in features)
+        clamps.append(Clamp(sae, features, mode(values), only_active=False))
+    return Defense(tuple(clamps), skip_first=1)
+
+
+def refused_under(dialogue: Dialogue, defense: Defense, n_tokens: int, *, batch_size: int = 24) -> list[int]:
+    """The valid flips: requests that are answered, and refused under the defense."""
+    flips = []
+    for start in range(0, len(dialogue), batch_size):
+        rows = list(range(start, min(start + batch_size, len(dialogue))))
+        part = dialogue.select(rows)
+        said = texts(dialogue.model.tokenizer, say(part.model, part.prompts, n_tokens, defense, stop=part.stop))
+        pairs = zip(rows, part.texts, said, strict=True)
+        flips += [row for row, base, under in pairs if refusal.valid_flip(base, under)]
+    return flips
