@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.testing import assert_close
 
 from recover.behavior import ForcedAnswer
@@ -33,28 +35,26 @@ def vectors_of(batch: int) -> Tensor:
     return 2 * torch.randn(batch, N, D_MODEL, generator=torch.Generator().manual_seed(3))
 
 
-def by_hand(module: torch.nn.Module, defense: Defense, ids: Tensor, vectors: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """Logits of `ids` with the vectors behind the prompt, and what the clamped features are at each site."""
+def by_hand(module: nn.Module, defense: Defense, ids: Tensor, vectors: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Logits of `ids`, with the vectors behind the prompt where there are any; clamped features over the answer."""
     states: dict[Site, Tensor] = {}
-    start = len(ids) - (STEPS - 1) - N
 
-    def at(site: Site) -> object:
-        clamp = next(clamp for clamp in defense.clamps if clamp.site == site)
-
+    def at(clamp: Clamp) -> Callable[[Tensor], Tensor]:
         def edit(h: Tensor) -> Tensor:
             z = clamp.sae.encode(h)[..., list(clamp.features)]
-            new = torch.full_like(z, -6.0) if site == SITES[0] else -3 * z
-            states[site] = h + (new - z) @ clamp.sae.W_dec[list(clamp.features)]
-            return states[site]
+            new = torch.full_like(z, -6.0) if clamp.site == SITES[0] else -3 * z
+            states[clamp.site] = h + (new - z) @ clamp.sae.W_dec[list(clamp.features)]
+            return states[clamp.site]
 
         return edit
 
-    def put(h: Tensor) -> Tensor:
-        return torch.cat([h[:start], vectors, h[start + N :]])
-
-    changes = {Site(0): put} | {site: at(site) for site in SITES}
-    logits, _ = plain_forward(module, ids, changes)  # type: ignore[arg-type]
-    return logits, [states[site] for site in SITES]
+    changes = {clamp.site: at(clamp) for clamp in defense.clamps}
+    if vectors is not None:
+        start = len(ids) - (STEPS - 1) - N
+        changes[Site(0)] = lambda h: torch.cat([h[:start], vectors, h[start + N :]])
+    logits, _ = plain_forward(module, ids, changes)
+    z = [clamp.sae.encode(states[clamp.site][-STEPS:])[..., list(clamp.features)] for clamp in defense.clamps]
+    return logits, torch.cat(z, dim=-1)
 
 
 def test_score_slack_and_drift_are_those_of_the_whole_model_by_hand() -> None:
@@ -66,35 +66,13 @@ def test_score_slack_and_drift_are_those_of_the_whole_model_by_hand() -> None:
     score, slack = soft(vectors)
     for row, ids in enumerate(rows):
         room = torch.cat([ids, torch.zeros(N, dtype=torch.long), answer[row, :-1]])
-        logits, states = by_hand(module, defense, room, vectors[row])
+        logits, z = by_hand(module, defense, room, vectors[row])
         one = behavior.select(torch.tensor([row]))
         assert_close(slack[row], one.slack(logits[None, -STEPS:])[0], atol=1e-3, rtol=1e-3)
         assert_close(score[row], one.score(logits[None, -STEPS:])[0], atol=1e-3, rtol=1e-3)
-        # The reference: the same answer under the clamps with no vectors and no room for them.
-        bare: dict[Site, Tensor] = {}
-        _, plain = by_hand_without(module, defense, torch.cat([ids, answer[row, :-1]]), bare)
-        z = [c.sae.encode(h[-STEPS:])[..., list(c.features)] for c, h in zip(defense.clamps, states, strict=True)]
-        z0 = [c.sae.encode(h[-STEPS:])[..., list(c.features)] for c, h in zip(defense.clamps, plain, strict=True)]
-        moved = torch.cat(z, -1) - torch.cat(z0, -1)
-        assert_close(soft.drift(vectors)[row], moved.norm() / torch.cat(z0, -1).norm(), atol=1e-3, rtol=1e-3)
-
-
-def by_hand_without(
-    module: torch.nn.Module, defense: Defense, ids: Tensor, states: dict[Site, Tensor]
-) -> tuple[Tensor, list[Tensor]]:
-    def at(site: Site) -> object:
-        clamp = next(clamp for clamp in defense.clamps if clamp.site == site)
-
-        def edit(h: Tensor) -> Tensor:
-            z = clamp.sae.encode(h)[..., list(clamp.features)]
-            new = torch.full_like(z, -6.0) if site == SITES[0] else -3 * z
-            states[site] = h + (new - z) @ clamp.sae.W_dec[list(clamp.features)]
-            return states[site]
-
-        return edit
-
-    logits, _ = plain_forward(module, ids, {site: at(site) for site in SITES})  # type: ignore[arg-type]
-    return logits, [states[site] for site in SITES]
+        # The reference: the same answer under the clamps, with no vectors and no room for them.
+        _, plain = by_hand(module, defense, torch.cat([ids, answer[row, :-1]]))
+        assert_close(soft.drift(vectors)[row], (z - plain).norm() / plain.norm(), atol=1e-3, rtol=1e-3)
 
 
 def test_the_monitor_takes_its_share_of_the_score() -> None:

@@ -1,0 +1,133 @@
+"""Requests, answers and refusal features on a tiny model whose tokenizer speaks in letters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from recover.clamp import Clamp, Defense, Floor, Scale, Set
+from recover.dialogue import Dialogue, ask, raised, refused_under
+from recover.model import Model
+from recover.sae import SAE, from_sae_lens
+from recover.selection import contrast
+from recover.tasks.refusal import Request
+from recover.types import InputError, Site
+from tests.by_hand import sae_lens_sae
+from tests.models import VOCAB, plain_forward, tiny_lm
+
+REQUESTS = [Request(f"r{row}", text, "given") for row, text in enumerate(("tea", "a long walk", "snow"))]
+STEPS = 4
+
+
+class Letters:
+    """A token is a letter; token 0 ends an answer."""
+
+    chat_template = "{{ messages[0]['content'] }}"
+    eos_token_id = 0
+
+    def apply_chat_template(self, messages: Sequence[dict[str, str]], **_: Any) -> str:
+        return f"<{messages[0]['content']}>"
+
+    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+        assert not add_special_tokens  # the template has them already
+        return {"input_ids": [1 + ord(letter) % (VOCAB - 1) for letter in text]}
+
+    def decode(self, tokens: Sequence[int], skip_special_tokens: bool) -> str:
+        return " ".join(f"t{token}" for token in tokens if token != 0 or not skip_special_tokens)
+
+
+def asked(**options: Any) -> Dialogue:
+    return ask(Model(tiny_lm(), Letters()), REQUESTS, STEPS, **options)
+
+
+def at(site: Site | None) -> SAE:
+    return replace(from_sae_lens(sae_lens_sae("standard")), site=site)
+
+
+def test_answers_are_greedy_and_do_not_depend_on_the_batch() -> None:
+    module, dialogue, shown = tiny_lm(), asked(), []
+    for row, request in enumerate(REQUESTS):
+        text = Letters()(f"<{request.text}>", add_special_tokens=False)["input_ids"]
+        for token in [token for token in dialogue.answers[row].tolist() if token >= 0]:
+            assert int(plain_forward(module, torch.tensor(text))[0][-1].argmax()) == token
+            text.append(token)
+    alone = asked(batch_size=1, on_batch=lambda done, total: shown.append((done, total)))
+    assert torch.equal(alone.answers, dialogue.answers)
+    assert shown == [(1, 3), (2, 3), (3, 3)]
+    assert dialogue.texts[0] == " ".join(f"t{t}" for t in dialogue.answers[0].tolist() if t > 0)
+    assert list(dialogue.select([2, 0]).ids) == ["r2", "r0"]
+
+
+def said(*texts: str) -> Dialogue:
+    return replace(asked(), texts=list(texts))
+
+
+def test_what_was_served_and_what_was_refused() -> None:
+    dialogue = said(
+        "Tea is a drink.", "I'm sorry, but I can't help with that.", "It is important to note that snow melts."
+    )
+    assert (dialogue.refused, dialogue.served) == ([1], [0])
+
+
+def test_features_are_those_that_announce_a_refusal() -> None:
+    """By the mean at the last position of each prompt, one prompt at a time; raised to a multiple of it."""
+    module, sae = tiny_lm(), at(Site(2))
+    dialogue, declined = said("Tea.", "A walk.", "Snow."), said("I can't do that.", "I'm unable to do that.", "No.")
+    defense = raised(dialogue, declined, [sae], 2, 1.5)
+
+    def means(rows: Sequence[int]) -> torch.Tensor:
+        ends = []
+        for row in rows:
+            ids = Letters()(f"<{REQUESTS[row].text}>", add_special_tokens=False)["input_ids"]
+            state = plain_forward(module, torch.tensor(ids), read=Site(2))[1]
+            assert state is not None
+            ends.append(sae.encode(state[-1:])[0])
+        return torch.stack(ends).mean(dim=0)
+
+    more, shown = means([0, 1]) - means([0, 1, 2]), means([0, 1])
+    expected = more.argsort(descending=True)[:2]
+    (clamp,) = defense.clamps
+    assert clamp.features == tuple(expected.tolist())
+    assert isinstance(clamp.mode, Floor)
+    assert clamp.mode.value == pytest.approx((1.5 * shown[expected]).tolist(), rel=1e-4)
+    assert not clamp.only_active
+    assert defense.skip_first == 1
+    difference, mean = contrast(dialogue.model, sae, Site(2), declined.select([0, 1]).prompts, dialogue.prompts, 1)
+    torch.testing.assert_close(difference, more, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(mean, shown, atol=1e-4, rtol=1e-4)
+    assert isinstance(raised(dialogue, declined, [sae], 1, 1.0, mode=Set).clamps[0].mode, Set)
+    assert isinstance(raised(dialogue, declined, [sae], 1, 1.0, mode=Scale).clamps[0].mode, Scale)
+
+
+def test_flips_are_refusals_under_the_defense(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what is said: an answer that only changes is no flip."""
+    dialogue = said("Tea.", "I can't say.", "Snow.")
+    defense = Defense((Clamp(at(Site(2)), (0,), Set(0.0)),))
+    words = iter(["I'm sorry, but I can't help.", "I'm sorry, but I can't help.", "Snow is white."])
+    monkeypatch.setattr("recover.dialogue.texts", lambda tokenizer, answers: [next(words) for _ in answers])
+    assert refused_under(dialogue, defense, STEPS, batch_size=2) == [0]
+
+
+def test_a_placebo_asks_for_the_answer_to_another_request() -> None:
+    dialogue = asked()
+    other = dialogue.with_answers_of([1, 2, 0])
+    assert torch.equal(other.answers, dialogue.answers[[1, 2, 0]])
+    assert other.texts == [dialogue.texts[row] for row in (1, 2, 0)]
+    prompts, behavior = other.forced(2)
+    assert torch.equal(behavior.answer, dialogue.answers[[1, 2, 0], :2])
+    assert torch.equal(prompts.ids[:, :-1], dialogue.prompts.ids)
+    assert torch.equal(prompts.ids[:, -1], dialogue.answers[[1, 2, 0], 0])
+
+
+def test_what_is_missing_is_said() -> None:
+    with pytest.raises(InputError, match="there are none"):
+        ask(Model(tiny_lm(), Letters()), [], STEPS)
+    answered, declined = said("Tea.", "A walk.", "Snow."), said("I can't.", "I can't.", "I can't.")
+    with pytest.raises(InputError, match="3 requests served and 0 declined"):
+        raised(answered, answered, [at(Site(1))], 1, 1.0)
+    with pytest.raises(InputError, match="does not say where it reads"):
+        raised(answered, declined, [at(None)], 1, 1.0)
