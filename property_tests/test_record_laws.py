@@ -179,14 +179,14 @@ def recovered_runs(draw: st.DrawFn) -> list[ExampleRecord]:
 
 @st.composite
 def transfers(draw: st.DrawFn) -> dict[str, Any]:
-    """Counts of transfer: a mechanism that survived, or that did for about half, nothing, or anything."""
-    half = (0.5, 0.6, 0.65, 0.7)
+    """Counts of transfer: a mechanism that survived, or in one respect did for about half, nothing, or anything."""
+    half = (0.5, 0.6, 0.65)
     counts, shares = draw(
         st.sampled_from(
             [
                 ((40, 40, 40, 40, 40), ((0.9, 1.0), (0.9, 1.0), (0.0, 0.1), (0.0, 0.3), (0.0,))),
-                ((40, 40, 40, 40, 40), (half, (*half, 1.0), (0.0, 0.1), (0.0, 0.2), (0.0,))),
-                ((40, 40, 40, 40, 40), ((*half, 1.0), half, (0.0, 0.1), (0.0, 0.2), (0.0,))),
+                ((40, 40, 40, 40, 40), (half, (0.9, 1.0), (0.0, 0.1), (0.0, 0.2), (0.0,))),
+                ((40, 40, 40, 40, 40), ((0.9, 1.0), half, (0.0, 0.1), (0.0, 0.2), (0.0,))),
                 ((40, 40, 40, 40, 40), ((0.0, 0.1), (0.0, 0.1), (0.0, 0.1), (0.0,), (0.0,))),
                 ([draw(st.sampled_from([0, 3, 40])) for _ in range(5)], ((0.0, 0.5, 1.0),) * 5),
             ]
@@ -286,7 +286,7 @@ def test_a_larger_budget_of_the_curve_holds_no_fewer_and_only_what_is_certified(
         assert verdict.minimum_norm["unreached"] == sum(math.isinf(norm) for norm in near)
 
 
-@given(runs() | recovered_runs(), transfers())
+@given(runs() | recovered_runs() | recovered_runs(), transfers())
 def test_only_what_is_recoverable_is_specific_and_only_with_shared_deltas_that_beat_chance(
     found: list[ExampleRecord], transfer: dict[str, Any]
 ) -> None:
