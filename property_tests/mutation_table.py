@@ -916,9 +916,9 @@ TABLE: dict[str, list[Entry]] = {
         ),
         (
             "a_defense_that_edits_nothing_generates_the_plain_text",
-            "generate.py",
-            "mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)",
-            "mask = torch.cat([mask, torch.zeros_like(mask[:, :1])], dim=1)",
+            "clamp.py",
+            "change = self.features_after(z) - z",
+            "change = self.features_after(z)",
         ),
         (
             "live_clamps_give_the_same_text_with_and_without_keys_and_values",

@@ -413,7 +413,7 @@ GOOD = {"prompt": "Mary and John left and John gave the key to", "io": "Mary", "
         (["--device", "gpu"], ["device: must be auto, cpu"]),
         (["--task", "iio"], ["unknown task 'iio'; did you mean 'ioi'?"]),
         (["--task", "cloze"], ["task 'cloze' is not in this version"]),
-        (["--sae", "smollm2-l51"], ["SAE 'smollm2-l51' is not a name of ours", "did you mean 'smollm2-l15'?"]),
+        (["--sae", "smolm2-l15"], ["SAE 'smolm2-l15' is not a name of ours", "did you mean 'smollm2-l15'?"]),
         (["--sae", "no-release:x"], ["SAE 'no-release:x' cannot be loaded"]),
         (["--features", "64"], ["clamps[0], SAE '", "feature 64 is out of range", "0..63"]),
     ],
