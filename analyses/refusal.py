@@ -158,7 +158,7 @@ def soft_suffix(
 
 def placebo(flips: Dialogue, defense: Defense, budget: float, columns: int, tokens: int, steps: int) -> Row:
     """A pinned search for the answer to another request: the next one's."""
-    other = flips.with_answers_of([*range(1, len(flips)), 0])
+    other = flips.with_answers_of(flips.select([*range(1, len(flips)), 0]))
     started = time.perf_counter()
     delta = pinned(other, defense, budget, columns, steps)
     return read_out("placebo answer", other, defense, delta, tokens, time.perf_counter() - started, every_site=True)

@@ -19,7 +19,7 @@ TABLE: dict[str, list[Entry]] = {
         ),
         (
             "half_storage_is_widened_before_anything_is_computed",
-            "sae.py",
+            "types.py",
             "return tensor.to(torch.promote_types(tensor.dtype, torch.float32))",
             "return tensor",
         ),

@@ -128,11 +128,12 @@ class ResidualCase:
         return len(self.lengths), max(self.lengths)
 
     def tensor(self, d_model: int, dtype: torch.dtype = torch.float32, salt: int = 0) -> Tensor:
-        """Twice a normal draw; `huge` as a first token's, `duplicate` the same at every place."""
+        """Twice a normal draw; `huge` as a first token's (float16 holds less), `duplicate` the same at every place."""
         values = 2 * randn(*self.shape, d_model, seed=self.seed + salt, dtype=dtype)
         if self.kind == "duplicate":
             return values[:1, :1].expand(*self.shape, d_model).clone()
-        return values * {"normal": 1.0, "zero": 0.0, "huge": 1e4, "tiny": 1e-4}[self.kind]
+        most = torch.finfo(dtype).max / 4
+        return (values * {"normal": 1.0, "zero": 0.0, "huge": 1e4, "tiny": 1e-4}[self.kind]).clamp(-most, most)
 
     def mask(self) -> Tensor:
         """Which positions are real."""

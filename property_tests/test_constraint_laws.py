@@ -41,7 +41,7 @@ from recover.metrics import norm
 from recover.model import Model, Prompts
 from recover.planted.network import Gather, Linear, Network
 from recover.search import scale_to
-from recover.subspace import row_space
+from recover.subspace import NullSpace, row_space
 from recover.types import Site
 from tests.saes import POINTWISE
 
@@ -209,7 +209,12 @@ def test_c2_leaves_at_least_the_room_of_c1(scene: Scene) -> None:
     leak = read_by(clamp, delta) + move_error(clamp, h, delta)
     assume(zero_crossing_margin(clamp, h, 0 * leak + move_error(clamp, h, delta)).all())
     wide = ActivationStable(clamp, h).project(delta)
-    tolerance = 4 * projection_leak(scene.sae.d_model, delta.dtype)
+    # Columns that depend on each other but for the rounding of their storage span a direction that is only as sure as
+    # their smallest singular value is large.
+    singular = torch.linalg.svdvals(torch.nn.functional.normalize(clamp.encoder.double(), dim=0))
+    rank = NullSpace.of(clamp.encoder).rank
+    sure = float(singular[rank - 1] / singular[0]) if rank else 1.0
+    tolerance = 4 * projection_leak(scene.sae.d_model, delta.dtype) / sure
     lengths = [tensor.double().norm(dim=-1) for tensor in (narrow, wide, delta)]
     assert (lengths[0] <= lengths[1] + tolerance * lengths[2]).all()
     again = ActivationStable(clamp, h).project(narrow)

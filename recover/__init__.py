@@ -4,7 +4,6 @@ The public names. Start at `search.py`; `check.py` is the whole protocol.
 """
 
 from recover.behavior import AnswerLikelihood, Behavior, ChoiceMargin, LogitDifference
-from recover.bench import Examples
 from recover.certify import Certificate, certify
 from recover.check import Memory, Store, check
 from recover.clamp import Clamp, Defense, Floor, Mode, Scale, Set
@@ -19,6 +18,7 @@ from recover.constraint import (
 )
 from recover.decompose import Decomposition, decompose, recompose
 from recover.defended import Defended, defend
+from recover.examples import Examples
 from recover.fit import Fit, measure_fit
 from recover.gates import Gate
 from recover.model import Model, Prompts, Run, Suffix

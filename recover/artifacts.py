@@ -55,6 +55,7 @@ class RunState(BaseModel):
         fingerprint: of everything that can change a result, the weights included.
         batch_size: examples at once.
         features: of each clamp, as listed or as its rule selected them.
+        values: of each clamp, one for all of its features or one each.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -64,6 +65,7 @@ class RunState(BaseModel):
     fingerprint: str
     batch_size: int
     features: list[list[int]]
+    values: list[float | list[float]]
 
 
 class _Unit(BaseModel):

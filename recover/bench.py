@@ -2,6 +2,14 @@
 
 Batches are fixed by the order of the examples, so that every phase, and a later start, meets the same ones. A defended
 state is made when it is first asked for and kept: valid flips only, as no phase needs others.
+
+*What is searched.* Where deltas enter at the first clamped site, deltas themselves, within what is admissible
+(`admissible`). Where they enter at every site, the free parts of pinned deltas (`pinning`); `whole` makes of these what
+is saved, corrections included.
+
+*What flips.* An example whose behavior shows without the defense and not with it. Where the behavior is a whole answer
+that is read from what the model says: its own reply opens with neither a refusal nor a safety cue, the defended one
+with a refusal (`recover.refusal`).
 """
 
 from __future__ import annotations
@@ -11,51 +19,18 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from recover import refusal
 from recover.admissible import admissible
-from recover.behavior import Behavior
 from recover.clamp import Defense
-from recover.defended import Defended, Placement, defend
-from recover.model import Model, Prompts
+from recover.defended import Defended, Delta, Placement, defend
+from recover.examples import Examples
+from recover.model import Model
+from recover.pinning import Pinned
 from recover.plan import Plan
 from recover.search import Feasible, Schedule
+from recover.speech import say, texts
 from recover.transfer import Pool
-from recover.types import Float, InputError, Int, Tensor
-
-
-@dataclass(frozen=True, eq=False)
-class Examples:
-    """What is asked of the model: ids, prompts and one behavior entry each.
-
-    Attributes:
-        texts: only to be kept.
-        strict: a stricter predicate of the same kind, with which transfer is read: one whose rate of chance is low.
-            By default the behavior itself.
-    """
-
-    ids: Sequence[str]
-    prompts: Prompts
-    behavior: Behavior
-    texts: Sequence[str] | None = None
-    strict: Behavior | None = None
-
-    def __post_init__(self) -> None:
-        if not len(self.ids) == len(self.prompts) or not len(self.ids):
-            raise InputError(
-                f"examples: {len(self.ids)} ids for {len(self.prompts)} prompts; give one each, at least one"
-            )
-        if len(set(self.ids)) < len(self.ids):
-            raise InputError("examples: two have the same id; each needs its own")
-
-    def select(self, rows: Int[Tensor, "rows"]) -> Examples:
-        """The same for the examples `rows`."""
-        pick = rows.tolist()
-        return Examples(
-            [self.ids[row] for row in pick],
-            self.prompts.select(rows),
-            self.behavior.select(rows),
-            None if self.texts is None else [self.texts[row] for row in pick],
-            None if self.strict is None else self.strict.select(rows),
-        )
+from recover.types import Float, Int, Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +43,7 @@ class Batch:
         strict_flips: the same by the stricter predicate.
         target: the defended state of the flips.
         strict_target: of the strict flips, with the stricter predicate.
+        replies: what the model says under the defense, where the behavior is a whole answer.
     """
 
     examples: Examples
@@ -79,6 +55,12 @@ class Batch:
     strict_flips: Int[Tensor, "strict_flips"]
     target: Defended
     strict_target: Defended
+    replies: Sequence[str] | None = None
+
+    @property
+    def flipped(self) -> Examples:
+        """The valid flips."""
+        return self.examples.select(self.flips)
 
     @property
     def flip_ids(self) -> list[str]:
@@ -93,7 +75,12 @@ class Batch:
 
 @dataclass(frozen=True, eq=False)
 class Bench:
-    """A check's material. `exact` is the model in float32, for certificates."""
+    """A check's material.
+
+    Attributes:
+        exact: the model in float32 or float64, for certificates.
+        every_site: whether deltas enter at every clamped site, and are pinned there.
+    """
 
     model: Model
     exact: Model
@@ -104,6 +91,7 @@ class Bench:
     schedule: Schedule
     plan: Plan
     batch_size: int
+    every_site: bool = False
     _made: dict[int, Batch] = field(default_factory=dict)
 
     @property
@@ -125,19 +113,58 @@ class Bench:
     @property
     def pool(self) -> Pool:
         """All examples that flip by the stricter predicate, as one."""
-        return Pool(tuple(batch.strict_target for batch in self.batches if len(batch.strict_flips)))
+        return Pool(tuple(self.objective(batch.strict_target) for batch in self.batches if len(batch.strict_flips)))
 
-    def feasible(self, defended: Defended, *, write_orthogonal: bool = False) -> Feasible:
-        """The admissible deltas of these examples: C1, or C1+."""
-        return admissible(defended, write_orthogonal=write_orthogonal)
+    def defended(self, part: Examples, model: Model | None = None) -> Defended:
+        """These examples under the defense."""
+        return defend(
+            model or self.model,
+            self.defense,
+            part.prompts,
+            part.behavior,
+            placement=self.placement,
+            every_site=self.every_site,
+        )
+
+    def objective(self, defended: Defended) -> Defended | Pinned:
+        """What a search over these examples raises."""
+        return Pinned.of(defended) if self.every_site else defended
+
+    def feasible(self, objective: Defended | Pinned, *, write_orthogonal: bool = False) -> Feasible:
+        """What it may vary: under C1, or C1+."""
+        if isinstance(objective, Pinned):
+            return objective.write_orthogonal if write_orthogonal else objective.free
+        return admissible(objective, write_orthogonal=write_orthogonal)
+
+    def whole(self, part: Examples, objective: Defended | Pinned, found: Delta, budget: float | None = None) -> Delta:
+        """What is saved of what a search found: within the budget, and corrected as exactly as a certificate looks.
+
+        Args:
+            part: the examples of the objective.
+            objective: what was searched.
+            found: deltas, or the free parts of pinned ones.
+            budget: largest norm of what is saved, where it has one.
+        """
+        if not isinstance(objective, Pinned):
+            return found
+        free = found if budget is None else objective.within(found, budget * (1 - 1e-6))
+        if self.exact is not self.model:
+            objective = Pinned.of(self.defended(part, self.exact))
+            free = free.to(self.exact.dtype)
+        return objective.delta(free).float()
 
     def _make(self, part: Examples) -> Batch:
-        defended = defend(self.model, self.defense, part.prompts, part.behavior, placement=self.placement)
+        defended = self.defended(part)
         slack = part.behavior.slack
         base, under = slack(defended.base_logits.float()), slack(defended.defended_logits.float())
-        flips, target = defended.valid_flips, defended.select(defended.valid_flips)
+        flips, replies = defended.valid_flips, None
+        if part.dialogue is not None:
+            replies = self.replies(part)
+            turned = [refusal.valid_flip(*pair) for pair in zip(part.dialogue.texts, replies, strict=True)]
+            flips = flips[torch.tensor(turned, device=flips.device)[flips]]
+        target = defended.select(flips)
         if part.strict is None:
-            return Batch(part, base, under, base, under, flips, flips, target, target)
+            return Batch(part, base, under, base, under, flips, flips, target, target, replies)
         strict, suffix = part.strict, defended.suffix
         with torch.no_grad():
             at_base = self.model.run(part.prompts, tokens=strict.tokens).logits
@@ -145,4 +172,19 @@ class Bench:
         again = replace(defended, behavior=strict, base_logits=at_base, defended_logits=when_defended)
         strict_base, strict_under = strict.slack(at_base.float()), strict.slack(again.defended_logits.float())
         chosen = again.valid_flips
-        return Batch(part, base, under, strict_base, strict_under, flips, chosen, target, again.select(chosen))
+        return Batch(part, base, under, strict_base, strict_under, flips, chosen, target, again.select(chosen), replies)
+
+    def replies(self, part: Examples, delta: Delta | None = None) -> list[str]:
+        """What the model says to the requests of these examples under the defense, with a delta or without."""
+        dialogue = part.dialogue
+        assert dialogue is not None
+        said = say(
+            self.model,
+            dialogue.prompts,
+            dialogue.answers.shape[1],
+            self.defense,
+            delta,
+            every_site=self.every_site,
+            stop=dialogue.stop,
+        )
+        return texts(self.model.tokenizer, said)

@@ -5,7 +5,10 @@ A search reads `k` encoder columns, starts at the clamped site and holds the pre
 1. the whole prompt runs through the whole model;
 2. the clamp is made the long way: encode every feature, edit the clamped ones, decode, add the error;
 3. the saved delta is added, and the result is encoded again from scratch;
-4. the constraint is measured on the delta's own numbers, `||A^T delta||`, in float32.
+4. the constraint is measured on the delta's own numbers, `||A^T delta||`.
+
+All of it is in float32, or in float64 where the model is: a token whose residual is ten times the others' is rounded in
+float32 by more than some bounds on a pre-activation allow.
 
 So a mistake in the projector, the prefix, the clamp's shortcut or the optimizer shows up as a disagreement, not as a
 result. (The SAE's own `encode` and `decode` are shared; they are tested against sae_lens.) Under C1 and a
@@ -27,7 +30,7 @@ from recover.clamp import Clamp, Defense
 from recover.decompose import Decomposition, decompose, recompose
 from recover.defended import Placement, check_fits
 from recover.model import Edit, Model, Prompts
-from recover.types import Bool, Float, InputError, Mask, PerExample, Residual, Tensor, TokenIds
+from recover.types import Bool, Float, InputError, Mask, PerExample, Residual, Tensor, TokenIds, widened
 
 ROUNDING = 1e-5
 """Share of what a clamped pre-activation could at most be, up to which a change of it is rounding in float32."""
@@ -118,7 +121,7 @@ def certify(
     """Measure saved deltas afresh.
 
     Args:
-        model: the host model; its dtype is that of the measurement, so give it in float32.
+        model: the host model; its dtype is that of the measurement, so give it in float32 or float64.
         defense: the clamps, live.
         prompts: one for each delta.
         behavior: the predicate, one entry for each delta.
@@ -130,6 +133,8 @@ def certify(
         InputError: shapes that do not belong together, or a defense that does not fit the model.
     """
     check_fits(model, defense, n_answer=positions_read(behavior) - 1)
+    dtype = torch.promote_types(model.dtype, torch.float32)
+    defense = defense.to(dtype)
     sites = defense.sites if every_site else defense.sites[:1]
     batch, d_model = delta.shape[0], delta.shape[2]
     n_pos, apart = divmod(delta.shape[1], len(sites))
@@ -139,7 +144,7 @@ def certify(
             f"delta: its shape {tuple(delta.shape)} does not belong to {len(prompts)} prompts of at least "
             f"{shortest} tokens and {model.d_model} dimensions"
         )
-    delta = delta.detach().to(model.device, torch.float32)
+    delta = delta.detach().to(model.device, dtype)
     parts = dict(zip((site.index for site in sites), torch.split(delta, n_pos, dim=1), strict=True))
     nothing = {index: torch.zeros_like(part) for index, part in parts.items()}
     with torch.no_grad():
@@ -147,8 +152,7 @@ def certify(
         recovered = _replay(model, defense, prompts, behavior, parts, placement)
     site = defense.sites[0]
     h, h_def = (
-        torch.cat([states[index][:, -n_pos:].float() for index in parts], dim=1)
-        for states in (defended.before, defended.after)
+        torch.cat([states[index][:, -n_pos:] for index in parts], dim=1) for states in (defended.before, defended.after)
     )
     facts = {
         clamp: _clamp_facts(clamp, defended.after[clamp.site.index], recovered.after[clamp.site.index], n_pos)
@@ -162,7 +166,7 @@ def certify(
         here = [facts[clamp] for clamp in defense.at(place)]
         # What several clamps write at one site adds up before its norm is taken.
         by_site.append(torch.stack([one.written for one in here]).sum(dim=0))
-        before, after = (run.after[place.index][:, -n_pos:].float() for run in (defended, recovered))
+        before, after = (run.after[place.index][:, -n_pos:] for run in (defended, recovered))
         limits.append(_rounding(defense.at(place), before, parts[place.index] if place == site else after - before))
         z_before, z_after, moved, _ = _together(here)
         drift = metrics.activation_drift(z_after, z_before)
@@ -193,8 +197,8 @@ def certify(
 
 
 def constraint_residual(clamps: tuple[Clamp, ...], delta: Residual) -> PerExample:
-    """`||A^T delta|| / (||A|| ||delta||)` in float32, `A` all clamped encoder columns of a site; 0 for no delta."""
-    A = torch.cat([encoder_columns(clamp) for clamp in clamps], dim=1).to(delta.device, torch.float32)
+    """`||A^T delta|| / (||A|| ||delta||)` in delta's dtype, `A` all clamped columns of a site; 0 for no delta."""
+    A = torch.cat([encoder_columns(clamp) for clamp in clamps], dim=1).to(delta)
     seen = einsum(A, delta, "d_model k, batch pos d_model -> batch pos k").flatten(1).norm(dim=1)
     scale = A.norm() * delta.flatten(1).norm(dim=1)
     return torch.where(seen == 0, 0.0, seen / scale)
@@ -227,7 +231,7 @@ def _replay(
 
     def at(index: int, clamps: tuple[Clamp, ...]) -> Edit:
         def edit(residual: Residual, positions: TokenIds) -> Residual:
-            before[index] = state = residual.float()
+            before[index] = state = widened(residual)
             reach = torch.zeros_like(state)
             if index in delta:
                 reach[:, -delta[index].shape[1] :] = delta[index]

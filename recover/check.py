@@ -23,10 +23,12 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from recover import heldout
-from recover.bench import Bench, Examples
+from recover.behavior import positions_read
+from recover.bench import Bench
 from recover.clamp import Defense
 from recover.constraint import Budget
 from recover.defended import Placement
+from recover.examples import Examples
 from recover.fit import Fit, measure_fit
 from recover.gates import fit_gates
 from recover.global_controls import placebo_features, search_health, undo
@@ -106,6 +108,7 @@ def check(
     *,
     budget: float,
     placement: Placement = "after_clamp",
+    every_site: bool = False,
     schedule: Schedule | None = None,
     plan: Plan | None = None,
     neutral: Prompts | None = None,
@@ -123,6 +126,7 @@ def check(
         examples: prompts and behavior.
         budget: largest Frobenius norm of a delta.
         placement: whether a delta enters after or before the clamp.
+        every_site: whether it enters at every clamped site, pinned there, and not at the first alone.
         schedule: how hard to search.
         plan: how much of the protocol to run, with which thresholds and seed.
         neutral: passages of ordinary text, to see what the defense costs; not measured where None.
@@ -140,7 +144,9 @@ def check(
     widest = max(clamp.sae.d_sae for clamp in defense.clamps)
     fitting = model.batch_size(examples.prompts, widest)
     size = fitting if batch_size is None else min(batch_size, fitting if model.recurrent else batch_size)
-    bench = Bench(model, exact or model, defense, examples, budget, placement, schedule or Schedule(), plan, size)
+    bench = Bench(
+        model, exact or model, defense, examples, budget, placement, schedule or Schedule(), plan, size, every_site
+    )
     evidence, seconds = _gather(bench, _Ledger(store), neutral, report)
     total = sum(seconds.values())
     spent = {phase: round(took / total, 4) for phase, took in seconds.items()} if total else {}
@@ -261,14 +267,17 @@ def _numbers(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def threat_model(bench: Bench) -> dict[str, Any]:
     """Who may do what, as recorded in the verdict."""
-    defense, several = bench.defense, len(bench.defense.sites) > 1
+    defense, several, reads = bench.defense, len(bench.defense.sites) > 1, positions_read(bench.examples.behavior)
     constraint = "orthogonal to the encoder columns of the clamped features (C1)"
-    if several:
+    if bench.every_site:
+        constraint += "; at later sites, beside it the smallest correction that pins the clamped pre-activations"
+    elif several:
         constraint += "; at later sites, to the first order, nothing that moves a clamped pre-activation"
     return {
         "access": "white-box, one perturbation an example",
         "sites": [site.hook_name for site in defense.sites],
-        "positions": "last",
+        "positions": "last" if reads == 1 else f"first {reads} of the answer",
+        "delta_sites": [site.hook_name for site in (defense.sites if bench.every_site else defense.sites[:1])],
         "placement": bench.placement,
         "constraint": constraint,
         "norm": "Frobenius, over positions and dimensions",

@@ -225,6 +225,15 @@ class Defense:
         """The clamps at this place, in the order given."""
         return tuple(clamp for clamp in self.clamps if clamp.site.index == site.index)
 
+    def to(self, dtype: torch.dtype) -> Defense:
+        """The same with SAEs that compute in `dtype`; itself, where they do."""
+        if all(clamp.sae.dtype == dtype for clamp in self.clamps):
+            return self
+        # Clamps of one SAE go on sharing it.
+        cast = {id(clamp.sae): clamp.sae.to(dtype=dtype) for clamp in self.clamps}
+        moved = (Clamp(cast[id(c.sae)], c.features, c.mode, c.only_active, c.positions, c.site) for c in self.clamps)
+        return Defense(tuple(moved), self.skip_first)
+
     def apply(self, site: Site, x: Residual, mask: Mask | None = None, n_answer: int = 0) -> Residual:
         """The residual at `site` with its clamps applied together; as it is, where there are none."""
         here = self.at(site)

@@ -40,6 +40,7 @@ from pydantic_core import PydanticCustomError
 
 from recover.evidence import Rules
 from recover.plan import Plan
+from recover.search import Schedule
 from recover.types import InputError, Positions
 
 __all__ = ["DEFAULTS", "ClampConfig", "Config", "PromptConfig", "SearchConfig", "Selection", "load_config"]
@@ -83,9 +84,13 @@ class _Section(BaseModel):
 
 
 class Selection(_Section):
-    """Features chosen by a rule rather than listed."""
+    """Features chosen by a rule rather than listed.
 
-    select: Literal["attribution"]
+    `attribution`: those that the behavior owes most to. `contrast`: those that are most more active before what the
+    defense is to bring about than before what it is not, such as refusals and answers.
+    """
+
+    select: Literal["attribution", "contrast"]
     top: PositiveInt
 
 
@@ -94,7 +99,11 @@ def _features_kind(value: Any) -> str:
 
 
 class ClampConfig(_Section):
-    """One clamp: which features of which SAE, and what is done to them."""
+    """One clamp: which features of which SAE, and what is done to them.
+
+    `unit` is what `value` is in: activation, or multiples of each feature's own mean where it was selected for being
+    active (features by contrast).
+    """
 
     sae: Text
     features: Annotated[
@@ -104,6 +113,7 @@ class ClampConfig(_Section):
     ]
     mode: Literal["set", "scale", "floor"]
     value: Finite
+    unit: Literal["activation", "mean"] = "activation"
     only_active: bool = True
     positions: Positions = "all"
 
@@ -115,21 +125,30 @@ class ClampConfig(_Section):
             raise ValueError(f"feature {twice} is listed more than once")
         return features
 
+    @model_validator(mode="after")
+    def _means_are_of_a_contrast(self) -> ClampConfig:
+        if self.unit == "mean" and not (isinstance(self.features, Selection) and self.features.select == "contrast"):
+            raise ValueError("unit: mean is for features by contrast; write unit: activation, or select: contrast")
+        return self
+
 
 class PromptConfig(_Section):
     """Which prompts: `n` generated ones (64 by default), or the first `n` (by default all) of a file.
 
-    `candidates` is how many answers compete in the predicate that transfer is read with; all that there are by default.
+    The rest is for tasks that have it, whose own default holds where none is given. IOI: `templates`, the name orders;
+    `candidates`, how many answers compete in the predicate that transfer is read with. Refusal: `forced_tokens`, how
+    many tokens of an answer are to be brought back; `reply_tokens`, how many are read of a reply; `declined`, how many
+    requests that a model declines by itself are asked beside.
     """
 
     n: PositiveInt | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    templates: Annotated[tuple[Literal["BABA", "ABBA"], ...], Field(strict=False, min_length=1)] = (
-        "BABA",
-        "ABBA",
-    )
+    templates: Annotated[tuple[Literal["BABA", "ABBA"], ...], Field(strict=False, min_length=1)] | None = None
     file: Text | None = None
     candidates: Annotated[int, Field(ge=2)] | None = None
+    forced_tokens: PositiveInt | None = None
+    reply_tokens: PositiveInt | None = None
+    declined: PositiveInt | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -140,12 +159,18 @@ class PromptConfig(_Section):
 
 
 class SearchConfig(_Section):
-    """Where a delta may be added, how large it may be, and how long it is searched for."""
+    """Where a delta may be added, how large it may be, and how long it is searched for.
+
+    `positions` follow from the task: the last one of a prompt, or those of an answer. `sites`: at the first clamped
+    site, or at every one, where the clamped features can be pinned exactly.
+    """
 
     budget: Annotated[Finite, Field(gt=0)]
     placement: Literal["after_clamp", "before_clamp"] = "after_clamp"
-    positions: Literal["last"] = "last"
+    positions: Literal["last", "answer"] | None = None
+    sites: Literal["first", "every"] = "first"
     steps: PositiveInt = 100
+    restarts: NonNegativeInt = Schedule().restarts
     curve: Annotated[tuple[Annotated[Finite, Field(gt=0)], ...], Field(strict=False)] = PLAN.curve
 
 
@@ -194,8 +219,15 @@ class Config(_Section):
     transfer: TransferConfig = TransferConfig()
     rules: RuleConfig = RuleConfig()
     dtype: Literal["float32", "bfloat16"] = "float32"
+    certificates: Literal["float32", "float64"] = "float32"
     device: str = "auto"
     batch_size: int | Literal["auto"] = "auto"
+
+    @model_validator(mode="after")
+    def _every_site_is_after_the_clamps(self) -> Config:
+        if self.search.sites == "every" and self.search.placement != "after_clamp":
+            raise ValueError("search.placement: a delta at every clamped site enters after the clamps; use after_clamp")
+        return self
 
     @field_validator("device", mode="plain")
     @classmethod

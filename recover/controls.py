@@ -71,9 +71,18 @@ class Undefended:
 
 
 def displacement(defended: Defended) -> Delta:
-    """`h_def - h` at the positions that a delta touches: what the clamp itself moves, `[batch n_pos d_model]`."""
-    n_pos = defended.suffix.n_pos
-    return (defended.suffix.residual - defended.base[:, -n_pos:]).float()
+    """What the clamps themselves move where a delta enters, `h_def - h`, `[batch (site n_pos) d_model]`.
+
+    At each site it is what the clamp there does, with those below live.
+    """
+    n_pos, (_, *later) = defended.suffix.n_pos, defended.delta_sites
+    moved = [defended.suffix.residual - defended.base[:, -n_pos:]]
+    if later:
+        after = defended.states()
+        with torch.no_grad():
+            before = defended.suffix.entering(defended.suffix.residual, later)
+        moved += [after[site] - before[site] for site in later]
+    return torch.cat(moved, dim=1).float()
 
 
 def undone(moved: Delta, feasible: Feasible, scale: float) -> Delta:

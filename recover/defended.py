@@ -13,7 +13,7 @@ A behavior that reads a whole answer is teacher-forced: the prompts hold the ans
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -50,6 +50,9 @@ class Defended:
     placement: Placement
     delta_sites: tuple[Site, ...]
 
+    def __len__(self) -> int:
+        return len(self.base)
+
     @property
     def shown_at_base(self) -> Tensor:
         """Bool `[batch]`: the behavior shows without the defense."""
@@ -84,6 +87,10 @@ class Defended:
             self.delta_sites,
         )
 
+    def at_sites(self, sites: tuple[Site, ...]) -> Defended:
+        """The same with deltas that enter at these sites."""
+        return replace(self, delta_sites=sites)
+
     def by_site(self, delta: Delta) -> dict[Site, Residual]:
         """What of a delta enters at each site, `[batch n_pos d_model]`."""
         parts = rearrange(delta, "batch (site pos) d_model -> site batch pos d_model", site=len(self.delta_sites))
@@ -112,6 +119,12 @@ class Defended:
         with torch.no_grad():
             self.changed_logits(self.suffix.residual, {site: watch(site) for site in self.defense.sites[1:]})
         return seen
+
+    @property
+    def residual(self) -> Delta:
+        """The defended residual where a delta touches it, site after site, `[batch (site n_pos) d_model]`."""
+        states = self.states() if len(self.delta_sites) > 1 else {self.suffix.site: self.suffix.residual}
+        return torch.cat([states[site] for site in self.delta_sites], dim=1)
 
     def entering(self, delta: Delta) -> dict[Site, Residual]:
         """What comes to each later clamped site with `delta` added, before the clamp there; differentiable.
@@ -178,6 +191,7 @@ def defend(
     """
     reads = positions_read(behavior)
     check_fits(model, defense, n_answer=reads - 1)
+    defense = defense.to(torch.promote_types(model.dtype, torch.float32))
     if every_site and placement != "after_clamp":
         raise InputError(f"placement: {placement!r} with a delta at every clamped site; use after_clamp")
     site = defense.sites[0]

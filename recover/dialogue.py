@@ -8,9 +8,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
+from jinja2 import TemplateError
 
 from recover import refusal
 from recover.behavior import ForcedAnswer
@@ -20,10 +22,21 @@ from recover.model import Model, Prompts
 from recover.sae import SAE
 from recover.selection import contrast, largest
 from recover.speech import say, texts
-from recover.tasks.refusal import Request, chat_prompt
 from recover.types import InputError, TokenIds
 
-__all__ = ["Dialogue", "ask", "raised", "refused_under"]
+__all__ = ["Dialogue", "Request", "ask", "chat_prompt", "raised", "refused_under"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a user asks of the model; `kind` is `given` where it comes from a file. `str()` shows the id alone."""
+
+    id: str
+    text: str
+    kind: Literal["ordinary", "unservable", "given"]
+
+    def __repr__(self) -> str:
+        return f"Request({self.id})"
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +48,7 @@ class Dialogue:
         answers: greedy, `[batch pos]`.
         texts: the same in words.
         stop: tokens that end an answer.
+        asked: the requests in words; only to be kept.
     """
 
     model: Model
@@ -43,6 +57,7 @@ class Dialogue:
     answers: TokenIds
     texts: Sequence[str]
     stop: tuple[int, ...]
+    asked: Sequence[str] | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -51,7 +66,8 @@ class Dialogue:
         """The same for some of the requests."""
         index = torch.tensor(list(rows), dtype=torch.long, device=self.answers.device)
         ids, words = ([values[row] for row in rows] for values in (self.ids, self.texts))
-        return Dialogue(self.model, ids, self.prompts.select(index), self.answers[index], words, self.stop)
+        asked = None if self.asked is None else [self.asked[row] for row in rows]
+        return Dialogue(self.model, ids, self.prompts.select(index), self.answers[index], words, self.stop, asked)
 
     @property
     def refused(self) -> list[int]:
@@ -68,11 +84,9 @@ class Dialogue:
         target = self.answers[:, :columns]
         return answered(self.prompts, target), ForcedAnswer(target)
 
-    def with_answers_of(self, other: Sequence[int]) -> Dialogue:
+    def with_answers_of(self, other: Dialogue) -> Dialogue:
         """Each request with the answer to another one in the place of its own: what a placebo asks for."""
-        index = torch.tensor(list(other), dtype=torch.long, device=self.answers.device)
-        words = [self.texts[row] for row in other]
-        return Dialogue(self.model, self.ids, self.prompts, self.answers[index], words, self.stop)
+        return replace(self, answers=other.answers, texts=other.texts)
 
 
 def ask(
@@ -93,16 +107,17 @@ def ask(
     tokenizer = model.tokenizer
     rows = [tokenizer(chat_prompt(tokenizer, r.text), add_special_tokens=False)["input_ids"] for r in requests]
     width = max(map(len, rows))
-    ids = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=model.device)
+    tokens = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=model.device)
     mask = torch.tensor([[False] * (width - len(row)) + [True] * len(row) for row in rows], device=model.device)
-    prompts, stop = Prompts(ids, mask), (int(tokenizer.eos_token_id),)
+    prompts, stop = Prompts(tokens, mask), (int(tokenizer.eos_token_id),)
     answers = torch.full((len(rows), n_tokens), -1, device=model.device)
     for part in torch.split(torch.arange(len(rows), device=model.device), batch_size):
         said = generate(model, prompts.select(part), n_tokens, stop=stop)
         answers[part, : said.shape[1]] = said
         if on_batch is not None:
             on_batch(int(part[-1]) + 1, len(rows))
-    return Dialogue(model, [request.id for request in requests], prompts, answers, texts(tokenizer, answers), stop)
+    ids, asked = [request.id for request in requests], [request.text for request in requests]
+    return Dialogue(model, ids, prompts, answers, texts(tokenizer, answers), stop, asked)
 
 
 def raised(
@@ -154,3 +169,22 @@ def refused_under(dialogue: Dialogue, defense: Defense, n_tokens: int, *, batch_
         pairs = zip(rows, part.texts, said, strict=True)
         flips += [row for row, base, under in pairs if refusal.valid_flip(base, under)]
     return flips
+
+
+def chat_prompt(tokenizer: Any, text: str) -> str:
+    """The request in the model's chat template, up to where the reply begins.
+
+    The template writes the special tokens, a first one included: tokenize it with `add_special_tokens=False`.
+
+    Raises:
+        InputError: the tokenizer has no chat template, or one that takes no request of a user alone.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise InputError("the model's tokenizer has no chat template; name a chat model, such as smollm2")
+    message = [{"role": "user", "content": text}]
+    try:
+        return str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
+    except (TemplateError, ValueError) as error:
+        raise InputError(
+            f"the model's chat template cannot take a request ({type(error).__name__}); name another chat model"
+        ) from None

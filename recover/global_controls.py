@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
+from recover.admissible import admissible
 from recover.bench import Batch, Bench
 from recover.clamp import Clamp, Defense
 from recover.controls import averaged, cosine, displacement, undone
-from recover.defended import Defended, defend
+from recover.defended import Defended
 from recover.health import error_channel, finite_differences
 from recover.metrics import norm
 from recover.phases import Deltas
@@ -31,7 +32,8 @@ def undo(bench: Bench, deltas: Deltas) -> dict[str, Any]:
     scales = {scale: {"own": 0, "averaged": 0, "norm": 0.0} for scale in bench.plan.undo_scales}
     likeness, n = 0.0, 0
     for batch, own in zip(batches, moved, strict=True):
-        target, space = batch.target, bench.feasible(batch.target)
+        target = bench.objective(batch.target)
+        space = bench.feasible(target)
         n += len(own)
         found = torch.stack([deltas.delta(name) for name in batch.flip_ids]).to(own)
         likeness += float(cosine(found, undone(own, space, 1.0)).sum())
@@ -66,16 +68,16 @@ def placebo_features(bench: Bench, draw: int) -> dict[str, Any]:
     chosen = _placebo_defense(bench, bench.plan.seed + 1000 * draw)
     if chosen is None:
         return {"suppressed": None, "base": None, "recovered": None}
+    other = replace(bench, defense=chosen, _made={})
     base, suppressed, recovered = 0, 0, 0
-    for rows in bench.rows:
-        part = bench.examples.select(rows)
-        defended = defend(bench.model, chosen, part.prompts, part.behavior, placement=bench.placement)
-        base += int(defended.shown_at_base.sum())
-        flips = defended.valid_flips
-        suppressed += len(flips)
-        if len(flips):
-            target = defended.select(flips)
-            found = recover(target, target.zero_delta, bench.feasible(target), bench.budget, bench.schedule)
+    for batch in other.batches:
+        answered = batch.examples.dialogue
+        shown = (batch.base > 0).nonzero().flatten().tolist()
+        base += len(shown if answered is None else set(shown) & set(answered.served))
+        suppressed += len(batch.flips)
+        if len(batch.flips):
+            target = other.objective(batch.target)
+            found = recover(target, target.zero_delta, other.feasible(target), bench.budget, bench.schedule)
             recovered += int(found.recovered.sum())
     return {"suppressed": suppressed, "base": base, "recovered": recovered}
 
@@ -107,11 +109,12 @@ def search_health(bench: Bench) -> dict[str, Any]:
         if not len(rows):
             continue
         part = _exact(bench, batch, rows)
-        space = bench.feasible(part)
+        target, first = bench.objective(part), part.at_sites(bench.defense.sites[:1])
         n += len(rows)
-        direct = finite_differences(part, space, part.zero_delta, bench.budget, bench.plan.seed)
+        direct = finite_differences(target, bench.feasible(target), target.zero_delta, bench.budget, bench.plan.seed)
         agree += int(direct.agrees.sum())
-        within_error += int(error_channel(part, space, bench.plan.seed).agrees.sum())
+        # At one site is enough: it is the same decomposition at the others.
+        within_error += int(error_channel(first, admissible(first), bench.plan.seed).agrees.sum())
     return {"n": n, "finite_differences": agree, "error_channel": within_error}
 
 
@@ -119,5 +122,4 @@ def _exact(bench: Bench, batch: Batch, rows: Tensor) -> Defended:
     """These flips in the model of the certificates: in half precision differences would be rounding."""
     if bench.exact is bench.model:
         return batch.target.select(rows)
-    part = batch.examples.select(batch.flips[rows])
-    return defend(bench.exact, bench.defense, part.prompts, part.behavior, placement=bench.placement)
+    return bench.defended(batch.examples.select(batch.flips[rows]), bench.exact)

@@ -28,6 +28,7 @@ from recover.controls import averaged, cosine, displacement, undone
 from recover.evidence import Reading, TransferEvidence
 from recover.metrics import norm
 from recover.phases import Deltas, Done
+from recover.pinning import Pinned
 from recover.stats import wilson
 from recover.transfer import FitSchedule, Pool, Problem, derangement, fit_shared, halves, random_shared
 from recover.types import Int, Tensor
@@ -51,7 +52,7 @@ class Fit:
 def refused(bench: Bench) -> str | None:
     """Why transfer cannot be run here; None where it can."""
     pool = bench.pool
-    if len(bench.defense.sites) > 1:
+    if len(bench.defense.sites) > 1 and not bench.every_site:
         return "several sites are clamped, so that what is admissible differs from prompt to prompt"
     if len(pool) < 2:
         return f"only {len(pool)} example flips by the predicate that it is read with"
@@ -79,24 +80,36 @@ def fit(bench: Bench, fold: int, deltas: Deltas, report: Callable[[int, int], No
     """Fit every shared delta of a fold."""
     pool, plan = bench.pool, bench.plan
     rows, _ = split(bench, fold)
-    half, fits = pool.select(rows), _fits(bench, pool.targets is not None)
+    half, fits = pool.select(rows), _fits(bench, _exchangeable(bench))
     ids = [name for batch in bench.batches for name in batch.strict_ids]
     spaces = {
         C1: bench.feasible(pool.parts[0]),
         C1_PLUS: bench.feasible(pool.parts[0], write_orthogonal=True),
     }
-    targets = half.targets
-    shuffles = {}
-    if targets is not None:
-        own = [ids[row] for row in rows.tolist()]
-        for draw in range(plan.transfer.shuffles):
-            shuffles[draw] = derangement(targets, own, _seed(plan.seed, fold, draw))
+    schedule: FitSchedule = replace(plan.transfer.fit, seed=plan.seed)
+    shuffles = {
+        draw: _exchanged(bench, rows, [ids[row] for row in rows.tolist()], _seed(plan.seed, fold, draw))
+        for draw in {one.draw for one in fits if one.kind == SHUFFLED}
+    }
     problems = [
-        Problem(spaces.get(one.kind, spaces[C1]), one.budget, shuffles[one.draw] if one.kind == SHUFFLED else None)
+        Problem(
+            spaces.get(one.kind, spaces[C1]),
+            one.budget,
+            shuffles[one.draw].targets if one.kind == SHUFFLED else None,
+        )
         for one in fits
     ]
-    schedule: FitSchedule = replace(plan.transfer.fit, seed=plan.seed)
-    shared = fit_shared(half, problems, schedule, report)
+    # Those over the same examples are fitted side by side; other answers to a request are other examples.
+    pools = [shuffles[one.draw].pool if one.kind == SHUFFLED else half for one in fits]
+    distinct = list({id(each): each for each in pools}.values())
+    shared = torch.stack([torch.zeros(half.shape, device=half.parts[0].zero_delta.device) for _ in fits])
+    for turn, each in enumerate(distinct):
+        mine = [at for at, one in enumerate(pools) if one is each]
+
+        def step(done: int, steps: int, turn: int = turn) -> None:
+            report(turn * steps + done, len(distinct) * steps)
+
+        shared[mine] = fit_shared(each, [problems[at] for at in mine], schedule, step)
     back = (half.slack(shared) > 0).sum(dim=1).tolist()
     values = {one.name(fold): {"fitted": hits, "n": len(half)} for one, hits in zip(fits, back, strict=True)}
     return Done(values, {one.name(fold): delta.cpu() for one, delta in zip(fits, shared, strict=True)})
@@ -107,14 +120,14 @@ def read(bench: Bench, fold: int, deltas: Deltas, report: Callable[[int, int], N
     pool, plan = bench.pool, bench.plan
     rows, others = split(bench, fold)
     half, seen, own = pool.select(others), pool.select(rows), _own_predicate(bench).select(others)
-    fits, space = _fits(bench, pool.targets is not None), bench.feasible(pool.parts[0])
-    device = pool.parts[0].base.device
+    fits, space = _fits(bench, _exchangeable(bench)), bench.feasible(pool.parts[0])
+    device = pool.parts[0].zero_delta.device
     saved = torch.stack([deltas.delta(one.name(fold)) for one in fits]).to(device)
     strict, weak = half.slack(saved) > 0, own.slack(saved) > 0
     ids = [name for batch in bench.batches for name in batch.strict_ids]
-    dealt = _dealt(bench, half, [ids[row] for row in others.tolist()], fold, fits, saved)
+    dealt = _dealt(bench, others, [ids[row] for row in others.tolist()], fold, fits, saved)
     flips = own.slack(torch.zeros_like(saved[:1]))[0] <= 0
-    moved = torch.cat([displacement(part) for part in seen.parts])
+    moved = torch.cat([displacement(part.defended if isinstance(part, Pinned) else part) for part in seen.parts])
     back = undone(averaged(moved)[:1], space, 1.0)
     readings = []
     for budget in budgets(bench):
@@ -156,17 +169,40 @@ def read(bench: Bench, fold: int, deltas: Deltas, report: Callable[[int, int], N
     return values
 
 
+@dataclass(frozen=True, eq=False)
+class _Exchanged:
+    """Examples of the pool, each asked for what another one is asked: by other targets, or as other examples."""
+
+    pool: Pool
+    targets: Int[Tensor, "batch"] | None
+
+
+def _exchangeable(bench: Bench) -> bool:
+    return bench.examples.dialogue is not None or bench.pool.targets is not None
+
+
+def _exchanged(bench: Bench, rows: Int[Tensor, "rows"], ids: Sequence[str], seed: int) -> _Exchanged:
+    """These rows of the pool, with what they are asked for exchanged among them: as few as possible keep their own."""
+    half = bench.pool.select(rows)
+    if bench.examples.dialogue is None:
+        assert half.targets is not None
+        return _Exchanged(half, derangement(half.targets, ids, seed))
+    order = derangement(torch.arange(len(ids)), ids, seed)
+    places = torch.tensor([bench.examples.ids.index(name) for name in ids])
+    pairs = zip(torch.split(places, bench.batch_size), torch.split(places[order], bench.batch_size), strict=True)
+    parts = [bench.examples.select(own).answered_as(bench.examples.select(other)) for own, other in pairs]
+    return _Exchanged(Pool(tuple(bench.objective(bench.defended(part)) for part in parts)), None)
+
+
 def _dealt(
-    bench: Bench, half: Pool, ids: Sequence[str], fold: int, fits: Sequence[Fit], saved: Tensor
+    bench: Bench, rows: Int[Tensor, "rows"], ids: Sequence[str], fold: int, fits: Sequence[Fit], saved: Tensor
 ) -> dict[int, int]:
     """For each fit to shuffled targets, how often examples show a target that was dealt to them at random."""
-    if half.targets is None:
-        return {}
     hits = {}
     for at, one in enumerate(fits):
         if one.kind == SHUFFLED:
-            targets = derangement(half.targets, ids, _seed(bench.plan.seed, fold, 200 + one.draw))
-            hits[at] = int((half.slack(saved[at : at + 1], targets) > 0).sum())
+            dealt = _exchanged(bench, rows, ids, _seed(bench.plan.seed, fold, 200 + one.draw))
+            hits[at] = int((dealt.pool.slack(saved[at : at + 1], dealt.targets) > 0).sum())
     return hits
 
 
@@ -182,7 +218,10 @@ def _certified(bench: Bench, rows: Int[Tensor, "rows"], delta: Tensor) -> dict[s
         part = batch.examples.select(batch.strict_flips[here])
         behavior = part.strict or part.behavior
         each = repeat(delta, "pos d_model -> batch pos d_model", batch=len(here))
-        facts = certify(bench.exact, bench.defense, part.prompts, behavior, each, bench.placement)
+        each = bench.whole(part, bench.objective(batch.strict_target.select(here)), each)
+        facts = certify(
+            bench.exact, bench.defense, part.prompts, behavior, each, bench.placement, every_site=bench.every_site
+        )
         gone = facts.defended_slack <= 0
         n += int(gone.sum())
         hits += int((gone & facts.shows & facts.held).sum())
@@ -292,7 +331,7 @@ def _fits(bench: Bench, targeted: bool) -> list[Fit]:
 def _own_predicate(bench: Bench) -> Pool:
     """The pool, asked the check's own question."""
     parts = [
-        replace(batch.strict_target, behavior=batch.examples.behavior.select(batch.strict_flips))
+        bench.objective(replace(batch.strict_target, behavior=batch.examples.behavior.select(batch.strict_flips)))
         for batch in bench.batches
         if len(batch.strict_flips)
     ]

@@ -15,21 +15,27 @@ A phase gives plain values by example id, which later become an `ExampleRecord`,
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 
+from recover import refusal
 from recover.behavior import Targeted
 from recover.bench import Batch, Bench
 from recover.certify import Certificate, certify
 from recover.controls import Anywhere, Undefended, displacement, longest, placebo_targets
+from recover.defended import Defended, Delta
+from recover.examples import Examples
 from recover.gradient_free import reexamined
+from recover.pinning import Pinned
 from recover.records import certificate_values, search_values, without_nan
 from recover.search import recover
 from recover.solvers import SOLVERS, Solver, WorstCase, random_draws, worst_case
+from recover.speech import free_drift, say, texts
 from recover.types import Tensor
 
 BY_GRADIENT = {name: solver for name, solver in SOLVERS.items() if name != "random"}
@@ -60,13 +66,18 @@ Phase = Callable[[Bench, Batch, Deltas, Report], Done]
 
 
 def accounting(bench: Bench, batch: Batch, deltas: Deltas, report: Report) -> Done:
-    """Slack without the defense and with it, by both predicates; the text, where it is kept."""
+    """Slack without the defense and with it, by both predicates; how replies open; the text, where it is kept."""
     columns = [values.tolist() for values in (batch.base, batch.under, batch.strict_base, batch.strict_under)]
     names = ("base_slack", "defended_slack", "strict_base_slack", "strict_defended_slack")
     values = {
         example: without_nan(dict(zip(names, row, strict=True)))
         for example, *row in zip(batch.examples.ids, *columns, strict=True)
     }
+    if batch.replies is not None and batch.examples.dialogue is not None:
+        own = batch.examples.dialogue.texts
+        for example, base, under in zip(batch.examples.ids, own, batch.replies, strict=True):
+            values[example]["answered"] = refusal.read(base, base).non_refusal
+            values[example]["refused"] = refusal.opens_with_refusal(under)
     for example, text in zip(batch.examples.ids, batch.examples.texts or (), strict=False):
         values[example]["text"] = text
     return Done(values)
@@ -74,7 +85,7 @@ def accounting(bench: Bench, batch: Batch, deltas: Deltas, report: Report) -> Do
 
 def search(bench: Bench, batch: Batch, deltas: Deltas, report: Report) -> Done:
     """The worst case over the solvers, and its deltas."""
-    target, flips = batch.target, len(batch.flips)
+    target, flips = bench.objective(batch.target), len(batch.flips)
     solvers: dict[str, Solver] = {**SOLVERS, "random": partial(random_draws, draws=bench.plan.random_draws)}
     found = worst_case(
         target,
@@ -85,36 +96,70 @@ def search(bench: Bench, batch: Batch, deltas: Deltas, report: Report) -> Done:
         solvers,
         on_solver=lambda _, left: report(flips - left, flips),
     )
-    within = dict(zip(batch.flip_ids, found.delta.cpu(), strict=True))
-    smallest = {
-        f"{example}{SMALLEST}": delta for example, delta in zip(batch.flip_ids, found.smallest.cpu(), strict=True)
-    }
-    return Done(_by_id(batch, "search", search_values(found)), within | smallest)
+    within = bench.whole(batch.flipped, target, found.delta, bench.budget).cpu()
+    smallest = bench.whole(batch.flipped, target, found.smallest).cpu()
+    saved = dict(zip(batch.flip_ids, within, strict=True))
+    saved |= {f"{example}{SMALLEST}": delta for example, delta in zip(batch.flip_ids, smallest, strict=True)}
+    return Done(_by_id(batch, "search", search_values(found)), saved)
 
 
 def certificates(bench: Bench, batch: Batch, deltas: Deltas, report: Report) -> Done:
-    """Both deltas of each flip, replayed."""
+    """Both deltas of each flip, replayed; and what the model says under the one within the budget."""
     within, smallest = (
-        certificate_values(certified(bench, batch, [deltas.delta(f"{name}{suffix}") for name in batch.flip_ids]))
-        for suffix in ("", SMALLEST)
+        [deltas.delta(f"{name}{suffix}").to(bench.model.device) for name in batch.flip_ids] for suffix in ("", SMALLEST)
     )
-    kept = [{name: facts[name] for name in KEPT} for facts in smallest]
-    return Done(
-        {
-            example: {"certificate": one, "smallest": other}
-            for example, one, other in zip(batch.flip_ids, within, kept, strict=True)
-        }
-    )
+    facts = certificate_values(certified(bench, batch, within))
+    kept = [{name: one[name] for name in KEPT} for one in certificate_values(certified(bench, batch, smallest))]
+    values = {
+        example: {"certificate": one, "smallest": other}
+        for example, one, other in zip(batch.flip_ids, facts, kept, strict=True)
+    }
+    if batch.examples.dialogue is not None:
+        for example, reply in zip(batch.flip_ids, spoken(bench, batch.flipped, torch.stack(within)), strict=True):
+            values[example]["reply"] = reply
+    return Done(values)
 
 
 def certified(bench: Bench, batch: Batch, saved: list[Tensor]) -> Certificate:
     """The certificates of one delta for each flip of the batch."""
-    part = batch.examples.select(batch.flips)
-    return certify(bench.exact, bench.defense, part.prompts, part.behavior, torch.stack(saved), bench.placement)
+    part = batch.flipped
+    return certify(
+        bench.exact,
+        bench.defense,
+        part.prompts,
+        part.behavior,
+        torch.stack(saved),
+        bench.placement,
+        every_site=bench.every_site,
+    )
+
+
+def spoken(bench: Bench, part: Examples, delta: Delta) -> list[dict[str, Any]]:
+    """A `ReplyRecord` for each of these requests: how the reply under a delta reads, and what drifted along it."""
+    dialogue = part.dialogue
+    assert dialogue is not None
+    said = say(
+        bench.model,
+        dialogue.prompts,
+        dialogue.answers.shape[1],
+        bench.defense,
+        delta,
+        every_site=bench.every_site,
+        stop=dialogue.stop,
+    )
+    along = free_drift(bench.exact, dialogue.prompts, said, bench.defense, delta, every_site=bench.every_site)
+    read = zip(texts(bench.model.tokenizer, said), dialogue.texts, strict=True)
+    replies: list[dict[str, Any]] = [asdict(refusal.read(reply, base)) for reply, base in read]
+    for row, reply in enumerate(replies):
+        reply["relative_drift"] = float(along.relative_drift[row])
+        reply["preactivation_shift"] = float(along.preactivation_shift[row].max())
+    return [without_nan(reply) for reply in replies]
 
 
 def placebo(bench: Bench, batch: Batch, deltas: Deltas, report: Report) -> Done:
-    """The search for an unrelated target, where the behavior has targets and there is one."""
+    """The search for an unrelated target; where there is one."""
+    if batch.examples.dialogue is not None:
+        return _other_answers(bench, batch)
     behavior = bench.examples.behavior
     if not isinstance(behavior, Targeted):
         return Done({})
@@ -125,19 +170,36 @@ def placebo(bench: Bench, batch: Batch, deltas: Deltas, report: Report) -> Done:
     rows = there.nonzero().flatten()
     part = batch.target.select(rows)
     assert isinstance(part.behavior, Targeted)
-    aimed = replace(part, behavior=part.behavior.retarget(tokens[rows]))
+    aimed = bench.objective(replace(part, behavior=part.behavior.retarget(tokens[rows])))
     ids = [batch.flip_ids[row] for row in rows.tolist()]
     return Done({name: {"placebo": one} for name, one in zip(ids, _compared(bench, aimed), strict=True)})
 
 
+def _other_answers(bench: Bench, batch: Batch) -> Done:
+    """The same for whole answers: the answer to another request, drawn from the seed and the example's id."""
+    dialogue = bench.examples.dialogue
+    assert dialogue is not None
+    others = []
+    for example in batch.flip_ids:
+        own = bench.examples.ids.index(example)
+        unlike = [row for row in dialogue.served if dialogue.texts[row] != dialogue.texts[own]]
+        if not unlike:
+            return Done({})
+        others.append(random.Random(f"{bench.plan.seed}:{example}").choice(unlike))
+    other = bench.examples.select(torch.tensor(others))
+    aimed = bench.objective(bench.defended(batch.flipped.answered_as(other)))
+    return Done(_by_id(batch, "placebo", _compared(bench, aimed)))
+
+
 def write_orthogonal(bench: Bench, batch: Batch, deltas: Deltas, report: Report) -> Done:
     """The search for the behavior itself under C1+."""
-    return Done(_by_id(batch, "write_orthogonal", _compared(bench, batch.target, write_orthogonal=True)))
+    target = bench.objective(batch.target)
+    return Done(_by_id(batch, "write_orthogonal", _compared(bench, target, write_orthogonal=True)))
 
 
 def budgets(bench: Bench, batch: Batch, deltas: Deltas, report: Report) -> Done:
     """A search at each budget of the curve; and at the budget one of twice the steps."""
-    target, goal = batch.target, bench.schedule.goal
+    target, goal = bench.objective(batch.target), bench.schedule.goal
     feasible, schedule = bench.feasible(target), bench.schedule
     reached = {
         budget: (recover(target, target.zero_delta, feasible, budget, schedule).slack >= goal).tolist()
@@ -158,8 +220,9 @@ def budgets(bench: Bench, batch: Batch, deltas: Deltas, report: Report) -> Done:
 
 
 def undefended(bench: Bench, batch: Batch, deltas: Deltas, report: Report) -> Done:
-    """A search with the clamp off and nothing held, from where the clamp would have put the state."""
-    objective, start = Undefended.of(batch.target), displacement(batch.target)
+    """A search with the clamp off and nothing held, from where the clamp of the first site would have put the state."""
+    target = batch.target.at_sites(bench.defense.sites[:1])
+    objective, start = Undefended.of(target), displacement(target)
     reach = longest(start) * (1 + 1e-3)
     found = recover(objective, start, Anywhere(), reach, bench.schedule)
     found = reexamined(objective, found, Anywhere(), reach, bench.schedule)
@@ -183,7 +246,7 @@ def curve_budgets(bench: Bench) -> list[float]:
     return sorted({share * bench.budget for share in bench.plan.curve})
 
 
-def _compared(bench: Bench, target: Any, *, write_orthogonal: bool = False) -> list[dict[str, Any]]:
+def _compared(bench: Bench, target: Defended | Pinned, *, write_orthogonal: bool = False) -> list[dict[str, Any]]:
     """A `PlaceboRecord` for each example of a search that is held against the main one."""
     with torch.no_grad():
         slack = target(target.zero_delta)[1].tolist()

@@ -24,13 +24,14 @@ from functools import cached_property
 import torch
 from einops import einsum, rearrange
 
+from recover.behavior import Behavior
 from recover.clamp import Clamp
 from recover.constraint import EncoderOrthogonal
 from recover.defended import Defended, Delta
 from recover.metrics import norm
 from recover.model import Change
 from recover.subspace import NullSpace
-from recover.types import Float, InputError, Int, PerExample, Residual, Site, Tensor
+from recover.types import Float, InputError, Int, PerExample, Residual, Site, Tensor, widened
 
 __all__ = ["FreeParts", "Pin", "Pinned"]
 
@@ -116,12 +117,34 @@ class Pinned:
                 "pinned search: a delta must enter at every clamped site; use defend(..., every_site=True)"
             )
         states = defended.states()
-        return cls(defended, {site: Pin.at(defense.at(site), states[site].float()) for site in defense.sites})
+        return cls(defended, {site: Pin.at(defense.at(site), widened(states[site])) for site in defense.sites})
 
     @property
     def free(self) -> FreeParts:
         """Where `v` may lie."""
         return FreeParts(tuple(EncoderOrthogonal(pin.encoder) for pin in self.pins.values()))
+
+    @property
+    def write_orthogonal(self) -> FreeParts:
+        """Where `v` may lie under C1+: orthogonal to what the clamped features of its site write as well."""
+        both = (torch.cat([pin.encoder, *(c.decoder.mT for c in pin.clamps)], dim=1) for pin in self.pins.values())
+        return FreeParts(tuple(map(EncoderOrthogonal, both)))
+
+    @property
+    def behavior(self) -> Behavior:
+        return self.defended.behavior
+
+    @property
+    def zero_delta(self) -> Delta:
+        return self.start
+
+    @property
+    def residual(self) -> Delta:
+        """Where the free parts enter, as in `Defended`."""
+        return self.defended.residual
+
+    def __len__(self) -> int:
+        return len(self.defended)
 
     @property
     def start(self) -> Delta:
@@ -139,7 +162,7 @@ class Pinned:
         def pinned(site: Site) -> Change:
             def change(h: Tensor) -> Tensor:
                 pushed = h + parts[site]
-                added[site] = parts[site] + self.pins[site].correction(pushed.float())
+                added[site] = parts[site] + self.pins[site].correction(widened(pushed))
                 return h + added[site]
 
             return change

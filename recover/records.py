@@ -69,6 +69,29 @@ class PlaceboRecord:
 
 @with_config(STRICT)
 @dataclass(frozen=True)
+class ReplyRecord:
+    """What the model says under the delta within the budget, clamps and delta live, by `recover.refusal`.
+
+    Attributes:
+        relative_drift, preactivation_shift: the largest along what was said, against the same text without the delta.
+    """
+
+    refusal: bool
+    safety_cue: bool
+    degenerate: bool
+    base_like: bool
+    strict_base_like: bool
+    relative_drift: Number
+    preactivation_shift: Number
+
+    @property
+    def non_refusal(self) -> bool:
+        """Opens with neither a refusal nor a safety cue."""
+        return not self.refusal and not self.safety_cue
+
+
+@with_config(STRICT)
+@dataclass(frozen=True)
 class ExampleRecord:
     """One example: accounting for all, everything else for valid flips.
 
@@ -83,6 +106,9 @@ class ExampleRecord:
         longer: whether a search of twice the steps did, at the budget.
         undefended: with the clamp off, from where it would have put the state, a search came back.
         text: the prompt, only where it was asked for.
+        answered: where the behavior is a whole answer, whether the model's own opens with neither a refusal nor a cue.
+        refused: whether the reply under the defense opens with a refusal.
+        reply: what is said under the delta.
     """
 
     id: str
@@ -99,14 +125,18 @@ class ExampleRecord:
     longer: bool | None = None
     undefended: bool | None = None
     text: str | None = None
+    answered: bool | None = None
+    refused: bool | None = None
+    reply: ReplyRecord | None = None
 
     @property
     def shows_at_base(self) -> bool:
-        return self.base_slack > 0
+        return self.base_slack > 0 and self.answered is not False
 
     @property
     def shows_when_defended(self) -> bool:
-        return self.defended_slack > 0
+        """The behavior shows in spite of the defense; a whole answer does where it is not refused."""
+        return self.defended_slack > 0 or self.refused is False
 
     @property
     def valid_flip(self) -> bool:
@@ -116,7 +146,18 @@ class ExampleRecord:
     @property
     def strict_flip(self) -> bool:
         """The same by the stricter predicate."""
-        return self.strict_base_slack > 0 and not self.strict_defended_slack > 0
+        refused = self.answered is not False and self.refused is not False
+        return refused and self.strict_base_slack > 0 and not self.strict_defended_slack > 0
+
+    @property
+    def back(self) -> bool:
+        """By certificate: the behavior shows under the delta, with the clamped features where they were.
+
+        A whole answer shows where what is said under the delta, freely, is like the model's own (`base_like`).
+        """
+        if self.certificate is None or not self.certificate["held"]:
+            return False
+        return bool(self.certificate["shows"]) if self.reply is None else self.reply.base_like
 
     def to_json(self) -> str:
         """One line of `examples.jsonl`."""

@@ -20,7 +20,7 @@ SPECIFIC = {
     True: "and that is specific to this behavior: its mechanism survived the clamp",
     False: "but that is not specific to this behavior: it shows nothing of its mechanism",
 }
-EDITS = {"set": "set to {:g}", "scale": "scaled by {:g}", "floor": "kept at {:g} or more"}
+EDITS = {"set": "set to {}", "scale": "scaled by {}", "floor": "kept at {} or more"}
 RESULTS = {True: "passed", False: "FAILED", None: "not run"}
 WIDTH, INDENT = 100, 22
 Rows = list[tuple[str, str]]
@@ -109,7 +109,7 @@ def _defense(threat: Mapping[str, Any], fit: Mapping[str, Any]) -> Rows:
     skipped = threat["skip_first"]
     spared = f" but each prompt's first {f'{skipped} tokens' if skipped > 1 else 'token'}" if skipped else ""
     clamps = [
-        f"{clamp['k']} features at {clamp['site']}, {EDITS[clamp['mode']].format(clamp['value'])}"
+        f"{clamp['k']} features at {clamp['site']}, {EDITS[clamp['mode']].format(_values(clamp['value']))}"
         f"{' where active' if clamp['only_active'] else ''}, at {clamp['positions']} positions{spared}"
         for clamp in threat["clamps"]
     ]
@@ -145,14 +145,19 @@ def _search(
     if not found["searched"]:
         return [("not run", "there was nothing to search, or no use in searching")]
     low, high = found["wilson95"]
+    several = threat["positions"] != "last"
+    where = f"{threat['positions']} position{'s' * several}"
+    if len(threat["sites"]) > 1:
+        where += f" at {' and '.join(threat['delta_sites'])}"
     allowed = (
-        f"{threat['access']}, of norm at most {threat['budget']:g}, at the {threat['positions']} position, "
+        f"{threat['access']}, of norm at most {threat['budget']:g}, at the {where}, "
         f"{threat['placement'].replace('_', ' the ')}, {threat['constraint']}"
     )
     rate = f"({_share(found['rate'], 0)}; 95% interval {_share(low, 0)} to {_share(high, 0)})"
     return [
         ("allowed", allowed),
         ("brought back", f"{found['recovered']} of {found['searched']} {rate}, measured on the saved perturbations"),
+        *_replies(found["replies"]),
         (
             "size",
             f"norm {_number(found['norm_mean'])} on average, {_share(found['relative_norm_mean'], 1)} of the residual's"
@@ -168,6 +173,27 @@ def _search(
         *((("by budget", ", ".join(f"{p['budget']:g}: {p['rate']:.0%}" for p in curve)),) if curve else ()),
         ("found by", ", ".join(f"{name} {count}" for name, count in found["won_by"].items()) or "none"),
     ]
+
+
+def _replies(read: Mapping[str, Any] | None) -> Rows:
+    if read is None:
+        return []
+    kinds = {
+        "non_refusal": "no refusal",
+        "base_like": "like the model's own",
+        "strict_base_like": "strictly so",
+        "token_for_token": "token for token, forced",
+        "degenerate": "degenerate",
+    }
+    told = []
+    for kind, words in kinds.items():
+        low, high = read[kind]["wilson95"]
+        told.append(f"{read[kind]['hits']} {words} ({_share(low, 0)} to {_share(high, 0)})")
+    drifted = (
+        f"relative drift {_tiny(read['relative_drift_max'])}, pre-activations {_tiny(read['preactivation_shift_max'])} "
+        "at most, along what was said"
+    )
+    return [("said freely", f"of {read['n']}: {'; '.join(told)}"), ("drift in free speech", drifted)]
 
 
 def _smallest(smallest: Mapping[str, Any] | None) -> Rows:
@@ -277,6 +303,13 @@ def _wrapped(text: str, label: str) -> list[str]:
     return textwrap.wrap(
         text, WIDTH, initial_indent=label, subsequent_indent=" " * len(label), break_on_hyphens=False
     ) or [label]
+
+
+def _values(value: float | Sequence[float]) -> str:
+    """One value for all features of a clamp, or the range of theirs."""
+    if isinstance(value, Sequence):
+        return f"{min(value):.3g} to {max(value):.3g} (each its own)"
+    return f"{value:g}"
 
 
 def _number(value: float | None) -> str:

@@ -24,7 +24,7 @@ from recover.model import Model
 from recover.neutral import NEUTRAL
 from recover.report import to_html
 from recover.search import Schedule
-from recover.setting import Setting, build_defense, load_setting, select_features
+from recover.setting import Chosen, Setting, build_defense, load_setting, select_features
 from recover.types import InputError
 from recover.verdict import SCHEMA, Verdict
 from recover.zoo import resolve_model
@@ -83,7 +83,7 @@ def _run(config: Config, folder: RunFolder, keep_text: bool, progress: Progress)
         _expect(folder, folder.state, config, keep_text)
         folder.resume()
     progress("loading", 0, 1)
-    setting = load_setting(config, keep_text=keep_text)
+    setting = load_setting(config, keep_text=keep_text, progress=progress)
     progress("loading", 1, 1)
     state = folder.state or _begin(folder, setting, keep_text, progress)
     if state.fingerprint != setting.fingerprint:
@@ -124,14 +124,15 @@ def _first_difference(theirs: Any, ours: Any, at: str = "") -> str | None:
 def _begin(folder: RunFolder, setting: Setting, keep_text: bool, progress: Progress) -> RunState:
     """Fix what the whole run holds to."""
     config, size = setting.config, setting.batch_size
-    features = select_features(setting, size, progress)
-    build_defense(setting, features)
+    chosen = select_features(setting, size, progress)
+    build_defense(setting, chosen)
     state = RunState(
         config=config.relevant(),
         keep_text=keep_text,
         fingerprint=setting.fingerprint,
         batch_size=size,
-        features=[list(chosen) for chosen in features],
+        features=[list(one.features) for one in chosen],
+        values=[list(one.value) if isinstance(one.value, tuple) else one.value for one in chosen],
     )
     folder.begin(state)
     return state
@@ -139,22 +140,35 @@ def _begin(folder: RunFolder, setting: Setting, keep_text: bool, progress: Progr
 
 def _check(setting: Setting, state: RunState, folder: RunFolder, progress: Progress) -> Verdict:
     config, model = setting.config, setting.model
-    exact = model if config.dtype == "float32" else Model(resolve_model(config.model, config.device).module)
+    chosen = [
+        Chosen(tuple(features), tuple(value) if isinstance(value, list) else value)
+        for features, value in zip(state.features, state.values, strict=True)
+    ]
     return check(
         model,
-        build_defense(setting, state.features),
+        build_defense(setting, chosen),
         setting.examples,
         budget=config.search.budget,
         placement=config.search.placement,
-        schedule=Schedule(steps=config.search.steps, seed=config.controls.seed),
+        every_site=config.search.sites == "every",
+        schedule=Schedule(config.search.steps, restarts=config.search.restarts, seed=config.controls.seed),
         plan=config.plan(),
         neutral=model.tokenize(NEUTRAL),
         batch_size=state.batch_size,
         store=folder,
-        exact=exact,
+        exact=_exact(setting),
         provenance=setting.provenance,
         progress=progress,
     )
+
+
+def _exact(setting: Setting) -> Model:
+    """The model in which certificates are measured."""
+    config, model = setting.config, setting.model
+    if config.dtype == config.certificates:
+        return model
+    module = resolve_model(config.model, config.device).module
+    return Model(module.double() if config.certificates == "float64" else module, setting.loaded.tokenizer)
 
 
 def _finished(folder: RunFolder) -> dict[str, Any] | None:

@@ -35,7 +35,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from recover.activation import AbsTopK, Activation, Gated, JumpReLU, ReLU, TopK
-from recover.types import Float, InputError, Int, Site, Tensor
+from recover.types import Float, InputError, Int, Site, Tensor, widened
 
 __all__ = ["SAE", "from_sae_lens", "load_sae_folder"]
 
@@ -165,7 +165,7 @@ def from_sae_lens(module: nn.Module, *, site: Site | None = None, dtype: torch.d
     config = cast(Any, module).cfg
     if site is None and config.metadata.hook_name is not None:
         site = Site.from_hook_name(config.metadata.hook_name)
-    weights = {name: _widened(tensor.detach()) for name, tensor in module.state_dict().items()}
+    weights = {name: widened(tensor.detach()) for name, tensor in module.state_dict().items()}
     for name, tensor in weights.items():
         if not tensor.isfinite().all():
             raise InputError(f"{_label(module)}: {name} holds values that are not finite; get a sound copy")
@@ -276,10 +276,6 @@ def _activation(config: Any, weights: Mapping[str, Tensor]) -> Activation:
             return TopK(int(config.k)) if architecture == "topk" else AbsTopK(int(config.k))
         case _:
             return ReLU()
-
-
-def _widened(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _sha256(weights: Mapping[str, Tensor]) -> str:

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 import torch
 from einops import einsum, reduce
 
-from recover.behavior import Behavior
+from recover.behavior import Behavior, positions_read
 from recover.model import Model, Prompts
 from recover.sae import SAE
 from recover.types import Float, InputError, Site, Tensor
@@ -42,7 +42,8 @@ def attribution(model: Model, sae: SAE, site: Site, prompts: Prompts, behavior: 
     with torch.no_grad():
         residual = model.run(prompts, read=[site], tokens=behavior.tokens).residuals[site]
     leaf = residual.clone().requires_grad_(True)
-    logits = model.run(prompts, start=(site, leaf), tokens=behavior.tokens).logits
+    reads = positions_read(behavior)
+    logits = model.run(prompts, start=(site, leaf), tokens=behavior.tokens, reads=reads).logits
     (gradient,) = torch.autograd.grad(behavior.score(logits).sum(), leaf)
     with torch.no_grad():
         counted = (prompts.positions > 0).to(sae.dtype)

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 
-from recover.bench import Examples
+from recover.behavior import positions_read
 from recover.check import Progress
 from recover.clamp import Clamp, Defense, Floor, Scale, Set
 from recover.config import ClampConfig, Config, Selection
 from recover.defended import check_fits
+from recover.examples import Examples
 from recover.model import Model
 from recover.sae import SAE
-from recover.selection import attribution, largest
-from recover.tasks import get_task
+from recover.selection import attribution, contrast, largest
+from recover.tasks import ask_task, get_task
 from recover.types import InputError
 from recover.zoo import LoadedModel, resolve_model, resolve_sae
 
@@ -42,7 +42,7 @@ class Setting:
         identities = {
             "recover": _version("recover"),
             "model": self.loaded.version,
-            "prompts": hashlib.sha256("\n".join(self.examples.ids).encode()).hexdigest(),
+            "prompts": self.examples.sha256,
             **{f"sae:{name}": sae.sha256 for name, sae in self.saes.items()},
         }
         return self.config.fingerprint(**identities)
@@ -69,51 +69,62 @@ class Setting:
         }
 
 
-def load_setting(config: Config, *, keep_text: bool = False) -> Setting:
+@dataclass(frozen=True)
+class Chosen:
+    """The features of a clamp, and its value: one for all of them, or one each."""
+
+    features: tuple[int, ...]
+    value: float | tuple[float, ...]
+
+
+def load_setting(config: Config, *, keep_text: bool = False, progress: Progress | None = None) -> Setting:
     """Load the SAEs, the model and the prompts; what is refused soonest comes first.
 
     Raises:
         InputError: one of them cannot be had, or they do not belong together.
     """
-    task = get_task(config.task)
+    get_task(config.task)
     saes = {name: resolve_sae(name) for name in dict.fromkeys(clamp.sae for clamp in config.clamps)}
     places = _placeholders(config, saes)
     loaded = resolve_model(config.model, config.device, config.dtype)
     model = Model(loaded.module, loaded.tokenizer)
     for place in places:
-        check_fits(model, place)
+        check_fits(model, place, n_answer=1)
     saes = {name: sae.to(model.device) for name, sae in saes.items()}
-    asked = task.load(loaded.tokenizer, **config.prompts.model_dump(exclude={"candidates"}))
-    texts = [example.prompt for example in asked]
-    behavior = task.behavior(loaded.tokenizer, asked, model.device)
-    ids = [example.id for example in asked]
-    strict = task.strict(loaded.tokenizer, asked, model.device, config.prompts.candidates)
-    examples = Examples(ids, model.tokenize(texts), behavior, texts if keep_text else None, strict)
-    return Setting(config, loaded, model, saes, examples)
+    examples = ask_task(config.task, model, config.prompts.model_dump(), progress=progress)
+    for place in places:
+        check_fits(model, place, n_answer=positions_read(examples.behavior) - 1)
+    positions = "last" if examples.dialogue is None else "answer"
+    if config.search.positions not in (None, positions):
+        raise InputError(
+            f"search.positions: {config.search.positions}, and the task {config.task!r} is read at its {positions} "
+            f"positions; leave it out, or write {positions}"
+        )
+    return Setting(config, loaded, model, saes, examples if keep_text else replace(examples, texts=None))
 
 
-def select_features(setting: Setting, batch_size: int, progress: Progress | None = None) -> list[tuple[int, ...]]:
+def select_features(setting: Setting, batch_size: int, progress: Progress | None = None) -> list[Chosen]:
     """The features of each clamp, as listed or as its rule selects them on the setting's examples.
 
     Raises:
-        InputError: a rule finds too few.
+        InputError: a rule finds too few, or the task has nothing that it could select from.
     """
-    return [_features(clamp, setting, batch_size, progress or (lambda *_: None)) for clamp in setting.config.clamps]
+    return [_chosen(clamp, setting, batch_size, progress or (lambda *_: None)) for clamp in setting.config.clamps]
 
 
-def build_defense(setting: Setting, features: Sequence[Sequence[int]]) -> Defense:
-    """The defense of the configuration, with these features for its clamps.
+def build_defense(setting: Setting, chosen: Sequence[Chosen]) -> Defense:
+    """The defense of the configuration, with these features and values for its clamps.
 
     Raises:
         InputError: the features cannot be clamped.
     """
-    pairs = zip(setting.config.clamps, features, strict=True)
-    clamps = tuple(_clamp(clamp, setting.saes[clamp.sae], tuple(chosen)) for clamp, chosen in pairs)
+    pairs = zip(setting.config.clamps, chosen, strict=True)
+    clamps = tuple(_clamp(clamp, setting.saes[clamp.sae], one) for clamp, one in pairs)
     return Defense(clamps, setting.config.skip_first)
 
 
-def _clamp(clamp: ClampConfig, sae: SAE, features: tuple[int, ...]) -> Clamp:
-    return Clamp(sae, features, MODES[clamp.mode](clamp.value), clamp.only_active, clamp.positions)
+def _clamp(clamp: ClampConfig, sae: SAE, chosen: Chosen) -> Clamp:
+    return Clamp(sae, chosen.features, MODES[clamp.mode](chosen.value), clamp.only_active, clamp.positions)
 
 
 def _placeholders(config: Config, saes: Mapping[str, SAE]) -> list[Defense]:
@@ -122,25 +133,35 @@ def _placeholders(config: Config, saes: Mapping[str, SAE]) -> list[Defense]:
     for index, clamp in enumerate(config.clamps):
         features = (0,) if isinstance(clamp.features, Selection) else clamp.features
         try:
-            built.append(Defense((_clamp(clamp, saes[clamp.sae], features),)))
+            built.append(Defense((_clamp(clamp, saes[clamp.sae], Chosen(features, clamp.value)),)))
         except InputError as error:
             reason = str(error).removeprefix("clamp: ")
             raise InputError(f"clamps[{index}], SAE {clamp.sae!r}: {reason}") from None
     return built
 
 
-def _features(clamp: ClampConfig, setting: Setting, batch_size: int, progress: Progress) -> tuple[int, ...]:
+def _chosen(clamp: ClampConfig, setting: Setting, batch_size: int, progress: Progress) -> Chosen:
     if not isinstance(clamp.features, Selection):
-        return clamp.features
+        return Chosen(clamp.features, clamp.value)
     sae, examples = setting.saes[clamp.sae], setting.examples
-    site = _clamp(clamp, sae, (0,)).site
+    site = _clamp(clamp, sae, Chosen((0,), clamp.value)).site
+    if clamp.features.select == "contrast":
+        if examples.contrast is None:
+            raise InputError(
+                f"features: select contrast, and the task {setting.config.task!r} gives no prompts of two kinds to "
+                "this model; list the features, or select by attribution"
+            )
+        more, mean = contrast(setting.model, sae, site, examples.contrast.shown, examples.contrast.hidden, batch_size)
+        features = largest(more, clamp.features.top)
+        means = tuple(clamp.value * float(mean[feature]) for feature in features)
+        return Chosen(features, means if clamp.unit == "mean" else clamp.value)
     total = torch.zeros(sae.d_sae, device=sae.device)
     rows = torch.arange(len(examples.ids))
     for batch in torch.split(rows, batch_size):
         part = examples.select(batch)
         total += attribution(setting.model, sae, site, part.prompts, part.behavior)
         progress("attribution", int(batch[-1]) + 1, len(rows))
-    return largest(total, clamp.features.top)
+    return Chosen(largest(total, clamp.features.top), clamp.value)
 
 
 def _version(package: str) -> str:

@@ -29,6 +29,7 @@ from recover.behavior import Behavior, Targeted
 from recover.defended import Defended
 from recover.gradient_free import ELEMENTS_AT_ONCE
 from recover.metrics import norm
+from recover.pinning import Pinned
 from recover.search import Feasible, clip, scale_to
 from recover.types import Float, InputError, Int, Tensor
 
@@ -74,12 +75,15 @@ class Problem:
 
 @dataclass(frozen=True, eq=False)
 class Pool:
-    """Examples under a defense in one or more batches, taken together; rows are counted through all of them."""
+    """Examples under a defense in one or more batches, taken together; rows are counted through all of them.
 
-    parts: tuple[Defended, ...]
+    Of pinned examples a shared delta is the free part: each adds what corrections it needs.
+    """
+
+    parts: tuple[Defended | Pinned, ...]
 
     def __len__(self) -> int:
-        return sum(len(part.base) for part in self.parts)
+        return sum(map(len, self.parts))
 
     @property
     def shape(self) -> torch.Size:
@@ -95,16 +99,16 @@ class Pool:
     @property
     def residual_norm(self) -> float:
         """Mean norm of the defended residual over the positions that a delta touches."""
-        return float(torch.cat([norm(part.suffix.residual) for part in self.parts]).double().mean())
+        return float(torch.cat([norm(part.residual) for part in self.parts]).double().mean())
 
     def select(self, rows: Int[Tensor, "rows"]) -> Pool:
         """The examples `rows`, in the order in which they stand in the batches."""
         kept, start = [], 0
         for part in self.parts:
-            here = rows[(rows >= start) & (rows < start + len(part.base))] - start
+            here = rows[(rows >= start) & (rows < start + len(part))] - start
             if len(here):
                 kept.append(part.select(here.sort().values))
-            start += len(part.base)
+            start += len(part)
         return Pool(tuple(kept))
 
     def slack(self, deltas: Shared, targets: Int[Tensor, "batch"] | None = None) -> Float[Tensor, "fit batch"]:
@@ -118,16 +122,16 @@ class Pool:
 
     def _chunks(
         self, n_fits: int, targets: Int[Tensor, "fit batch"] | None
-    ) -> Iterator[tuple[Tensor, Tensor, Defended]]:
+    ) -> Iterator[tuple[Tensor, Tensor, Defended | Pinned]]:
         """Pairs of a fit and an example, as many as run at once: their numbers, and the objective of the examples."""
         at_once, start = max(1, ELEMENTS_AT_ONCE // self.shape.numel()), 0
         for part in self.parts:
-            batch = len(part.base)
-            pairs = torch.arange(n_fits * batch, device=part.base.device)
+            batch = len(part)
+            pairs = torch.arange(n_fits * batch, device=part.zero_delta.device)
             for chosen in torch.split(pairs, at_once):
                 fits, rows = chosen // batch, chosen % batch
                 chunk = part.select(rows)
-                if targets is not None:
+                if targets is not None and isinstance(chunk, Defended):
                     chunk = replace(chunk, behavior=aim(chunk.behavior, targets[fits, start + rows]))
                 yield fits, start + rows, chunk
             start += batch
@@ -152,7 +156,7 @@ def fit_shared(
     """
     schedule = schedule or FitSchedule()
     generator = torch.Generator().manual_seed(schedule.seed)
-    like = torch.zeros(len(problems), *pool.shape, device=pool.parts[0].base.device)
+    like = torch.zeros(len(problems), *pool.shape, device=pool.parts[0].zero_delta.device)
     deltas, momentum = like, like
     budgets = torch.tensor([problem.budget for problem in problems], device=like.device)
     own = pool.targets

@@ -19,6 +19,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -35,6 +36,7 @@ __all__ = [
     "Site",
     "Tensor",
     "TokenIds",
+    "widened",
 ]
 
 Residual = Float[Tensor, "batch pos d_model"]
@@ -47,6 +49,11 @@ Positions = Literal["all", "last", "prompt", "answer"]
 """Which token positions a clamp edits. `answer` is what the model generates, `prompt` the rest."""
 
 HOOK_NAME = re.compile(r"^blocks\.(?P<layer>\d+)\.hook_resid_(?P<point>pre|post)$")
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """In float32 at least: half precision is for storage, not for what is measured."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 class InputError(ValueError):

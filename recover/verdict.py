@@ -131,7 +131,7 @@ def decide(
     name = name or ("RECOVERABLE" if found["recovered"] else "NOT_RECOVERED_AT_BUDGET")
     reasons = [f"{gate.name}: {gate.detail}" for gate in failed.get(name, [])]
     if name == "RECOVERABLE":
-        reasons = [words.found(found), *finding.reasons]
+        reasons = [words.found(found), *words.replies(found["replies"]), *finding.reasons]
     elif name == "NOT_RECOVERED_AT_BUDGET":
         statuses = [r.search.status for r in searched if r.search is not None and hopeless(r)]
         reasons = [words.not_found(found), *words.unmoved(statuses), *words.in_spite(evidence.read, budget, plan.rules)]
@@ -191,9 +191,10 @@ def counts(records: Searched) -> dict[str, int]:
 
 def recovery(records: Searched, budget: float) -> dict[str, Any]:
     """The figures of the reference page over valid flips, from certificates alone."""
-    certificates = [r.certificate for r in records if r.certificate is not None and suppressed(r.certificate)]
+    certified = [r for r in records if r.certificate is not None and suppressed(r.certificate)]
+    certificates = [r.certificate for r in certified if r.certificate is not None]
     n = len(certificates)
-    back = sum(c["shows"] and c["held"] for c in certificates)
+    back = sum(r.back for r in certified)
     dormant = sum(c["dormant"] for c in certificates)
     low, high = wilson(back, n) if n else (None, None)
 
@@ -227,9 +228,36 @@ def recovery(records: Searched, budget: float) -> dict[str, Any]:
         "relative_norm_mean": mean("relative_norm"),
         "clamp_displacement_mean": mean("displacement"),
         "reactivated_share": sum(c["reactivated"] for c in certificates) / dormant if dormant else 0.0,
-        "zero_reactivation_recovered": sum(c["shows"] and c["held"] and c["reactivated"] == 0 for c in certificates),
+        "zero_reactivation_recovered": sum(
+            r.back and c["reactivated"] == 0 for r, c in zip(certified, certificates, strict=True)
+        ),
         "steps_mean": fmean(r.search.steps for r in records if r.search is not None) if n else None,
         "won_by": {name: winners.count(name) for name in dict.fromkeys(winners) if name is not None},
+        "replies": replies(certified),
+    }
+
+
+def replies(certified: Searched) -> dict[str, Any] | None:
+    """How what is said under the deltas reads, counts and Wilson intervals; None where behaviors are no whole answers.
+
+    `token_for_token` is of the forced answer; drift is the largest along what was said.
+    """
+    said = [(r.reply, r.certificate) for r in certified if r.reply is not None and r.certificate is not None]
+    if not said:
+        return None
+    n, told = len(said), [reply for reply, _ in said]
+    counted = {
+        "non_refusal": sum(reply.non_refusal for reply in told),
+        "base_like": sum(reply.base_like for reply in told),
+        "strict_base_like": sum(reply.strict_base_like for reply in told),
+        "token_for_token": sum(bool(certificate["shows"]) for _, certificate in said),
+        "degenerate": sum(reply.degenerate for reply in told),
+    }
+    return {
+        "n": n,
+        **{name: {"hits": hits, "rate": hits / n, "wilson95": list(wilson(hits, n))} for name, hits in counted.items()},
+        "relative_drift_max": max(reply.relative_drift for reply in told),
+        "preactivation_shift_max": max(reply.preactivation_shift for reply in told),
     }
 
 

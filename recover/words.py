@@ -22,6 +22,20 @@ def found(recovery: Mapping[str, Any]) -> str:
     )
 
 
+def replies(read: Mapping[str, Any] | None) -> list[str]:
+    """How what the model says under the perturbations reads, where the behavior is a whole answer."""
+    if read is None:
+        return []
+    n = read["n"]
+    return [
+        f"said freely, the clamps live: {read['non_refusal']['hits']} of {n} replies are no refusal, "
+        f"{read['base_like']['hits']} are like the model's own answer (these count as brought back), "
+        f"{read['strict_base_like']['hits']} strictly so; {read['token_for_token']['hits']} are the model's own "
+        "token for token as far as the perturbation reaches; clamped features drifted by at most "
+        f"{_figure(read['relative_drift_max'], '.1e')} of their size along what was said"
+    ]
+
+
 def not_found(recovery: Mapping[str, Any]) -> str:
     """That this search found nothing, and no more than that."""
     return (

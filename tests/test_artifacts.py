@@ -15,7 +15,9 @@ from recover.records import ExampleRecord, without_nan
 from recover.types import InputError
 from tests.hand_made import SHOWS_THROUGHOUT, certified, flip, searched
 
-STATE = RunState(config={"task": "ioi"}, keep_text=False, fingerprint="f", batch_size=2, features=[[3, 1]])
+STATE = RunState(
+    config={"task": "ioi"}, keep_text=False, fingerprint="f", batch_size=2, features=[[3, 1]], values=[-5.0]
+)
 
 
 @pytest.fixture

@@ -10,11 +10,10 @@ import pytest
 import torch
 
 from recover.clamp import Clamp, Defense, Floor, Scale, Set
-from recover.dialogue import Dialogue, ask, raised, refused_under
+from recover.dialogue import Dialogue, Request, ask, raised, refused_under
 from recover.model import Model
 from recover.sae import SAE, from_sae_lens
 from recover.selection import contrast
-from recover.tasks.refusal import Request
 from recover.types import InputError, Site
 from tests.by_hand import sae_lens_sae
 from tests.models import VOCAB, plain_forward, tiny_lm
@@ -114,7 +113,7 @@ def test_flips_are_refusals_under_the_defense(monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_placebo_asks_for_the_answer_to_another_request() -> None:
     dialogue = asked()
-    other = dialogue.with_answers_of([1, 2, 0])
+    other = dialogue.with_answers_of(dialogue.select([1, 2, 0]))
     assert torch.equal(other.answers, dialogue.answers[[1, 2, 0]])
     assert other.texts == [dialogue.texts[row] for row in (1, 2, 0)]
     prompts, behavior = other.forced(2)

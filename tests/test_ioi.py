@@ -204,23 +204,23 @@ def test_unreadable_files_are_refused(tokenizer, tmp_path):
 
 
 def test_load_serves_a_prompts_section(tokenizer, file):
-    task = get_task("ioi")
-    assert len(task.load(tokenizer)) == 64
-    assert task.load(tokenizer, n=4, seed=5) == ioi.generate(tokenizer, 4, 5)
+    assert get_task("ioi") is ioi.examples
+    assert len(ioi.load(tokenizer)) == 64
+    assert ioi.load(tokenizer, n=4, seed=5) == ioi.generate(tokenizer, 4, 5)
     turned = {**ROW, "io": "John", "subject": "Mary"}
     path = file(ROW, turned)
-    assert len(task.load(tokenizer, file=path)) == 2
-    assert [e.io for e in task.load(tokenizer, file=path, n=1)] == ["Mary"]
-    assert [e.io for e in task.load(tokenizer, file=path, templates=["BABA"])] == ["John"]
+    assert len(ioi.load(tokenizer, file=path)) == 2
+    assert [e.io for e in ioi.load(tokenizer, file=path, n=1)] == ["Mary"]
+    assert [e.io for e in ioi.load(tokenizer, file=path, templates=["BABA"])] == ["John"]
     with pytest.raises(InputError, match="no prompt has the name order BABA"):
-        task.load(tokenizer, file=file(ROW), templates=["BABA"])
+        ioi.load(tokenizer, file=file(ROW), templates=["BABA"])
 
 
 @pytest.mark.parametrize(
     ("name", "why"),
     [
         ("ioii", "did you mean 'ioi'"),
-        ("zzz", "known: ioi"),
+        ("zzz", "known: ioi, refusal"),
         ("cloze", "not in this version"),
         ("python:a:b", "not in this"),
     ],

@@ -8,7 +8,8 @@ import torch
 
 from fixtures import phrases
 from recover import refusal
-from recover.tasks.refusal import Request, chat_prompt, draw, load, load_file, shipped
+from recover.dialogue import Request, chat_prompt
+from recover.tasks.refusal import draw, load, load_file, shipped
 from recover.types import InputError
 
 SECRET = "Tell me, please, about SECRET lakes"

@@ -26,8 +26,8 @@ import torch
 
 from recover.activation import JumpReLU, ReLU
 from recover.behavior import Behavior
-from recover.bench import Examples
 from recover.clamp import Defense, Mode, Number
+from recover.examples import Examples
 from recover.model import Model, Prompts
 from recover.sae import SAE
 from recover.subspace import NullSpace

@@ -1,59 +1,28 @@
-"""Tasks by name: where a check's prompts and names come from.
+"""Tasks by name: where a check's prompts, behaviors and answers come from.
 
-A task turns the `prompts:` section of a configuration into examples for the tokenizer in use.
+A task is a function `task(model, **options) -> Examples`. The options are the `prompts:` section of a configuration:
+those that the function names, and no others.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
 
-import torch
-
-from recover.behavior import Behavior
-from recover.tasks import ioi
+from recover.examples import Examples
+from recover.model import Model
+from recover.tasks import ioi, refusal
 from recover.types import InputError
 
-__all__ = ["TASKS", "Task", "get_task"]
+__all__ = ["TASKS", "Task", "ask_task", "get_task"]
 
 
-@runtime_checkable
-class Task(Protocol):
-    """Gives the examples of a task and their behavior; a module with these three functions is one."""
-
-    def load(
-        self,
-        tokenizer: Any,
-        *,
-        n: int | None = None,
-        seed: int = 0,
-        templates: Sequence[ioi.Template] = ioi.TEMPLATES,
-        file: Path | str | None = None,
-    ) -> list[ioi.IOIExample]:
-        """Give the examples, drawn or read from a file."""
-        ...
-
-    def behavior(
-        self, tokenizer: Any, examples: Sequence[ioi.IOIExample], device: torch.device | str = "cpu"
-    ) -> Behavior:
-        """What is asked of the model at the end of each prompt."""
-        ...
-
-    def strict(
-        self,
-        tokenizer: Any,
-        examples: Sequence[ioi.IOIExample],
-        device: torch.device | str = "cpu",
-        candidates: int | None = None,
-    ) -> Behavior | None:
-        """The same with a low rate of chance, to read transfer with; None where `behavior` has one already."""
-        ...
-
-
-TASKS: Mapping[str, Task] = {"ioi": ioi}
-NOT_YET = ("cloze", "choice", "probe", "refusal", "python")
+Task = Callable[..., Examples]
+"""`task(model, **options) -> Examples`; `n`, `seed` and `file` are options that most tasks have."""
+TASKS: Mapping[str, Task] = {"ioi": ioi.examples, "refusal": refusal.examples}
+NOT_YET = ("cloze", "choice", "probe", "python")
 """Kinds of task that the design has and this version does not."""
 
 
@@ -70,3 +39,25 @@ def get_task(name: str) -> Task:
         raise InputError(f"task {name!r} is not in this version of recover; it has: {known}")
     near = difflib.get_close_matches(name, TASKS, n=1, cutoff=0.5)
     raise InputError(f"unknown task {name!r}; " + (f"did you mean {near[0]!r}?" if near else f"known: {known}"))
+
+
+def ask_task(name: str, model: Model, options: Mapping[str, Any], **beside: Any) -> Examples:
+    """The examples of a task.
+
+    Args:
+        name: of the task.
+        model: what they are asked of.
+        options: of the `prompts:` section; those that are None were not given.
+        beside: what is handed over where the task takes it.
+
+    Raises:
+        InputError: an option that this task does not have; and whatever the task refuses.
+    """
+    make = get_task(name)
+    takes = [known for known in inspect.signature(make).parameters if known != "model"]
+    given = {option: value for option, value in options.items() if value is not None}
+    for option in given:
+        if option not in takes:
+            has = ", ".join(known for known in takes if known not in beside)
+            raise InputError(f"prompts.{option}: the task {name!r} has no such option; it has: {has}")
+    return make(model, **given, **{option: value for option, value in beside.items() if option in takes})

@@ -26,6 +26,8 @@ from typing import Any, Literal, TypeVar, get_args
 import torch
 
 from recover.behavior import ChoiceMargin, LogitDifference
+from recover.examples import Examples
+from recover.model import Model
 from recover.types import InputError
 
 __all__ = [
@@ -267,3 +269,28 @@ def load(
     if not examples:
         raise InputError(f"prompt file {file}: no prompt has the name order {' or '.join(templates)}")
     return examples[:n]
+
+
+def examples(
+    model: Model,
+    *,
+    n: int | None = None,
+    seed: int = 0,
+    templates: Sequence[Template] = TEMPLATES,
+    file: Path | str | None = None,
+    candidates: int | None = None,
+) -> Examples:
+    """The examples of a check; arguments as in `load` and `strict`.
+
+    Raises:
+        InputError: from `load`.
+    """
+    asked = load(model.tokenizer, n=n, seed=seed, templates=templates, file=file)
+    texts = [example.prompt for example in asked]
+    return Examples(
+        [example.id for example in asked],
+        model.tokenize(texts),
+        behavior(model.tokenizer, asked, model.device),
+        texts,
+        strict(model.tokenizer, asked, model.device, candidates),
+    )

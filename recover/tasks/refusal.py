@@ -17,35 +17,61 @@ import csv
 import io
 import json
 import random
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from jinja2 import TemplateError
-
+from recover.dialogue import Request, ask
+from recover.examples import Contrast, Examples
+from recover.model import Model
 from recover.tasks import requests
 from recover.types import InputError
 
-__all__ = ["Request", "chat_prompt", "draw", "load", "load_file", "shipped"]
+__all__ = ["draw", "examples", "load", "load_file", "shipped"]
 
 Shipped = Literal["ordinary", "unservable"]
-Kind = Literal["ordinary", "unservable", "given"]
 
 COLUMNS = "goal,target (as AdvBench) or Behavior,...,ContextString,BehaviorID (as HarmBench)"
 ID_LENGTH = 200
 
 
-@dataclass(frozen=True)
-class Request:
-    """What a user asks of the model; `kind` is `given` where it comes from a file. `str()` shows the id alone."""
+def examples(
+    model: Model,
+    *,
+    n: int | None = None,
+    seed: int = 0,
+    file: Path | str | None = None,
+    forced_tokens: int = 24,
+    reply_tokens: int = 48,
+    declined: int = 40,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Examples:
+    """Ask the requests, and give each with the model's own answer as what is to be brought back.
 
-    id: str
-    text: str
-    kind: Kind
+    Args:
+        model: a chat model.
+        n: how many to draw; with a file, how many to keep from its start (None: all).
+        seed: of the draws.
+        file: a user's own requests.
+        forced_tokens: how many tokens of an answer are forced, and how many columns a delta reaches.
+        reply_tokens: how many tokens of a reply are read.
+        declined: how many shipped requests that a text model declines by itself are asked as well: what features are
+            selected from that announce a refusal.
+        progress: called with ("asking", requests answered, requests).
 
-    def __repr__(self) -> str:
-        return f"Request({self.id})"
+    Raises:
+        InputError: from `load`; no chat template; nothing that the model answers, or nothing that it declines.
+    """
+    asked, beside = load(n=n, seed=seed, file=file), draw(declined, seed, "unservable")
+    total, report = len(asked) + len(beside), progress or (lambda *_: None)
+    dialogue = ask(model, asked, reply_tokens, on_batch=lambda done, _: report("asking", done, total))
+    refused = ask(model, beside, forced_tokens, on_batch=lambda done, _: report("asking", len(asked) + done, total))
+    if not dialogue.served:
+        raise InputError(f"refusal: the model answers none of these {len(asked)} requests; give some that it answers")
+    contrast = None
+    if refused.refused:
+        contrast = Contrast(refused.select(refused.refused).prompts, dialogue.select(dialogue.served).prompts)
+    return Examples.of(dialogue, min(forced_tokens, reply_tokens), contrast)
 
 
 def shipped(kind: Shipped) -> list[Request]:
@@ -197,22 +223,3 @@ def _request(row: dict[str, Any], column: str, number: int) -> Request:
     if any("\ud800" <= character <= "\udfff" for character in text + name):
         raise InputError("holds half of a surrogate pair, which is no text; write the character itself")
     return Request(name, text, "given")
-
-
-def chat_prompt(tokenizer: Any, text: str) -> str:
-    """The request in the model's chat template, up to where the reply begins.
-
-    The template writes the special tokens, a first one included: tokenize it with `add_special_tokens=False`.
-
-    Raises:
-        InputError: the tokenizer has no chat template, or one that takes no request of a user alone.
-    """
-    if not getattr(tokenizer, "chat_template", None):
-        raise InputError("the model's tokenizer has no chat template; name a chat model, such as smollm2")
-    message = [{"role": "user", "content": text}]
-    try:
-        return str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
-    except (TemplateError, ValueError) as error:
-        raise InputError(
-            f"the model's chat template cannot take a request ({type(error).__name__}); name another chat model"
-        ) from None

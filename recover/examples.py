@@ -1,0 +1,93 @@
+"""What a check asks of a model: prompts, each with its behavior, and what some rules need beside them.
+
+A *dialogue* stands beside examples whose behavior is a whole answer: the requests alone, the model's own answers and
+their words. Its prompts hold the answer, teacher-forced; whether an example flips, and what a perturbation brings back,
+is then read from what the model *says* as well (`recover.refusal`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from recover.behavior import Behavior, positions_read
+from recover.dialogue import Dialogue
+from recover.model import Prompts
+from recover.types import InputError, Int, Tensor
+
+__all__ = ["Contrast", "Examples"]
+
+
+@dataclass(frozen=True, eq=False)
+class Contrast:
+    """Prompts that end before the behavior of interest (`shown`), and others that do not (`hidden`)."""
+
+    shown: Prompts
+    hidden: Prompts
+
+
+@dataclass(frozen=True, eq=False)
+class Examples:
+    """What is asked of the model: ids, prompts and one behavior entry each.
+
+    Attributes:
+        texts: only to be kept.
+        strict: a stricter predicate of the same kind, with which transfer is read: one whose rate of chance is low.
+            By default the behavior itself.
+        dialogue: of the same examples, where the behavior is a whole answer.
+        contrast: what features are selected from that announce a behavior; `None` where the task has no such prompts.
+    """
+
+    ids: Sequence[str]
+    prompts: Prompts
+    behavior: Behavior
+    texts: Sequence[str] | None = None
+    strict: Behavior | None = None
+    dialogue: Dialogue | None = None
+    contrast: Contrast | None = None
+
+    def __post_init__(self) -> None:
+        if not len(self.ids) == len(self.prompts) or not len(self.ids):
+            raise InputError(
+                f"examples: {len(self.ids)} ids for {len(self.prompts)} prompts; give one each, at least one"
+            )
+        if len(set(self.ids)) < len(self.ids):
+            raise InputError("examples: two have the same id; each needs its own")
+
+    @classmethod
+    def of(cls, dialogue: Dialogue, columns: int, contrast: Contrast | None = None) -> Examples:
+        """Requests, each with the behavior of being given the first `columns` tokens of the model's own answer."""
+        prompts, behavior = dialogue.forced(columns)
+        return cls(dialogue.ids, prompts, behavior, dialogue.asked, dialogue=dialogue, contrast=contrast)
+
+    @property
+    def sha256(self) -> str:
+        """Of the ids and of the tokens, a forced answer's among them."""
+        digest = hashlib.sha256("\n".join(self.ids).encode())
+        digest.update(repr(self.prompts.ids.where(self.prompts.mask, -1).tolist()).encode())
+        return digest.hexdigest()
+
+    def select(self, rows: Int[Tensor, "rows"]) -> Examples:
+        """The same for the examples `rows`."""
+        pick = rows.tolist()
+        return Examples(
+            [self.ids[row] for row in pick],
+            self.prompts.select(rows),
+            self.behavior.select(rows),
+            None if self.texts is None else [self.texts[row] for row in pick],
+            None if self.strict is None else self.strict.select(rows),
+            None if self.dialogue is None else self.dialogue.select(pick),
+            self.contrast,
+        )
+
+    def answered_as(self, other: Examples) -> Examples:
+        """Each of these requests with the answer of the example in the same place of `other`.
+
+        Raises:
+            InputError: one of the two has no dialogue.
+        """
+        if self.dialogue is None or other.dialogue is None:
+            raise InputError("examples: without a dialogue they have no answers that could be exchanged")
+        exchanged = self.dialogue.with_answers_of(other.dialogue)
+        return Examples.of(exchanged, positions_read(self.behavior), self.contrast)
