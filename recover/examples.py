@@ -81,13 +81,12 @@ class Examples:
             self.contrast,
         )
 
-    def answered_as(self, other: Examples) -> Examples:
-        """Each of these requests with the answer of the example in the same place of `other`.
+    def answered_as(self, other: Dialogue) -> Examples:
+        """Each of these requests with the answer to the one in the same place of `other`.
 
         Raises:
-            InputError: one of the two has no dialogue.
+            InputError: the behavior is no whole answer.
         """
-        if self.dialogue is None or other.dialogue is None:
+        if self.dialogue is None:
             raise InputError("examples: without a dialogue they have no answers that could be exchanged")
-        exchanged = self.dialogue.with_answers_of(other.dialogue)
-        return Examples.of(exchanged, positions_read(self.behavior), self.contrast)
+        return Examples.of(self.dialogue.with_answers_of(other), positions_read(self.behavior), self.contrast)

@@ -88,7 +88,7 @@ def fit(bench: Bench, fold: int, deltas: Deltas, report: Callable[[int, int], No
     }
     schedule: FitSchedule = replace(plan.transfer.fit, seed=plan.seed)
     shuffles = {
-        draw: _exchanged(bench, rows, [ids[row] for row in rows.tolist()], _seed(plan.seed, fold, draw))
+        draw: _exchanged(bench, half, [ids[row] for row in rows.tolist()], _seed(plan.seed, fold, draw))
         for draw in {one.draw for one in fits if one.kind == SHUFFLED}
     }
     problems = [
@@ -125,7 +125,7 @@ def read(bench: Bench, fold: int, deltas: Deltas, report: Callable[[int, int], N
     saved = torch.stack([deltas.delta(one.name(fold)) for one in fits]).to(device)
     strict, weak = half.slack(saved) > 0, own.slack(saved) > 0
     ids = [name for batch in bench.batches for name in batch.strict_ids]
-    dealt = _dealt(bench, others, [ids[row] for row in others.tolist()], fold, fits, saved)
+    dealt = _dealt(bench, half, [ids[row] for row in others.tolist()], fold, fits, saved)
     flips = own.slack(torch.zeros_like(saved[:1]))[0] <= 0
     moved = torch.cat([displacement(part.defended if isinstance(part, Pinned) else part) for part in seen.parts])
     back = undone(averaged(moved)[:1], space, 1.0)
@@ -181,27 +181,27 @@ def _exchangeable(bench: Bench) -> bool:
     return bench.examples.dialogue is not None or bench.pool.targets is not None
 
 
-def _exchanged(bench: Bench, rows: Int[Tensor, "rows"], ids: Sequence[str], seed: int) -> _Exchanged:
-    """These rows of the pool, with what they are asked for exchanged among them: as few as possible keep their own."""
-    half = bench.pool.select(rows)
-    if bench.examples.dialogue is None:
+def _exchanged(bench: Bench, half: Pool, ids: Sequence[str], seed: int) -> _Exchanged:
+    """These examples, with what they are asked for exchanged among them: as few as possible keep their own."""
+    dialogue = bench.examples.dialogue
+    if dialogue is None:
         assert half.targets is not None
         return _Exchanged(half, derangement(half.targets, ids, seed))
     order = derangement(torch.arange(len(ids)), ids, seed)
     places = torch.tensor([bench.examples.ids.index(name) for name in ids])
     pairs = zip(torch.split(places, bench.batch_size), torch.split(places[order], bench.batch_size), strict=True)
-    parts = [bench.examples.select(own).answered_as(bench.examples.select(other)) for own, other in pairs]
+    parts = [bench.examples.select(own).answered_as(dialogue.select(other.tolist())) for own, other in pairs]
     return _Exchanged(Pool(tuple(bench.objective(bench.defended(part)) for part in parts)), None)
 
 
 def _dealt(
-    bench: Bench, rows: Int[Tensor, "rows"], ids: Sequence[str], fold: int, fits: Sequence[Fit], saved: Tensor
+    bench: Bench, half: Pool, ids: Sequence[str], fold: int, fits: Sequence[Fit], saved: Tensor
 ) -> dict[int, int]:
     """For each fit to shuffled targets, how often examples show a target that was dealt to them at random."""
     hits = {}
     for at, one in enumerate(fits):
         if one.kind == SHUFFLED:
-            dealt = _exchanged(bench, rows, ids, _seed(bench.plan.seed, fold, 200 + one.draw))
+            dealt = _exchanged(bench, half, ids, _seed(bench.plan.seed, fold, 200 + one.draw))
             hits[at] = int((dealt.pool.slack(saved[at : at + 1], dealt.targets) > 0).sum())
     return hits
 

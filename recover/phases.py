@@ -186,8 +186,7 @@ def _other_answers(bench: Bench, batch: Batch) -> Done:
         if not unlike:
             return Done({})
         others.append(random.Random(f"{bench.plan.seed}:{example}").choice(unlike))
-    other = bench.examples.select(torch.tensor(others))
-    aimed = bench.objective(bench.defended(batch.flipped.answered_as(other)))
+    aimed = bench.objective(bench.defended(batch.flipped.answered_as(dialogue.select(others))))
     return Done(_by_id(batch, "placebo", _compared(bench, aimed)))
 
 

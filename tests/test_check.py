@@ -465,7 +465,7 @@ def test_a_finished_run_recomputes_nothing(small: tuple[Verdict, Memory], monkey
         CHECK: ("measure_fit", "measure_utility"),
         bench: ("defend", "admissible"),
         phases: ("worst_case", "recover", "certify"),
-        global_controls: ("defend", "recover", "finite_differences"),
+        global_controls: ("recover", "finite_differences"),
         heldout: ("fit_shared", "random_shared", "certify"),
     }.items():
         for name in names:

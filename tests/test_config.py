@@ -60,7 +60,7 @@ def test_defaults_are_filled_in(write):
     config = load_config(write())
     assert config == load_config()
     assert (config.dtype, config.device, config.batch_size) == ("float32", "auto", "auto")
-    assert config.search.positions == "last"
+    assert (config.search.positions, config.search.sites) == (None, "first")
 
 
 def test_resolved_file_reads_back_equal(write, tmp_path):
@@ -268,7 +268,15 @@ CHANGES = {
     "rules.max_chance": 0.2,
     "rules.min_heldout": 9,
     "rules.min_pairs": 6,
+    "search.positions": "answer",
+    "search.sites": "every",
+    "search.restarts": 3,
+    "prompts.forced_tokens": 3,
+    "prompts.reply_tokens": 9,
+    "prompts.declined": 5,
+    "certificates": "float64",
 }
+CONTRAST = {"clamps.features": {"select": "contrast", "top": 3}}
 
 
 @pytest.mark.parametrize(("key", "value"), CHANGES.items())
@@ -288,5 +296,16 @@ def test_every_setting_is_fingerprinted_or_named_as_harmless():
     for name, value in load_config().canonical().items():
         section = value[0] if name == "clamps" else value
         settings |= {f"{name}.{key}" for key in section} if isinstance(section, dict) else {name}
-    only_one_value_so_far = "search.positions"
-    assert settings == {*CHANGES, only_one_value_so_far, "device", "batch_size"}
+    assert settings == {*CHANGES, "clamps.unit", "device", "batch_size"}
+
+
+def test_a_mean_is_of_features_by_contrast():
+    by_mean = load_config(None, {**CONTRAST, "clamps.unit": "mean"})
+    assert by_mean.fingerprint() != load_config(None, CONTRAST).fingerprint()
+    with pytest.raises(InputError, match=r"clamps\[0\]: unit: mean is for features by contrast"):
+        load_config(None, {"clamps.unit": "mean"})
+
+
+def test_a_delta_at_every_site_enters_after_the_clamps():
+    with pytest.raises(InputError, match=r"search\.placement: a delta at every clamped site"):
+        load_config(None, {"search.sites": "every", "search.placement": "before_clamp"})

@@ -239,8 +239,8 @@ def test_only_what_held_and_was_suppressed_counts(
     """Of each batch (3, 2, 1 and 1 rows) the first moved features, and the last shows with the clamp alone."""
     real = heldout.certify
 
-    def certify(*args: Any) -> Certificate:
-        facts = real(*args)
+    def certify(*args: Any, **options: Any) -> Certificate:
+        facts = real(*args, **options)
         held, slack = facts.held.clone(), facts.defended_slack.clone()
         held[0], slack[-1] = False, 0.5
         return replace(facts, held=held, defended_slack=slack)
@@ -257,8 +257,8 @@ def test_the_largest_shift_is_not_known_where_one_is_no_number(
 ) -> None:
     real = heldout.certify
 
-    def certify(*args: Any) -> Certificate:
-        facts = real(*args)
+    def certify(*args: Any, **options: Any) -> Certificate:
+        facts = real(*args, **options)
         shift = facts.preactivation_shift.clone()
         shift[0, 0] = torch.nan if len(shift) == 3 else 0.5
         return replace(facts, preactivation_shift=shift)

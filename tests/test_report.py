@@ -29,6 +29,7 @@ THREAT = {
     "budget": 20.0,
     "clamp": "live",
     "skip_first": 0,
+    "delta_sites": ["blocks.15.hook_resid_pre"],
     "dtype": "float32",
     "clamps": [
         {
