@@ -43,7 +43,7 @@ from recover.metrics import relative_drift
 from recover.model import Change
 from recover.types import Bool, Float, InputError, Int, PerExample, Residual, Site, Tensor
 
-__all__ = ["DenseRows", "IteratedRows", "Jacobian", "Monitor", "RowSpace", "Watched", "row_space"]
+__all__ = ["DenseRows", "IteratedRows", "Jacobian", "Monitor", "RowSpace", "Watched", "passed", "row_space"]
 
 NEAR, BACK, ASIDE = 0.05, 0.2, 0.3
 """Shares of its gap: an inactive feature as near as the first is brought back to the second; a search turns aside at
@@ -169,19 +169,26 @@ class Monitor:
         return repeat(values, "k -> (pos k)", pos=self.defended.suffix.n_pos)
 
 
-def _watch(defended: Defended, delta: Delta) -> Watched:
-    state = defended.suffix.residual + delta
-    seen: dict[Site, Tensor] = {defended.suffix.site: state}
+def passed(defended: Defended, delta: Delta) -> tuple[Float[Tensor, "batch ..."], dict[Site, Residual]]:
+    """Logits with `delta` added where it enters, and the residual after each clamp and delta; differentiable twice."""
+    parts = defended.by_site(delta)
+    seen: dict[Site, Tensor] = {defended.suffix.site: defended.suffix.residual + parts[defended.suffix.site]}
 
     def watching(site: Site) -> Change:
         def change(h: Tensor) -> Tensor:
-            seen[site] = h
-            return h
+            seen[site] = h + parts[site] if site in parts else h
+            return seen[site]
 
         return change
 
     with sdpa_kernel(SDPBackend.MATH):
-        logits = defended.changed_logits(state, {site: watching(site) for site in defended.defense.sites[1:]})
+        later = {site: watching(site) for site in defended.defense.sites[1:]}
+        logits = defended.changed_logits(seen[defended.suffix.site], later)
+    return logits, seen
+
+
+def _watch(defended: Defended, delta: Delta) -> Watched:
+    logits, seen = passed(defended, delta)
     clamps = [(clamp, seen[site]) for site in defended.defense.sites for clamp in defended.defense.at(site)]
     pre, features = (
         torch.cat([rearrange(values, "batch pos k -> batch (pos k)") for values in read], dim=1)

@@ -21,9 +21,9 @@ import torch
 from einops import einsum, rearrange, repeat
 
 from recover.defended import Defended, Delta
+from recover.held_search import RestoredSolution
 from recover.metrics import norm
 from recover.monitor import Jacobian, Monitor, Watched
-from recover.restoration import RestoredSolution
 from recover.search import Schedule, clip
 from recover.types import Float, InputError, Tensor
 
