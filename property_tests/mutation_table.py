@@ -901,6 +901,38 @@ TABLE: dict[str, list[Entry]] = {
             "rows[high[rows] - low[rows] > 8 * fine]",
         ),
     ],
+    "stable": [
+        (
+            "a_stable_search_keeps_tolerance_and_budget_and_never_does_worse_than_nothing",
+            "stable.py",
+            "rows, n_equal, drift)",
+            "0 * rows, n_equal, torch.zeros_like(drift))",
+        ),
+        (
+            "a_stable_search_keeps_tolerance_and_budget_and_never_does_worse_than_nothing",
+            "stable.py",
+            "[stricter, defended.zero_delta]",
+            "[stricter + 1.0]",
+        ),
+        (
+            "a_linear_score_is_raised_as_far_as_quadratic_programming_finds",
+            "stable.py",
+            "torch.where(awake, pre - pre_ref, 0.0)",
+            "(pre - pre_ref)",
+        ),
+        (
+            "a_linear_score_is_raised_as_far_as_quadratic_programming_finds",
+            "stable.py",
+            "INSIDE * distance_ref.abs()",
+            "0.2 * distance_ref.abs()",
+        ),
+        (
+            "a_linear_score_is_raised_as_far_as_quadratic_programming_finds",
+            "stable.py",
+            "delta - back, delta)",
+            "delta + back, delta)",
+        ),
+    ],
     "pinning": [
         (
             "no_pinned_delta_moves_a_clamped_pre_activation_of_any_layer",

@@ -26,6 +26,7 @@ from recover.runner import run_check
 from recover.sae import SAE, from_sae_lens, load_sae_folder
 from recover.search import Objective, Schedule, Solution, Status, recover
 from recover.selection import attribution, largest
+from recover.stable import recover_stable
 from recover.stats import bootstrap, wilson
 from recover.subspace import NullSpace, row_space
 from recover.types import InputError, Site
@@ -84,6 +85,7 @@ __all__ = [
     "measure_fit",
     "recompose",
     "recover",
+    "recover_stable",
     "resolve_model",
     "resolve_sae",
     "row_space",
