@@ -42,7 +42,7 @@ from recover.pinned_search import recover_pinned
 from recover.pinning import Pinned
 from recover.restoration import recover_restored
 from recover.search import ROUNDING, Schedule, clip
-from recover.types import Bool, Float, InputError, Int, PerExample, Residual, Tensor
+from recover.types import Bool, Float, Int, PerExample, Residual, Tensor
 
 __all__ = ["Stable", "recover_stable"]
 
@@ -86,8 +86,6 @@ def recover_stable(
     Raises:
         InputError: the budget or the tolerance is not a positive number, or a delta enters elsewhere.
     """
-    if not (budget > 0 and tolerance > 0):
-        raise InputError(f"budget: {budget}, or tolerance: {tolerance}, is not a positive number")
     schedule = schedule or Schedule()
     if constraint is DecodeStable:
         stricter = recover_stable(defended, ActivationStable, budget, schedule, on_step, tolerance=tolerance).delta
