@@ -31,6 +31,7 @@ from recover.controls import Anywhere, Undefended, displacement, longest, placeb
 from recover.defended import Defended, Delta
 from recover.examples import Examples
 from recover.gradient_free import reexamined
+from recover.pinned_search import shorten
 from recover.pinning import Pinned
 from recover.records import certificate_values, search_values, without_nan
 from recover.search import recover
@@ -97,7 +98,9 @@ def search(bench: Bench, batch: Batch, deltas: Deltas, report: Report) -> Done:
         on_solver=lambda _, left: report(flips - left, flips),
     )
     within = bench.whole(batch.flipped, target, found.delta, bench.budget).cpu()
-    smallest = bench.whole(batch.flipped, target, found.smallest).cpu()
+    # The solvers shorten what they vary; of a pinned delta the corrections count as well.
+    nearest = shorten(target, found.smallest) if isinstance(target, Pinned) else found.smallest
+    smallest = bench.whole(batch.flipped, target, nearest).cpu()
     saved = dict(zip(batch.flip_ids, within, strict=True))
     saved |= {f"{example}{SMALLEST}": delta for example, delta in zip(batch.flip_ids, smallest, strict=True)}
     return Done(_by_id(batch, "search", search_values(found)), saved)
