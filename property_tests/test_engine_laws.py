@@ -390,7 +390,7 @@ class Dying(RunFolder):
         super().keep(unit, values, deltas)
 
 
-STATE = RunState(config={}, keep_text=False, fingerprint="", batch_size=1, features=[])
+STATE = RunState(config={}, keep_text=False, fingerprint="", batch_size=1, features=[], values=[])
 
 
 @dataclass(frozen=True)

@@ -136,22 +136,19 @@ class Bench:
             return objective.write_orthogonal if write_orthogonal else objective.free
         return admissible(objective, write_orthogonal=write_orthogonal)
 
-    def whole(self, part: Examples, objective: Defended | Pinned, found: Delta, budget: float | None = None) -> Delta:
-        """What is saved of what a search found: within the budget, and corrected as exactly as a certificate looks.
+    def whole(self, part: Examples, objective: Defended | Pinned, found: Delta) -> Delta:
+        """What is saved of what a search found: with the corrections of pinned deltas, as exact as certificates are.
 
         Args:
             part: the examples of the objective.
             objective: what was searched.
             found: deltas, or the free parts of pinned ones.
-            budget: largest norm of what is saved, where it has one.
         """
         if not isinstance(objective, Pinned):
             return found
-        free = found if budget is None else objective.within(found, budget * (1 - 1e-6))
         if self.exact is not self.model:
-            objective = Pinned.of(self.defended(part, self.exact))
-            free = free.to(self.exact.dtype)
-        return objective.delta(free).float()
+            objective, found = Pinned.of(self.defended(part, self.exact)), found.to(self.exact.dtype)
+        return objective.delta(found).float()
 
     def _make(self, part: Examples) -> Batch:
         defended = self.defended(part)

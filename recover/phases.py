@@ -35,13 +35,15 @@ from recover.pinned_search import shorten
 from recover.pinning import Pinned
 from recover.records import certificate_values, search_values, without_nan
 from recover.search import recover
-from recover.solvers import SOLVERS, Solver, WorstCase, random_draws, worst_case
+from recover.solvers import FURTHER, SOLVERS, Solver, WorstCase, first_reaching, random_draws, worst_case
 from recover.speech import free_drift, say, texts
 from recover.types import Tensor
 
 BY_GRADIENT = {name: solver for name, solver in SOLVERS.items() if name != "random"}
 """Controls are searched with these, and compared with what these found for the behavior itself."""
 SMALLEST = "/smallest"
+ROUNDED = 1 - 1e-6
+"""So much of a budget that the rounding of what is saved cannot exceed it."""
 KEPT = ("shows", "held", "slack", "norm", "relative_norm", "displacement", "constraint_residual")
 
 
@@ -97,10 +99,15 @@ def search(bench: Bench, batch: Batch, deltas: Deltas, report: Report) -> Done:
         solvers,
         on_solver=lambda _, left: report(flips - left, flips),
     )
-    within = bench.whole(batch.flipped, target, found.delta, bench.budget).cpu()
-    # The solvers shorten what they vary; of a pinned delta the corrections count as well.
-    nearest = shorten(target, found.smallest) if isinstance(target, Pinned) else found.smallest
-    smallest = bench.whole(batch.flipped, target, nearest).cpu()
+    nearest = found.smallest
+    if isinstance(target, Pinned):
+        # Of a pinned delta the corrections count as well, of which the solvers do not know.
+        nearest = shorten(target, nearest)
+        frees = (found.delta, *(further * nearest for further in FURTHER))
+        tries = [target.within(free, bench.budget * ROUNDED) for free in frees]
+        kept = first_reaching(target, tries, bench.schedule.goal)
+        found = replace(found, delta=kept.delta, score=kept.score, slack=kept.slack)
+    within, smallest = (bench.whole(batch.flipped, target, one).cpu() for one in (found.delta, nearest))
     saved = dict(zip(batch.flip_ids, within, strict=True))
     saved |= {f"{example}{SMALLEST}": delta for example, delta in zip(batch.flip_ids, smallest, strict=True)}
     return Done(_by_id(batch, "search", search_values(found)), saved)

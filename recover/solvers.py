@@ -111,7 +111,7 @@ def without_budget(objective: Objective, start: Delta, feasible: Feasible, budge
     """The nearest point of the edge of the goal; for within the budget, what lies on its ray."""
     shortest = smallest_norm(objective, start, feasible, schedule)
     tries = [start, *(clip(further * shortest.delta, budget) for further in FURTHER)]
-    return Found(shortest.delta, shortest.norm, _first_reaching(objective, tries, schedule.goal))
+    return Found(shortest.delta, shortest.norm, first_reaching(objective, tries, schedule.goal))
 
 
 def random_draws(
@@ -145,7 +145,7 @@ def random_draws(
         reached = reached + (slacks >= schedule.goal).sum(dim=1)
         value, index = slacks.max(dim=1)
         best, slack = _where(value > slack, tried[rows, index], best), torch.maximum(slack, value)
-    within = _first_reaching(objective, [start, best], schedule.goal)
+    within = first_reaching(objective, [start, best], schedule.goal)
     return Found(*_near(objective, best, feasible, schedule, effort or Effort()), within, reached / draws)
 
 
@@ -208,7 +208,7 @@ def worst_case(
     if len(rows := (again.slack < schedule.goal).nonzero().flatten()):
         # Draws that were not better by enough to be searched from, or that found values where gradients found none.
         tries, status = [one.delta[rows] for one in (again, *drawn)], [again.status[row] for row in rows.tolist()]
-        last = _first_reaching(objective.select(rows), tries, schedule.goal, status)
+        last = first_reaching(objective.select(rows), tries, schedule.goal, status)
         again = put(again, rows, last.delta, last.score, last.slack, list(last.status))
     names, first = list(found), (norms > (1 + TIE) * least).long().cumprod(dim=0).sum(dim=0)
     return WorstCase(
@@ -266,7 +266,7 @@ def _better(one: Solution, other: Solution, goal: float) -> Solution:
     )
 
 
-def _first_reaching(
+def first_reaching(
     objective: Objective, tries: Sequence[Delta], goal: float, status: Sequence[Status] = ()
 ) -> Solution:
     """For each example the first try that reaches the goal, else of the largest slack; `status` where none does."""
