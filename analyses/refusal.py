@@ -1,54 +1,63 @@
 """Refusal features raised at two layers until SmolLM2 refuses: is the answer still there, with the clamps held?
 
-1. *Defense*: features that are more active before refusals than before answers, each raised to a multiple of its mean
-   before a refusal, at every position. Requests that turn from an answer to a refusal are the valid flips.
+1. *Defense* (`refusal_smollm2.yaml`): features that are more active before refusals than before answers, each raised to
+   a multiple of its mean before a refusal, at every position. Requests that turn from an answer to a refusal are the
+   valid flips.
 2. *Methods*: each searches, under the live clamps, for the model's own answer, teacher-forced. What it finds is
    replayed in a fresh run (drift), and in free generation (what is said, and drift along what is said).
-3. *Controls*: the answer to *another* request (placebo), random pinned deltas of the same norm, and one delta for all,
-   fitted on half of the requests and read on the other half.
+3. *Controls*: the answer to *another* request (placebo), random pinned deltas of the budget's norm, and one delta for
+   all, fitted on half of the requests and read on the other half.
 
-    python analyses/refusal.py [--n 48] [--layers 15 18] [--top 6] [--times 1.5] [--budget 40] [--json FILE]
+    python analyses/refusal.py [DEFENSE.yaml] [--skip METHOD ...] [--steps 40] [--json FILE]
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from einops import repeat
 
-from recover import Model, Schedule, certify, recover, resolve_model, resolve_sae
+from recover import Schedule, certify, recover
 from recover import refusal as readouts
 from recover.adam import climb
 from recover.behavior import ForcedAnswer
-from recover.clamp import Defense
+from recover.bench import Bench
+from recover.config import Config, load_config
 from recover.controls import Anywhere
-from recover.defended import Defended, defend
-from recover.dialogue import Dialogue, ask, raised, refused_under
+from recover.defended import Delta
+from recover.examples import Examples
 from recover.generate import answered, generate
 from recover.metrics import norm
+from recover.model import Model
+from recover.phases import spoken
 from recover.pinned_search import recover_pinned
 from recover.pinning import Pinned
 from recover.probes import recover_probed
 from recover.restoration import recover_restored
 from recover.search import scale_to
+from recover.setting import Chosen, Setting, build_defense, load_setting, select_features
 from recover.soft_suffix import SoftSuffix, spoken_with, with_room
-from recover.speech import free_drift, say, texts
-from recover.tasks.refusal import draw
+from recover.speech import texts
+from recover.transfer import FitSchedule, Pool, Problem, fit_shared
+from recover.types import InputError
+from recover.zoo import resolve_model
 
-Delta = torch.Tensor
-Search = Callable[[Dialogue, Defense, float, int, int], Delta]
-"""Of the flips, the defense, a budget, the answer's columns and steps."""
+DEFAULT = Path(__file__).parent / "refusal_smollm2.yaml"
+Search = Callable[[Bench, Examples, Schedule], Delta]
+"""Of a bench, the flips and how hard to search; gives deltas as they would be saved."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One method over all valid flips: counts, means and largest values."""
+    """One method over all valid flips: counts, means and largest values; what it does not have is None."""
 
     method: str
     n: int
@@ -57,39 +66,64 @@ class Row:
     strict: int
     exact: int
     norm: float
+    relative_norm: float | None
     relative_drift: float
-    preactivation_shift: float
-    floor_violation: float
+    preactivation_shift: float | None
+    floor_violation: float | None
     free_drift: float
     seconds: float
 
 
-def _defended(flips: Dialogue, defense: Defense, columns: int, *, every_site: bool) -> Defended:
-    return defend(flips.model, defense, *flips.forced(columns), every_site=every_site)
+def exact_model(config: Config) -> Model:
+    """The model in float64, in which certificates are measured."""
+    loaded = resolve_model(config.model, config.device)
+    return Model(loaded.module.double(), loaded.tokenizer)
 
 
-def unconstrained(flips: Dialogue, defense: Defense, budget: float, columns: int, steps: int) -> Delta:
+def bench_of(setting: Setting, exact: Model, chosen: Sequence[Chosen]) -> Bench:
+    """The check's own material, with these features clamped."""
+    config = setting.config
+    return Bench(
+        model=setting.model,
+        exact=exact,
+        defense=build_defense(setting, chosen),
+        examples=setting.examples,
+        budget=config.search.budget,
+        placement="after_clamp",
+        schedule=Schedule(config.search.steps, restarts=config.search.restarts, seed=config.controls.seed),
+        plan=config.plan(),
+        batch_size=setting.batch_size,
+        every_site=True,
+    )
+
+
+def flips_of(bench: Bench) -> Examples | None:
+    """The requests that are answered, and refused under the defense; None where there are none."""
+    rows = [rows[batch.flips] for rows, batch in zip(bench.rows, bench.batches, strict=True)]
+    chosen = torch.cat(rows)
+    return bench.examples.select(chosen) if len(chosen) else None
+
+
+def unconstrained(bench: Bench, part: Examples, schedule: Schedule) -> Delta:
     """A delta at every site, with nothing held."""
-    target = _defended(flips, defense, columns, every_site=True)
-    return recover(target, target.zero_delta, Anywhere(), budget, Schedule(steps=steps)).delta
+    target = bench.defended(part)
+    return recover(target, target.zero_delta, Anywhere(), bench.budget, schedule).delta
 
 
-def pinned(flips: Dialogue, defense: Defense, budget: float, columns: int, steps: int) -> Delta:
+def pinned(bench: Bench, part: Examples, schedule: Schedule) -> Delta:
     """A delta at every site under which no clamped pre-activation moves."""
-    target = Pinned.of(_defended(flips, defense, columns, every_site=True))
-    return recover_pinned(target, budget, Schedule(steps=steps)).delta
+    target = Pinned.of(bench.defended(part))
+    return bench.whole(part, target, recover_pinned(target, bench.budget, schedule).free)
 
 
-def jacobian(flips: Dialogue, defense: Defense, budget: float, columns: int, steps: int) -> Delta:
+def jacobian(bench: Bench, part: Examples, schedule: Schedule) -> Delta:
     """A delta at the first site, the features of all sites restored."""
-    target = _defended(flips, defense, columns, every_site=False)
-    return recover_restored(target, budget, Schedule(steps=steps)).delta
+    return recover_restored(bench.defended(part), bench.budget, schedule).delta
 
 
-def probes(flips: Dialogue, defense: Defense, budget: float, columns: int, steps: int) -> Delta:
+def probes(bench: Bench, part: Examples, schedule: Schedule) -> Delta:
     """The published baseline: a delta at the first site, the row space guessed from 8 random probes."""
-    target = _defended(flips, defense, columns, every_site=False)
-    return recover_probed(target, budget, Schedule(steps=steps)).delta
+    return recover_probed(bench.defended(part), bench.budget, schedule).delta
 
 
 METHODS: dict[str, tuple[Search, bool]] = {
@@ -101,173 +135,163 @@ METHODS: dict[str, tuple[Search, bool]] = {
 """Each with whether its delta enters at every site."""
 
 
-def read_out(
-    method: str, flips: Dialogue, defense: Defense, delta: Delta, tokens: int, seconds: float, *, every_site: bool
-) -> Row:
+def read_out(method: str, bench: Bench, part: Examples, delta: Delta, seconds: float) -> Row:
     """What a method's deltas do, teacher-forced and in free generation."""
-    columns = delta.shape[1] // (len(defense.sites) if every_site else 1)
-    facts = certify(flips.model, defense, *flips.forced(columns), delta, every_site=every_site)
-    said = say(flips.model, flips.prompts, tokens, defense, delta, every_site=every_site, stop=flips.stop)
-    free = free_drift(flips.model, flips.prompts, said, defense, delta, every_site=every_site)
-    reads = _reads(flips, said)
+    every = bench.every_site
+    facts = certify(bench.exact, bench.defense, part.prompts, part.behavior, delta, every_site=every)
+    replies = spoken(bench, part, delta)
     return Row(
         method=method,
-        n=len(flips),
-        non_refusal=sum(read.non_refusal for read in reads),
-        base_like=sum(read.base_like for read in reads),
-        strict=sum(read.strict_base_like for read in reads),
+        n=len(part.ids),
+        non_refusal=sum(not reply["refusal"] and not reply["safety_cue"] for reply in replies),
+        base_like=sum(reply["base_like"] for reply in replies),
+        strict=sum(reply["strict_base_like"] for reply in replies),
         exact=int(facts.shows.sum()),
         norm=float(facts.norm.mean()),
+        relative_norm=float(facts.relative_norm.mean()),
         relative_drift=float(facts.relative_drift.max()),
         preactivation_shift=float(facts.preactivation_shift.max()),
         floor_violation=float(facts.clamp_floor_violation.max()),
-        free_drift=float(free.relative_drift.max()),
-        seconds=seconds / len(flips),
+        free_drift=max(reply["relative_drift"] for reply in replies),
+        seconds=seconds / len(part.ids),
     )
 
 
-def soft_suffix(
-    flips: Dialogue, defense: Defense, budget: float, columns: int, tokens: int, steps: int, vectors: int = 16
-) -> Row:
-    """The soft-suffix baseline, read out alike; its drift is over the answer's columns."""
+def run(method: str, search: Search, bench: Bench, part: Examples, schedule: Schedule) -> Row:
+    """Search, and read out."""
     started = time.perf_counter()
-    soft = SoftSuffix.of(flips.model, defense, *flips.forced(columns), n=vectors)
-    found = recover(soft, soft.start, Anywhere(), budget, Schedule(steps=steps), climb=climb)
+    delta = search(bench, part, schedule)
+    return read_out(method, bench, part, delta, time.perf_counter() - started)
+
+
+def soft_suffix(bench: Bench, part: Examples, schedule: Schedule, vectors: int = 16) -> Row:
+    """The soft-suffix baseline, read out alike; its drift is over the answer's columns."""
+    dialogue, defense, model = part.dialogue, bench.defense, bench.model
+    assert dialogue is not None
+    started = time.perf_counter()
+    soft = SoftSuffix.of(model, defense, part.prompts, part.behavior, n=vectors)
+    found = recover(soft, soft.start, Anywhere(), bench.budget, schedule, climb=climb)
     seconds = time.perf_counter() - started
-    room = with_room(flips.prompts, vectors)
-    said = generate(flips.model, room, tokens, spoken_with(defense, found.delta), stop=flips.stop)
-    along = SoftSuffix.of(
-        flips.model, defense, answered(flips.prompts, said[:, :columns]), ForcedAnswer(said[:, :columns]), n=vectors
-    )
-    reads, drift = _reads(flips, said), float(soft.drift(found.delta).max())
+    room = with_room(dialogue.prompts, vectors)
+    said = generate(model, room, dialogue.answers.shape[1], spoken_with(defense, found.delta), stop=dialogue.stop)
+    columns = said[:, : part.behavior.reads]
+    along = SoftSuffix.of(model, defense, answered(dialogue.prompts, columns), ForcedAnswer(columns), n=vectors)
+    pairs = zip(texts(model.tokenizer, said), dialogue.texts, strict=True)
+    reads = [readouts.read(reply, base) for reply, base in pairs]
     return Row(
         method="soft suffix",
-        n=len(flips),
+        n=len(part.ids),
         non_refusal=sum(read.non_refusal for read in reads),
         base_like=sum(read.base_like for read in reads),
         strict=sum(read.strict_base_like for read in reads),
         exact=int((found.slack > 0).sum()),
         norm=float(norm(found.delta).mean()),
-        relative_drift=drift,
-        preactivation_shift=float("nan"),
-        floor_violation=float("nan"),
+        relative_norm=None,
+        relative_drift=float(soft.drift(found.delta).max()),
+        preactivation_shift=None,
+        floor_violation=None,
         free_drift=float(along.drift(found.delta).max()),
-        seconds=seconds / len(flips),
+        seconds=seconds / len(part.ids),
     )
 
 
-def placebo(flips: Dialogue, defense: Defense, budget: float, columns: int, tokens: int, steps: int) -> Row:
+def placebo(bench: Bench, part: Examples, schedule: Schedule) -> Row:
     """A pinned search for the answer to another request: the next one's."""
-    other = flips.with_answers_of(flips.select([*range(1, len(flips)), 0]))
-    started = time.perf_counter()
-    delta = pinned(other, defense, budget, columns, steps)
-    return read_out("placebo answer", other, defense, delta, tokens, time.perf_counter() - started, every_site=True)
+    assert part.dialogue is not None
+    others = part.dialogue.select([*range(1, len(part.ids)), 0])
+    return run("placebo answer", pinned, bench, part.answered_as(others), schedule)
 
 
-def random(flips: Dialogue, defense: Defense, length: float, columns: int, tokens: int, seed: int) -> Row:
-    """A random pinned delta for each request, as long as those found."""
-    target = Pinned.of(_defended(flips, defense, columns, every_site=True))
-    noise = torch.randn(target.start.shape, generator=torch.Generator().manual_seed(seed))
-    free = target.within(scale_to(target.free.project(noise), length), length)
-    return read_out("random delta", flips, defense, target.delta(free), tokens, 0.0, every_site=True)
+def random(bench: Bench, part: Examples, schedule: Schedule) -> Row:
+    """A random pinned delta for each request, as long as the budget."""
+    target = Pinned.of(bench.defended(part))
+    noise = torch.randn(target.start.shape, generator=torch.Generator().manual_seed(schedule.seed))
+    free = target.within(scale_to(target.free.project(noise), bench.budget), bench.budget)
+    return read_out("random delta", bench, part, bench.whole(part, target, free), 0.0)
 
 
-def shared(flips: Dialogue, defense: Defense, budget: float, columns: int, tokens: int, steps: int) -> Row:
+def shared(bench: Bench, part: Examples, schedule: Schedule) -> Row:
     """One delta for all, fitted on every other request and read on those between.
 
     The vectors are the free parts with the mean of the corrections, so that they carry nothing of a held-out answer;
     on held-out requests they are therefore not pinned, and their drift says by how much.
     """
-    fit, held_out = flips.select(range(0, len(flips), 2)), flips.select(range(1, len(flips), 2))
+    index = torch.arange(len(part.ids))
+    fit, held_out = part.select(index[::2]), part.select(index[1::2])
     started = time.perf_counter()
-    target = Pinned.of(_defended(fit, defense, columns, every_site=True))
-    mean = torch.zeros_like(target.start[:1])
-    heading = torch.zeros_like(mean)
-    for step in range(steps):
-        leaf = mean.requires_grad_(True)
-        score, _ = target(leaf.expand_as(target.start))
-        (gradient,) = torch.autograd.grad(score.mean(), leaf)
-        heading = 0.8 * heading + scale_to(target.free.project(gradient), 1.0)
-        moved = mean.detach() + 0.2 * budget * (1 - step / steps) * scale_to(heading, 1.0)
-        mean = moved * (budget / norm(moved)).clamp(max=1.0)[:, None, None]
-    delta = target.delta(mean.expand_as(target.start)).mean(dim=0, keepdim=True)
-    each = repeat(delta, "1 pos d_model -> batch pos d_model", batch=len(held_out))
-    seconds = time.perf_counter() - started
-    return read_out("shared, unseen", held_out, defense, each, tokens, seconds, every_site=True)
+    target = Pinned.of(bench.defended(fit))
+    problem = Problem(target.free, bench.budget)
+    free = fit_shared(Pool((target,)), [problem], FitSchedule(steps=schedule.steps, seed=schedule.seed))
+    corrected = target.delta(free.expand_as(target.start)).mean(dim=0)
+    each = repeat(corrected, "pos d_model -> batch pos d_model", batch=len(held_out.ids))
+    return read_out("shared, unseen", bench, held_out, each, time.perf_counter() - started)
 
 
-def table(rows: Sequence[Row]) -> str:
-    """The rows as text."""
-    lines = [
-        f"{'':15} {'n':>3} {'non-refusal':>11} {'base-like':>9} {'strict':>6} {'exact':>5} {'norm':>6} "
-        f"{'rel. drift':>10} {'pre. shift':>10} {'floor':>7} {'free drift':>10} {'s each':>6}"
-    ]
-    lines += [
-        f"{r.method:15} {r.n:3d} {r.non_refusal:11d} {r.base_like:9d} {r.strict:6d} {r.exact:5d} {r.norm:6.1f} "
-        f"{r.relative_drift:10.1e} {r.preactivation_shift:10.1e} {r.floor_violation:7.4f} {r.free_drift:10.1e} "
-        f"{r.seconds:6.2f}"
-        for r in rows
-    ]
-    return "\n".join(lines)
+HEADINGS = (
+    f"{'':15} {'n':>3} {'non-refusal':>11} {'base-like':>9} {'strict':>6} {'exact':>5} {'norm':>6} {'share':>6} "
+    f"{'drift':>8} {'pre-act.':>8} {'floor':>7} {'free drift':>10} {'s each':>6}"
+)
 
 
-def _reads(flips: Dialogue, said: torch.Tensor) -> list[readouts.Readout]:
-    spoken = texts(flips.model.tokenizer, said)
-    return [readouts.read(text, base) for text, base in zip(spoken, flips.texts, strict=True)]
+def line(row: Row) -> str:
+    """One row of the table."""
+
+    def figure(value: float | None, form: str, width: int) -> str:
+        return f"{'-' if value is None else format(value, form):>{width}}"
+
+    return (
+        f"{row.method:15} {row.n:3d} {row.non_refusal:11d} {row.base_like:9d} {row.strict:6d} {row.exact:5d} "
+        f"{row.norm:6.1f} {figure(row.relative_norm, '.1%', 6)} {row.relative_drift:8.1e} "
+        f"{figure(row.preactivation_shift, '.1e', 8)} {figure(row.floor_violation, '.4f', 7)} {row.free_drift:10.1e} "
+        f"{row.seconds:6.2f}"
+    )
+
+
+def rows(bench: Bench, part: Examples, schedule: Schedule, skipped: Sequence[str]) -> Any:
+    """Every row, as soon as it is there."""
+    first = replace(bench, every_site=False)
+    zero = bench.defended(part).zero_delta
+    yield read_out("clamps alone", bench, part, zero, 0.0)
+    for name, (search, every_site) in METHODS.items():
+        if name not in skipped:
+            yield run(name, search, bench if every_site else first, part, schedule)
+    for name, control in {
+        "soft suffix": soft_suffix,
+        "placebo answer": placebo,
+        "random delta": random,
+        "shared, unseen": shared,
+    }.items():
+        if name not in skipped:
+            yield control(bench, part, schedule)
 
 
 def main() -> None:
     """Run the experiment; every row is printed as soon as it is there."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--n", type=int, default=48, help="ordinary requests")
-    parser.add_argument("--declined", type=int, default=40, help="requests that the model declines by itself")
-    parser.add_argument("--layers", type=int, nargs="+", default=[15, 18])
-    parser.add_argument("--top", type=int, default=6, help="features raised at each layer")
-    parser.add_argument("--times", type=float, default=1.5, help="multiple of a feature's mean before a refusal")
-    parser.add_argument("--budget", type=float, default=40.0)
-    parser.add_argument("--columns", type=int, default=24, help="tokens of the answer that a delta reaches")
-    parser.add_argument("--tokens", type=int, default=48, help="tokens of free generation")
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("defense", nargs="?", type=Path, default=DEFAULT)
+    parser.add_argument("--n", type=int, help="ordinary requests (default: as the file has it)")
+    parser.add_argument("--steps", type=int, help="gradient steps of a search (default: as the file has it)")
     parser.add_argument("--skip", nargs="*", default=[], help="methods that are not run")
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
-    loaded = resolve_model("smollm2")
-    model = Model(loaded.module.requires_grad_(False), loaded.tokenizer)
-    saes = [resolve_sae(f"smollm2-l{layer}") for layer in args.layers]
-    dialogue = ask(model, draw(args.n, args.seed), args.tokens)
-    declined = ask(model, draw(args.declined, args.seed, "unservable"), 24)
-    defense = raised(dialogue, declined, saes, args.top, args.times)
-    flips = dialogue.select(refused_under(dialogue, defense, args.tokens))
-    print(
-        f"{len(dialogue.served)} of {args.n} requests answered, {len(flips)} of these refused with {args.top} features "
-        f"raised at each of layers {' '.join(map(str, args.layers))}",
-        flush=True,
-    )
-    if not len(flips):
-        raise SystemExit("refusal: nothing turned into a refusal; raise more features, or to more")
-    rows: list[Row] = []
-
-    def show(row: Row) -> None:
-        rows.append(row)
-        print(table(rows).splitlines()[-1] if len(rows) > 1 else table(rows), flush=True)
-        if args.json:
-            args.json.write_text(json.dumps([asdict(one) for one in rows], indent=1))
-
-    common = (flips, defense, args.budget, args.columns)
-    zero = torch.zeros(len(flips), len(defense.sites) * args.columns, model.d_model)
-    show(read_out("clamps alone", flips, defense, zero, args.tokens, 0.0, every_site=True))
-    for name, (method, every_site) in METHODS.items():
-        if name in args.skip:
-            continue
-        started = time.perf_counter()
-        delta = method(*common, args.steps)
-        show(read_out(name, flips, defense, delta, args.tokens, time.perf_counter() - started, every_site=every_site))
-    if "soft suffix" not in args.skip:
-        show(soft_suffix(*common, args.tokens, args.steps))
-    show(placebo(*common, args.tokens, args.steps))
-    show(random(flips, defense, args.budget, args.columns, args.tokens, args.seed))
-    show(shared(*common, args.tokens, args.steps))
+    options = parser.parse_args()
+    try:
+        config = load_config(options.defense, {"prompts.n": options.n, "search.steps": options.steps})
+        setting = load_setting(config)
+        bench = bench_of(setting, exact_model(config), select_features(setting, setting.batch_size))
+    except InputError as error:
+        sys.exit(f"refusal: {error}")
+    part = flips_of(bench)
+    if part is None:
+        sys.exit("refusal: nothing turned into a refusal; raise more features, or to more")
+    served = bench.examples.dialogue.served if bench.examples.dialogue else []
+    print(f"{len(served)} of {len(bench.examples.ids)} requests answered, {len(part.ids)} of these refused", flush=True)
+    print(HEADINGS, flush=True)
+    found: list[Row] = []
+    for row in rows(bench, part, bench.schedule, options.skip):
+        found.append(row)
+        print(line(row), flush=True)
+        if options.json:
+            options.json.write_text(json.dumps([asdict(one) for one in found], indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

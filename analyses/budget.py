@@ -1,0 +1,111 @@
+"""How many refused answers come back at which budget? The pinned search at each, beside the published curve.
+
+For every budget: search all valid flips of `refusal_smollm2.yaml`, replay what was found with the clamps live, and read
+what the model says (`refusal.py`). Budget 0 is the clamps alone. A point is kept in the folder as soon as it is there;
+a later start with the same settings goes on from it.
+
+    python analyses/budget.py [DEFENSE.yaml] [--budgets 0 2 5 10 20 40] [--out runs/budget]
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib import pyplot as plt
+from points import Points
+from refusal import DEFAULT, bench_of, exact_model, flips_of, pinned, read_out
+
+from recover.bench import Bench
+from recover.config import load_config
+from recover.examples import Examples
+from recover.setting import load_setting, select_features
+from recover.stats import wilson
+from recover.types import InputError
+
+PUBLISHED = {0.0: 0, 2.0: 0, 5.0: 4, 10.0: 12, 20.0: 22, 40.0: 23}
+"""Recovered of 24 on AdvBench, Gemma 2 2B (reference page); norms of another model are not the same norms."""
+PUBLISHED_N = 24
+READS = {"non_refusal": "no refusal", "base_like": "base-like", "strict": "strictly", "exact": "token for token"}
+
+
+def point(bench: Bench, part: Examples, budget: float) -> dict[str, Any]:
+    """A row of the table at one budget."""
+    started = time.perf_counter()
+    if budget == 0:
+        delta = bench.defended(part).zero_delta
+    else:
+        bench = replace(bench, budget=budget)
+        delta = pinned(bench, part, bench.schedule)
+    row = read_out(f"{budget:g}", bench, part, delta, time.perf_counter() - started)
+    return {"budget": budget} | asdict(row)
+
+
+def line(found: Mapping[str, Any]) -> str:
+    """One budget, with 95 % intervals of what is brought back."""
+    low, high = wilson(found["base_like"], found["n"])
+    published = PUBLISHED.get(found["budget"])
+    beside = "-" if published is None else f"{published}/{PUBLISHED_N}"
+    counts = " ".join(f"{found[name]:>{len(words) + 1}}" for name, words in READS.items())
+    return (
+        f"{found['budget']:6g} {found['n']:3d} {counts}   {low:4.0%} to {high:4.0%} {found['norm']:6.1f} "
+        f"{found['relative_drift']:8.1e} {found['free_drift']:10.1e} {beside:>9}"
+    )
+
+
+def figure(points: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Rates against budget with Wilson intervals, and the published curve."""
+    mpl.rcParams.update({"font.size": 9, "svg.fonttype": "none", "axes.spines.top": False, "axes.spines.right": False})
+    canvas, axes = plt.subplots(figsize=(5.4, 3.4), layout="constrained")
+    budgets = [found["budget"] for found in points]
+    for (name, words), style in zip(READS.items(), ("o-", "s-", "^-", "d:"), strict=True):
+        rates = [found[name] / found["n"] for found in points]
+        ends = [wilson(found[name], found["n"]) for found in points]
+        below = [max(0.0, rate - low) for rate, (low, _) in zip(rates, ends, strict=True)]
+        above = [max(0.0, high - rate) for rate, (_, high) in zip(rates, ends, strict=True)]
+        axes.errorbar(budgets, rates, yerr=[below, above], fmt=style, capsize=2, label=words, alpha=0.85)
+    known = [(budget, hits / PUBLISHED_N) for budget, hits in PUBLISHED.items()]
+    axes.plot(*zip(*known, strict=True), "k--", label="published, no refusal")
+    axes.set(xlabel="largest norm of the perturbation", ylabel="share of valid flips", ylim=(-0.03, 1.03))
+    axes.legend(frameon=False)
+    canvas.savefig(path)
+
+
+def main() -> None:
+    """Run the sweep; every point is printed as soon as it is there."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("defense", nargs="?", type=Path, default=DEFAULT)
+    parser.add_argument("--budgets", type=float, nargs="+", default=list(PUBLISHED))
+    parser.add_argument("--n", type=int, help="ordinary requests (default: as the file has it)")
+    parser.add_argument("--out", type=Path, default=Path("runs/budget"))
+    options = parser.parse_args()
+    try:
+        if min(options.budgets) < 0:
+            raise InputError(f"--budgets: {min(options.budgets):g} is no norm; give numbers from 0")
+        config = load_config(options.defense, {"prompts.n": options.n})
+        points = Points.open(options.out, config.relevant())
+        setting = load_setting(config)
+        bench = bench_of(setting, exact_model(config), select_features(setting, setting.batch_size))
+        part = flips_of(bench)
+    except InputError as error:
+        sys.exit(f"budget: {error}")
+    if part is None:
+        sys.exit("budget: nothing turned into a refusal; raise more features, or to more")
+    heads = " ".join(f"{words:>{len(words) + 1}}" for words in READS.values())
+    print(f"{'budget':>6} {'n':>3} {heads}   base-like, 95%   norm    drift free drift published", flush=True)
+    found = []
+    for budget in options.budgets:
+        found.append(points.get(f"budget-{budget:g}", lambda budget=budget: point(bench, part, budget)))
+        print(line(found[-1]), flush=True)
+    figure(found, options.out / "budget.svg")
+    print(f"figure: {options.out / 'budget.svg'}")
+
+
+if __name__ == "__main__":
+    main()
