@@ -113,6 +113,9 @@ class PublishedLoop:
         adam = torch.optim.Adam([delta], lr=RATE)
         for step in range(steps):
             logits, features = self.run(delta)
+            value = float(self.score(logits.detach(), FIRST_STAGE))
+            if value > most:
+                best, most = delta.detach().clone(), value
             assert self.reference is not None
             drift = (features - self.reference).square().sum()
             probes = torch.randn(PROBES, len(features), generator=generator)
@@ -133,11 +136,9 @@ class PublishedLoop:
                 length = drift.detach() / against.square().sum().clamp(min=1e-12)
                 delta.data -= length * against
                 self._clip(delta, budget)
-            with torch.no_grad():
-                value = float(self.score(self.run(delta)[0], FIRST_STAGE))
-            if value > most:
-                best, most = delta.detach().clone(), value
-        return best
+        with torch.no_grad():
+            value = float(self.score(self.run(delta)[0], FIRST_STAGE))
+        return delta.detach() if value > most else best
 
     @staticmethod
     def _clip(delta: Tensor, budget: float) -> None:

@@ -28,7 +28,7 @@ from einops import repeat
 from recover import Schedule, certify, recover
 from recover import refusal as readouts
 from recover.adam import climb
-from recover.behavior import ForcedAnswer
+from recover.behavior import ForcedAnswer, positions_read
 from recover.bench import Bench
 from recover.config import Config, load_config
 from recover.controls import Anywhere
@@ -45,11 +45,14 @@ from recover.restoration import recover_restored
 from recover.search import scale_to
 from recover.setting import Chosen, Setting, build_defense, load_setting, select_features
 from recover.soft_suffix import SoftSuffix, spoken_with, with_room
-from recover.speech import texts
+from recover.speech import say, texts
 from recover.transfer import FitSchedule, Pool, Problem, fit_shared
+from recover.two_stage import Opening, opened
 from recover.types import InputError
 from recover.zoo import resolve_model
 
+OPENING = 8
+"""Tokens of an opening."""
 DEFAULT = Path(__file__).parent / "refusal_smollm2.yaml"
 Search = Callable[[Bench, Examples, Schedule], Delta]
 """Of a bench, the flips and how hard to search; gives deltas as they would be saved."""
@@ -116,6 +119,21 @@ def pinned(bench: Bench, part: Examples, schedule: Schedule) -> Delta:
     return bench.whole(part, target, recover_pinned(target, bench.budget, schedule).free)
 
 
+def two_stage(bench: Bench, part: Examples, schedule: Schedule) -> Delta:
+    """The same, begun with the answer's opening against that of the refusal, as published."""
+    dialogue = part.dialogue
+    assert dialogue is not None
+    refused = say(bench.model, dialogue.prompts, OPENING, bench.defense, stop=dialogue.stop)
+    pins = [
+        Pinned.of(bench.defended(Examples.of(replace(dialogue, answers=answers), OPENING)))
+        for answers in (dialogue.answers, refused)
+    ]
+    target = Pinned.of(bench.defended(part))
+    opening = Opening(*pins, columns=positions_read(part.behavior))
+    start = opened(opening, target.start, target.free, bench.budget, schedule)
+    return bench.whole(part, target, recover_pinned(target, bench.budget, schedule, start=start).free)
+
+
 def jacobian(bench: Bench, part: Examples, schedule: Schedule) -> Delta:
     """A delta at the first site, the features of all sites restored."""
     return recover_restored(bench.defended(part), bench.budget, schedule).delta
@@ -129,6 +147,7 @@ def probes(bench: Bench, part: Examples, schedule: Schedule) -> Delta:
 METHODS: dict[str, tuple[Search, bool]] = {
     "unconstrained": (unconstrained, True),
     "pinned": (pinned, True),
+    "two-stage": (two_stage, True),
     "jacobian": (jacobian, False),
     "8 probes": (probes, False),
 }

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 from einops import rearrange
 
+from recover.defended import Delta
 from recover.metrics import norm
 from recover.minimum import MARGIN
 from recover.pinning import Pinned
@@ -65,7 +66,12 @@ class PinnedSolution:
 
 
 def recover_pinned(
-    pinned: Pinned, budget: float, schedule: Schedule | None = None, *, climb: Climb | None = None
+    pinned: Pinned,
+    budget: float,
+    schedule: Schedule | None = None,
+    *,
+    start: Delta | None = None,
+    climb: Climb | None = None,
 ) -> PinnedSolution:
     """Search for pinned deltas of norm at most `budget` that bring the behavior back.
 
@@ -73,6 +79,7 @@ def recover_pinned(
         pinned: the objective.
         budget: largest Frobenius norm of a whole delta, corrections included, in units of the residual.
         schedule: how hard each round searches.
+        start: free parts to begin from, within the budget (`two_stage.opened` gives such); zero by default.
         climb: one start of a search, as in `recover`.
 
     Raises:
@@ -83,7 +90,7 @@ def recover_pinned(
     schedule = schedule or Schedule()
     best = _measured(pinned, pinned.start, budget)
     rows = torch.arange(len(best.slack), device=best.slack.device)
-    start, bound = pinned.start, budget
+    start, bound = pinned.start if start is None else start, budget
     for _ in range(ROUNDS):
         part = pinned.select(rows)
         found = recover(part, start, part.free, bound, schedule, climb=climb)
