@@ -3,7 +3,7 @@
 The public names. Start at `search.py`; `check.py` is the whole protocol.
 """
 
-from recover.behavior import AnswerLikelihood, Behavior, ChoiceMargin, LogitDifference
+from recover.behavior import AnswerLikelihood, Behavior, ChoiceMargin, ForcedAnswer, LogitDifference
 from recover.certify import Certificate, certify
 from recover.check import Memory, Store, check
 from recover.clamp import Clamp, Defense, Floor, Mode, Scale, Set
@@ -18,14 +18,21 @@ from recover.constraint import (
 )
 from recover.decompose import Decomposition, decompose, recompose
 from recover.defended import Defended, defend
-from recover.examples import Examples
+from recover.dialogue import Dialogue, Request, ask
+from recover.examples import Contrast, Examples
 from recover.fit import Fit, measure_fit
 from recover.gates import Gate
+from recover.generate import answered, generate
+from recover.held_search import RestoredSolution
 from recover.model import Model, Prompts, Run, Suffix
+from recover.pinned_search import PinnedSolution, recover_pinned
+from recover.pinning import Pinned
+from recover.restoration import recover_restored
 from recover.runner import run_check
 from recover.sae import SAE, from_sae_lens, load_sae_folder
 from recover.search import Objective, Schedule, Solution, Status, recover
-from recover.selection import attribution, largest
+from recover.selection import attribution, contrast, largest
+from recover.speech import say
 from recover.stable import recover_stable
 from recover.stats import bootstrap, wilson
 from recover.subspace import NullSpace, row_space
@@ -45,14 +52,17 @@ __all__ = [
     "Config",
     "Constraint",
     "Constraints",
+    "Contrast",
     "DecodeStable",
     "Decomposition",
     "Defended",
     "Defense",
+    "Dialogue",
     "EncoderOrthogonal",
     "Examples",
     "Fit",
     "Floor",
+    "ForcedAnswer",
     "Gate",
     "InputError",
     "LogitDifference",
@@ -61,7 +71,11 @@ __all__ = [
     "Model",
     "NullSpace",
     "Objective",
+    "Pinned",
+    "PinnedSolution",
     "Prompts",
+    "Request",
+    "RestoredSolution",
     "Run",
     "Scale",
     "Schedule",
@@ -72,23 +86,30 @@ __all__ = [
     "Store",
     "Suffix",
     "Verdict",
+    "answered",
+    "ask",
     "attribution",
     "bootstrap",
     "certify",
     "check",
+    "contrast",
     "decompose",
     "defend",
     "from_sae_lens",
+    "generate",
     "largest",
     "load_config",
     "load_sae_folder",
     "measure_fit",
     "recompose",
     "recover",
+    "recover_pinned",
+    "recover_restored",
     "recover_stable",
     "resolve_model",
     "resolve_sae",
     "row_space",
     "run_check",
+    "say",
     "wilson",
 ]
