@@ -662,7 +662,7 @@ TABLE: dict[str, list[Entry]] = {
         ),
         (
             "a_check_in_batches_of_another_size_counts_the_same",
-            "bench.py",
+            "examples.py",
             "            self.behavior.select(rows),\n",
             "            self.behavior.select(torch.arange(len(rows))),\n",
         ),
@@ -937,7 +937,7 @@ TABLE: dict[str, list[Entry]] = {
         (
             "no_pinned_delta_moves_a_clamped_pre_activation_of_any_layer",
             "pinning.py",
-            "added[site] = parts[site] + self.pins[site].correction(pushed.float())",
+            "added[site] = parts[site] + self.pins[site].correction(widened(pushed))",
             "added[site] = parts[site]",
         ),
         (
