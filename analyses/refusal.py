@@ -41,7 +41,7 @@ from recover.phases import spoken
 from recover.pinned_search import recover_pinned
 from recover.pinning import Pinned
 from recover.probes import recover_probed
-from recover.restoration import recover_restored
+from recover.restoration import recover_linearized
 from recover.search import scale_to
 from recover.setting import Chosen, Setting, build_defense, load_setting, select_features
 from recover.soft_suffix import SoftSuffix, spoken_with, with_room
@@ -136,7 +136,7 @@ def two_stage(bench: Bench, part: Examples, schedule: Schedule) -> Delta:
 
 def jacobian(bench: Bench, part: Examples, schedule: Schedule) -> Delta:
     """A delta at the first site, the features of all sites restored."""
-    return recover_restored(bench.defended(part), bench.budget, schedule).delta
+    return recover_linearized(bench.defended(part), bench.budget, schedule).delta
 
 
 def probes(bench: Bench, part: Examples, schedule: Schedule) -> Delta:
@@ -289,6 +289,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("defense", nargs="?", type=Path, default=DEFAULT)
     parser.add_argument("--n", type=int, help="ordinary requests (default: as the file has it)")
+    parser.add_argument("--flips", type=int, help="valid flips that are searched (default: all)")
     parser.add_argument("--steps", type=int, help="gradient steps of a search (default: as the file has it)")
     parser.add_argument("--skip", nargs="*", default=[], help="methods that are not run")
     parser.add_argument("--json", type=Path)
@@ -302,8 +303,10 @@ def main() -> None:
     part = flips_of(bench)
     if part is None:
         sys.exit("refusal: nothing turned into a refusal; raise more features, or to more")
+    part = part.select(torch.arange(min(len(part.ids), options.flips or len(part.ids))))
     served = bench.examples.dialogue.served if bench.examples.dialogue else []
-    print(f"{len(served)} of {len(bench.examples.ids)} requests answered, {len(part.ids)} of these refused", flush=True)
+    flipped = sum(len(batch.flips) for batch in bench.batches)
+    print(f"{len(served)} of {len(bench.examples.ids)} requests answered, {flipped} of these refused", flush=True)
     print(HEADINGS, flush=True)
     found: list[Row] = []
     for row in rows(bench, part, bench.schedule, options.skip):

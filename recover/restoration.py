@@ -14,18 +14,19 @@ Jacobian (`recover.monitor`); what curvature adds is taken back by Gauss-Newton.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from recover.admissible import admissible
 from recover.defended import Defended, Delta
 from recover.held_search import Point, RestoredSolution, each, search_held
 from recover.metrics import norm
 from recover.monitor import Jacobian, Monitor, Watched, row_space
-from recover.search import ROUNDING, Schedule, clip
+from recover.search import ROUNDING, Schedule, clip, recover
 from recover.types import Bool, Int, PerExample, Tensor
 
-__all__ = ["DRIFT", "Restored", "recover_restored", "restore"]
+__all__ = ["DRIFT", "Restored", "recover_linearized", "recover_restored", "restore"]
 
 DRIFT = 1e-3
 """Relative drift that is allowed."""
@@ -33,6 +34,8 @@ CORRECTIONS = 8
 """Gauss-Newton steps of one restoration at most."""
 ROUNDS = 3
 """Of restoring and clipping."""
+LOOSE_DRIFT, LINEAR_ROUNDS, CLEAR = 1e-2, 3, 1.0
+"""Of a search with one Jacobian: relative drift that is allowed, rounds, and the slack that is left for restoring."""
 TURNS = 4
 """Rounds of holding what a direction would wake."""
 
@@ -121,6 +124,71 @@ def recover_restored(
     """
     watching = _Watching(Monitor.of(defended, c1=c1), budget, tolerance, dense)
     return search_held(watching, [defended.zero_delta], budget, tolerance, schedule or Schedule(), on_step)
+
+
+def recover_linearized(
+    defended: Defended,
+    budget: float,
+    schedule: Schedule | None = None,
+    *,
+    tolerance: float = LOOSE_DRIFT,
+    rounds: int = LINEAR_ROUNDS,
+    dense: bool | None = None,
+) -> RestoredSolution:
+    """The same at a fraction of the passes, for long answers: one Jacobian for a whole search, and then restoring.
+
+    1. Search within the space that is admissible to first order at no delta (`admissible`), for a margin of a logit.
+    2. Restore what was found, to the tolerance and within the budget.
+    3. What restoring undid is searched again from there; a few rounds.
+
+    Where the model curves much on the way it finds less than `recover_restored`, which looks at every step.
+
+    Args:
+        defended: as in `recover_restored`.
+        budget: as in `recover_restored`.
+        schedule: how hard each round searches.
+        tolerance: largest relative drift of a result.
+        rounds: of searching and restoring.
+        dense: as in `row_space`.
+
+    Returns:
+        As `recover_restored`.
+
+    Raises:
+        InputError: the budget is not a positive number, or a delta enters elsewhere.
+    """
+    schedule = schedule or Schedule()
+    clear = replace(schedule, goal=max(schedule.goal, CLEAR))
+    watching = _Watching(Monitor.of(defended, c1=True), budget, tolerance, dense)
+    space, start = admissible(defended), defended.zero_delta
+    with torch.no_grad():
+        score, slack = defended(start)
+    best = RestoredSolution(start, score, slack, torch.zeros_like(score), torch.zeros_like(score, dtype=torch.long))
+    for _ in range(rounds):
+        rows = (best.slack < schedule.goal).nonzero().flatten()
+        if not len(rows):
+            break
+        part = watching.select(rows)
+        found = recover(defended.select(rows), start[rows], space.select(rows), budget, clear)
+        delta = part.within(found.delta)
+        with torch.no_grad():
+            score, slack = defended.select(rows)(delta)
+            drift = part.monitor.drift(part.monitor.watch(delta).detached()).to(score.dtype)
+        counts = (drift <= tolerance) & (norm(delta) <= budget) & (slack > best.slack[rows])
+        best = _taken(best, rows, RestoredSolution(delta, score, slack, drift, found.steps), counts)
+        start = start.index_copy(0, rows, delta)
+    return best
+
+
+def _taken(
+    best: RestoredSolution, rows: Int[Tensor, "rows"], found: RestoredSolution, counts: Bool[Tensor, "rows"]
+) -> RestoredSolution:
+    """`best`, with what counts of the examples `rows` in its place; steps add up."""
+    kept = {name: getattr(best, name).clone() for name in ("delta", "score", "slack", "drift", "steps")}
+    for name in ("delta", "score", "slack", "drift"):
+        kept[name][rows[counts]] = getattr(found, name)[counts]
+    kept["steps"][rows] += found.steps
+    return RestoredSolution(**kept)
 
 
 @dataclass(frozen=True, eq=False)

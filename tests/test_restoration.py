@@ -21,7 +21,7 @@ from recover.model import Model
 from recover.monitor import Jacobian, Monitor, RowSpace, Watched, row_space
 from recover.planted.layers import two_layers
 from recover.planted.pinned import PinnedWorld, pinned_layers
-from recover.restoration import recover_restored, restore
+from recover.restoration import recover_linearized, recover_restored, restore
 from recover.sae import from_sae_lens
 from recover.search import Schedule, recover
 from recover.types import InputError, Site
@@ -285,6 +285,38 @@ def test_two_planted_layers_are_recovered_within_their_budget(seed: int) -> None
     facts = certify(world.model, world.defense, prompts, behavior, found.delta)
     assert bool(facts.shows.all())
     assert float(facts.drift.max()) < 1e-4
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_with_one_jacobian_two_planted_layers_are_recovered_too(seed: int) -> None:
+    """Between linear blocks the Jacobian at no delta is that of every delta."""
+    world = two_layers(seed)
+    prompts, behavior = world.examples.prompts, world.examples.behavior
+    defended = defend(world.model, world.defense, prompts, behavior)
+    found = recover_linearized(defended, world.budget)
+    facts = certify(world.model, world.defense, prompts, behavior, found.delta)
+    assert bool(facts.shows.all())
+    assert float(facts.drift.max()) < 1e-4
+    assert bool((facts.norm <= world.budget).all())
+
+
+@pytest.mark.parametrize("n_sites", [2, 3])
+def test_one_jacobian_and_restoring_is_enough_for_a_curved_model(n_sites: int) -> None:
+    """It drifts less than the space of first order alone, and within what is allowed."""
+    defended, budget = tiny(n_sites, rank=6), 1.5
+    found = recover_linearized(defended, budget)
+    facts = certify(defended.suffix.model, defended.defense, left_padded(token_rows()), defended.behavior, found.delta)
+    assert torch.equal(facts.shows, found.recovered)
+    assert int(facts.shows.sum()) >= 3
+    assert bool((facts.relative_drift <= 1.1e-2).all())
+    assert_close(found.drift, facts.relative_drift, rtol=0.1, atol=2e-5)
+    assert bool((facts.norm <= budget).all())
+    first = recover(defended, defended.zero_delta, admissible(defended), budget, Schedule(goal=1.0))
+    alone = certify(defended.suffix.model, defended.defense, left_padded(token_rows()), defended.behavior, first.delta)
+    assert bool((found.drift < alone.relative_drift).all())
+    hopeless = recover_linearized(defended, 1e-6)
+    assert not bool(hopeless.recovered.any())
+    assert bool((hopeless.drift <= 1e-2).all())
 
 
 def test_an_inactive_feature_is_free_up_to_its_threshold() -> None:
