@@ -193,7 +193,7 @@ def _replies(read: Mapping[str, Any] | None) -> Rows:
         f"relative drift {_tiny(read['relative_drift_max'])}, pre-activations {_tiny(read['preactivation_shift_max'])} "
         "at most, along what was said"
     )
-    return [("said freely", f"of {read['n']}: {'; '.join(told)}"), ("drift in free speech", drifted)]
+    return [("said freely", f"of {read['n']}: {'; '.join(told)}"), ("drift along it", drifted)]
 
 
 def _smallest(smallest: Mapping[str, Any] | None) -> Rows:
@@ -232,8 +232,8 @@ def _controls(controls: Mapping[str, Any]) -> Rows:
             (
                 "random features",
                 f"clamped instead, as many and as often active, they suppress the behavior on "
-                f"{_share(features['suppressed_rate'], 0)} of the examples; {_share(features['rate'], 0)} of these are "
-                "brought back",
+                f"{_share(features['suppressed_rate'], 0)} of the examples"
+                + (f"; {_share(features['rate'], 0)} of these are brought back" if features["suppressed"] else ""),
             )
         )
     if (undo := controls["undo"]) is not None:
