@@ -130,6 +130,7 @@ def test_what_flips_is_read_from_what_is_said(dialogue: Dialogue, checked: tuple
             expected.append(f"r{row}")
     flips = [record.id for record in checked[0].records if record.valid_flip]
     assert flips == expected
+    assert [record.id for record in checked[0].records if record.search is not None] == expected
     assert 3 <= len(flips) < len(dialogue.served) < len(dialogue)
     assert checked[0].counts["base"] == len(dialogue.served)
 
