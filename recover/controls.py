@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from einops import rearrange
@@ -129,7 +129,7 @@ def placebo_targets(
         there = torch.tensor([turn < len(order) for order in orders], device=found.device)
         tried = torch.tensor(offered, device=chosen.device)
         with torch.no_grad():
-            slack = replace(defended, behavior=behavior.retarget(tried))(defended.zero_delta)[1]
+            slack = defended.asking(behavior.retarget(tried))(defended.zero_delta)[1]
         take = there & ~found & (slack <= 0)
         chosen, found = torch.where(take, tried, chosen), found | take
         if bool(found.all()):

@@ -87,6 +87,10 @@ class Defended:
             self.delta_sites,
         )
 
+    def asking(self, behavior: Behavior) -> Defended:
+        """The same examples, asked for another behavior."""
+        return replace(self, behavior=behavior)
+
     def at_sites(self, sites: tuple[Site, ...]) -> Defended:
         """The same with deltas that enter at these sites."""
         return replace(self, delta_sites=sites)

@@ -331,7 +331,7 @@ def _fits(bench: Bench, targeted: bool) -> list[Fit]:
 def _own_predicate(bench: Bench) -> Pool:
     """The pool, asked the check's own question."""
     parts = [
-        bench.objective(replace(batch.strict_target, behavior=batch.examples.behavior.select(batch.strict_flips)))
+        bench.objective(batch.strict_target.asking(batch.examples.behavior.select(batch.strict_flips)))
         for batch in bench.batches
         if len(batch.strict_flips)
     ]

@@ -180,7 +180,7 @@ def placebo(bench: Bench, batch: Batch, deltas: Deltas, report: Report) -> Done:
     rows = there.nonzero().flatten()
     part = batch.target.select(rows)
     assert isinstance(part.behavior, Targeted)
-    aimed = bench.objective(replace(part, behavior=part.behavior.retarget(tokens[rows])))
+    aimed = bench.objective(part.asking(part.behavior.retarget(tokens[rows])))
     ids = [batch.flip_ids[row] for row in rows.tolist()]
     return Done({name: {"placebo": one} for name, one in zip(ids, _compared(bench, aimed), strict=True)})
 

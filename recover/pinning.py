@@ -151,6 +151,10 @@ class Pinned:
         """`v = 0`."""
         return self.defended.zero_delta
 
+    def asking(self, behavior: Behavior) -> Pinned:
+        """The same examples, asked for another behavior."""
+        return Pinned(self.defended.asking(behavior), self.pins)
+
     def select(self, rows: Int[Tensor, "rows"]) -> Pinned:
         return Pinned(self.defended.select(rows), {site: pin.select(rows) for site, pin in self.pins.items()})
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch.nn import functional as F
@@ -131,8 +131,8 @@ class Pool:
             for chosen in torch.split(pairs, at_once):
                 fits, rows = chosen // batch, chosen % batch
                 chunk = part.select(rows)
-                if targets is not None and isinstance(chunk, Defended):
-                    chunk = replace(chunk, behavior=aim(chunk.behavior, targets[fits, start + rows]))
+                if targets is not None:
+                    chunk = chunk.asking(aim(chunk.behavior, targets[fits, start + rows]))
                 yield fits, start + rows, chunk
             start += batch
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from recover.admissible import admissible
 from recover.constraint import EncoderOrthogonal
 from recover.defended import defend
+from recover.pinning import Pinned
 from recover.planted import KINDS, Planted
 from recover.transfer import FitSchedule, Pool, Problem, derangement, fit_shared, halves, random_shared
 from recover.types import InputError
@@ -134,3 +135,19 @@ def test_without_targets_nothing_can_be_shuffled(route: tuple[Planted, Pool, Enc
     assert pool.targets is None
     with pytest.raises(InputError, match="names no target"):
         fit_shared(pool, [Problem(space, 1.0, torch.zeros(24, dtype=torch.long))])
+
+
+def test_pinned_examples_are_asked_for_other_targets_too(route: tuple[Planted, Pool, EncoderOrthogonal]) -> None:
+    """At one site a free part is the whole delta, so that both kinds of pool read the same."""
+    world, pool, space = route
+    examples = world.examples
+    whole = defend(world.model, world.defense, examples.prompts, examples.behavior, every_site=True)
+    pinned = Pool((Pinned.of(whole),))
+    assert pool.targets is not None
+    targets = derangement(pool.targets, examples.ids, 0)
+    drawn = random_shared(space, world.budget, 3, pool.shape, torch.device("cpu"), 0)
+    torch.testing.assert_close(pinned.slack(drawn, targets), pool.slack(drawn, targets))
+    assert not torch.allclose(pinned.slack(drawn), pool.slack(drawn, targets), atol=0.1)
+    shuffled = [Problem(space, world.budget, targets)]
+    few = FitSchedule(steps=3)
+    torch.testing.assert_close(fit_shared(pinned, shuffled, few), fit_shared(pool, shuffled, few), atol=1e-3, rtol=1e-3)
