@@ -328,7 +328,12 @@ TABLE: dict[str, list[Entry]] = {
             "better = finite & (slack > best_slack[active])",
             "better = finite",
         ),
-        ("more_restarts_are_never_worse", "search.py", "if second.slack[at] > slack[row]:", "if True:"),
+        (
+            "more_restarts_are_never_worse",
+            "search.py",
+            "take = second.slack > first.slack[rows]",
+            "take = second.slack == second.slack",
+        ),
         (
             "the_same_seed_gives_the_same_result",
             "search.py",

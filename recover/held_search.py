@@ -23,7 +23,7 @@ from einops import rearrange
 
 from recover.defended import Delta
 from recover.metrics import norm
-from recover.search import Schedule, scale_to
+from recover.search import Schedule, better, scale_to
 from recover.types import Bool, InputError, Int, PerExample, Tensor
 
 __all__ = ["Held", "Point", "RestoredSolution", "each", "search_held"]
@@ -122,7 +122,7 @@ def search_held(
             # One draw for all examples: a result must not depend on which others are in the batch.
             noise = torch.randn(starts[0].shape[1:], generator=generator).to(starts[0])
             start = search.drawn(part, noise.expand_as(starts[0][unsolved]))
-        best = _better(best, search.ascend(part, start), unsolved)
+        best = better(best, search.ascend(part, start), unsolved)
     return best
 
 
@@ -197,16 +197,6 @@ class _Search:
             if bool(good.all()):
                 break
         return found
-
-
-def _better(first: RestoredSolution, second: RestoredSolution, rows: Int[Tensor, "rows"]) -> RestoredSolution:
-    """`first`, with the examples `rows` taken from `second` where their slack is larger; steps add up."""
-    kept = {name: getattr(first, name).clone() for name in ("delta", "score", "slack", "drift", "steps")}
-    take = second.slack > first.slack[rows]
-    for name in ("delta", "score", "slack", "drift"):
-        kept[name][rows[take]] = getattr(second, name)[take]
-    kept["steps"][rows] += second.steps
-    return RestoredSolution(**kept)
 
 
 def each(values: Tensor) -> Tensor:

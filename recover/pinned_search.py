@@ -25,7 +25,7 @@ from recover.defended import Delta
 from recover.metrics import norm
 from recover.minimum import MARGIN
 from recover.pinning import Pinned
-from recover.search import Climb, Schedule, clip, recover
+from recover.search import Climb, Schedule, better, clip, recover
 from recover.types import Bool, InputError, Int, PerExample, Residual, Tensor
 
 __all__ = ["PinnedSolution", "recover_pinned", "shorten"]
@@ -95,7 +95,7 @@ def recover_pinned(
         part = pinned.select(rows)
         found = recover(part, start, part.free, bound, schedule, climb=climb)
         free = part.within(found.delta, budget * (1 - 1e-6))
-        best = _better(best, _measured(part, free, budget, found.steps), rows)
+        best = better(best, _measured(part, free, budget, found.steps), rows)
         # What fits into the budget as it was found has had its search; a smaller bound is for what had to be cut.
         cut = (norm(free) < norm(found.delta)) & (best.slack[rows] < schedule.goal)
         if not bool(cut.any()):
@@ -148,16 +148,6 @@ def _measured(pinned: Pinned, free: Residual, budget: float, steps: Tensor | Non
     behavior, logits = pinned.defended.behavior, logits.float()
     taken = torch.zeros(len(free), dtype=torch.long, device=free.device) if steps is None else steps
     return PinnedSolution(free, delta, behavior.score(logits), behavior.slack(logits), taken, budget)
-
-
-def _better(first: PinnedSolution, second: PinnedSolution, rows: Int[Tensor, "rows"]) -> PinnedSolution:
-    """`first`, with the examples `rows` taken from `second` where their slack is larger; steps add up."""
-    kept = {name: getattr(first, name).clone() for name in ("free", "delta", "score", "slack", "steps")}
-    take = second.slack > first.slack[rows]
-    for name in ("free", "delta", "score", "slack"):
-        kept[name][rows[take]] = getattr(second, name)[take]
-    kept["steps"][rows] += second.steps
-    return PinnedSolution(**kept, budget=first.budget)
 
 
 def _dot(one: Residual, other: Residual) -> PerExample:

@@ -23,7 +23,7 @@ from recover.defended import Defended, Delta
 from recover.held_search import Point, RestoredSolution, each, search_held
 from recover.metrics import norm
 from recover.monitor import Jacobian, Monitor, Watched, row_space
-from recover.search import ROUNDING, Schedule, clip, recover
+from recover.search import ROUNDING, Schedule, better, clip, recover
 from recover.types import Bool, Int, PerExample, Tensor
 
 __all__ = ["DRIFT", "Restored", "recover_linearized", "recover_restored", "restore"]
@@ -174,21 +174,11 @@ def recover_linearized(
         with torch.no_grad():
             score, slack = defended.select(rows)(delta)
             drift = part.monitor.drift(part.monitor.watch(delta).detached()).to(score.dtype)
-        counts = (drift <= tolerance) & (norm(delta) <= budget) & (slack > best.slack[rows])
-        best = _taken(best, rows, RestoredSolution(delta, score, slack, drift, found.steps), counts)
+        counts = (drift <= tolerance) & (norm(delta) <= budget)
+        told = RestoredSolution(delta, score, slack.where(counts, -torch.inf), drift, found.steps)
+        best = better(best, told, rows)
         start = start.index_copy(0, rows, delta)
     return best
-
-
-def _taken(
-    best: RestoredSolution, rows: Int[Tensor, "rows"], found: RestoredSolution, counts: Bool[Tensor, "rows"]
-) -> RestoredSolution:
-    """`best`, with what counts of the examples `rows` in its place; steps add up."""
-    kept = {name: getattr(best, name).clone() for name in ("delta", "score", "slack", "drift", "steps")}
-    for name in ("delta", "score", "slack", "drift"):
-        kept[name][rows[counts]] = getattr(found, name)[counts]
-    kept["steps"][rows] += found.steps
-    return RestoredSolution(**kept)
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,8 +20,8 @@ from __future__ import annotations
 import enum
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 import torch
 from einops import rearrange
@@ -158,7 +158,7 @@ def recover(
         allowed = feasible.select(unsolved)
         again = clip(scale_to(allowed.project(noise), budget if math.isfinite(budget) else 1.0), budget)
         found = climb(objective.select(unsolved), again, allowed, budget, schedule, on_step)
-        best = _better(best, found, unsolved)
+        best = better(best, found, unsolved)
     return best
 
 
@@ -245,13 +245,31 @@ def _ascend(
     return Solution(best, best_score, best_slack, steps, tuple(status))
 
 
-def _better(first: Solution, second: Solution, rows: Rows) -> Solution:
+@runtime_checkable
+class _Solved(Protocol):
+    """What the solutions of all searches have: a dataclass of values by example."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def slack(self) -> Tensor: ...
+
+    @property
+    def steps(self) -> Tensor: ...
+
+
+Solved = TypeVar("Solved", bound=_Solved)
+
+
+def better(first: Solved, second: Solved, rows: Rows) -> Solved:
     """`first`, with the examples `rows` taken from `second` where their slack is larger; steps add up."""
-    delta, score, slack, steps = first.delta.clone(), first.score.clone(), first.slack.clone(), first.steps.clone()
-    status = list(first.status)
-    steps[rows] += second.steps
-    for at, row in enumerate(rows.tolist()):
-        if second.slack[at] > slack[row]:
-            delta[row], score[row], slack[row] = second.delta[at], second.score[at], second.slack[at]
-            status[row] = second.status[at]
-    return Solution(delta, score, slack, steps, tuple(status))
+    take = second.slack > first.slack[rows]
+    kept: dict[str, Any] = {"steps": first.steps.index_add(0, rows, second.steps)}
+    for field in fields(first):
+        own, other = getattr(first, field.name), getattr(second, field.name)
+        if isinstance(own, tuple):
+            given = dict(zip(rows[take].tolist(), (other[at] for at in take.nonzero().flatten().tolist()), strict=True))
+            kept[field.name] = tuple(given.get(row, value) for row, value in enumerate(own))
+        elif isinstance(own, Tensor) and field.name != "steps":
+            kept[field.name] = own.index_copy(0, rows[take], other[take])
+    return replace(first, **kept)
