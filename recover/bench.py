@@ -72,6 +72,12 @@ class Batch:
         """Ids of the flips by the stricter predicate."""
         return [self.examples.ids[row] for row in self.strict_flips.tolist()]
 
+    @property
+    def strict_groups(self) -> list[str]:
+        """Their groups."""
+        groups = self.examples.groups or self.examples.ids
+        return [groups[row] for row in self.strict_flips.tolist()]
+
 
 @dataclass(frozen=True, eq=False)
 class Bench:

@@ -41,6 +41,7 @@ from pydantic_core import PydanticCustomError
 from recover.evidence import Rules
 from recover.plan import Plan
 from recover.search import Schedule
+from recover.tasks import read_options
 from recover.types import InputError, Positions
 
 __all__ = ["DEFAULTS", "ClampConfig", "Config", "PromptConfig", "SearchConfig", "Selection", "load_config"]
@@ -87,11 +88,19 @@ class Selection(_Section):
     """Features chosen by a rule rather than listed.
 
     `attribution`: those that the behavior owes most to. `contrast`: those that are most more active before what the
-    defense is to bring about than before what it is not, such as refusals and answers.
+    defense is to bring about than before what it is not, such as refusals and answers. `firing`: those that are active
+    on at most a share `retain` of the tokens of what is to be kept, and most often on those of what is to be forgotten.
     """
 
-    select: Literal["attribution", "contrast"]
+    select: Literal["attribution", "contrast", "firing"]
     top: PositiveInt
+    retain: Annotated[float, Field(ge=0, le=1)] | None = None
+
+    @model_validator(mode="after")
+    def _retain_is_of_firing(self) -> Selection:
+        if self.retain is not None and self.select != "firing":
+            raise ValueError("retain is for features by firing; leave it out, or select: firing")
+        return self
 
 
 def _features_kind(value: Any) -> str:
@@ -133,28 +142,20 @@ class ClampConfig(_Section):
 
 
 class PromptConfig(_Section):
-    """Which prompts: `n` generated ones (64 by default), or the first `n` (by default all) of a file.
+    """Which prompts: how many, drawn with which seed, or the first `n` of a file; and whatever else the task takes.
 
-    The rest is for tasks that have it, whose own default holds where none is given. IOI: `templates`, the name orders;
-    `candidates`, how many answers compete in the predicate that transfer is read with. Refusal: `forced_tokens`, how
-    many tokens of an answer are to be brought back; `reply_tokens`, how many are read of a reply; `declined`, how many
-    requests that a model declines by itself are asked beside.
+    What the keys are and what they may be is said by the task's function (`recover.tasks`).
     """
+
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True)
 
     n: PositiveInt | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    templates: Annotated[tuple[Literal["BABA", "ABBA"], ...], Field(strict=False, min_length=1)] | None = None
     file: Text | None = None
-    candidates: Annotated[int, Field(ge=2)] | None = None
-    forced_tokens: PositiveInt | None = None
-    reply_tokens: PositiveInt | None = None
-    declined: PositiveInt | None = None
 
     @model_validator(mode="before")
     @classmethod
-    def _default_n(cls, data: Any) -> Any:
-        if isinstance(data, dict) and data.get("file") is None and data.get("n") is None:
-            return {**data, "n": 64}
+    def _known_keys(cls, data: Any) -> Any:
         return data
 
 
@@ -213,7 +214,7 @@ class Config(_Section):
     clamps: Annotated[tuple[ClampConfig, ...], Field(strict=False, min_length=1)]
     skip_first: NonNegativeInt = 0
     task: Text
-    prompts: PromptConfig = PromptConfig(n=64)
+    prompts: PromptConfig = PromptConfig()
     search: SearchConfig
     controls: ControlConfig = ControlConfig()
     transfer: TransferConfig = TransferConfig()
@@ -292,11 +293,18 @@ def load_config(path: Path | str | None = None, overrides: Mapping[str, Any] | N
     for key, value in (overrides or {}).items():
         if value is not None:
             _override(data, key.split("."), value)
+    source = " and ".join([str(path)] * (path is not None) + ["flags"] * bool(overrides))
     try:
-        return Config.model_validate(data)
+        config = Config.model_validate(data)
     except ValidationError as error:
-        source = " and ".join([str(path)] * (path is not None) + ["flags"] * bool(overrides))
         raise InputError(f"{source}: {_first_line(error)}") from None
+    try:
+        read_options(config.task, config.prompts.model_dump())
+    except ValidationError as error:
+        raise InputError(f"{source}: {_first_line(error, 'prompts')}") from None
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from None
+    return config
 
 
 def _override(data: dict[str, Any], path: list[str], value: Any) -> None:
@@ -320,9 +328,10 @@ MESSAGES = {
 }
 
 
-def _first_line(error: ValidationError) -> str:
+def _first_line(error: ValidationError, *within: str) -> str:
     first = error.errors(include_url=False)[0]
-    parts = [part for part in first["loc"] if part not in ("indices", "selection")]
+    parts = [*within, *first["loc"]]
+    parts = [part for part in parts if part not in ("indices", "selection")]
     parts += [first["ctx"]["key"]] if first["type"] == "unknown_key" else []
     where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts).lstrip(".")
     message = MESSAGES.get(first["type"], first["msg"].removeprefix("Value error, "))

@@ -21,7 +21,11 @@ __all__ = ["Contrast", "Examples"]
 
 @dataclass(frozen=True, eq=False)
 class Contrast:
-    """Prompts that end before the behavior of interest (`shown`), and others that do not (`hidden`)."""
+    """Prompts of two kinds that features are selected from.
+
+    `shown` end before the behavior of interest and `hidden` do not (`contrast`); or `shown` are about what is to be
+    forgotten and `hidden` about what is to be kept (`firing`, which reads all their tokens).
+    """
 
     shown: Prompts
     hidden: Prompts
@@ -37,6 +41,8 @@ class Examples:
             By default the behavior itself.
         dialogue: of the same examples, where the behavior is a whole answer.
         contrast: what features are selected from that announce a behavior; `None` where the task has no such prompts.
+        groups: a name for each example, the same for those that ask the same thing in other words or another order:
+            transfer never reads one that a shared delta was fitted to another of. By default each is its own.
     """
 
     ids: Sequence[str]
@@ -46,6 +52,7 @@ class Examples:
     strict: Behavior | None = None
     dialogue: Dialogue | None = None
     contrast: Contrast | None = None
+    groups: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         if not len(self.ids) == len(self.prompts) or not len(self.ids):
@@ -54,6 +61,10 @@ class Examples:
             )
         if len(set(self.ids)) < len(self.ids):
             raise InputError("examples: two have the same id; each needs its own")
+        if self.groups is not None and len(self.groups) != len(self.ids):
+            raise InputError(
+                f"examples: {len(self.groups)} groups for {len(self.ids)} examples; give one each, or none"
+            )
 
     @classmethod
     def of(cls, dialogue: Dialogue, columns: int, contrast: Contrast | None = None) -> Examples:
@@ -79,6 +90,7 @@ class Examples:
             None if self.strict is None else self.strict.select(rows),
             None if self.dialogue is None else self.dialogue.select(pick),
             self.contrast,
+            None if self.groups is None else [self.groups[row] for row in pick],
         )
 
     def answered_as(self, other: Dialogue) -> Examples:

@@ -56,6 +56,8 @@ def refused(bench: Bench) -> str | None:
         return "several sites are clamped, so that what is admissible differs from prompt to prompt"
     if len(pool) < 2:
         return f"only {len(pool)} example flips by the predicate that it is read with"
+    if len({group for batch in bench.batches for group in batch.strict_groups}) < 2:
+        return "all flips by the predicate that it is read with are of one group of examples that ask the same thing"
     if not 0 < pool.residual_norm < math.inf:
         return f"the defended residual's norm is {pool.residual_norm:g}, of which no share can be taken"
     if isinstance(bench.feasible(pool.parts[0]), JacobianOrthogonal):
@@ -72,7 +74,7 @@ def budgets(bench: Bench) -> list[float]:
 def split(bench: Bench, fold: int) -> tuple[Int[Tensor, "fitted"], Int[Tensor, "read"]]:
     """Rows of the pool to fit on and to read on."""
     ids = [name for batch in bench.batches for name in batch.strict_ids]
-    first, second = halves(ids, bench.plan.seed)
+    first, second = halves(ids, bench.plan.seed, [group for batch in bench.batches for group in batch.strict_groups])
     return (first, second) if fold == 0 else (second, first)
 
 

@@ -92,6 +92,31 @@ def largest(attributions: Float[Tensor, "d_sae"], top: int) -> tuple[int, ...]:
     return tuple(order[:top].tolist())
 
 
+def forgettable(
+    shown: Float[Tensor, "d_sae"], hidden: Float[Tensor, "d_sae"], top: int, retain: float
+) -> tuple[int, ...]:
+    """The `top` features that fire most where something is to be forgotten, of those that hardly fire elsewhere.
+
+    As in SAEBench's unlearning and the paper's WMDP setting.
+
+    Args:
+        shown: firing rates on what is to be forgotten.
+        hidden: on what is to be kept.
+        top: how many; those that fire most often first, equal ones in the order of their index.
+        retain: the largest rate on what is to be kept.
+
+    Raises:
+        InputError: fewer such features fire at all.
+    """
+    rates = torch.where(hidden <= retain, shown, 0.0)
+    if (there := int((rates > 0).sum())) < top:
+        raise InputError(
+            f"features: top {top} asked, but only {there} fire on what is to be forgotten and on at most {retain:g} of "
+            "the tokens of what is to be kept; ask for fewer, or raise retain"
+        )
+    return largest(rates, top)
+
+
 def firing_rates(
     model: Model, sae: SAE, site: Site, prompts: Prompts, batch_size: int | None = None
 ) -> Float[Tensor, "d_sae"]:

@@ -17,12 +17,14 @@ from recover.defended import check_fits
 from recover.examples import Examples
 from recover.model import Model
 from recover.sae import SAE
-from recover.selection import attribution, contrast, largest
-from recover.tasks import ask_task, get_task
+from recover.selection import attribution, contrast, firing_rates, forgettable, largest
+from recover.tasks import ask_task
 from recover.types import InputError
 from recover.zoo import LoadedModel, resolve_model, resolve_sae
 
 MODES: dict[str, type[Set] | type[Scale] | type[Floor]] = {"set": Set, "scale": Scale, "floor": Floor}
+RETAIN = 0.01
+"""Share of tokens to be kept on which a feature by firing may be active, where none is given."""
 PACKAGES = ("recover", "torch", "transformers", "nnsight", "sae_lens")
 
 
@@ -83,7 +85,6 @@ def load_setting(config: Config, *, keep_text: bool = False, progress: Progress 
     Raises:
         InputError: one of them cannot be had, or they do not belong together.
     """
-    get_task(config.task)
     saes = {name: resolve_sae(name) for name in dict.fromkeys(clamp.sae for clamp in config.clamps)}
     places = _placeholders(config, saes)
     loaded = resolve_model(config.model, config.device, config.dtype)
@@ -145,14 +146,20 @@ def _chosen(clamp: ClampConfig, setting: Setting, batch_size: int, progress: Pro
         return Chosen(clamp.features, clamp.value)
     sae, examples = setting.saes[clamp.sae], setting.examples
     site = _clamp(clamp, sae, Chosen((0,), clamp.value)).site
-    if clamp.features.select == "contrast":
+    rule, top = clamp.features.select, clamp.features.top
+    if rule != "attribution":
         if examples.contrast is None:
             raise InputError(
-                f"features: select contrast, and the task {setting.config.task!r} gives no prompts of two kinds to "
+                f"features: select {rule}, and the task {setting.config.task!r} gives no prompts of two kinds to "
                 "this model; list the features, or select by attribution"
             )
-        more, mean = contrast(setting.model, sae, site, examples.contrast.shown, examples.contrast.hidden, batch_size)
-        features = largest(more, clamp.features.top)
+        kinds = examples.contrast.shown, examples.contrast.hidden
+        if rule == "firing":
+            rates = [firing_rates(setting.model, sae, site, prompts, batch_size) for prompts in kinds]
+            retain = RETAIN if clamp.features.retain is None else clamp.features.retain
+            return Chosen(forgettable(rates[0], rates[1], top, retain), clamp.value)
+        more, mean = contrast(setting.model, sae, site, *kinds, batch_size)
+        features = largest(more, top)
         means = tuple(clamp.value * float(mean[feature]) for feature in features)
         return Chosen(features, means if clamp.unit == "mean" else clamp.value)
     total = torch.zeros(sae.d_sae, device=sae.device)
@@ -161,7 +168,7 @@ def _chosen(clamp: ClampConfig, setting: Setting, batch_size: int, progress: Pro
         part = examples.select(batch)
         total += attribution(setting.model, sae, site, part.prompts, part.behavior)
         progress("attribution", int(batch[-1]) + 1, len(rows))
-    return Chosen(largest(total, clamp.features.top), clamp.value)
+    return Chosen(largest(total, top), clamp.value)
 
 
 def _version(package: str) -> str:

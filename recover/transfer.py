@@ -21,6 +21,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch.nn import functional as F
@@ -187,11 +188,25 @@ def random_shared(
     return clip(scale_to(feasible.project(noise), budget), budget)
 
 
-def halves(ids: Sequence[str], seed: int) -> tuple[Int[Tensor, "fitted"], Int[Tensor, "read"]]:
-    """The rows to fit on and those to read on: by a seeded hash of the id, so that their order does not matter."""
-    order = sorted(range(len(ids)), key=lambda row: _hash(seed, ids[row]))
-    middle = (len(ids) + 1) // 2
-    return torch.tensor(sorted(order[:middle])), torch.tensor(sorted(order[middle:]), dtype=torch.long)
+def halves(
+    ids: Sequence[str], seed: int, groups: Sequence[str] | None = None
+) -> tuple[Int[Tensor, "fitted"], Int[Tensor, "read"]]:
+    """The rows to fit on and those to read on: by a seeded hash of the id, so that their order does not matter.
+
+    Args:
+        ids: of the examples.
+        seed: of the hash.
+        groups: of the examples; one of them is never in both parts, and the parts are as near in size as that allows.
+    """
+    members: dict[str, list[int]] = {}
+    for row, name in enumerate(groups or ids):
+        members.setdefault(name, []).append(row)
+    order = sorted(members, key=lambda name: _hash(seed, name))
+    sizes = list(accumulate(len(members[name]) for name in order))
+    # Either part has a group, where there are two of them.
+    cut = min(range(max(1, len(order) - 1)), key=lambda at: abs(2 * sizes[at] - len(ids) - len(ids) % 2))
+    parts = [sorted(row for name in some for row in members[name]) for some in (order[: cut + 1], order[cut + 1 :])]
+    return torch.tensor(parts[0]), torch.tensor(parts[1], dtype=torch.long)
 
 
 def derangement(targets: Int[Tensor, "batch"], ids: Sequence[str], seed: int) -> Int[Tensor, "batch"]:

@@ -86,10 +86,33 @@ def test_flags_change_every_clamp_and_leave_the_defaults_alone(write):
     assert DEFAULTS["clamps"][0]["value"] == -5.0
 
 
-def test_a_prompt_file_is_read_whole_unless_told_otherwise(write):
-    assert load_config(write("{n: 64, seed: 0}", "{file: mine.jsonl}")).prompts.n is None
-    assert load_config(write("{n: 64, seed: 0}", "{file: mine.jsonl, n: 3}")).prompts.n == 3
-    assert load_config(write("{n: 64, seed: 0}", "{templates: [BABA]}")).prompts.n == 64
+OWN = "python:task_of_mine:task"
+OWN_TASK = """
+from __future__ import annotations
+
+def task(model, *, domain: str, twice: bool = False, progress=None):
+    raise NotImplementedError
+"""
+
+
+def test_options_are_those_of_the_task_and_of_its_types(write, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "task_of_mine.py").write_text(OWN_TASK)
+
+    def read(prompts):
+        return load_config(write("task: ioi\nprompts: {n: 64, seed: 0}", f"task: {OWN}\nprompts: {prompts}"))
+
+    config = read("{domain: rivers, twice: true}")
+    assert config.prompts.model_dump(exclude_none=True) == {"seed": 0, "domain": "rivers", "twice": True}
+    for prompts, why in [
+        ("{domain: 3}", r"prompts\.domain: must be a valid string \(given: 3\)"),
+        ("{twice: true}", r"prompts\.domain: this key is required"),
+        ("{domain: rivers, n: 3}", r"prompts\.n: the task .* has no such option; it has: domain, twice"),
+        ("{domain: rivers, seed: 3}", r"prompts\.seed: the task .* has no such option"),
+        ("{domain: rivers, progress: 3}", r"prompts\.progress: the task .* has no such option"),
+    ]:
+        with pytest.raises(InputError, match=why):
+            read(prompts)
 
 
 @pytest.mark.parametrize("text", ["1e1", "1.0e+1", "10", "+1E1"])
@@ -236,7 +259,7 @@ def test_configurations_are_frozen(write):
 
 CHANGES = {
     "model": "other",
-    "task": "cloze",
+    "task": "refusal",
     "dtype": "bfloat16",
     "skip_first": 0,
     "clamps.sae": "other",
@@ -247,7 +270,6 @@ CHANGES = {
     "clamps.positions": "last",
     "prompts.n": 7,
     "prompts.seed": 1,
-    "prompts.templates": ["BABA"],
     "prompts.file": "mine.jsonl",
     "search.budget": 1.0,
     "search.placement": "before_clamp",
@@ -262,7 +284,6 @@ CHANGES = {
     "transfer.shuffles": 2,
     "transfer.draws": 10,
     "transfer.steps": 10,
-    "prompts.candidates": 20,
     "rules.alpha": 0.05,
     "rules.most": 0.6,
     "rules.max_chance": 0.2,
@@ -271,10 +292,14 @@ CHANGES = {
     "search.positions": "answer",
     "search.sites": "every",
     "search.restarts": 3,
-    "prompts.forced_tokens": 3,
-    "prompts.reply_tokens": 9,
-    "prompts.declined": 5,
     "certificates": "float64",
+}
+OPTIONS = {
+    ("ioi", "templates"): ["BABA"],
+    ("ioi", "candidates"): 20,
+    ("refusal", "forced_tokens"): 3,
+    ("refusal", "reply_tokens"): 9,
+    ("refusal", "declined"): 5,
 }
 CONTRAST = {"clamps.features": {"select": "contrast", "top": 3}}
 
@@ -282,6 +307,13 @@ CONTRAST = {"clamps.features": {"select": "contrast", "top": 3}}
 @pytest.mark.parametrize(("key", "value"), CHANGES.items())
 def test_fingerprint_changes_with_the_result(key, value):
     assert load_config(None, {key: value}).fingerprint() != load_config().fingerprint()
+
+
+@pytest.mark.parametrize(("option", "value"), OPTIONS.items())
+def test_fingerprint_changes_with_an_option_of_the_task(option, value):
+    task, key = option
+    changed = load_config(None, {"task": task, f"prompts.{key}": value})
+    assert changed.fingerprint() != load_config(None, {"task": task}).fingerprint()
 
 
 def test_fingerprint_keeps_through_what_cannot_change_the_result(write):

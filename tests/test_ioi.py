@@ -221,8 +221,10 @@ def test_load_serves_a_prompts_section(tokenizer, file):
     [
         ("ioii", "did you mean 'ioi'"),
         ("zzz", "known: ioi, refusal"),
-        ("cloze", "not in this version"),
-        ("python:a:b", "not in this"),
+        ("python:no_such_module:b", r"cannot be imported \(ModuleNotFoundError"),
+        ("python:recover.tasks.ioi:no_such", r"cannot be imported \(AttributeError"),
+        ("python:recover.tasks.ioi:NAMES", "is no function"),
+        ("python:recover", "write python:module:object"),
     ],
 )
 def test_unknown_tasks_are_refused(name, why):

@@ -14,7 +14,7 @@ from recover.behavior import ChoiceMargin, LogitDifference
 from recover.model import Model
 from recover.neutral import NEUTRAL
 from recover.sae import from_sae_lens
-from recover.selection import NEAREST, attribution, firing_rates, largest, matched
+from recover.selection import NEAREST, attribution, firing_rates, forgettable, largest, matched
 from recover.types import InputError, Site
 from recover.zoo import LoadedModel, resolve_sae
 from tests.by_hand import D_SAE, sae_lens_sae
@@ -234,3 +234,13 @@ def test_matches_of_a_real_sae_fire_as_often(smollm2: LoadedModel) -> None:
     found = matched(rates, features, 0)
     assert found is not None
     assert float(rates[list(found)].sum() / rates[list(features)].sum()) == pytest.approx(1, abs=0.05)
+
+
+def test_features_to_forget_fire_there_and_hardly_elsewhere():
+    shown = torch.tensor([0.5, 0.0, 0.3, 0.3, 0.9, 0.1])
+    hidden = torch.tensor([0.01, 0.0, 0.0, 0.01, 0.02, 0.0])
+    assert forgettable(shown, hidden, 3, 0.01) == (0, 2, 3)
+    assert forgettable(shown, hidden, 2, 0.02) == (4, 0)
+    assert forgettable(shown, hidden, 2, 0.0) == (2, 5)
+    with pytest.raises(InputError, match="top 5 asked, but only 4 fire on what is to be forgotten"):
+        forgettable(shown, hidden, 5, 0.01)

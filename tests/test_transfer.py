@@ -103,6 +103,21 @@ def test_halves_are_two_that_do_not_depend_on_the_order() -> None:
     assert [len(part) for part in halves(["a"], seed=0)] == [1, 0]
 
 
+@pytest.mark.parametrize("sizes", [[1], [3, 3], [2, 10], [10, 2], [6, 6, 6, 6], [24, 1, 1, 1], [1, 2, 3, 4, 5]])
+def test_no_group_is_in_both_halves_and_either_has_one(sizes: list[int]) -> None:
+    groups = [f"g{number}" for number, size in enumerate(sizes) for _ in range(size)]
+    ids = [f"e{row}" for row in range(len(groups))]
+    for seed in range(10):
+        parts = halves(ids, seed, groups)
+        there = [{groups[row] for row in part.tolist()} for part in parts]
+        assert sorted(row for part in parts for row in part.tolist()) == list(range(len(ids)))
+        assert not there[0] & there[1]
+        assert there[0]
+        assert there[1] or len(sizes) == 1
+        if sizes == [6, 6, 6, 6]:
+            assert [len(part) for part in parts] == [12, 12]
+
+
 @pytest.mark.parametrize("counts", [(4, 4, 4), (6, 3, 3), (1,) * 12, (2, 2)])
 def test_a_derangement_leaves_no_target_where_it_was(counts: tuple[int, ...]) -> None:
     targets = torch.tensor([token for token, n in enumerate(counts) for _ in range(n)])

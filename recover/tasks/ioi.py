@@ -21,9 +21,10 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import torch
+from pydantic import Field
 
 from recover.behavior import ChoiceMargin, LogitDifference
 from recover.examples import Examples
@@ -278,7 +279,7 @@ def examples(
     seed: int = 0,
     templates: Sequence[Template] = TEMPLATES,
     file: Path | str | None = None,
-    candidates: int | None = None,
+    candidates: Annotated[int, Field(ge=2)] | None = None,
 ) -> Examples:
     """The examples of a check; arguments as in `load` and `strict`.
 

@@ -21,6 +21,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import PositiveInt
+
 from recover.dialogue import Request, ask
 from recover.examples import Contrast, Examples
 from recover.model import Model
@@ -41,9 +43,9 @@ def examples(
     n: int | None = None,
     seed: int = 0,
     file: Path | str | None = None,
-    forced_tokens: int = 24,
-    reply_tokens: int = 48,
-    declined: int = 40,
+    forced_tokens: PositiveInt = 24,
+    reply_tokens: PositiveInt = 48,
+    declined: PositiveInt = 40,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Examples:
     """Ask the requests, and give each with the model's own answer as what is to be brought back.
