@@ -116,7 +116,7 @@ def unconstrained(bench: Bench, part: Examples, schedule: Schedule) -> Delta:
 def pinned(bench: Bench, part: Examples, schedule: Schedule) -> Delta:
     """A delta at every site under which no clamped pre-activation moves."""
     target = Pinned.of(bench.defended(part))
-    return bench.whole(part, target, recover_pinned(target, bench.budget, schedule).free)
+    return bench.whole(part, target, recover_pinned(target, bench.budget, schedule).free)[0]
 
 
 def two_stage(bench: Bench, part: Examples, schedule: Schedule) -> Delta:
@@ -131,7 +131,7 @@ def two_stage(bench: Bench, part: Examples, schedule: Schedule) -> Delta:
     target = Pinned.of(bench.defended(part))
     opening = Opening(*pins, columns=positions_read(part.behavior))
     start = opened(opening, target.start, target.free, bench.budget, schedule)
-    return bench.whole(part, target, recover_pinned(target, bench.budget, schedule, start=start).free)
+    return bench.whole(part, target, recover_pinned(target, bench.budget, schedule, start=start).free)[0]
 
 
 def jacobian(bench: Bench, part: Examples, schedule: Schedule) -> Delta:
@@ -226,7 +226,7 @@ def random(bench: Bench, part: Examples, schedule: Schedule) -> Row:
     target = Pinned.of(bench.defended(part))
     noise = torch.randn(target.start.shape, generator=torch.Generator().manual_seed(schedule.seed))
     free = target.within(scale_to(target.free.project(noise), bench.budget), bench.budget)
-    return read_out("random delta", bench, part, bench.whole(part, target, free), 0.0)
+    return read_out("random delta", bench, part, bench.whole(part, target, free)[0], 0.0)
 
 
 def shared(bench: Bench, part: Examples, schedule: Schedule) -> Row:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 
@@ -23,6 +24,7 @@ from recover import refusal
 from recover.admissible import admissible
 from recover.clamp import Defense
 from recover.defended import Defended, Delta, Placement, defend
+from recover.dialogue import Dialogue
 from recover.examples import Examples
 from recover.model import Model
 from recover.pinning import Pinned
@@ -30,7 +32,7 @@ from recover.plan import Plan
 from recover.search import Feasible, Schedule
 from recover.speech import say, texts
 from recover.transfer import Pool
-from recover.types import Float, Int, Tensor
+from recover.types import Float, Int, Tensor, TokenIds
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,7 +118,7 @@ class Bench:
         """All of them, in order."""
         return [self.batch(number) for number in range(len(self.rows))]
 
-    @property
+    @cached_property
     def pool(self) -> Pool:
         """All examples that flip by the stricter predicate, as one."""
         return Pool(tuple(self.objective(batch.strict_target) for batch in self.batches if len(batch.strict_flips)))
@@ -142,7 +144,7 @@ class Bench:
             return objective.write_orthogonal if write_orthogonal else objective.free
         return admissible(objective, write_orthogonal=write_orthogonal)
 
-    def whole(self, part: Examples, objective: Defended | Pinned, found: Delta) -> Delta:
+    def whole(self, part: Examples, objective: Defended | Pinned, *found: Delta) -> list[Delta]:
         """What is saved of what a search found: with the corrections of pinned deltas, as exact as certificates are.
 
         Args:
@@ -151,10 +153,10 @@ class Bench:
             found: deltas, or the free parts of pinned ones.
         """
         if not isinstance(objective, Pinned):
-            return found
+            return list(found)
         if self.exact is not self.model:
-            objective, found = Pinned.of(self.defended(part, self.exact)), found.to(self.exact.dtype)
-        return objective.delta(found).float()
+            objective = Pinned.of(self.defended(part, self.exact))
+        return [objective.delta(free.to(self.exact.dtype)).float() for free in found]
 
     def _make(self, part: Examples) -> Batch:
         defended = self.defended(part)
@@ -162,7 +164,7 @@ class Bench:
         base, under = slack(defended.base_logits.float()), slack(defended.defended_logits.float())
         flips, replies = defended.valid_flips, None
         if part.dialogue is not None:
-            replies = self.replies(part)
+            replies = texts(self.model.tokenizer, self.said(part.dialogue))
             turned = [refusal.valid_flip(*pair) for pair in zip(part.dialogue.texts, replies, strict=True)]
             flips = flips[torch.tensor(turned, device=flips.device)[flips]]
         target = defended.select(flips)
@@ -177,11 +179,9 @@ class Bench:
         chosen = again.valid_flips
         return Batch(part, base, under, strict_base, strict_under, flips, chosen, target, again.select(chosen), replies)
 
-    def replies(self, part: Examples, delta: Delta | None = None) -> list[str]:
-        """What the model says to the requests of these examples under the defense, with a delta or without."""
-        dialogue = part.dialogue
-        assert dialogue is not None
-        said = say(
+    def said(self, dialogue: Dialogue, delta: Delta | None = None) -> TokenIds:
+        """What the model says to these requests under the defense, `[batch pos]`, with a delta or without."""
+        return say(
             self.model,
             dialogue.prompts,
             dialogue.answers.shape[1],
@@ -190,4 +190,3 @@ class Bench:
             every_site=self.every_site,
             stop=dialogue.stop,
         )
-        return texts(self.model.tokenizer, said)

@@ -159,9 +159,8 @@ def suppressed(certificate: Mapping[str, Any]) -> bool:
 
 
 def recovered(record: ExampleRecord) -> bool:
-    """Back by certificate, with the clamp held."""
-    found = record.certificate
-    return found is not None and suppressed(found) and bool(found["shows"] and found["held"])
+    """Back by certificate, with the clamp held, where it was gone."""
+    return record.certificate is not None and suppressed(record.certificate) and record.back
 
 
 def hopeless(record: ExampleRecord) -> bool:

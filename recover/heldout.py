@@ -5,9 +5,9 @@ For each fold (`transfer`, how a delta is fitted; `evidence`, what the readings 
 1. *Budgets*: shares of the mean norm of the defended residual, and the search's own budget. The largest is the one that
    evidence is read at.
 2. *Fits* under C1 and C1+ at each budget, to shuffled targets at each, several at the largest; all side by side.
-3. *Reading* on the other half: of all of these; of random directions of the same norm; of the clamp undone, averaged
-   over the half that was fitted on. What counts as evidence is read by the certificate, which replays the saved deltas:
-   the behavior is back and the clamped features stayed where they were.
+3. *Reading* (`reading`) on the other half: of all of these; of random directions of the same norm; of the clamp undone,
+   averaged over the half that was fitted on. What counts as evidence is read by the certificate, which replays the
+   saved deltas: the behavior is back and the clamped features stayed where they were.
 4. *Beside it* the same by the check's own predicate, where a stricter one is used.
 """
 
@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from einops import repeat
 
+from recover import refusal
 from recover.admissible import JacobianOrthogonal
 from recover.bench import Bench
 from recover.certify import certify
@@ -29,8 +30,10 @@ from recover.evidence import Reading, TransferEvidence
 from recover.metrics import norm
 from recover.phases import Deltas, Done
 from recover.pinning import Pinned
+from recover.reading import exchangeable, exchanged, parts_of, shown, shown_as_asked
+from recover.speech import texts
 from recover.stats import wilson
-from recover.transfer import FitSchedule, Pool, Problem, derangement, fit_shared, halves, random_shared
+from recover.transfer import FitSchedule, Pool, Problem, fit_shared, halves, random_shared
 from recover.types import Int, Tensor
 
 C1, C1_PLUS, SHUFFLED = "c1", "c1_plus", "shuffled"
@@ -82,15 +85,14 @@ def fit(bench: Bench, fold: int, deltas: Deltas, report: Callable[[int, int], No
     """Fit every shared delta of a fold."""
     pool, plan = bench.pool, bench.plan
     rows, _ = split(bench, fold)
-    half, fits = pool.select(rows), _fits(bench, _exchangeable(bench))
-    ids = [name for batch in bench.batches for name in batch.strict_ids]
+    half, fits = pool.select(rows), _fits(bench, exchangeable(bench))
     spaces = {
         C1: bench.feasible(pool.parts[0]),
         C1_PLUS: bench.feasible(pool.parts[0], write_orthogonal=True),
     }
     schedule: FitSchedule = replace(plan.transfer.fit, seed=plan.seed)
     shuffles = {
-        draw: _exchanged(bench, half, [ids[row] for row in rows.tolist()], _seed(plan.seed, fold, draw))
+        draw: exchanged(bench, half, rows, _seed(plan.seed, fold, draw))
         for draw in {one.draw for one in fits if one.kind == SHUFFLED}
     }
     problems = [
@@ -112,7 +114,7 @@ def fit(bench: Bench, fold: int, deltas: Deltas, report: Callable[[int, int], No
             report(turn * steps + done, len(distinct) * steps)
 
         shared[mine] = fit_shared(each, [problems[at] for at in mine], schedule, step)
-    back = (half.slack(shared) > 0).sum(dim=1).tolist()
+    back = shown(bench, half, rows, shared).sum(dim=1).tolist()
     values = {one.name(fold): {"fitted": hits, "n": len(half)} for one, hits in zip(fits, back, strict=True)}
     return Done(values, {one.name(fold): delta.cpu() for one, delta in zip(fits, shared, strict=True)})
 
@@ -121,24 +123,24 @@ def read(bench: Bench, fold: int, deltas: Deltas, report: Callable[[int, int], N
     """Read a fold's saved deltas, and the controls that are not fitted, on the other half."""
     pool, plan = bench.pool, bench.plan
     rows, others = split(bench, fold)
-    half, seen, own = pool.select(others), pool.select(rows), _own_predicate(bench).select(others)
-    fits, space = _fits(bench, _exchangeable(bench)), bench.feasible(pool.parts[0])
+    half, seen = pool.select(others), pool.select(rows)
+    fits, space = _fits(bench, exchangeable(bench)), bench.feasible(pool.parts[0])
     device = pool.parts[0].zero_delta.device
     saved = torch.stack([deltas.delta(one.name(fold)) for one in fits]).to(device)
-    strict, weak = half.slack(saved) > 0, own.slack(saved) > 0
-    ids = [name for batch in bench.batches for name in batch.strict_ids]
-    dealt = _dealt(bench, half, [ids[row] for row in others.tolist()], fold, fits, saved)
-    flips = own.slack(torch.zeros_like(saved[:1]))[0] <= 0
+    strict = shown(bench, half, others, saved)
+    weak = shown_as_asked(bench, half, others, saved) if bench.examples.strict is not None else strict
+    flips = ~shown_as_asked(bench, half, others, torch.zeros_like(saved[:1]))[0]
+    dealt = _dealt(bench, half, others, fold, fits, saved)
     moved = torch.cat([displacement(part.defended if isinstance(part, Pinned) else part) for part in seen.parts])
     back = undone(averaged(moved)[:1], space, 1.0)
     readings = []
     for budget in budgets(bench):
         drawn = random_shared(space, budget, plan.transfer.draws, pool.shape, device, _seed(plan.seed, fold, 100))
-        random = half.slack(drawn) > 0
+        random = shown(bench, half, others, drawn)
         # Undoing more than all of the clamp is not undoing; nor is what is longer than what it is compared with.
         size = max(float(norm(back)), torch.finfo(torch.float32).tiny)
         scales = sorted({min(scale, budget / size) for scale in plan.undo_scales})
-        undo = half.slack(torch.cat([scale * back for scale in scales])) > 0
+        undo = shown(bench, half, others, torch.cat([scale * back for scale in scales]))
         readings.append(
             {
                 "budget": budget,
@@ -171,63 +173,36 @@ def read(bench: Bench, fold: int, deltas: Deltas, report: Callable[[int, int], N
     return values
 
 
-@dataclass(frozen=True, eq=False)
-class _Exchanged:
-    """Examples of the pool, each asked for what another one is asked: by other targets, or as other examples."""
-
-    pool: Pool
-    targets: Int[Tensor, "batch"] | None
-
-
-def _exchangeable(bench: Bench) -> bool:
-    return bench.examples.dialogue is not None or bench.pool.targets is not None
-
-
-def _exchanged(bench: Bench, half: Pool, ids: Sequence[str], seed: int) -> _Exchanged:
-    """These examples, with what they are asked for exchanged among them: as few as possible keep their own."""
-    dialogue = bench.examples.dialogue
-    if dialogue is None:
-        assert half.targets is not None
-        return _Exchanged(half, derangement(half.targets, ids, seed))
-    order = derangement(torch.arange(len(ids)), ids, seed)
-    places = torch.tensor([bench.examples.ids.index(name) for name in ids])
-    pairs = zip(torch.split(places, bench.batch_size), torch.split(places[order], bench.batch_size), strict=True)
-    parts = [bench.examples.select(own).answered_as(dialogue.select(other.tolist())) for own, other in pairs]
-    return _Exchanged(Pool(tuple(bench.objective(bench.defended(part)) for part in parts)), None)
-
-
 def _dealt(
-    bench: Bench, half: Pool, ids: Sequence[str], fold: int, fits: Sequence[Fit], saved: Tensor
+    bench: Bench, half: Pool, rows: Int[Tensor, "rows"], fold: int, fits: Sequence[Fit], saved: Tensor
 ) -> dict[int, int]:
     """For each fit to shuffled targets, how often examples show a target that was dealt to them at random."""
     hits = {}
     for at, one in enumerate(fits):
         if one.kind == SHUFFLED:
-            dealt = _exchanged(bench, half, ids, _seed(bench.plan.seed, fold, 200 + one.draw))
-            hits[at] = int((dealt.pool.slack(saved[at : at + 1], dealt.targets) > 0).sum())
+            dealt = exchanged(bench, half, rows, _seed(bench.plan.seed, fold, 200 + one.draw))
+            hits[at] = int(dealt.shown(bench, rows, saved[at : at + 1]).sum())
     return hits
 
 
 def _certified(bench: Bench, rows: Int[Tensor, "rows"], delta: Tensor) -> dict[str, Any]:
     """How many of these rows of the pool one delta recovers, of those that the certificate too finds defended."""
-    hits, moved, n, start = 0, 0, 0, 0
+    hits, moved, n = 0, 0, 0
     shifts, residuals = [], []
-    for batch in bench.batches:
-        here = rows[(rows >= start) & (rows < start + len(batch.strict_flips))] - start
-        start += len(batch.strict_flips)
-        if not len(here):
-            continue
-        part = batch.examples.select(batch.strict_flips[here])
+    for batch, here, part in parts_of(bench, rows):
         behavior = part.strict or part.behavior
         each = repeat(delta, "pos d_model -> batch pos d_model", batch=len(here))
-        each = bench.whole(part, bench.objective(batch.strict_target.select(here)), each)
+        (each,) = bench.whole(part, bench.objective(batch.strict_target.select(here)), each)
         facts = certify(
             bench.exact, bench.defense, part.prompts, behavior, each, bench.placement, every_site=bench.every_site
         )
-        gone = facts.defended_slack <= 0
+        gone, shows = facts.defended_slack <= 0, facts.shows
+        if part.dialogue is not None:
+            replies = texts(bench.model.tokenizer, bench.said(part.dialogue, each))
+            shows = torch.tensor([refusal.base_like(*pair) for pair in zip(replies, part.dialogue.texts, strict=True)])
         n += int(gone.sum())
-        hits += int((gone & facts.shows & facts.held).sum())
-        moved += int((gone & facts.shows & ~facts.held).sum())
+        hits += int((gone & shows & facts.held).sum())
+        moved += int((gone & shows & ~facts.held).sum())
         shifts.append(float(facts.preactivation_shift.max()))
         residuals.append(float(facts.constraint_residual.max()))
     return {
@@ -328,16 +303,6 @@ def _fits(bench: Bench, targeted: bool) -> list[Fit]:
     own = [Fit(kind, budget, 0) for kind in (C1, C1_PLUS) for budget in levels]
     few = [Fit(SHUFFLED, budget, 0) for budget in levels[:-1] if shuffles]
     return own + few + [Fit(SHUFFLED, levels[-1], draw) for draw in range(shuffles)]
-
-
-def _own_predicate(bench: Bench) -> Pool:
-    """The pool, asked the check's own question."""
-    parts = [
-        bench.objective(batch.strict_target.asking(batch.examples.behavior.select(batch.strict_flips)))
-        for batch in bench.batches
-        if len(batch.strict_flips)
-    ]
-    return Pool(tuple(parts))
 
 
 def _largest(values: Sequence[float | None]) -> float:

@@ -36,7 +36,7 @@ from recover.pinning import Pinned
 from recover.records import certificate_values, search_values, without_nan
 from recover.search import recover
 from recover.solvers import FURTHER, SOLVERS, Solver, WorstCase, first_reaching, random_draws, worst_case
-from recover.speech import free_drift, say, texts
+from recover.speech import free_drift, texts
 from recover.types import Tensor
 
 BY_GRADIENT = {name: solver for name, solver in SOLVERS.items() if name != "random"}
@@ -77,9 +77,9 @@ def accounting(bench: Bench, batch: Batch, deltas: Deltas, report: Report) -> Do
         for example, *row in zip(batch.examples.ids, *columns, strict=True)
     }
     if batch.replies is not None and batch.examples.dialogue is not None:
-        own = batch.examples.dialogue.texts
-        for example, base, under in zip(batch.examples.ids, own, batch.replies, strict=True):
-            values[example]["answered"] = refusal.read(base, base).non_refusal
+        served = set(batch.examples.dialogue.served)
+        for row, (example, under) in enumerate(zip(batch.examples.ids, batch.replies, strict=True)):
+            values[example]["answered"] = row in served
             values[example]["refused"] = refusal.opens_with_refusal(under)
     for example, text in zip(batch.examples.ids, batch.examples.texts or (), strict=False):
         values[example]["text"] = text
@@ -107,7 +107,7 @@ def search(bench: Bench, batch: Batch, deltas: Deltas, report: Report) -> Done:
         tries = [target.within(free, bench.budget * ROUNDED) for free in frees]
         kept = first_reaching(target, tries, bench.schedule.goal)
         found = replace(found, delta=kept.delta, score=kept.score, slack=kept.slack)
-    within, smallest = (bench.whole(batch.flipped, target, one).cpu() for one in (found.delta, nearest))
+    within, smallest = (one.cpu() for one in bench.whole(batch.flipped, target, found.delta, nearest))
     saved = dict(zip(batch.flip_ids, within, strict=True))
     saved |= {f"{example}{SMALLEST}": delta for example, delta in zip(batch.flip_ids, smallest, strict=True)}
     return Done(_by_id(batch, "search", search_values(found)), saved)
@@ -148,15 +148,7 @@ def spoken(bench: Bench, part: Examples, delta: Delta) -> list[dict[str, Any]]:
     """A `ReplyRecord` for each of these requests: how the reply under a delta reads, and what drifted along it."""
     dialogue = part.dialogue
     assert dialogue is not None
-    said = say(
-        bench.model,
-        dialogue.prompts,
-        dialogue.answers.shape[1],
-        bench.defense,
-        delta,
-        every_site=bench.every_site,
-        stop=dialogue.stop,
-    )
+    said = bench.said(dialogue, delta)
     along = free_drift(bench.exact, dialogue.prompts, said, bench.defense, delta, every_site=bench.every_site)
     read = zip(texts(bench.model.tokenizer, said), dialogue.texts, strict=True)
     replies: list[dict[str, Any]] = [asdict(refusal.read(reply, base)) for reply, base in read]

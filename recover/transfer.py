@@ -21,6 +21,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 
 import torch
@@ -97,7 +98,7 @@ class Pool:
         behaviors = [part.behavior for part in self.parts]
         return torch.cat([b.target for b in behaviors if isinstance(b, Targeted)]) if _targeted(behaviors) else None
 
-    @property
+    @cached_property
     def residual_norm(self) -> float:
         """Mean norm of the defended residual over the positions that a delta touches."""
         return float(torch.cat([norm(part.residual) for part in self.parts]).double().mean())
