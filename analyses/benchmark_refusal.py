@@ -31,14 +31,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from refusal import DEFAULT, HEADINGS, Row, bench_of, exact_model, flips_of, line, pinned, read_out
+from refusal import DEFAULT, HEADINGS, Row, flips_of, line, pinned, read_out
 from torch import Tensor
 from tqdm import tqdm
 
 from recover.bench import Bench
 from recover.config import load_config
 from recover.examples import Examples
-from recover.setting import load_setting, select_features
+from recover.setting import build_bench, load_setting
 from recover.types import InputError
 
 FIRST_STAGE, PREFIX, PROBES, CORRECTIONS, PENALTY, RATE = 20, 8, 8, 5, 200.0, 0.1
@@ -170,7 +170,7 @@ def main() -> None:
     try:
         config = load_config(options.defense, {"prompts.n": options.n})
         setting = load_setting(config)
-        bench = bench_of(setting, exact_model(config), select_features(setting, setting.batch_size))
+        bench = build_bench(setting)
         part = flips_of(bench)
         if part is None or not 1 <= options.flips <= len(part.ids):
             raise InputError(f"--flips {options.flips}: there are {0 if part is None else len(part.ids)} valid flips")

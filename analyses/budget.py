@@ -20,12 +20,12 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib import pyplot as plt
 from points import Points
-from refusal import DEFAULT, bench_of, exact_model, flips_of, pinned, read_out
+from refusal import DEFAULT, flips_of, pinned, read_out
 
 from recover.bench import Bench
 from recover.config import load_config
 from recover.examples import Examples
-from recover.setting import load_setting, select_features
+from recover.setting import build_bench, load_setting
 from recover.stats import wilson
 from recover.types import InputError
 
@@ -91,7 +91,7 @@ def main() -> None:
         config = load_config(options.defense, {"prompts.n": options.n})
         points = Points.open(options.out, config.relevant())
         setting = load_setting(config)
-        bench = bench_of(setting, exact_model(config), select_features(setting, setting.batch_size))
+        bench = build_bench(setting)
         part = flips_of(bench)
     except InputError as error:
         sys.exit(f"budget: {error}")

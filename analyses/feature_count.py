@@ -21,12 +21,11 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib import pyplot as plt
 from points import Points
-from refusal import DEFAULT, bench_of, exact_model, flips_of, pinned, read_out
+from refusal import DEFAULT, flips_of, pinned, read_out
 
 from recover.config import Config, Selection, load_config
-from recover.model import Model
 from recover.refusal import degenerate
-from recover.setting import Setting, load_setting, select_features
+from recover.setting import Setting, build_bench, load_setting
 from recover.stats import wilson
 from recover.types import InputError
 
@@ -54,10 +53,10 @@ def spread(config: Config, count: int) -> Config:
     return config.model_copy(update={"clamps": tuple(clamps)})
 
 
-def point(setting: Setting, exact: Model, count: int) -> dict[str, Any]:
+def point(setting: Setting, count: int) -> dict[str, Any]:
     """A row of the table for one number of features."""
     other = replace(setting, config=spread(setting.config, count))
-    bench = bench_of(other, exact, select_features(other, setting.batch_size))
+    bench = build_bench(other)
     replies = [reply for batch in bench.batches for reply in batch.replies or ()]
     broken = {"count": count, "asked": len(replies), "degenerate": sum(map(degenerate, replies))}
     part = flips_of(bench)
@@ -120,7 +119,7 @@ def main() -> None:
             raise InputError(f"--counts: {min(options.counts)} features cannot be raised; give numbers from 1")
         config = load_config(options.defense, {"prompts.n": options.n})
         points = Points.open(options.out, config.relevant())
-        setting, exact = load_setting(config), exact_model(config)
+        setting = load_setting(config)
     except InputError as error:
         sys.exit(f"feature_count: {error}")
     print(
@@ -130,7 +129,7 @@ def main() -> None:
     )
     found = []
     for count in options.counts:
-        found.append(points.get(f"features-{count}", lambda count=count: point(setting, exact, count)))
+        found.append(points.get(f"features-{count}", lambda count=count: point(setting, count)))
         print(line(found[-1]), flush=True)
     figure(found, options.out / "feature_count.svg")
     print(f"figure: {options.out / 'feature_count.svg'}")

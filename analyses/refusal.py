@@ -30,26 +30,24 @@ from recover import refusal as readouts
 from recover.adam import climb
 from recover.behavior import ForcedAnswer, positions_read
 from recover.bench import Bench
-from recover.config import Config, load_config
+from recover.config import load_config
 from recover.controls import Anywhere
 from recover.defended import Delta
 from recover.examples import Examples
 from recover.generate import answered, generate
 from recover.metrics import norm
-from recover.model import Model
 from recover.phases import spoken
 from recover.pinned_search import recover_pinned
 from recover.pinning import Pinned
 from recover.probes import recover_probed
 from recover.restoration import recover_linearized
 from recover.search import scale_to
-from recover.setting import Chosen, Setting, build_defense, load_setting, select_features
+from recover.setting import build_bench, load_setting
 from recover.soft_suffix import SoftSuffix, spoken_with, with_room
 from recover.speech import say, texts
 from recover.transfer import FitSchedule, Pool, Problem, fit_shared
 from recover.two_stage import Opening, opened
 from recover.types import InputError
-from recover.zoo import resolve_model
 
 OPENING = 8
 """Tokens of an opening."""
@@ -75,29 +73,6 @@ class Row:
     floor_violation: float | None
     free_drift: float
     seconds: float
-
-
-def exact_model(config: Config) -> Model:
-    """The model in float64, in which certificates are measured."""
-    loaded = resolve_model(config.model, config.device)
-    return Model(loaded.module.double(), loaded.tokenizer)
-
-
-def bench_of(setting: Setting, exact: Model, chosen: Sequence[Chosen]) -> Bench:
-    """The check's own material, with these features clamped."""
-    config = setting.config
-    return Bench(
-        model=setting.model,
-        exact=exact,
-        defense=build_defense(setting, chosen),
-        examples=setting.examples,
-        budget=config.search.budget,
-        placement="after_clamp",
-        schedule=Schedule(config.search.steps, restarts=config.search.restarts, seed=config.controls.seed),
-        plan=config.plan(),
-        batch_size=setting.batch_size,
-        every_site=True,
-    )
 
 
 def flips_of(bench: Bench) -> Examples | None:
@@ -297,7 +272,7 @@ def main() -> None:
     try:
         config = load_config(options.defense, {"prompts.n": options.n, "search.steps": options.steps})
         setting = load_setting(config)
-        bench = bench_of(setting, exact_model(config), select_features(setting, setting.batch_size))
+        bench = build_bench(setting)
     except InputError as error:
         sys.exit(f"refusal: {error}")
     part = flips_of(bench)

@@ -20,12 +20,12 @@ import matplotlib as mpl
 from matplotlib import pyplot as plt
 from tqdm import tqdm
 
-from recover import Memory, Schedule, load_config
+from recover import Memory, load_config
 from recover.bench import Bench
 from recover.heldout import fit, read, summary
 from recover.phases import accounting, certificates, placebo, search
 from recover.records import ExampleRecord
-from recover.setting import build_defense, load_setting, select_features
+from recover.setting import build_bench, load_setting
 from recover.verdict import certified_norm, curve, placebo_pairs
 
 DEFAULT = Path(__file__).parent / "ioi_smollm2.yaml"
@@ -42,20 +42,7 @@ def bench_of(defense_file: Path, n: int) -> Bench:
     """The material of the experiment: model, defense and `n` prompts."""
     # Random directions are another question, and the slowest part.
     setting = load_setting(load_config(defense_file, {"prompts.n": n, "controls.random_draws": 100}))
-    config, size = setting.config, setting.batch_size
-    defense = build_defense(setting, select_features(setting, size))
-    search, schedule = config.search, Schedule(steps=config.search.steps, seed=config.controls.seed)
-    return Bench(
-        setting.model,
-        setting.model,
-        defense,
-        setting.examples,
-        search.budget,
-        search.placement,
-        schedule,
-        config.plan(),
-        size,
-    )
+    return build_bench(setting)
 
 
 def per_example(bench: Bench, store: Memory) -> list[ExampleRecord]:

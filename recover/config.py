@@ -244,6 +244,10 @@ class Config(_Section):
             raise ValueError("must be auto or a whole number from 1")
         return value
 
+    def schedule(self) -> Schedule:
+        """How hard to search."""
+        return Schedule(self.search.steps, restarts=self.search.restarts, seed=self.controls.seed)
+
     def plan(self) -> Plan:
         """What a check is told of the sections `controls`, `transfer` and `rules`."""
         transfer = self.transfer.model_dump()

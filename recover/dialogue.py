@@ -1,8 +1,7 @@
-"""Requests to a chat model, what it answers, and what it answers under a defense that makes it refuse.
+"""Requests to a chat model, and what it answers to them by itself: greedily, in its chat template.
 
-1. *Ask*: greedy answers to requests in the model's chat template, each the target of its own search.
-2. *Defend*: raise the features that are more active, at a request's last token, before refusals than before answers.
-3. *Flips*: requests whose answer opens with neither a refusal nor a safety cue, and with a refusal under the defense.
+Each answer is the target of its own search. Requests are told apart by how their answers open (`recover.refusal`):
+those that the model serves, with neither a refusal nor a safety cue, and those that it declines.
 """
 
 from __future__ import annotations
@@ -16,15 +15,12 @@ from jinja2 import TemplateError
 
 from recover import refusal
 from recover.behavior import ForcedAnswer
-from recover.clamp import Clamp, Defense, Floor, Mode
 from recover.generate import answered, generate
 from recover.model import Model, Prompts
-from recover.sae import SAE
-from recover.selection import contrast, largest
-from recover.speech import say, texts
+from recover.speech import texts
 from recover.types import InputError, TokenIds
 
-__all__ = ["Dialogue", "Request", "ask", "chat_prompt", "raised", "refused_under"]
+__all__ = ["Dialogue", "Request", "ask", "chat_prompt"]
 
 
 @dataclass(frozen=True)
@@ -118,57 +114,6 @@ def ask(
             on_batch(int(part[-1]) + 1, len(rows))
     ids, asked = [request.id for request in requests], [request.text for request in requests]
     return Dialogue(model, ids, prompts, answers, texts(tokenizer, answers), stop, asked)
-
-
-def raised(
-    dialogue: Dialogue,
-    declined: Dialogue,
-    saes: Sequence[SAE],
-    top: int,
-    times: float,
-    *,
-    mode: Callable[[tuple[float, ...]], Mode] = Floor,
-) -> Defense:
-    """A defense that raises refusal features: at the site of each SAE, to `times` their own mean before a refusal.
-
-    Args:
-        dialogue: requests, of which those that the model serves are the contrast.
-        declined: requests, of which those that the model declines say what announces a refusal.
-        saes: one for each site.
-        top: how many features at each.
-        times: multiple of the mean activation, at a declined request's last token.
-        mode: of that value for each feature: raise to at least it, or set it.
-
-    Raises:
-        InputError: nothing was served or declined, an SAE without a site, or fewer features than asked.
-    """
-    if not dialogue.served or not declined.refused:
-        raise InputError(
-            f"refusal features: {len(dialogue.served)} requests served and {len(declined.refused)} declined; "
-            "give requests of both kinds"
-        )
-    shown, hidden = declined.select(declined.refused).prompts, dialogue.select(dialogue.served).prompts
-    clamps = []
-    for sae in saes:
-        if sae.site is None:
-            raise InputError("refusal features: an SAE does not say where it reads; give it a site")
-        more, mean = contrast(dialogue.model, sae, sae.site, shown, hidden)
-        features = largest(more, top)
-        values = tuple(times * float(mean[feature]) for feature in features)
-        clamps.append(Clamp(sae, features, mode(values), only_active=False))
-    return Defense(tuple(clamps), skip_first=1)
-
-
-def refused_under(dialogue: Dialogue, defense: Defense, n_tokens: int, *, batch_size: int = 24) -> list[int]:
-    """The valid flips: requests that are answered, and refused under the defense."""
-    flips = []
-    for start in range(0, len(dialogue), batch_size):
-        rows = list(range(start, min(start + batch_size, len(dialogue))))
-        part = dialogue.select(rows)
-        said = texts(dialogue.model.tokenizer, say(part.model, part.prompts, n_tokens, defense, stop=part.stop))
-        pairs = zip(rows, part.texts, said, strict=True)
-        flips += [row for row, base, under in pairs if refusal.valid_flip(base, under)]
-    return flips
 
 
 def chat_prompt(tokenizer: Any, text: str) -> str:

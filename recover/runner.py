@@ -20,14 +20,11 @@ import jinja2
 from recover.artifacts import CONFIG, EXAMPLES, REPORT, SEEDS, VERDICT, RunFolder, RunState, write_whole
 from recover.check import Progress, check
 from recover.config import Config
-from recover.model import Model
 from recover.neutral import NEUTRAL
 from recover.report import to_html
-from recover.search import Schedule
 from recover.setting import Chosen, Setting, build_defense, load_setting, select_features
 from recover.types import InputError
 from recover.verdict import SCHEMA, Verdict
-from recover.zoo import resolve_model
 
 
 def run_check(
@@ -151,24 +148,15 @@ def _check(setting: Setting, state: RunState, folder: RunFolder, progress: Progr
         budget=config.search.budget,
         placement=config.search.placement,
         every_site=config.search.sites == "every",
-        schedule=Schedule(config.search.steps, restarts=config.search.restarts, seed=config.controls.seed),
+        schedule=config.schedule(),
         plan=config.plan(),
         neutral=model.tokenize(NEUTRAL),
         batch_size=state.batch_size,
         store=folder,
-        exact=_exact(setting),
+        exact=setting.exact,
         provenance=setting.provenance,
         progress=progress,
     )
-
-
-def _exact(setting: Setting) -> Model:
-    """The model in which certificates are measured."""
-    config, model = setting.config, setting.model
-    if config.dtype == config.certificates:
-        return model
-    module = resolve_model(config.model, config.device).module
-    return Model(module.double() if config.certificates == "float64" else module, setting.loaded.tokenizer)
 
 
 def _finished(folder: RunFolder) -> dict[str, Any] | None:

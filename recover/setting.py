@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 
 from recover.behavior import positions_read
+from recover.bench import Bench
 from recover.check import Progress
 from recover.clamp import Clamp, Defense, Floor, Scale, Set
 from recover.config import ClampConfig, Config, Selection
@@ -55,6 +57,15 @@ class Setting:
         asked = self.config.batch_size
         widest = max(sae.d_sae for sae in self.saes.values())
         return asked if isinstance(asked, int) else self.model.batch_size(self.examples.prompts, widest)
+
+    @cached_property
+    def exact(self) -> Model:
+        """The model in the precision in which certificates are measured."""
+        config = self.config
+        if config.dtype == config.certificates:
+            return self.model
+        module = resolve_model(config.model, config.device).module
+        return Model(module.double() if config.certificates == "float64" else module, self.loaded.tokenizer)
 
     @property
     def provenance(self) -> dict[str, Any]:
@@ -122,6 +133,27 @@ def build_defense(setting: Setting, chosen: Sequence[Chosen]) -> Defense:
     pairs = zip(setting.config.clamps, chosen, strict=True)
     clamps = tuple(_clamp(clamp, setting.saes[clamp.sae], one) for clamp, one in pairs)
     return Defense(clamps, setting.config.skip_first)
+
+
+def build_bench(setting: Setting) -> Bench:
+    """What the phases of a check share: the model, the examples, and the defense with the features that it selects.
+
+    Raises:
+        InputError: from `select_features` and `build_defense`.
+    """
+    config, size = setting.config, setting.batch_size
+    return Bench(
+        setting.model,
+        setting.exact,
+        build_defense(setting, select_features(setting, size)),
+        setting.examples,
+        config.search.budget,
+        config.search.placement,
+        config.schedule(),
+        config.plan(),
+        size,
+        config.search.sites == "every",
+    )
 
 
 def _clamp(clamp: ClampConfig, sae: SAE, chosen: Chosen) -> Clamp:

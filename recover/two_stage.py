@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from recover.behavior import positions_read
 from recover.defended import Defended, Delta
 from recover.pinning import Pinned
 from recover.search import Feasible, Objective, Schedule, recover
@@ -53,7 +54,7 @@ class Opening:
 
     def _first(self, part: Defended | Pinned, delta: Delta) -> Float[Tensor, "batch site_opening d_model"]:
         """The columns of a delta that an opening has, site after site."""
-        reads = part.behavior.answer.shape[1]  # type: ignore[attr-defined]
+        reads = positions_read(part.behavior)
         sites = delta.shape[1] // self.columns
         return torch.cat([site[:, :reads] for site in delta.chunk(sites, dim=1)], dim=1)
 

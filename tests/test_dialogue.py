@@ -9,10 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from recover.clamp import Clamp, Defense, Floor, Scale, Set
-from recover.dialogue import Dialogue, Request, ask, raised, refused_under
+from recover.dialogue import Dialogue, Request, ask
 from recover.model import Model
-from recover.sae import SAE, from_sae_lens
+from recover.sae import from_sae_lens
 from recover.selection import contrast
 from recover.types import InputError, Site
 from tests.by_hand import sae_lens_sae
@@ -43,10 +42,6 @@ def asked(**options: Any) -> Dialogue:
     return ask(Model(tiny_lm(), Letters()), REQUESTS, STEPS, **options)
 
 
-def at(site: Site | None) -> SAE:
-    return replace(from_sae_lens(sae_lens_sae("standard")), site=site)
-
-
 def test_answers_are_greedy_and_do_not_depend_on_the_batch() -> None:
     module, dialogue, shown = tiny_lm(), asked(), []
     for row, request in enumerate(REQUESTS):
@@ -72,11 +67,9 @@ def test_what_was_served_and_what_was_refused() -> None:
     assert (dialogue.refused, dialogue.served) == ([1], [0])
 
 
-def test_features_are_those_that_announce_a_refusal() -> None:
-    """By the mean at the last position of each prompt, one prompt at a time; raised to a multiple of it."""
-    module, sae = tiny_lm(), at(Site(2))
-    dialogue, declined = said("Tea.", "A walk.", "Snow."), said("I can't do that.", "I'm unable to do that.", "No.")
-    defense = raised(dialogue, declined, [sae], 2, 1.5)
+def test_features_are_contrasted_by_their_mean_at_the_last_position() -> None:
+    """Of each prompt, one prompt at a time."""
+    module, sae, dialogue = tiny_lm(), from_sae_lens(sae_lens_sae("standard")), asked()
 
     def means(rows: Sequence[int]) -> torch.Tensor:
         ends = []
@@ -88,27 +81,9 @@ def test_features_are_those_that_announce_a_refusal() -> None:
         return torch.stack(ends).mean(dim=0)
 
     more, shown = means([0, 1]) - means([0, 1, 2]), means([0, 1])
-    expected = more.argsort(descending=True)[:2]
-    (clamp,) = defense.clamps
-    assert clamp.features == tuple(expected.tolist())
-    assert isinstance(clamp.mode, Floor)
-    assert clamp.mode.value == pytest.approx((1.5 * shown[expected]).tolist(), rel=1e-4)
-    assert not clamp.only_active
-    assert defense.skip_first == 1
-    difference, mean = contrast(dialogue.model, sae, Site(2), declined.select([0, 1]).prompts, dialogue.prompts, 1)
+    difference, mean = contrast(dialogue.model, sae, Site(2), dialogue.select([0, 1]).prompts, dialogue.prompts, 1)
     torch.testing.assert_close(difference, more, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(mean, shown, atol=1e-4, rtol=1e-4)
-    assert isinstance(raised(dialogue, declined, [sae], 1, 1.0, mode=Set).clamps[0].mode, Set)
-    assert isinstance(raised(dialogue, declined, [sae], 1, 1.0, mode=Scale).clamps[0].mode, Scale)
-
-
-def test_flips_are_refusals_under_the_defense(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By what is said: an answer that only changes is no flip."""
-    dialogue = said("Tea.", "I can't say.", "Snow.")
-    defense = Defense((Clamp(at(Site(2)), (0,), Set(0.0)),))
-    words = iter(["I'm sorry, but I can't help.", "I'm sorry, but I can't help.", "Snow is white."])
-    monkeypatch.setattr("recover.dialogue.texts", lambda tokenizer, answers: [next(words) for _ in answers])
-    assert refused_under(dialogue, defense, STEPS, batch_size=2) == [0]
 
 
 def test_a_placebo_asks_for_the_answer_to_another_request() -> None:
@@ -125,8 +100,3 @@ def test_a_placebo_asks_for_the_answer_to_another_request() -> None:
 def test_what_is_missing_is_said() -> None:
     with pytest.raises(InputError, match="there are none"):
         ask(Model(tiny_lm(), Letters()), [], STEPS)
-    answered, declined = said("Tea.", "A walk.", "Snow."), said("I can't.", "I can't.", "I can't.")
-    with pytest.raises(InputError, match="3 requests served and 0 declined"):
-        raised(answered, answered, [at(Site(1))], 1, 1.0)
-    with pytest.raises(InputError, match="does not say where it reads"):
-        raised(answered, declined, [at(None)], 1, 1.0)
