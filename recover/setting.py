@@ -72,7 +72,7 @@ class Setting:
         """Which code, weights, seed and device give the verdict."""
         loaded = self.loaded
         return {
-            "versions": {package: _version(package) for package in PACKAGES},
+            "versions": package_versions(),
             "seed": self.config.prompts.seed,
             "control_seed": self.config.controls.seed,
             "device": str(self.model.device),
@@ -201,6 +201,11 @@ def _chosen(clamp: ClampConfig, setting: Setting, batch_size: int, progress: Pro
         total += attribution(setting.model, sae, site, part.prompts, part.behavior)
         progress("attribution", int(batch[-1]) + 1, len(rows))
     return Chosen(largest(total, top), clamp.value)
+
+
+def package_versions() -> dict[str, str]:
+    """Of the packages that give a result."""
+    return {package: _version(package) for package in PACKAGES}
 
 
 def _version(package: str) -> str:

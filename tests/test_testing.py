@@ -1,0 +1,156 @@
+"""The pytest plugin as a user's suite meets it: assertions pass on planted defenses of one kind, fail on the other."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from recover import testing
+
+pytest_plugins = ["pytester"]
+
+HEAD = """
+import pytest
+from recover.plan import Plan, TransferPlan
+from recover.planted import KINDS
+from recover.testing import *
+from recover.transfer import FitSchedule
+
+LIGHT = Plan(random_draws=20, placebo_features=0, curve=(0.5, 1.0), sample=2,
+             transfer=TransferPlan(norms=(), folds=2, shuffles=1, draws=20, fit=FitSchedule(steps=30)))
+
+def checked(check_defense, kind):
+    world = KINDS[kind](0)
+    return check_defense(
+        world.defense, model=world.model, examples=world.examples, budget=world.budget, plan=LIGHT, name=kind
+    )
+"""
+
+
+@pytest.fixture
+def suite(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch):
+    """Runs a suite with the plugin, in a folder of its own."""
+    # pytester forgets what a suite imported, and parts of torch cannot be imported twice.
+    monkeypatch.setattr("_pytest.pytester.SysModulesSnapshot.restore", lambda self: None)
+
+    def run(tests: str, *arguments: str) -> pytest.RunResult:
+        name = f"test_{hashlib.sha256(f'{pytester.path}{tests}'.encode()).hexdigest()[:8]}"  # imported but once
+        pytester.makepyfile(**{name: HEAD + tests})
+        return pytester.runpytest_inprocess("-p", "recover.testing", f"{name}.py", *arguments)
+
+    return run
+
+
+def test_each_assertion_passes_on_one_kind_and_fails_on_the_other_naming_figure_bound_and_folder(suite, pytester):
+    result = suite("""
+def test_open_pass(check_defense):
+    found = checked(check_defense, "shared_route")
+    assert_recoverable(found, at_least=0.9)
+    assert_specific(found)
+    assert_drift_below(found, 1e-3)
+
+def test_shut_pass(check_defense):
+    assert_not_recovered(checked(check_defense, "complete_bottleneck"))
+
+def test_a_budget_below_what_is_needed(check_defense):
+    found = checked(check_defense, "shared_route")
+    assert_not_recovered(found, budget=1e-3)
+
+def test_shut_is_not_recoverable(check_defense):
+    assert_recoverable(checked(check_defense, "complete_bottleneck"))
+
+def test_open_is_recovered(check_defense):
+    assert_not_recovered(checked(check_defense, "shared_route"))
+
+def test_shut_is_not_specific(check_defense):
+    assert_specific(checked(check_defense, "complete_bottleneck"))
+
+def test_write_only_is_not_specific(check_defense):
+    found = checked(check_defense, "write_only")
+    assert_specific(found, expected=False)
+    assert_specific(found)
+
+def test_a_bound_beyond_the_search(check_defense):
+    assert_not_recovered(checked(check_defense, "complete_bottleneck"), budget=1e9)
+
+def test_no_such_part(check_defense):
+    assert_attribution(checked(check_defense, "shared_route"), part="nowhere", at_least=0.5)
+""", "--recovery-json", "told/verdicts.json", "--recovery-report", "reports")  # fmt: skip
+    result.assert_outcomes(passed=3, failed=6)
+    text = result.stdout.str()
+    for told in (
+        "NOT_RECOVERED_AT_BUDGET: 0 of * valid flips recovered (0%; 95% interval * at budget *; expected some",
+        "RECOVERABLE: * of * valid flips are brought back by a perturbation of norm at most *; expected none",
+        "NOT_RECOVERED_AT_BUDGET: specific is *; expected True",
+        "RECOVERABLE: specific is False; expected True",
+        "NOT_RECOVERED_AT_BUDGET: searched to a norm of * only; expected none recovered at 1e+09",
+        "RECOVERABLE: no part 'nowhere' in its attribution; *",
+        "artifacts: */objects-*",
+    ):
+        result.stdout.fnmatch_lines([f"*{told}*" if not told.startswith("*") else told])
+    assert "Traceback" not in text
+    # One search for each defense, told in a table.
+    told = json.loads(Path("told/verdicts.json").read_text())
+    assert sorted(one["name"] for one in told) == ["complete_bottleneck", "shared_route", "write_only"]
+    result.stdout.fnmatch_lines(["shared_route * RECOVERABLE * specific: True*"])
+    assert len(list(Path("reports").glob("*/report.html"))) == 3
+
+
+def test_drift_and_attribution_are_held_to_their_bounds(tmp_path):
+    drifts = [1e-4, 0.25, 1e-5]
+    lines = [json.dumps({"id": str(row), "certificate": {"relative_drift": one}}) for row, one in enumerate(drifts)]
+    (tmp_path / "examples.jsonl").write_text("\n".join([*lines, json.dumps({"id": "3", "certificate": None})]))
+    parts = [{"name": "error", "replay_rate": 0.75}, {"name": "clamped", "replay_rate": 0.0}]
+    verdict = {"verdict": "RECOVERABLE", "attribution": {"parts": parts}}
+    found = testing.Checked("by hand", (verdict,), (tmp_path,))
+    testing.assert_drift_below(found, 0.25)
+    testing.assert_attribution(found, part="error", at_least=0.75)
+    where = rf"\nartifacts: {re.escape(str(tmp_path))}"
+    with pytest.raises(pytest.fail.Exception, match=rf"a relative drift of 2.50e-01; expected at most 0.2{where}"):
+        testing.assert_drift_below(found, 0.2)
+    with pytest.raises(pytest.fail.Exception, match=rf"replay of error alone .* 75%; expected at least 80%{where}"):
+        testing.assert_attribution(found, part="error", at_least=0.8)
+    unsaid = testing.Checked("by hand", ({"verdict": "INVALID", "reasons": ["fit: 0.1"]},), (tmp_path,))
+    for assertion in (testing.assert_not_recovered, testing.assert_recoverable, testing.assert_specific):
+        with pytest.raises(pytest.fail.Exception, match=r"says nothing either way \(fit: 0.1\)"):
+            assertion(unsaid)
+
+
+def test_a_later_session_searches_nothing_and_seeds_are_checked_each(suite, monkeypatch):
+    tests = """
+def test_shut(check_defense):
+    found = checked(check_defense, "complete_bottleneck")
+    assert len(found.verdicts) == 2
+    assert len({one["provenance"]["control_seed"] for one in found.verdicts}) == 2
+    assert_not_recovered(found)
+"""
+    suite(tests, "--recovery-seeds", "2", "--recovery-dir", "kept").assert_outcomes(passed=1)
+    assert len(list(Path("kept").glob("objects-*/verdict.json"))) == 2
+
+    def searched(*_, **__):
+        raise AssertionError("searched again")
+
+    monkeypatch.setattr("recover.objects.check", searched)
+    suite(tests, "--recovery-seeds", "2", "--recovery-dir", "kept").assert_outcomes(passed=1)
+
+
+def test_bad_input_is_one_line_and_marks_say_why_they_skip(suite, monkeypatch):
+    monkeypatch.setattr("recover.testing.has_cuda", lambda: False)
+    monkeypatch.setattr("recover.testing.has_hub", lambda: False)
+    result = suite("""
+def test_no_file(check_defense):
+    check_defense("nowhere.yaml")
+
+@pytest.mark.gpu
+def test_gpu(): ...
+
+@pytest.mark.hub
+def test_hub(): ...
+""", "-rs", "--strict-markers")  # fmt: skip
+    result.assert_outcomes(failed=1, skipped=2)
+    result.stdout.fnmatch_lines(["*nowhere.yaml: cannot be read*"])
+    result.stdout.fnmatch_lines(["*needs a CUDA device*"])
