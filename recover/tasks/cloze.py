@@ -1,0 +1,250 @@
+"""Cloze: facts with one-word answers, asked in several ways; a domain of them is to be forgotten.
+
+The protocol of WMDP-Bio (paper: Settings) for models that are too small for the letters of multiple choice: paraphrases
+stand in the place of the orders of the answers, and the other answers of the same relation in that of wrong choices.
+
+1. *Facts* by domain and relation, shipped (`recover.tasks.facts`) or a file's.
+2. *Filter*: a fact is kept where the model, without a defense, is right in every paraphrase.
+3. *Examples* are the paraphrases of the kept facts of the domain to forget. A fact shows where its answer is likelier
+   than every other answer of its relation; transfer is read with a stricter predicate, the likeliest of the vocabulary.
+   Paraphrases of one fact are a group.
+4. *Contrast*: prompts of that domain, and of all others, from which features by firing are selected.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import PositiveInt
+
+from recover.behavior import AnswerLikelihood, ChoiceMargin
+from recover.examples import Contrast, Examples
+from recover.model import Model
+from recover.tasks.facts import RELATIONS
+from recover.tasks.ioi import token_id
+from recover.types import InputError, Int, Tensor
+
+__all__ = ["Fact", "examples", "known", "load_file", "shipped"]
+
+BATCH = 64
+Report = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Fact:
+    """What is asked in several ways, and the word that answers it; `str()` shows the id alone."""
+
+    id: str
+    domain: str
+    relation: str
+    prompts: tuple[str, ...]
+    answer: str
+
+    def __repr__(self) -> str:
+        return f"Fact({self.id})"
+
+
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """Facts as a tokenizer writes them.
+
+    Attributes:
+        target: the answer's token.
+        others: those of the other answers of its relation, repeated where a relation has fewer.
+    """
+
+    facts: Sequence[Fact]
+    target: Int[Tensor, "fact"]
+    others: Int[Tensor, "fact choice"]
+
+
+def examples(
+    model: Model,
+    *,
+    forget: str = "geography",
+    n: PositiveInt | None = None,
+    seed: int = 0,
+    file: Path | str | None = None,
+    progress: Report | None = None,
+) -> Examples:
+    """Paraphrases of the facts of one domain that the model knows.
+
+    Args:
+        model: whose knowledge is asked first.
+        forget: the domain.
+        n: how many of the domain's facts to ask, drawn; by default all.
+        seed: of the draw.
+        file: a user's own facts (`load_file`).
+        progress: called with ("asking", facts asked, facts).
+
+    Raises:
+        InputError: no such domain, none of its facts known in every way, or what `load_file` refuses.
+    """
+    facts = shipped() if file is None else load_file(file)
+    domains = sorted({fact.domain for fact in facts})
+    if forget not in domains:
+        near = difflib.get_close_matches(forget, domains, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(domains)}"
+        raise InputError(f"prompts.forget: there is no domain {forget!r}; {hint}")
+    own = [fact for fact in facts if fact.domain == forget]
+    own = random.Random(seed).sample(own, len(own))[:n]
+    rest = [fact for fact in facts if fact.domain != forget]
+    kept = known(model, [*own, *rest], progress)
+    wanted = [row for row, fact in enumerate(kept.facts) if fact.domain == forget]
+    if not wanted:
+        raise InputError(
+            f"cloze: the model knows none of the {len(own)} facts of {forget!r} in all their ways; name another domain "
+            "or a larger model"
+        )
+    rows = torch.tensor([row for row in wanted for _ in kept.facts[row].prompts], device=model.device)
+    told = [(fact, way, text) for fact in (kept.facts[row] for row in wanted) for way, text in enumerate(fact.prompts)]
+    texts = [text for *_, text in told]
+    prompts, target = model.tokenize(texts), kept.target[rows]
+    hidden = [text for fact in kept.facts if fact.domain != forget for text in fact.prompts]
+    return Examples(
+        [f"{fact.id}/{way}" for fact, way, _ in told],
+        prompts,
+        ChoiceMargin(target, kept.others[rows]),
+        texts,
+        AnswerLikelihood(target),
+        contrast=Contrast(prompts, model.tokenize(hidden)) if hidden else None,
+        groups=[fact.id for fact, *_ in told],
+    )
+
+
+def known(model: Model, facts: Sequence[Fact], progress: Report | None = None) -> Asked:
+    """The facts to which the model's answer is right in every paraphrase, by the predicate of the task.
+
+    Facts whose answer is not one token to the tokenizer, or whose relation has no second answer, are left out.
+
+    Raises:
+        InputError: none is left to ask.
+    """
+    asked, kept = _asked(model, facts), []
+    if not asked.facts:
+        raise InputError(
+            f"cloze: of {len(facts)} facts none has an answer that is one token to this model's tokenizer, in a "
+            "relation with another such answer"
+        )
+    # In the order of their lengths, so that little of a batch is padding.
+    longest = [max(map(len, fact.prompts)) for fact in asked.facts]
+    order, done = iter(sorted(range(len(longest)), key=longest.__getitem__)), 0
+    while part := list(islice(order, BATCH // 4)):
+        rows = torch.tensor([row for row in part for _ in asked.facts[row].prompts], device=model.device)
+        behavior = ChoiceMargin(asked.target[rows], asked.others[rows])
+        with torch.no_grad():
+            prompts = model.tokenize([text for row in part for text in asked.facts[row].prompts])
+            right = (behavior.slack(model.run(prompts, tokens=behavior.tokens).logits.float()) > 0).tolist()
+        answers = iter(right)
+        kept += [row for row in part if all(list(islice(answers, len(asked.facts[row].prompts))))]
+        done += len(part)
+        if progress is not None:
+            progress("asking", done, len(asked.facts))
+    kept.sort()
+    index = torch.tensor(kept, dtype=torch.long, device=model.device)
+    return Asked([asked.facts[row] for row in kept], asked.target[index], asked.others[index])
+
+
+def _asked(model: Model, facts: Sequence[Fact]) -> Asked:
+    tokens: dict[str, int] = {}
+    for fact in facts:
+        try:
+            # In every paraphrase: what stands before may change how a word is written.
+            (tokens[fact.id],) = {token_id(model.tokenizer, fact.answer, text) for text in fact.prompts}
+        except (InputError, ValueError):
+            continue
+    relations: dict[tuple[str, str], list[int]] = {}
+    for fact in facts:
+        if fact.id in tokens:
+            relations.setdefault((fact.domain, fact.relation), []).append(tokens[fact.id])
+    answers = {kind: list(dict.fromkeys(known)) for kind, known in relations.items()}
+    there = [f for f in facts if f.id in tokens and len(answers[f.domain, f.relation]) > 1]
+    width = max((len(answers[fact.domain, fact.relation]) for fact in there), default=2) - 1
+    others = []
+    for fact in there:
+        rivals = [token for token in answers[fact.domain, fact.relation] if token != tokens[fact.id]]
+        others.append([rivals[place % len(rivals)] for place in range(width)])
+    target = torch.tensor([tokens[fact.id] for fact in there], dtype=torch.long, device=model.device)
+    return Asked(there, target, torch.tensor(others, dtype=torch.long, device=model.device).reshape(-1, width))
+
+
+def shipped() -> list[Fact]:
+    """All shipped facts, in the order of their relations."""
+    return [
+        Fact(
+            f"{relation.name}-{number:03}",
+            relation.domain,
+            relation.name,
+            tuple(way.format(subject) for way in relation.ways),
+            answer,
+        )
+        for relation in RELATIONS
+        for number, (subject, answer) in enumerate(relation.pairs, start=1)
+    ]
+
+
+def load_file(path: Path | str) -> list[Fact]:
+    """Read a user's own facts from JSON lines such as
+
+    `{"domain": "rivers", "relation": "mouth", "prompts": ["The Rhine flows into the", ...], "answer": "sea"}`
+
+    Prompts end right before the answer. Without a `relation` the whole domain is one. Ids are `line-N`.
+
+    Raises:
+        InputError: with the line number, and never with the text.
+    """
+    path = Path(path)
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except OSError as error:
+        raise InputError(f"fact file {path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        number = error.object.count(b"\n", 0, error.start) + 1
+        raise InputError(f"fact file {path}, line {number}: is not UTF-8 text; save it as UTF-8") from None
+    facts: list[Fact] = []
+    seen: dict[tuple[str, ...], int] = {}
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            fact = _fact(line, number)
+            if fact.prompts in seen:
+                raise InputError(f"asks the same as line {seen[fact.prompts]}; delete one of them")
+        except InputError as error:
+            raise InputError(f"fact file {path}, line {number}: {error}") from None
+        seen[fact.prompts] = number
+        facts.append(fact)
+    if not facts:
+        raise InputError(f'fact file {path}: is empty; give lines with the keys "domain", "prompts" and "answer"')
+    return facts
+
+
+def _fact(line: str, number: int) -> Fact:
+    try:
+        row: Any = json.loads(line)
+    except (json.JSONDecodeError, RecursionError):
+        raise InputError("is not valid JSON; give one object a line") from None
+    if not isinstance(row, dict):
+        raise InputError('must be a JSON object with the keys "domain", "prompts" and "answer"')
+    for key in ("domain", "answer"):
+        if not isinstance(row.get(key), str) or not row[key].strip():
+            raise InputError(f'the key "{key}" must be there and hold text')
+    relation = row.get("relation", "")
+    if not isinstance(relation, str):
+        raise InputError('the key "relation" must hold text, or be left out')
+    prompts = row.get("prompts")
+    if not isinstance(prompts, list) or not prompts or not all(isinstance(one, str) and one.strip() for one in prompts):
+        raise InputError('the key "prompts" must hold a list of texts, one at least')
+    if any(one != one.rstrip() for one in prompts):
+        raise InputError("a prompt ends in white space; end it with its last word")
+    if len(set(prompts)) < len(prompts):
+        raise InputError("a prompt is given twice; each paraphrase needs its own words")
+    return Fact(f"line-{number}", row["domain"].strip(), relation.strip(), tuple(prompts), row["answer"].strip())
