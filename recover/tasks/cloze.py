@@ -80,7 +80,7 @@ def examples(
     Args:
         model: whose knowledge is asked first.
         forget: the domain.
-        n: how many of the domain's facts to ask, drawn; by default all.
+        n: how many of the domain's facts that the model knows, drawn; by default all.
         seed: of the draw.
         file: a user's own facts (`load_file`).
         progress: called with ("asking", facts asked, facts).
@@ -94,16 +94,13 @@ def examples(
         near = difflib.get_close_matches(forget, domains, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(domains)}"
         raise InputError(f"prompts.forget: there is no domain {forget!r}; {hint}")
-    own = [fact for fact in facts if fact.domain == forget]
-    own = random.Random(seed).sample(own, len(own))[:n]
-    rest = [fact for fact in facts if fact.domain != forget]
-    kept = known(model, [*own, *rest], progress)
+    kept = known(model, facts, progress)
     wanted = [row for row, fact in enumerate(kept.facts) if fact.domain == forget]
     if not wanted:
         raise InputError(
-            f"cloze: the model knows none of the {len(own)} facts of {forget!r} in all their ways; name another domain "
-            "or a larger model"
+            f"cloze: the model knows no fact of {forget!r} in all its ways; name another domain or a larger model"
         )
+    wanted = random.Random(seed).sample(wanted, len(wanted))[:n]
     rows = torch.tensor([row for row in wanted for _ in kept.facts[row].prompts], device=model.device)
     told = [(fact, way, text) for fact in (kept.facts[row] for row in wanted) for way, text in enumerate(fact.prompts)]
     texts = [text for *_, text in told]

@@ -1,0 +1,173 @@
+"""Facts asked in several ways: what is shipped, the strict filter on a model run by hand, and a user's own files."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from recover.model import Model
+from recover.tasks import cloze
+from recover.tasks.cloze import Fact
+from recover.types import InputError
+from recover.zoo import LoadedModel
+from tests.models import VOCAB, plain_forward, tiny_lm
+
+
+class Words:
+    """A token is a word."""
+
+    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+        return {"input_ids": [1 + sum(map(ord, word)) % (VOCAB - 1) for word in text.split()]}
+
+
+def fact(number: int, domain: str, answer: str) -> Fact:
+    ways = (f"one {number} is", f"many say that {number} is", f"so {number} {number} is")
+    return Fact(f"f{number}", domain, "r", ways, answer)
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return Model(tiny_lm(scale=4.0), Words())
+
+
+@pytest.fixture(scope="module")
+def facts(model: Model) -> list[Fact]:
+    """Each answered by what the model says first to its first paraphrase, among letters; so that some are known."""
+    letters = [chr(97 + place) for place in range(8)]
+    tokens = [Words()(letter)["input_ids"][0] for letter in letters]
+    given = []
+    for number in range(24):
+        logits = plain_forward(model.module, torch.tensor(Words()(f"one {number} is")["input_ids"]))[0][-1]
+        answer = letters[int(logits[tokens].argmax())]
+        given.append(fact(number, "ab"[number % 2], answer))
+    return given
+
+
+def right(model: Model, facts: list[Fact], one: Fact) -> bool:
+    """By hand: the answer's logit above that of every other answer of the domain, in each paraphrase."""
+    answers = {Words()(other.answer)["input_ids"][0] for other in facts if other.domain == one.domain}
+    own = Words()(one.answer)["input_ids"][0]
+    for text in one.prompts:
+        logits = plain_forward(model.module, torch.tensor(Words()(text)["input_ids"]))[0][-1]
+        if not all(logits[own] > logits[other] for other in answers - {own}):
+            return False
+    return True
+
+
+def test_a_fact_is_known_that_is_right_in_every_way(model: Model, facts: list[Fact]) -> None:
+    expected = [one.id for one in facts if right(model, facts, one)]
+    assert 0 < len(expected) < len(facts)
+    assert [one.id for one in cloze.known(model, facts).facts] == expected
+
+
+def write(path: Path, facts: list[Fact]) -> Path:
+    rows = [{"domain": f.domain, "relation": f.relation, "prompts": list(f.prompts), "answer": f.answer} for f in facts]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_examples_are_the_paraphrases_of_the_domain_to_forget(model: Model, facts: list[Fact], tmp_path: Path) -> None:
+    file = write(tmp_path / "facts.jsonl", facts)
+    found = cloze.examples(model, file=file, forget="a")
+    own = {f"line-{row + 1}": one for row, one in enumerate(facts) if one.domain == "a" and right(model, facts, one)}
+    assert set(found.groups or ()) == set(own)
+    assert Counter(found.groups or ()) == dict.fromkeys(own, 3)
+    assert found.texts is not None
+    assert found.strict is not None
+    for row, (name, text) in enumerate(zip(found.ids, found.texts, strict=True)):
+        one, way = name.split("/")
+        assert text == own[one].prompts[int(way)]
+        assert found.prompts.ids[row][found.prompts.mask[row]].tolist() == Words()(text)["input_ids"]
+        assert int(found.strict.target[row]) == Words()(own[one].answer)["input_ids"][0]  # type: ignore[attr-defined]
+    # All are right without a defense; and what features are selected from is of the one domain and of the other.
+    assert bool((found.behavior.slack(model.run(found.prompts, tokens=found.behavior.tokens).logits) > 0).all())
+    kept = sum(right(model, facts, one) for one in facts if one.domain == "b")
+    assert found.contrast is not None
+    assert (len(found.contrast.shown), len(found.contrast.hidden)) == (3 * len(own), 3 * kept)
+    few = cloze.examples(model, file=file, forget="a", n=1, seed=3)
+    assert len(few.ids) == 3
+    assert set(few.ids) <= set(found.ids)
+
+
+def test_what_cannot_be_asked_is_refused_in_one_line(model: Model, facts: list[Fact], tmp_path: Path) -> None:
+    file = write(tmp_path / "facts.jsonl", facts)
+    with pytest.raises(InputError, match=r"prompts\.forget: there is no domain 'c'"):
+        cloze.examples(model, file=file, forget="c")
+    # Asked the same in two ways round, each answer the other's: at most one of the two can be right.
+    answers = sorted({one.answer for one in facts})[:2]
+    twice = [Fact("x", "u", "r", facts[0].prompts[:2], answer) for answer in answers]
+    wrong = next(one for one in twice if not right(model, twice, one))
+    rival = next(one for one in twice if one is not wrong)
+    given = [wrong, Fact("y", "u", "s", ("so",), "a"), Fact("z", "v", "r", rival.prompts[:1], rival.answer)]
+    asked = [Fact(one.id, one.domain, "r", one.prompts, one.answer) for one in given]
+    with pytest.raises(InputError, match="knows no fact of 'v' in all its ways"):
+        cloze.examples(model, file=write(tmp_path / "u.jsonl", asked), forget="v")
+    with pytest.raises(InputError, match="of 1 facts none has an answer that is one token"):
+        cloze.known(model, [Fact("x", "a", "r", ("one is",), "two words")])
+    with pytest.raises(InputError, match="of 1 facts none has an answer that is one token"):
+        cloze.known(model, facts[:1])  # no second answer that it could be told from
+
+
+GOOD: dict[str, Any] = {
+    "domain": "rivers",
+    "prompts": ["The Rhine flows into the", "At last the Rhine joins the"],
+    "answer": "sea",
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"domain": ""}, '"domain" must be there and hold text'),
+        ({"answer": 3}, '"answer" must be there and hold text'),
+        ({"prompts": []}, '"prompts" must hold a list of texts'),
+        ({"prompts": "The Rhine"}, '"prompts" must hold a list of texts'),
+        ({"prompts": ["The Rhine "]}, "a prompt ends in white space"),
+        ({"prompts": ["A", "A"]}, "a prompt is given twice"),
+        ({"relation": 3}, '"relation" must hold text'),
+        ({"prompts": GOOD["prompts"]}, "asks the same as line 1"),
+    ],
+)
+def test_a_malformed_row_is_refused_by_number_and_without_its_text(tmp_path: Path, change: Any, why: str) -> None:
+    path = tmp_path / "facts.jsonl"
+    bad = {**GOOD, "prompts": ["Something else that is", "Words in another"], **change}
+    path.write_text(json.dumps(GOOD) + "\n\n" + json.dumps(bad) + "\n")
+    with pytest.raises(InputError, match=rf"line 3: .*{why}") as error:
+        cloze.load_file(path)
+    assert "Rhine" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["", "\n\n", "[1]\n", "{\n"])
+def test_what_holds_no_facts_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "facts.jsonl"
+    path.write_text(text)
+    with pytest.raises(InputError, match="fact file"):
+        cloze.load_file(path)
+
+
+def test_shipped_facts_are_many_and_well_formed() -> None:
+    facts = cloze.shipped()
+    assert len(facts) >= 200
+    assert len({one.domain for one in facts}) >= 4
+    assert len({one.id for one in facts}) == len(facts)
+    assert len({one.prompts for one in facts}) == len(facts)
+    for one in facts:
+        assert len(one.prompts) == len(set(one.prompts)) == 4
+        assert all(text == text.strip() and "{" not in text for text in one.prompts)
+        assert len(one.answer.split()) == 1
+
+
+@pytest.mark.model
+@pytest.mark.slow
+def test_smollm2_knows_what_is_shipped(smollm2: LoadedModel) -> None:
+    """All answers compete; of the facts every seventh is asked."""
+    model, facts = Model(smollm2.module, smollm2.tokenizer), cloze.shipped()
+    some = [one for row, one in enumerate(facts) if row % 7 == 0]
+    others = [Fact(one.id, one.domain, one.relation, one.prompts[:1], one.answer) for one in facts if one not in some]
+    kept = {one.id for one in cloze.known(model, [*some, *others]).facts}
+    assert [one.id for one in some if one.id not in kept] == []
