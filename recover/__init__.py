@@ -36,6 +36,7 @@ from recover.speech import say
 from recover.stable import recover_stable
 from recover.stats import bootstrap, wilson
 from recover.subspace import NullSpace, row_space
+from recover.tasks import Task
 from recover.types import InputError, Site
 from recover.verdict import Verdict
 from recover.zoo import resolve_model, resolve_sae
@@ -85,6 +86,7 @@ __all__ = [
     "Status",
     "Store",
     "Suffix",
+    "Task",
     "Verdict",
     "answered",
     "ask",
