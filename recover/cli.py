@@ -1,4 +1,4 @@
-"""The command line: `recover check`, `recover report` and `recover selftest`.
+"""The command line: `recover init`, `recover check`, `recover report` and `recover selftest`.
 
 Exit status: 0 the check ran, whatever the verdict; 1 a condition of `--fail-if` holds, or the selftest missed; 2
 unusable input, told in one line; 130 interrupted (run the same command again to go on).
@@ -14,6 +14,7 @@ import re
 import sys
 import warnings
 from collections.abc import Sequence
+from importlib import resources
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -99,6 +100,8 @@ def parser() -> argparse.ArgumentParser:
     )
     report = commands.add_parser("report", help="rebuild report.html from the artifacts")
     report.add_argument("dir", type=Path, metavar="DIR")
+    start = commands.add_parser("init", help="write defense.yaml and test_defense.py, to be edited and run by pytest")
+    start.add_argument("dir", type=Path, nargs="?", default=Path(), metavar="DIR", help="default: here")
     planted = commands.add_parser(
         "selftest",
         help="judge planted models whose answer is known",
@@ -116,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", module=r"(transformers|sae_lens|nnsight|torch).*")
     options = parser().parse_args(arguments)
     try:
-        return {"check": _check, "report": _report, "selftest": _selftest}[options.command](options)
+        return {"check": _check, "init": _init, "report": _report, "selftest": _selftest}[options.command](options)
     except InputError as error:
         print("recover:", " ".join(str(error).splitlines()), file=sys.stderr)
         return UNUSABLE
@@ -165,6 +168,25 @@ def _check(options: argparse.Namespace) -> int:
 
 def _report(options: argparse.Namespace) -> int:
     _say(str(rebuild_report(options.dir)))
+    return 0
+
+
+def _init(options: argparse.Namespace) -> int:
+    templates = resources.files("recover") / "templates"
+    files = {
+        options.dir / name.removesuffix(".txt"): templates / name for name in ("defense.yaml", "test_defense.py.txt")
+    }
+    for path in files:
+        if path.exists():
+            raise InputError(f"{path}: is there already; move it, or give another folder")
+    try:
+        options.dir.mkdir(parents=True, exist_ok=True)
+        for path, template in files.items():
+            path.write_text(template.read_text(encoding="utf-8"), encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{options.dir}: cannot be written ({error.strerror}); give another folder") from None
+    yaml, test = files
+    _say(f"{yaml}\n{test}\nEdit the two marked lines of {yaml}, and run `pytest {test}`.")
     return 0
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from recover import testing
+from recover.cli import main
+from recover.config import load_config
 
 pytest_plugins = ["pytester"]
 
@@ -154,3 +156,29 @@ def test_hub(): ...
     result.assert_outcomes(failed=1, skipped=2)
     result.stdout.fnmatch_lines(["*nowhere.yaml: cannot be read*"])
     result.stdout.fnmatch_lines(["*needs a CUDA device*"])
+
+
+def test_a_suite_that_init_writes_is_red_for_the_right_reason(pytester, monkeypatch, capsys):
+    """Edited to a task that is not there, and run; the real run is that of `recover check`, tested elsewhere."""
+    monkeypatch.setattr("_pytest.pytester.SysModulesSnapshot.restore", lambda self: None)
+    assert main(["init", "suite"]) == 0
+    assert "Edit the two marked lines of suite/defense.yaml" in capsys.readouterr().out
+    assert load_config("suite/defense.yaml").clamps[0].features == (12, 345, 678)
+    assert main(["init", "suite"]) == 2
+    assert "suite/defense.yaml: is there already" in capsys.readouterr().err
+
+    def check(config, folder):
+        folder.mkdir(parents=True)
+        certificate = {"shows": True, "held": True, "norm": 3.0, "relative_drift": 1e-6}
+        line = {"id": "a", "certificate": certificate, "smallest": {**certificate, "norm": 2.0}}
+        (folder / "examples.jsonl").write_text(json.dumps(line) + "\n")
+        recovery = {"budget": config.search.budget, "recovered": 1, "searched": 1}
+        return {"verdict": "RECOVERABLE", "specific": True, "reasons": [], "recovery": recovery}
+
+    monkeypatch.setattr("recover.testing.run_check", check)
+    monkeypatch.chdir("suite")
+    result = pytester.runpytest_inprocess("-p", "recover.testing", "test_defense.py")
+    result.assert_outcomes(passed=1, failed=1)
+    result.stdout.fnmatch_lines(
+        ["RECOVERABLE: 1 of 1 valid flips are brought back by * at most 20, the smallest of norm 2; expected none"]
+    )
