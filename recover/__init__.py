@@ -39,6 +39,7 @@ from recover.subspace import NullSpace, row_space
 from recover.tasks import Task
 from recover.types import InputError, Site
 from recover.verdict import Verdict
+from recover.verify import Law, verify
 from recover.zoo import resolve_model, resolve_sae
 
 __all__ = [
@@ -66,6 +67,7 @@ __all__ = [
     "ForcedAnswer",
     "Gate",
     "InputError",
+    "Law",
     "LogitDifference",
     "Memory",
     "Mode",
@@ -113,5 +115,6 @@ __all__ = [
     "row_space",
     "run_check",
     "say",
+    "verify",
     "wilson",
 ]

@@ -1,6 +1,6 @@
-"""The command line: `recover init`, `recover check`, `recover report` and `recover selftest`.
+"""The command line: `recover init`, `check`, `report`, `selftest` and `verify`.
 
-Exit status: 0 the check ran, whatever the verdict; 1 a condition of `--fail-if` holds, or the selftest missed; 2
+Exit status: 0 it ran, whatever the verdict; 1 a condition of `--fail-if` holds, the selftest missed, a law is broken; 2
 unusable input, told in one line; 130 interrupted (run the same command again to go on).
 """
 
@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from recover.config import load_config
+from recover.model import Model
+from recover.neutral import NEUTRAL
 from recover.planted import KINDS, MIXTURES
 from recover.progress import shown
 from recover.report import seeds_to_text, to_text
@@ -26,9 +28,12 @@ from recover.runner import rebuild_report, run_check, run_seeds
 from recover.selftest import report as selftest_report
 from recover.selftest import selftest, to_json
 from recover.types import InputError
+from recover.verify import verify
+from recover.zoo import resolve_model, resolve_sae
 
 CONDITIONS = {"recoverable": "RECOVERABLE", "inconclusive": "INCONCLUSIVE", "invalid": "INVALID"}
 UNUSABLE, INTERRUPTED = 2, 130
+PROMPTS_VERIFIED = 4
 # The flags that override DEFENSE.yaml: flag, dotted key, type, choices, help.
 OVERRIDES: tuple[tuple[str, str, type, tuple[str, ...] | None, str], ...] = (
     ("--model", "model", str, None, "a name of ours (smollm2), a hub id or a local folder"),
@@ -100,6 +105,16 @@ def parser() -> argparse.ArgumentParser:
     )
     report = commands.add_parser("report", help="rebuild report.html from the artifacts")
     report.add_argument("dir", type=Path, metavar="DIR")
+    laws = commands.add_parser(
+        "verify",
+        help="hold the laws that checks rest on to your model and SAE",
+        description="Hold the laws that checks rest on to a model and an SAE, on a few neutral prompts.",
+        epilog="Exit status: 0 all that apply hold; 1 one does not; 2 unusable input, told in one line.",
+    )
+    laws.add_argument("--model", required=True, help="a name of ours (smollm2), a hub id or a local folder")
+    laws.add_argument("--sae", required=True, help="a name of ours (smollm2-l15), a folder, or release:sae_id")
+    laws.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the model")
+    laws.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     start = commands.add_parser("init", help="write defense.yaml and test_defense.py, to be edited and run by pytest")
     start.add_argument("dir", type=Path, nargs="?", default=Path(), metavar="DIR", help="default: here")
     planted = commands.add_parser(
@@ -119,7 +134,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", module=r"(transformers|sae_lens|nnsight|torch).*")
     options = parser().parse_args(arguments)
     try:
-        return {"check": _check, "init": _init, "report": _report, "selftest": _selftest}[options.command](options)
+        return {"check": _check, "init": _init, "report": _report, "selftest": _selftest, "verify": _verify}[
+            options.command
+        ](options)
     except InputError as error:
         print("recover:", " ".join(str(error).splitlines()), file=sys.stderr)
         return UNUSABLE
@@ -203,6 +220,16 @@ def _selftest(options: argparse.Namespace) -> int:
             raise InputError(f"--json {options.json}: cannot be written ({error.strerror})") from None
     _say(selftest_report(outcomes))
     return int(any(outcome.miss for outcome in outcomes))
+
+
+def _verify(options: argparse.Namespace) -> int:
+    sae = resolve_sae(options.sae)
+    loaded = resolve_model(options.model, options.device, options.dtype)
+    model = Model(loaded.module, loaded.tokenizer)
+    laws = verify(model, sae, model.tokenize(NEUTRAL[:PROMPTS_VERIFIED]))
+    told = {True: "holds", False: "BROKEN", None: "not applicable"}
+    _say("\n".join(f"{law.name:14} {told[law.holds]:15} {law.detail}" for law in laws))
+    return int(any(law.holds is False for law in laws))
 
 
 def _positive(text: str) -> int:

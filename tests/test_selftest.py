@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from recover import bench, cli, heldout, phases, selftest, solvers
+from recover import bench, cli, phases, reading, selftest, solvers
 from recover.admissible import admissible
 from recover.constraint import EncoderOrthogonal
 from recover.planted import KINDS, MIXTURES
@@ -176,7 +176,7 @@ def undoing_allowed(patch: pytest.MonkeyPatch) -> None:
 
 
 def shuffled_to_themselves(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(heldout, "derangement", lambda targets, *_: targets)
+    patch.setattr(reading, "derangement", lambda targets, *_: targets)
 
 
 @pytest.mark.parametrize(
