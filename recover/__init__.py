@@ -3,7 +3,16 @@
 The public names. Start at `search.py`; `check.py` is the whole protocol.
 """
 
-from recover.behavior import AnswerLikelihood, Behavior, ChoiceMargin, ForcedAnswer, LogitDifference
+from recover.behavior import (
+    AnswerLikelihood,
+    Behavior,
+    ChoiceCrossEntropy,
+    ChoiceMargin,
+    ChoiceOdds,
+    ForcedAnswer,
+    LogitDifference,
+    VocabularyMargin,
+)
 from recover.certify import Certificate, certify
 from recover.check import Memory, Store, check
 from recover.clamp import Clamp, Defense, Floor, Mode, Scale, Set
@@ -47,7 +56,9 @@ __all__ = [
     "Behavior",
     "Budget",
     "Certificate",
+    "ChoiceCrossEntropy",
     "ChoiceMargin",
+    "ChoiceOdds",
     "Clamp",
     "Config",
     "Constraint",
@@ -86,6 +97,7 @@ __all__ = [
     "Store",
     "Suffix",
     "Verdict",
+    "VocabularyMargin",
     "answered",
     "ask",
     "attribution",
