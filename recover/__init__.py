@@ -3,7 +3,16 @@
 The public names. Start at `search.py`; `check.py` is the whole protocol.
 """
 
-from recover.behavior import AnswerLikelihood, Behavior, ChoiceMargin, ForcedAnswer, LogitDifference
+from recover.behavior import (
+    AnswerLikelihood,
+    Behavior,
+    ChoiceCrossEntropy,
+    ChoiceMargin,
+    ChoiceOdds,
+    ForcedAnswer,
+    LogitDifference,
+    VocabularyMargin,
+)
 from recover.certify import Certificate, certify
 from recover.check import Memory, Store, check
 from recover.clamp import Clamp, Defense, Floor, Mode, Scale, Set
@@ -49,7 +58,9 @@ __all__ = [
     "Behavior",
     "Budget",
     "Certificate",
+    "ChoiceCrossEntropy",
     "ChoiceMargin",
+    "ChoiceOdds",
     "Clamp",
     "Config",
     "Constraint",
@@ -90,6 +101,7 @@ __all__ = [
     "Suffix",
     "Task",
     "Verdict",
+    "VocabularyMargin",
     "answered",
     "ask",
     "attribution",

