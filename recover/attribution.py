@@ -37,7 +37,7 @@ from recover.clamp import Defense
 from recover.defended import Defended, Delta, clamp_edits
 from recover.model import Change, Edit, Model, Prompts
 from recover.sae import SAE
-from recover.types import Float, InputError, PerExample, Residual, Site, Tensor, TokenIds, widened
+from recover.types import Float, InputError, Int, PerExample, Residual, Site, Tensor, TokenIds, widened
 
 __all__ = [
     "VIEWS",
@@ -53,6 +53,7 @@ __all__ = [
     "gradient",
     "nodes",
     "parts_of",
+    "split",
 ]
 
 LEAVES = ("clamped", "top_k", "other", "error_linear", "error_rest")
@@ -69,7 +70,7 @@ VIEWS: Mapping[str, tuple[str, ...]] = {
 """What is replayed and knocked out: the leaves and their sums."""
 TOP_K = 16
 POINTS = 8
-PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 """Of the ridge regression, in units of the residual's mean variance over its dimensions."""
 
 
@@ -210,14 +211,23 @@ def parts_of(
         clamps = defended.defense.at(site)
         held = torch.cat([clamp.indices for clamp in clamps])
         map_ = None if linear is None else linear[site]
-        places.append(_split(clamps[0].sae, held, widened(state), part, map_, top_k))
+        places.append(split(clamps[0].sae, held, widened(state), part, map_, top_k))
     return Parts({name: torch.cat([place[name] for place in places], dim=1) for name in LEAVES})
 
 
-def _split(
-    sae: SAE, held: Tensor, state: Residual, delta: Residual, linear: LinearError | None, top_k: int
+def split(
+    sae: SAE, held: Int[Tensor, "k"], state: Residual, delta: Residual, linear: LinearError | None, top_k: int
 ) -> dict[str, Residual]:
-    """The parts at one site."""
+    """The parts at one site.
+
+    Args:
+        sae: of the site.
+        held: the clamped features.
+        state: what arrives there, after the clamp.
+        delta: what is added to it.
+        linear: of the SAE's error; none counts as linear where None.
+        top_k: how many features that are not clamped count as the largest.
+    """
     with torch.no_grad():
         change = sae.encode(state + delta) - sae.encode(state)
     free = torch.ones(sae.d_sae, dtype=torch.bool, device=change.device)

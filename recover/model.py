@@ -280,9 +280,8 @@ class Model:
         places: dict[int, list[tuple[str, str, Change]]] = {}
         for component, change in sorted(parts.items(), key=lambda one: one[0].order):
             if not first <= component.layer < self.n_layers:
-                raise InputError(
-                    f"component: layer {component.layer} does not run; give {first} to {self.n_layers - 1}"
-                )
+                reach = f"give {first} to {self.n_layers - 1}"
+                raise InputError(f"component: block {component.layer} is none of those that run; {reach}")
             block = self.module.get_submodule(f"{self.blocks_path}.{component.layer}")
             name = getattr(modules_of(block), component.kind)
             path = f"{self.blocks_path}.{component.layer}.{name}"
@@ -412,7 +411,7 @@ class Suffix:
         residual = residual.to(self.state.dtype)
         if self.past is None:
             whole = torch.cat([self.state[:, :-n_pos], residual], dim=1)
-            there = {place: self._at_suffix(change) for place, change in (parts or {}).items()}
+            there = {p: c if p.kind == "pattern" else self._at_suffix(c) for p, c in (parts or {}).items()}
             return self.model.run(
                 self.prompts, start=(self.site, whole), edits=edits, tokens=tokens, reads=reads, parts=there
             ).logits

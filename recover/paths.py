@@ -113,12 +113,12 @@ def trace(defended: Defended, delta: Delta) -> Trace:
     last = Site(defended.suffix.model.n_layers - 1, "post")
     given: dict[Any, Tensor] = {}
     parts = {
-        place: _keeps(given, place)
+        place: keeps(given, place)
         for layer in above(defended)
         for place in (Component(layer, "heads"), Component(layer, "attention"), Component(layer, "mlp"))
     }
     with torch.no_grad():
-        logits = defended.logits(delta, parts, {last: _keeps(given, last)}).float()
+        logits = defended.logits(delta, parts, {last: keeps(given, last)}).float()
     final = given.pop(last)
     return Trace(defended.behavior.score(logits), defended.behavior.slack(logits), given, final)
 
@@ -161,7 +161,7 @@ def direct(defended: Defended, delta: Delta, points: int = POINTS) -> Direct:
     slope = torch.zeros_like(moved)
     for share, weight in nodes(points):
         leaf = (start.final + share * moved).detach().requires_grad_(True)
-        logits = defended.logits(torch.zeros_like(delta), changes={last: _is(leaf)}).float()
+        logits = defended.logits(torch.zeros_like(delta), changes={last: is_(leaf)}).float()
         (found,) = torch.autograd.grad(defended.behavior.score(logits).sum(), leaf)
         slope += weight * found
     added = torch.stack(list(defended.by_site(delta).values())).sum(dim=0).to(moved.dtype)
@@ -204,7 +204,7 @@ def put_in(defended: Defended, delta: Delta, chosen: Sequence[Carrier]) -> tuple
 def _replaces(values: Tensor, some: set[int | None], n_heads: int) -> Change:
     """Puts in another run's values: those of some heads, or all of an MLP's."""
     if None in some:
-        return _is(values)
+        return is_(values)
     mask = torch.tensor([head in some for head in range(n_heads)], device=values.device)
 
     def change(h: Tensor) -> Tensor:
@@ -217,7 +217,9 @@ def _replaces(values: Tensor, some: set[int | None], n_heads: int) -> Change:
     return change
 
 
-def _keeps(seen: dict[Any, Tensor], name: Any) -> Change:
+def keeps(seen: dict[Any, Tensor], name: Any) -> Change:
+    """Keeps what is there under a name, and leaves it."""
+
     def change(h: Tensor) -> Tensor:
         seen[name] = h.detach()
         return h
@@ -229,5 +231,6 @@ def _adds(leaf: Tensor) -> Change:
     return lambda h: h + leaf
 
 
-def _is(value: Tensor) -> Change:
+def is_(value: Tensor) -> Change:
+    """Puts a value in the place of what is there."""
     return lambda h: value.to(h.dtype)
