@@ -69,7 +69,7 @@ def _free(sae: SAE, held: Tensor) -> Tensor:
     return free
 
 
-@given(scenes(clamps=2), st.integers(1, 20))
+@given(scenes(architectures=POINTWISE, clamps=2, kinds=("normal", "huge")), st.integers(1, 4))
 def test_the_largest_features_hold_none_that_is_clamped_and_no_larger_one_is_left(scene: Scene, top_k: int) -> None:
     """Of an orthonormal count: a part with one feature more is the part with one less and that feature's."""
     fewer, more = (parts(scene, k, None) for k in (top_k, top_k + 1))

@@ -26,7 +26,7 @@ Source: reference page, "Recovery-path replay". The linear part and the first-or
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -128,11 +128,13 @@ class Attribution:
         defended: the score without a delta.
         recovered: the score with it.
         views: by name.
+        deltas: those of the views, as they were replayed: after the clamp.
     """
 
     defended: PerExample
     recovered: PerExample
     views: Mapping[str, View]
+    deltas: Mapping[str, Delta]
 
     @property
     def effect(self) -> PerExample:
@@ -161,6 +163,7 @@ def attribute(
     *,
     top_k: int = TOP_K,
     points: int = POINTS,
+    views: Sequence[str] = tuple(VIEWS),
 ) -> Attribution:
     """Split deltas into parts, and see what each part does.
 
@@ -170,6 +173,7 @@ def attribute(
         linear: of each site where a delta enters; without it no error counts as linear.
         top_k: how many features that are not clamped count as the largest.
         points: of the integral.
+        views: those that are looked at; `full` always is.
 
     Raises:
         InputError: `top_k` or `points` is below 1.
@@ -182,14 +186,14 @@ def attribute(
     whole = parts.view("full")
     with torch.no_grad():
         start, end = after(torch.zeros_like(delta))[0], after(delta)[0]
-        views = {}
-        for name in VIEWS:
-            part = parts.view(name)
+        found: dict[str, View] = {}
+        deltas = {name: parts.view(name) for name in dict.fromkeys(("full", *views))}
+        for name, part in deltas.items():
             replay, knockout = after(part), after(whole - part)
-            views[name] = View(
+            found[name] = View(
                 part.flatten(1).norm(dim=1), first_order(here, part), first_order(along, part), *replay, *knockout
             )
-    return Attribution(start, end, views)
+    return Attribution(start, end, found, deltas)
 
 
 def entering(defended: Defended, delta: Delta) -> tuple[Defended, Delta]:

@@ -1,4 +1,4 @@
-"""Parts of deltas against loops over features, bypasses whose place is known, errors that are linear by construction."""
+"""Parts of deltas against loops over features, bypasses whose place is known, errors that are linear by making."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ def test_parts_of_a_pinned_delta_hold_its_corrections() -> None:
 
 
 def exact_sae(span: int, d_model: int = 8) -> SAE:
-    """`relu(x Q) Q^T - relu(-x Q) Q^T`, exact in the span of an orthonormal `Q`: its error is linear, `x (I - Q Q^T)`."""
+    """`relu(x Q) Q^T - relu(-x Q) Q^T`, exact in the span of an orthonormal `Q`: its error is `x (I - Q Q^T)`."""
     Q = torch.linalg.qr(randn(d_model, span)).Q
     both = torch.cat([Q, -Q], dim=1)
     return SAE(both, torch.zeros(2 * span), both.T.clone(), torch.zeros(d_model), ReLU(), Site(1), "standard", "0")
