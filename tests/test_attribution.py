@@ -215,7 +215,7 @@ def test_the_penalty_is_the_one_that_reads_best_on_tokens_left_out() -> None:
     gram = x[used].T @ x[used]
     by_penalty = {}
     for penalty in PENALTIES:
-        ridge = gram + penalty * gram.trace() / D_MODEL * torch.eye(D_MODEL)
+        ridge = gram + penalty * gram.trace() / D_MODEL * torch.eye(D_MODEL).double()
         M = torch.linalg.solve(ridge, x[used].T @ error[used])
         r2 = 1 - float((error[kept] - x[kept] @ M).square().sum() / error[kept].square().sum())
         by_penalty[penalty] = (r2, M)
