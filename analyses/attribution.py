@@ -55,6 +55,7 @@ from recover.heldout import split as halves_of
 from recover.movers import looks, undefended, writes
 from recover.paths import Carrier, carriers, direct, patched, through, trace
 from recover.records import without_nan
+from recover.speech import texts
 from recover.types import InputError, Mask
 
 SIZES = (1, 2, 4, 8, 16, 32, 64)
@@ -97,8 +98,8 @@ def replay(run: Run, part: Examples, delta: Delta) -> dict[str, Any]:
 def said(run: Run, part: Examples, delta: Delta) -> dict[str, Any]:
     """How what the model says with one part alone, or without it, reads."""
     assert part.dialogue is not None
-    pairs = zip(run.bench.replies(part, delta.float()), part.dialogue.texts, strict=True)
-    reads = [refusal.read(reply, base) for reply, base in pairs]
+    replies = texts(run.bench.model.tokenizer, run.bench.said(part.dialogue, delta.float()))
+    reads = [refusal.read(reply, base) for reply, base in zip(replies, part.dialogue.texts, strict=True)]
     return {"rows": [{"non_refusal": read.non_refusal, "base_like": read.base_like} for read in reads]}
 
 
@@ -132,7 +133,7 @@ def shared_deltas(run: Run) -> dict[str, tuple[Examples, Delta]]:
         part = part if part.strict is None else replace(part, behavior=part.strict)
         one = run.deltas["/".join(largest)].to(bench.model.device)
         each = repeat(one, "pos d_model -> batch pos d_model", batch=len(part.ids))
-        whole = bench.whole(part, bench.objective(bench.defended(part)), each)
+        (whole,) = bench.whole(part, bench.objective(bench.defended(part)), each)
         found[f"fold {fold}, norm {float(largest[3]):.3g}"] = (part, whole)
     return found
 

@@ -12,19 +12,16 @@ from points import Points
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from recover import Schedule
 from recover.artifacts import CONFIG, DELTAS, EXAMPLES, RUN, RunState
 from recover.attribution import LinearError, entering, error_activations, fit_linear_error
 from recover.bench import Bench
 from recover.config import load_config
 from recover.defended import Defended, Delta
 from recover.examples import Examples
-from recover.model import Model
 from recover.neutral import NEUTRAL
 from recover.records import ExampleRecord
-from recover.setting import Chosen, Setting, build_defense, load_setting
+from recover.setting import Chosen, build_bench, load_setting
 from recover.types import InputError, Site
-from recover.zoo import resolve_model
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,31 +78,11 @@ def open_run(folder: Path, points: Points, top_k: int, n_points: int) -> Run:
         Chosen(tuple(features), tuple(value) if isinstance(value, list) else value)
         for features, value in zip(state.features, state.values, strict=True)
     ]
-    bench = bench_of(setting, chosen, state.batch_size)
+    bench = build_bench(setting, chosen, state.batch_size)
     flips = {record.id: record for record in records if record.certificate is not None and record.id in deltas}
     if not flips:
         raise InputError(f"{folder}: no valid flip has a saved delta; nothing was suppressed, or nothing was searched")
     return Run(bench, flips, deltas, linear_errors(bench), points, top_k, n_points)
-
-
-def bench_of(setting: Setting, chosen: Sequence[Chosen], batch_size: int) -> Bench:
-    """The check's own material."""
-    config, exact = setting.config, setting.model
-    if config.dtype != config.certificates:
-        module = resolve_model(config.model, config.device).module
-        exact = Model(module.double() if config.certificates == "float64" else module, setting.loaded.tokenizer)
-    return Bench(
-        setting.model,
-        exact,
-        build_defense(setting, chosen),
-        setting.examples,
-        config.search.budget,
-        config.search.placement,
-        Schedule(config.search.steps, seed=config.controls.seed),
-        config.plan(),
-        batch_size,
-        config.search.sites == "every",
-    )
 
 
 def linear_errors(bench: Bench) -> dict[Site, LinearError]:

@@ -144,8 +144,8 @@ def attribution(bench: Bench, batch: Batch, deltas: Deltas, report: Report) -> D
 
 def _read_replies(bench: Bench, part: Examples, delta: Delta) -> list[refusal.Readout]:
     assert part.dialogue is not None
-    pairs = zip(bench.replies(part, delta), part.dialogue.texts, strict=True)
-    return [refusal.read(reply, base) for reply, base in pairs]
+    replies = texts(bench.model.tokenizer, bench.said(part.dialogue, delta))
+    return [refusal.read(reply, base) for reply, base in zip(replies, part.dialogue.texts, strict=True)]
 
 
 def certified(bench: Bench, batch: Batch, saved: list[Tensor]) -> Certificate:
