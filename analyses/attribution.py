@@ -60,7 +60,7 @@ from recover.types import InputError, Mask
 
 SIZES = (1, 2, 4, 8, 16, 32, 64)
 """How many of the top components are put back and put in together."""
-DRAWS = 8
+DRAWS = 4
 TOP = 12
 LOOKS = 0.2
 """Attention at base above which a head that writes the target counts as a name mover."""
