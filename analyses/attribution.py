@@ -38,14 +38,7 @@ from points import Points
 
 from recover import certify, refusal, run_check
 from recover.artifacts import write_whole
-from recover.attribution import (
-    POINTS,
-    TOP_K,
-    VIEWS,
-    attribute,
-    entering,
-    parts_of,
-)
+from recover.attribution import POINTS, TOP_K, VIEWS, attribute, entering, parts_of
 from recover.behavior import Targeted
 from recover.config import load_config
 from recover.defended import Defended, Delta

@@ -13,11 +13,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from recover.artifacts import CONFIG, DELTAS, EXAMPLES, RUN, RunState
-from recover.attribution import LinearError, entering, error_activations, fit_linear_error
+from recover.attribution import entering
 from recover.bench import Bench
 from recover.config import load_config
 from recover.defended import Defended, Delta
 from recover.examples import Examples
+from recover.linear_error import LinearError, error_activations, fit_linear_error
 from recover.neutral import NEUTRAL
 from recover.records import ExampleRecord
 from recover.setting import Chosen, build_bench, load_setting

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from property_tests.rounding import assert_within, eps
 from property_tests.strategies import POINTWISE, SEEDS, Scene, costly, randn, scenes
-from recover.attribution import LEAVES, LinearError, attribute, first_order, gradient, parts_of, split
+from recover.attribution import LEAVES, attribute, first_order, gradient, parts_of, split
 from recover.defended import defend
+from recover.linear_error import LinearError
 from recover.planted.pinned import pinned_layers
 from recover.sae import SAE
 

@@ -3,6 +3,7 @@
 The public names. Start at `search.py`; `check.py` is the whole protocol.
 """
 
+from recover.attribution import Attribution, attribute
 from recover.behavior import AnswerLikelihood, Behavior, ChoiceMargin, ForcedAnswer, LogitDifference
 from recover.certify import Certificate, certify
 from recover.check import Memory, Store, check
@@ -44,6 +45,7 @@ __all__ = [
     "SAE",
     "ActivationStable",
     "AnswerLikelihood",
+    "Attribution",
     "Behavior",
     "Budget",
     "Certificate",
@@ -88,6 +90,7 @@ __all__ = [
     "Verdict",
     "answered",
     "ask",
+    "attribute",
     "attribution",
     "bootstrap",
     "certify",
