@@ -36,14 +36,15 @@ class Run:
     points: Points
     top_k: int
     n_points: int
+    stretch: float = 1.0
 
     def examples(self, ids: Sequence[str]) -> Examples:
         """These examples, without padding that only others needed."""
         return self.bench.examples.select(torch.tensor([self.bench.examples.ids.index(name) for name in ids]))
 
     def saved(self, ids: Sequence[str]) -> Delta:
-        """The deltas of these examples within the budget."""
-        return torch.stack([self.deltas[name] for name in ids]).to(self.bench.model.device)
+        """The deltas of these examples within the budget, made longer by as much as is asked."""
+        return self.stretch * torch.stack([self.deltas[name] for name in ids]).to(self.bench.model.device)
 
     def exactly(self, part: Examples, delta: Delta) -> tuple[Defended, Delta]:
         """In the model of the certificates: the examples, and the deltas as they enter after the clamp."""
@@ -51,7 +52,7 @@ class Run:
         return entering(self.bench.defended(part, exact), delta.to(torch.promote_types(exact.dtype, torch.float32)))
 
 
-def open_run(folder: Path, points: Points, top_k: int, n_points: int) -> Run:
+def open_run(folder: Path, points: Points, top_k: int, n_points: int, stretch: float = 1.0) -> Run:
     """Read a run of `recover check`; nothing is written there.
 
     Args:
@@ -59,9 +60,10 @@ def open_run(folder: Path, points: Points, top_k: int, n_points: int) -> Run:
         points: where what is made of it goes.
         top_k: as of `attribute`.
         n_points: of integrals.
+        stretch: how many times as long as found the deltas are looked at.
 
     Raises:
-        InputError: it is not finished, damaged, or of other files than are here.
+        InputError: a stretch of pinned deltas; or the run is not finished, damaged, or of other files than are here.
     """
     check_finished(folder)
     try:
@@ -80,10 +82,12 @@ def open_run(folder: Path, points: Points, top_k: int, n_points: int) -> Run:
         for features, value in zip(state.features, state.values, strict=True)
     ]
     bench = build_bench(setting, chosen, state.batch_size)
+    if bench.every_site and stretch != 1:
+        raise InputError("--stretch: a pinned delta that is made longer is not pinned; leave it out")
     flips = {record.id: record for record in records if record.certificate is not None and record.id in deltas}
     if not flips:
         raise InputError(f"{folder}: no valid flip has a saved delta; nothing was suppressed, or nothing was searched")
-    return Run(bench, flips, deltas, linear_errors(bench), points, top_k, n_points)
+    return Run(bench, flips, deltas, linear_errors(bench), points, top_k, n_points, stretch)
 
 
 def linear_errors(bench: Bench) -> dict[Site, LinearError]:
