@@ -1032,4 +1032,48 @@ TABLE: dict[str, list[Entry]] = {
             "sample(listed, n)",
         ),
     ],
+    "attribution": [
+        (
+            "the_parts_add_up_to_the_delta",
+            "attribution.py",
+            "error = delta - torch.stack(list(parts.values())).sum(dim=0)",
+            'error = delta - parts["clamped"]',
+        ),
+        (
+            "the_order_of_features_changes_no_part",
+            "attribution.py",
+            "    free[held] = False\n",
+            "    free[: len(held)] = False\n",
+        ),
+        (
+            "the_largest_features_hold_none_that_is_clamped_and_no_larger_one_is_left",
+            "attribution.py",
+            "* sae.W_dec.norm(dim=1)",
+            "/ sae.W_dec.norm(dim=1)",
+        ),
+        (
+            "the_largest_features_hold_none_that_is_clamped_and_no_larger_one_is_left",
+            "attribution.py",
+            "size = size.where(free, -1.0)",
+            "size = size + 0",
+        ),
+        (
+            "where_all_is_linear_the_effect_of_each_part_is_what_its_replay_does",
+            "attribution.py",
+            "first_order(along, part), *replay, *knockout",
+            "first_order(along, part), *knockout, *replay",
+        ),
+        (
+            "first_order_effects_add_up",
+            "attribution.py",
+            'return parts | {"error_linear": predicted, "error_rest": error - predicted}',
+            'return parts | {"error_linear": predicted, "error_rest": error + delta}',
+        ),
+        (
+            "a_part_of_a_delta_before_the_clamp_is_of_what_it_changes_after_it",
+            "attribution.py",
+            "moved = defended.perturbed(delta) - defended.suffix.residual",
+            "moved = delta",
+        ),
+    ],
 }

@@ -3,6 +3,7 @@
 The public names. Start at `search.py`; `check.py` is the whole protocol.
 """
 
+from recover.attribution import Attribution, attribute
 from recover.behavior import (
     AnswerLikelihood,
     Behavior,
@@ -55,6 +56,7 @@ __all__ = [
     "SAE",
     "ActivationStable",
     "AnswerLikelihood",
+    "Attribution",
     "Behavior",
     "Budget",
     "Certificate",
@@ -104,6 +106,7 @@ __all__ = [
     "VocabularyMargin",
     "answered",
     "ask",
+    "attribute",
     "attribution",
     "bootstrap",
     "certify",

@@ -21,6 +21,7 @@ from einops import rearrange, repeat
 
 from recover.behavior import Behavior, positions_read
 from recover.clamp import Defense
+from recover.components import Component
 from recover.model import Change, Edit, Model, Prompts, Suffix
 from recover.types import Float, InputError, Int, PerExample, Residual, Site, Tensor, TokenIds
 
@@ -100,14 +101,31 @@ class Defended:
         parts = rearrange(delta, "batch (site pos) d_model -> site batch pos d_model", site=len(self.delta_sites))
         return dict(zip(self.delta_sites, parts, strict=True))
 
-    def logits(self, delta: Delta) -> Float[Tensor, "batch ..."]:
-        """Logits of the behavior's tokens with `delta [batch (site n_pos) d_model]` added; differentiable."""
-        first, *later = self.by_site(delta).items()
-        return self.changed_logits(self._perturbed(first[1]), {site: _adds(part) for site, part in later})
+    def logits(
+        self,
+        delta: Delta,
+        parts: Mapping[Component, Change] | None = None,
+        changes: Mapping[Site, Change] | None = None,
+    ) -> Float[Tensor, "batch ..."]:
+        """Logits of the behavior's tokens with `delta [batch (site n_pos) d_model]` added; differentiable.
 
-    def changed_logits(self, state: Residual, changes: Mapping[Site, Change]) -> Float[Tensor, "batch ..."]:
+        Args:
+            delta: what is added.
+            parts: changes of what components above the first clamp give, as in `Suffix.logits`.
+            changes: at sites above it, after the clamp and the delta there.
+        """
+        first, *later = self.by_site(delta).items()
+        added = {site: _adds(part) for site, part in later}
+        for site, change in (changes or {}).items():
+            place = next((known for known in added if known.index == site.index), site)
+            added[place] = _chained(added[place], change) if place in added else change
+        return self.changed_logits(self.perturbed(first[1]), added, parts)
+
+    def changed_logits(
+        self, state: Residual, changes: Mapping[Site, Change], parts: Mapping[Component, Change] | None = None
+    ) -> Float[Tensor, "batch ..."]:
         """The same with this state after the first clamp, and these changes after the later ones."""
-        return self.suffix.logits(state, self.behavior.tokens, positions_read(self.behavior), changes)
+        return self.suffix.logits(state, self.behavior.tokens, positions_read(self.behavior), changes, parts)
 
     def states(self) -> dict[Site, Residual]:
         """The defended residual after each clamp, at the positions that a delta touches."""
@@ -135,9 +153,9 @@ class Defended:
 
         `[batch n_pos d_model]`, at the positions that a delta touches, in the order of the sites.
         """
-        return self.suffix.entering(self._perturbed(delta), self.defense.sites[1:])
+        return self.suffix.entering(self.perturbed(delta), self.defense.sites[1:])
 
-    def _perturbed(self, delta: Residual) -> Residual:
+    def perturbed(self, delta: Residual) -> Residual:
         """The state at the first site, after its clamp, with `delta` added."""
         if self.placement == "after_clamp":
             return self.suffix.residual + delta
@@ -154,6 +172,10 @@ class Defended:
 
 def _adds(part: Residual) -> Change:
     return lambda h: h + part
+
+
+def _chained(first: Change, then: Change) -> Change:
+    return lambda h: then(first(h))
 
 
 def clamp_edits(defense: Defense, n_answer: int = 0) -> dict[Site, Edit]:

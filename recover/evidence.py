@@ -75,7 +75,8 @@ class TransferEvidence:
     """Readings at the transfer budget, on held-out examples: of shared deltas under C1, under C1+, and of controls.
 
     Attributes:
-        own, write_orthogonal: the right answer, under deltas fitted to right answers.
+        own, write_orthogonal: the right answer, under deltas fitted to right answers. Under C1+ nothing is read (n is
+            0) where it admits nothing.
         shuffled: the right answer, under deltas fitted to shuffled ones.
         dealt: an answer dealt at random, under the same.
         random: the right answer, under random directions.
@@ -128,6 +129,8 @@ def judge(
     tests: dict[str, float] = {}
     if transfer is not None and transfer.shuffled.n:
         for name, reading in (("transfer", transfer.own), ("write_orthogonal_transfer", transfer.write_orthogonal)):
+            if not reading.n and name != "transfer":
+                continue
             tests[name] = more_often(reading.hits, reading.n, transfer.shuffled.hits, transfer.shuffled.n)
     if placebo is not None:
         tests["placebo"] = placebo.p
@@ -150,7 +153,12 @@ def _judged(
         return None, f"unknown: only {own.n} held-out examples, and {rules.min_heldout} are asked; give more prompts"
     if not transfer.shuffled.n:
         return None, "unknown: the behavior names no target that could be shuffled, so that chance is not measured"
-    above, above_plus = p["transfer"] <= rules.alpha, p["write_orthogonal_transfer"] <= rules.alpha
+    above, above_plus = p["transfer"] <= rules.alpha, p.get("write_orthogonal_transfer", 1.0) <= rules.alpha
+    if above and not plus.n:
+        return None, (
+            "unknown: one shared perturbation does more than chance, but the directions that the clamped features "
+            "read and write along leave none to C1+, so that whether it undoes the clamp cannot be told; clamp fewer"
+        )
     if above and not above_plus:
         return False, (
             "not specific: what one shared perturbation brings back is gone once it must keep out of the directions "

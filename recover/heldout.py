@@ -170,6 +170,8 @@ def read(bench: Bench, fold: int, deltas: Deltas, report: Callable[[int, int], N
     for kind in (C1, C1_PLUS):
         at = next(at for at, one in enumerate(fits) if (one.kind, one.budget) == (kind, main))
         values[kind] = _certified(bench, others, saved[at])
+        if kind == C1_PLUS and not saved[at].any():
+            values[kind] |= {"hits": 0, "n": 0}  # nothing is admissible, which is no reading
     return values
 
 

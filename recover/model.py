@@ -23,6 +23,7 @@ import torch
 from einops import einsum, rearrange, repeat
 from torch import nn
 
+from recover.components import Component, modules_of
 from recover.memory import prompts_at_once
 from recover.prefix import KeysValues, held, recorder
 from recover.types import Bool, Float, InputError, Int, Mask, Residual, Site, Tensor, TokenIds
@@ -166,6 +167,7 @@ class Model:
         past_mask: Bool[Tensor, "batch past"] | None = None,
         tokens: Int[Tensor, "batch choice"] | None = None,
         reads: int | None = 1,
+        parts: Mapping[Component, Change] | None = None,
     ) -> Run:
         """One forward pass.
 
@@ -178,6 +180,7 @@ class Model:
             past_mask: which tokens of `past` are real.
             tokens: the tokens whose logits are wanted, by example; only these columns of the head are computed.
             reads: at how many of the last positions logits are wanted; None: at every one.
+            parts: pure changes of what components of blocks give, `[batch pos width]`, and readings of it.
 
         Returns:
             Logits at the last position, `[batch vocab]` or `[batch choice]`, with a dimension `pos` before the last
@@ -188,6 +191,7 @@ class Model:
         wanted = {site.index for site in read}
         for site in (*read, *(edits or {}), *([start[0]] if start else [])):
             self.check_site(site)
+        places = self._places(parts or {}, first)
         as_tuple = self._probe() if first > 0 or self.n_layers in wanted | changes.keys() else False
         found: dict[int, Tensor] = {}
         real = prompts.mask if past_mask is None else torch.cat([past_mask, prompts.mask], dim=1)
@@ -199,15 +203,22 @@ class Model:
                     self._blocks[block].skip((start[1],) if as_tuple else start[1])
             for index in range(first, self.n_layers):
                 replaced = start is not None and index == first
-                if not (replaced or index in changes or index in wanted):
-                    continue
-                h = start[1] if start is not None and replaced else self._blocks[index].input
-                if index in changes:
-                    h = changes[index](h, positions)
-                if index in changes or (replaced and index == 0):
-                    self._blocks[index].input = h
-                if index in wanted:
-                    found[index] = h
+                if replaced or index in changes or index in wanted:
+                    h = start[1] if start is not None and replaced else self._blocks[index].input
+                    if index in changes:
+                        h = changes[index](h, positions)
+                    if index in changes or (replaced and index == 0):
+                        self._blocks[index].input = h
+                    if index in wanted:
+                        found[index] = h
+                for path, kind, change in places.get(index, ()):
+                    module = self._traced.get(path)
+                    if kind == "heads":
+                        module.input = change(module.input)
+                    elif kind == "pattern":
+                        change(module.output[1])
+                    else:
+                        module.output = change(module.output)
             if self.n_layers in changes or self.n_layers in wanted:
                 output = self._blocks[self.n_layers - 1].output
                 h = output[0] if as_tuple else output
@@ -263,6 +274,19 @@ class Model:
         state = run.residuals[site]
         kept = None if past is None else KeysValues.of(past, pos - n_pos)
         return run, Suffix(self, prompts, site, state, n_pos, above, kept)
+
+    def _places(self, parts: Mapping[Component, Change], first: int) -> dict[int, list[tuple[str, str, Change]]]:
+        """By block and in the order of a pass: the module, the kind of component, and the change."""
+        places: dict[int, list[tuple[str, str, Change]]] = {}
+        for component, change in sorted(parts.items(), key=lambda one: one[0].order):
+            if not first <= component.layer < self.n_layers:
+                reach = f"give {first} to {self.n_layers - 1}"
+                raise InputError(f"component: block {component.layer} is none of those that run; {reach}")
+            block = self.module.get_submodule(f"{self.blocks_path}.{component.layer}")
+            name = getattr(modules_of(block), component.kind)
+            path = f"{self.blocks_path}.{component.layer}.{name}"
+            places.setdefault(component.layer, []).append((path, component.kind, change))
+        return places
 
     def _inputs(
         self, prompts: Prompts, real: Bool[Tensor, "batch all_pos"], positions: TokenIds, past: Any
@@ -326,6 +350,7 @@ class Suffix:
         tokens: Int[Tensor, "batch choice"] | None = None,
         reads: int = 1,
         changes: Mapping[Site, Change] | None = None,
+        parts: Mapping[Component, Change] | None = None,
     ) -> Float[Tensor, "batch ..."]:
         """Logits at the last `reads` positions with `residual [batch n_pos d_model]` at the site; differentiable in it.
 
@@ -334,12 +359,13 @@ class Suffix:
             tokens: as in `Model.run`.
             reads: as in `Model.run`.
             changes: what else is done at sites above, after the edits there, to the last `n_pos` positions.
+            parts: changes of what components above give there, `[batch n_pos width]`.
         """
         edits = dict(self.edits)
         for site, change in (changes or {}).items():
             place = next((known for known in edits if known.index == site.index), site)
             edits[place] = self._then(edits.get(place), change)
-        return self._run(residual, edits, tokens, reads)
+        return self._run(residual, edits, tokens, reads, parts)
 
     def entering(self, residual: Residual, sites: Sequence[Site]) -> dict[Site, Residual]:
         """What comes to each of `sites`, `[batch n_pos d_model]`, *before* the edit there; the edits below are live.
@@ -378,14 +404,16 @@ class Suffix:
         edits: Mapping[Site, Edit],
         tokens: Int[Tensor, "batch choice"] | None,
         reads: int = 1,
+        parts: Mapping[Component, Change] | None = None,
     ) -> Float[Tensor, "batch ..."]:
         """Logits of one pass over the suffix."""
         ids, mask, n_pos = self.prompts.ids, self.prompts.mask, self.n_pos
         residual = residual.to(self.state.dtype)
         if self.past is None:
             whole = torch.cat([self.state[:, :-n_pos], residual], dim=1)
+            there = {p: c if p.kind == "pattern" else self._at_suffix(c) for p, c in (parts or {}).items()}
             return self.model.run(
-                self.prompts, start=(self.site, whole), edits=edits, tokens=tokens, reads=reads
+                self.prompts, start=(self.site, whole), edits=edits, tokens=tokens, reads=reads, parts=there
             ).logits
         return self.model.run(
             Prompts(ids[:, -n_pos:], mask[:, -n_pos:]),
@@ -395,7 +423,12 @@ class Suffix:
             past_mask=mask[:, :-n_pos],
             tokens=tokens,
             reads=reads,
+            parts=parts,
         ).logits
+
+    def _at_suffix(self, change: Change) -> Change:
+        """A change of the last `n_pos` positions alone."""
+        return lambda h: torch.cat([h[:, : -self.n_pos], change(h[:, -self.n_pos :])], dim=1)
 
 
 def positions_of(mask: Mask) -> TokenIds:

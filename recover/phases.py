@@ -4,6 +4,7 @@
 `accounting`        does the behavior show without the defense, and with it?
 `search`            for each valid flip the best that several solvers find under C1, and the smallest norm
 `certificates`      of the delta within the budget and of the smallest one, both read back from where they were saved
+`attribution`       where the effect of the delta within the budget is: its parts, replayed and knocked out
 `placebo`           the same search for an unrelated target
 `write_orthogonal`  the same search under C1+: orthogonal to what the clamp writes as well
 `budgets`           a search at each budget of the curve alone, and one of twice the steps: is the search in order?
@@ -23,7 +24,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from recover import refusal
+from recover import refusal, travel
+from recover.attribution import attribute
 from recover.behavior import Targeted
 from recover.bench import Batch, Bench
 from recover.certify import Certificate, certify
@@ -130,6 +132,22 @@ def certificates(bench: Bench, batch: Batch, deltas: Deltas, report: Report) -> 
     return Done(values)
 
 
+def attribution(bench: Bench, batch: Batch, deltas: Deltas, report: Report) -> Done:
+    """What each part of the delta within the budget does, as `recover.travel` counts it."""
+    delta = torch.stack([deltas.delta(name) for name in batch.flip_ids]).to(bench.model.device)
+    parts = attribute(batch.target, delta, points=travel.POINTS, views=travel.PARTS)
+    said = None
+    if batch.examples.dialogue is not None:
+        said = {name: _read_replies(bench, batch.flipped, parts.deltas[name]) for name in travel.SAID}
+    return Done(_by_id(batch, "attribution", travel.part_values(parts, said)))
+
+
+def _read_replies(bench: Bench, part: Examples, delta: Delta) -> list[refusal.Readout]:
+    assert part.dialogue is not None
+    replies = texts(bench.model.tokenizer, bench.said(part.dialogue, delta))
+    return [refusal.read(reply, base) for reply, base in zip(replies, part.dialogue.texts, strict=True)]
+
+
 def certified(bench: Bench, batch: Batch, saved: list[Tensor]) -> Certificate:
     """The certificates of one delta for each flip of the batch."""
     part = batch.flipped
@@ -234,6 +252,7 @@ def undefended(bench: Bench, batch: Batch, deltas: Deltas, report: Report) -> Do
 PHASES: Mapping[str, Phase] = {
     "search": search,
     "certificates": certificates,
+    "attribution": attribution,
     "placebo": placebo,
     "write_orthogonal": write_orthogonal,
     "budgets": budgets,

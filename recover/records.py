@@ -92,6 +92,26 @@ class ReplyRecord:
 
 @with_config(STRICT)
 @dataclass(frozen=True)
+class PartRecord:
+    """One part of the delta within the budget, as `recover.attribution.View` has it.
+
+    Attributes:
+        non_refusal, base_like: of what the model says where the part alone is added; None where that is not read.
+    """
+
+    norm: Number
+    first_order: Number
+    integrated: Number
+    replay_score: Number
+    replay_slack: Number
+    knockout_score: Number
+    knockout_slack: Number
+    non_refusal: bool | None = None
+    base_like: bool | None = None
+
+
+@with_config(STRICT)
+@dataclass(frozen=True)
 class ExampleRecord:
     """One example: accounting for all, everything else for valid flips.
 
@@ -109,6 +129,7 @@ class ExampleRecord:
         answered: where the behavior is a whole answer, whether the model's own opens with neither a refusal nor a cue.
         refused: whether the reply under the defense opens with a refusal.
         reply: what is said under the delta.
+        attribution: the parts of the delta by name.
     """
 
     id: str
@@ -128,6 +149,7 @@ class ExampleRecord:
     answered: bool | None = None
     refused: bool | None = None
     reply: ReplyRecord | None = None
+    attribution: Mapping[str, PartRecord] | None = None
 
     @property
     def shows_at_base(self) -> bool:

@@ -38,6 +38,10 @@ def sections(verdict: Mapping[str, Any]) -> list[tuple[str, Rows]]:
         ("Defense", _defense(verdict["threat_model"], verdict["fit"])),
         ("Without the clamp and with it", _accounting(verdict["counts"])),
         ("Search", _search(verdict["threat_model"], verdict["recovery"], verdict["minimum_norm"], verdict["curve"])),
+        (
+            "Where it travels: parts of the perturbation, each alone under the clamp",
+            _travel(verdict.get("attribution")),
+        ),
         ("Controls: what is found where there should be less to find", _controls(verdict["controls"])),
         ("Transfer: one perturbation for all prompts, read on prompts it was not fitted to", _transfer(verdict)),
     ]
@@ -206,6 +210,33 @@ def _smallest(smallest: Mapping[str, Any] | None) -> Rows:
         f"{_share(smallest['median_over_displacement'], 1)} of what the clamp displaces"
     )
     return [("smallest norm", words)]
+
+
+PARTS = {
+    "error": "SAE error",
+    "free": "other features",
+    "clamped": "clamped features",
+}
+"""Parts of a perturbation that add up to it."""
+
+
+def _travel(found: Mapping[str, Any] | None) -> Rows:
+    if found is None:
+        return []
+    rows = []
+    for name, words in PARTS.items():
+        part = found["parts"][name]
+        said = f"; said, {part['said']['base_like']['hits']} like the model's own" if part["said"] else ""
+        rows.append(
+            (
+                words,
+                f"{_share(part['integrated_share'], 0)} of the effect on the score; alone it brings the behavior back "
+                f"on {part['replay']['hits']} of {found['n']}{said}; without it the rest still does on "
+                f"{part['knockout']['hits']}",
+            )
+        )
+    gaps = f"the gradient at the defended state misses {_share(found['gap'], 0)} of the effect"
+    return [*rows, ("first order", f"{gaps}, averaged along the perturbation {_share(found['integrated_gap'], 1)}")]
 
 
 def _controls(controls: Mapping[str, Any]) -> Rows:

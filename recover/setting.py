@@ -135,17 +135,22 @@ def build_defense(setting: Setting, chosen: Sequence[Chosen]) -> Defense:
     return Defense(clamps, setting.config.skip_first)
 
 
-def build_bench(setting: Setting) -> Bench:
+def build_bench(setting: Setting, chosen: Sequence[Chosen] | None = None, batch_size: int | None = None) -> Bench:
     """What the phases of a check share: the model, the examples, and the defense with the features that it selects.
+
+    Args:
+        setting: what the configuration names.
+        chosen: the features that an earlier start selected.
+        batch_size: the examples at once that it began with.
 
     Raises:
         InputError: from `select_features` and `build_defense`.
     """
-    config, size = setting.config, setting.batch_size
+    config, size = setting.config, batch_size or setting.batch_size
     return Bench(
         setting.model,
         setting.exact,
-        build_defense(setting, select_features(setting, size)),
+        build_defense(setting, select_features(setting, size) if chosen is None else chosen),
         setting.examples,
         config.search.budget,
         config.search.placement,

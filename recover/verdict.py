@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from recover import heldout, words
+from recover import heldout, travel, words
 from recover.evidence import Finding, Reading, judge
 from recover.fit import Fit
 from recover.gates import (
@@ -86,6 +86,7 @@ class Verdict:
     curve: Sequence[Mapping[str, Any]]
     controls: Mapping[str, Any]
     transfer: Mapping[str, Any] | None
+    attribution: Mapping[str, Any] | None
     statistics: Mapping[str, Any]
     gates: tuple[Gate, ...]
     provenance: Mapping[str, Any] = field(default_factory=dict)
@@ -153,6 +154,7 @@ def decide(
         curve=curve(searched, evidence.curve),
         controls=_controls(evidence, searched, pairs, features, budget),
         transfer=evidence.transfer,
+        attribution=travel.summary(searched),
         statistics={
             "rules": asdict(plan.rules),
             "comparisons": len(finding.comparisons),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,9 @@ from typing import Any
 import pytest
 
 from recover.config import load_config
+from recover.runner import run_check
 from recover.types import InputError
+from tests import tiny
 
 ANALYSES = Path(__file__).parent.parent / "analyses"
 
@@ -71,6 +74,7 @@ def test_features_are_spread_evenly(analysis: Any, count: int, expected: list[in
         ("budget.py", ["--budgets", "-1"], "budget: --budgets: -1 is no norm; give numbers from 0"),
         ("feature_count.py", ["--counts", "0"], "feature_count: --counts: 0 features cannot be raised"),
         ("refusal.py", ["nowhere.yaml"], "refusal: nowhere.yaml: cannot be read"),
+        ("attribution.py", ["nowhere.yaml"], "attribution: nowhere.yaml: cannot be read"),
     ],
 )
 def test_bad_input_is_told_in_one_line(script: str, arguments: list[str], said: str) -> None:
@@ -78,3 +82,51 @@ def test_bad_input_is_told_in_one_line(script: str, arguments: list[str], said: 
     assert done.returncode == 1
     assert done.stderr.strip().splitlines()[-1].startswith(said)
     assert "Traceback" not in done.stderr
+
+
+def test_attribution_of_a_finished_run_goes_on_where_it_stopped(
+    analysis: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A tiny model, checked and looked at twice; the second time nothing is made again."""
+    tiny.make(tmp_path / "defense")
+    run_check(load_config(tmp_path / "defense" / "defense.yaml"), tmp_path / "run")
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    module, out = analysis("attribution"), tmp_path / "out"
+    arguments = ["attribution.py", str(tmp_path / "run"), "--out", str(out), "--points", "2", "--flips", "5"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    module.main()
+    printed = capsys.readouterr().out
+    found = json.loads((out / "attribution.json").read_text())
+    table = found["own"]["table"]
+    assert table["full"]["replay"] == table["full"]["certified"] == 5
+    assert table["full"]["knockout"] == table["clamped"]["replay"] == 0
+    # The SAE is exact in the whole residual stream, so nothing is in its error.
+    assert table["error"]["integrated"] == pytest.approx(0, abs=1e-3)
+    assert table["free"]["integrated"] == pytest.approx(1, abs=1e-3)
+    assert found["own"]["sanity"] < 1e-4
+    (carried,) = found["own"]["carriers"].values()
+    assert sum(carried["paths"]["direct"].values()) == pytest.approx(1, abs=0.02)
+    assert found["shared"]
+    assert (out / "attribution.svg").exists()
+    for name in ("attribute", "certify", "through", "looks"):
+        monkeypatch.delattr(module, name)
+    module.main()
+    assert capsys.readouterr().out == printed
+    assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+
+
+def test_shares_of_parts_are_of_all_examples_together(analysis: Any) -> None:
+    tables = analysis("attribution_tables")
+
+    def row(effect: float, share: float) -> dict[str, Any]:
+        view = {"norm": 1.0, "first_order": share * effect, "integrated": share * effect}
+        view |= {"replay_score": share * effect, "replay_slack": share - 0.5, "knockout_slack": 0.5 - share}
+        whole = view | {"first_order": 2 * effect, "integrated": effect, "replay_score": effect}
+        return {"defended": 0.0, "recovered": effect, "views": dict.fromkeys(tables.VIEWS, view) | {"full": whole}}
+
+    table = tables.part_rows([row(1.0, 0.25), row(3.0, 0.75)])
+    assert table["error"]["integrated"] == pytest.approx((0.25 + 2.25) / 4)
+    assert table["error"]["first_order"] == pytest.approx((0.25 + 2.25) / 8)
+    assert (table["error"]["replay"], table["error"]["knockout"]) == (1, 1)
+    assert (table["full"]["gap"], table["full"]["integrated_gap"]) == (-1.0, 0.0)
+    assert tables.part_lines(table)[1].split()[:2] == ["full", "delta"]

@@ -438,7 +438,7 @@ def test_a_run_that_dies_at_every_keep_ends_like_an_uninterrupted_one(
 ) -> None:
     """Each start finishes one unit, or dies just before: two starts a unit, and no unit is worked on again."""
     whole, store = small[1], Memory()
-    assert len(whole.units) == 28
+    assert len(whole.units) == 31
     for done, unit in enumerate(whole.units):
         for after in (False, True):
             store = Dying(store, after)

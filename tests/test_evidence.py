@@ -50,6 +50,16 @@ def test_what_fails_under_c1_plus_is_an_undone_clamp() -> None:
     assert "undoes the clamp" in finding.reasons[-1]
 
 
+def test_where_c1_plus_admits_nothing_it_says_nothing() -> None:
+    """The encoder and decoder directions of many features may span the residual."""
+    finding = judge(replace(SURVIVES, write_orthogonal=Reading(0, 0)), AS_EASY, RULES)
+    assert finding.specific is None
+    assert "leave none to C1+" in finding.reasons[-1]
+    assert "(C1+) not measured" in finding.reasons[0]
+    assert set(finding.comparisons) == {"transfer", "placebo"}
+    assert judge(replace(NOTHING, write_orthogonal=Reading(0, 0)), AS_EASY, RULES).specific is False
+
+
 def test_a_part_that_survives_is_no_clear_answer() -> None:
     # 20 of 40: Wilson 95 % begins at 0.352, by (20 + q^2/2)/(40 + q^2) - q sqrt(10 + q^2/4)/(40 + q^2).
     finding = judge(replace(SURVIVES, own=Reading(20, 40), write_orthogonal=Reading(20, 40)), AS_EASY, RULES)
