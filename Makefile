@@ -10,7 +10,7 @@ check: $(VENV)/.installed
 	$(BIN)/recover check analyses/ioi_smollm2.yaml --out runs/ioi_smollm2
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 thorough: $(VENV)/.installed-dev
 	HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest property_tests
