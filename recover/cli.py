@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from recover.config import load_config
+from recover.finished import rebuild_report
 from recover.planted import KINDS, MIXTURES
 from recover.progress import shown
 from recover.report import seeds_to_text, to_text
-from recover.runner import rebuild_report, run_check, run_seeds
+from recover.runner import run_check, run_seeds
 from recover.selftest import report as selftest_report
 from recover.selftest import selftest, to_json
 from recover.types import InputError
