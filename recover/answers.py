@@ -81,7 +81,9 @@ def _recoverable(verdict: Mapping[str, Any]) -> list[str]:
     told = [f"Yes: with the clamp held, {allowed} brings it back {rate}."]
     if smallest.get("median") is not None:
         share = percent(smallest["median_over_residual"])
-        told.append(f"Half of the examples need no more than norm {number(smallest['median'])}, {share} of the residual.")
+        told.append(
+            f"Half of the examples need no more than norm {number(smallest['median'])}, {share} of the residual."
+        )
     return told
 
 

@@ -1,4 +1,4 @@
-"""The command line: `recover check`, `recover report` and `recover selftest`.
+"""The command line: `recover check`, `recover report`, `recover compare` and `recover selftest`.
 
 Exit status: 0 the check ran, whatever the verdict; 1 a condition of `--fail-if` holds, or the selftest missed; 2
 unusable input, told in one line; 130 interrupted (run the same command again to go on).
@@ -17,8 +17,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from recover.compare import compare
 from recover.config import load_config
-from recover.finished import rebuild_report
+from recover.finished import read_run, rebuild_report
 from recover.planted import KINDS, MIXTURES
 from recover.progress import shown
 from recover.report import seeds_to_text, to_text
@@ -98,8 +99,11 @@ def parser() -> argparse.ArgumentParser:
     check.add_argument(
         "--fail-if", action="append", choices=CONDITIONS, default=[], help="exit 1 on this verdict; repeatable"
     )
-    report = commands.add_parser("report", help="rebuild report.html from the artifacts")
+    report = commands.add_parser("report", help="rebuild report.html and report.md from the artifacts")
     report.add_argument("dir", type=Path, metavar="DIR")
+    report.add_argument("--figures", type=Path, metavar="OUT", help="figures for a paper there: PDF, PNG and CSV")
+    beside = commands.add_parser("compare", help="finished runs side by side")
+    beside.add_argument("dirs", type=Path, nargs="+", metavar="DIR")
     planted = commands.add_parser(
         "selftest",
         help="judge planted models whose answer is known",
@@ -117,7 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", module=r"(transformers|sae_lens|nnsight|torch).*")
     options = parser().parse_args(arguments)
     try:
-        return {"check": _check, "report": _report, "selftest": _selftest}[options.command](options)
+        return COMMANDS[options.command](options)
     except InputError as error:
         print("recover:", " ".join(str(error).splitlines()), file=sys.stderr)
         return UNUSABLE
@@ -166,6 +170,16 @@ def _check(options: argparse.Namespace) -> int:
 
 def _report(options: argparse.Namespace) -> int:
     _say(str(rebuild_report(options.dir)))
+    if options.figures is not None:
+        from recover.paper import write_figures  # matplotlib takes its time, and a check does without it
+
+        write_figures(read_run(options.dir), options.figures)
+        _say(str(options.figures))
+    return 0
+
+
+def _compare(options: argparse.Namespace) -> int:
+    _say(compare(options.dirs))
     return 0
 
 
@@ -182,6 +196,9 @@ def _selftest(options: argparse.Namespace) -> int:
             raise InputError(f"--json {options.json}: cannot be written ({error.strerror})") from None
     _say(selftest_report(outcomes))
     return int(any(outcome.miss for outcome in outcomes))
+
+
+COMMANDS = {"check": _check, "report": _report, "compare": _compare, "selftest": _selftest}
 
 
 def _positive(text: str) -> int:

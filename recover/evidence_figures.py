@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -24,7 +23,6 @@ from recover.figures import (
     figure,
     interval,
     number,
-    percent,
     rated,
 )
 from recover.gates import suppressed

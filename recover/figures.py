@@ -254,9 +254,7 @@ percent = _percent
 def _point(point: Point | None) -> str:
     if point is None:
         return ""
-    return _percent(point.rate) + (
-        "" if point.low is None else f" ({_percent(point.low)} to {_percent(point.high)})"
-    )
+    return _percent(point.rate) + ("" if point.low is None else f" ({_percent(point.low)} to {_percent(point.high)})")
 
 
 def _quantiles(values: Sequence[float]) -> tuple[str, ...]:

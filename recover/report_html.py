@@ -62,9 +62,9 @@ def to_html(
         headline=headline(verdict),
         answers=answers(verdict, _parsed(config)),
         chapters=_chapters(verdict, records),
-        draw=lambda figure: Markup(draw(figure)),  # noqa: S704
+        draw=lambda figure: Markup(draw(figure)),
         legend=legend,
-        marker=lambda tone: Markup(marker(tone)),  # noqa: S704
+        marker=lambda tone: Markup(marker(tone)),
         results=RESULTS,
         threat=rows_of(verdict["threat_model"], leave=("clamps",)),
         statistics=rows_of(verdict["statistics"]),

@@ -28,7 +28,7 @@ MARKERS: dict[Tone, str] = {
     "random": "M-4-4H4V4H-4Z",
     "shuffled": "M-5-4 0 6 5-4Z",
     "undo": "M-6 0H6M0-6V6",
-    "plain": "M-3 0A3 3 0 1 0 3 0A3 3 0 1 0-3 0Z",
+    "plain": "M-4 0A4 4 0 1 0 4 0A4 4 0 1 0-4 0Z",
 }
 ROW, LABEL, TICKS = 40, 14, 26
 HEIGHT, DOT = 220, 3.2
@@ -77,7 +77,7 @@ def logarithmic_ticks(low: float, high: float, most: int = 7) -> list[float]:
 
 def _intervals(panel: Intervals) -> tuple[int, Iterator[str]]:
     groups = len({row.group for row in panel.rows if row.group})
-    height = ROW * len(panel.rows) + 24 * groups + TICKS + 8
+    height = _head(panel) + ROW * len(panel.rows) + 24 * groups + TICKS + 8
     return height, _interval_marks(panel, height - TICKS)
 
 
@@ -91,8 +91,8 @@ def _interval_marks(panel: Intervals, bottom: int) -> Iterator[str]:
         place = float
         yield from _axis([(share, f"{share:.0%}") for share in (0, 0.25, 0.5, 0.75, 1)], bottom)
     if panel.line is not None:
-        yield _stroke("bar", place(panel.line[0]), 0, place(panel.line[0]), bottom)
-    top, group = 0, ""
+        yield from _named_line(panel.line, place(panel.line[0]), bottom)
+    top, group = _head(panel), ""
     for row in panel.rows:
         if row.group != group:
             group, top = row.group, top + 24
@@ -113,28 +113,28 @@ def _said(value: float, low: float | None, high: float | None, panel: Intervals)
 
 
 def _curves(panel: Curves) -> tuple[int, Iterator[str]]:
-    return HEIGHT + TICKS + 10, _curve_marks(panel)
+    return HEIGHT + TICKS, _curve_marks(panel)
 
 
 def _curve_marks(panel: Curves) -> Iterator[str]:
     norms = sorted({point.at for one in panel.curves for point in one.points})
     place = _logarithmic(norms[0] / 1.15, norms[-1] * 1.15)
-    up: Place = lambda rate: 8 + (HEIGHT - 8) * (1 - rate)  # noqa: E731
+    up: Place = lambda rate: 18 + (HEIGHT - 18) * (1 - rate)  # noqa: E731
     for rate in (0, 0.25, 0.5, 0.75, 1):
         yield _stroke("grid", 0, up(rate), 1, up(rate))
         yield _text(0, up(rate) + 4, f"{rate:.0%}", "tick", "end", shift=-8)
     yield from _axis([(place(norm), number(norm)) for norm in _apart(norms, place)], HEIGHT)
     if panel.line is not None and norms[0] <= panel.line[0] <= norms[-1]:
-        yield _stroke("bar", place(panel.line[0]), 8, place(panel.line[0]), HEIGHT)
-        right = place(panel.line[0]) > 0.8
-        yield _text(place(panel.line[0]), 20, panel.line[1], "tick", "end" if right else "start", -4 if right else 4)
+        yield from _named_line(panel.line, place(panel.line[0]), HEIGHT)
     for one in reversed(panel.curves):
         for left, right_ in zip(one.points, one.points[1:], strict=False):
             yield _stroke(f"line tone-{one.tone}", place(left.at), up(left.rate), place(right_.at), up(right_.rate))
     for one in reversed(panel.curves):
         for point in one.points:
             if point.low is not None and point.high is not None:
-                yield _stroke(f"whisker tone-{one.tone}", place(point.at), up(point.low), place(point.at), up(point.high))
+                yield _stroke(
+                    f"whisker tone-{one.tone}", place(point.at), up(point.low), place(point.at), up(point.high)
+                )
             yield _mark(place(point.at), up(point.rate), one.tone)
 
 
@@ -149,7 +149,18 @@ def _apart(norms: Sequence[float], place: Place) -> list[float]:
 
 def _dots(panel: Dots) -> tuple[int, Iterator[str]]:
     laid = [_heights(strip, panel) for strip in panel.strips]
-    return sum(laid) + TICKS + 8, _dot_marks(panel, laid)
+    return _head(panel) + sum(laid) + TICKS + 8, _dot_marks(panel, laid)
+
+
+def _head(panel: Intervals | Dots) -> int:
+    """Room for the name of a line."""
+    return 18 if panel.line is not None else 0
+
+
+def _named_line(line: tuple[float, str], at: float, bottom: float) -> Iterator[str]:
+    """A line down the drawing, with its name at its head."""
+    yield _stroke("bar", at, 0, at, bottom)
+    yield _text(at, 10, line[1], "tick", "end" if at > 0.5 else "start", -5 if at > 0.5 else 5)
 
 
 def _heights(strip: Strip, panel: Dots) -> int:
@@ -176,7 +187,7 @@ def _dot_place(panel: Dots) -> Place:
 
 
 def _dot_marks(panel: Dots, heights: Sequence[int]) -> Iterator[str]:
-    place, bottom = _dot_place(panel), sum(heights) + 4
+    place, bottom = _dot_place(panel), _head(panel) + sum(heights) + 4
     values = [value for strip in panel.strips for value in strip.values]
     sizes = [v for v in values if 0 < v < math.inf] + ([panel.line[0]] if panel.line else [])
     ticks = logarithmic_ticks(min(sizes, default=1) / 1.15, max(sizes, default=1) * 1.15, most=6)
@@ -184,11 +195,10 @@ def _dot_marks(panel: Dots, heights: Sequence[int]) -> Iterator[str]:
     marks += [(0.03, "0")] * (0 in values) + [(0.95, "not reached")] * (math.inf in values)
     yield from _axis(marks, bottom)
     if panel.line is not None:
-        yield _stroke("bar", place(panel.line[0]), 0, place(panel.line[0]), bottom)
-    top = 0
+        yield from _named_line(panel.line, place(panel.line[0]), bottom)
+    top = _head(panel)
     for strip, height in zip(panel.strips, heights, strict=True):
-        yield _text(0, top + LABEL, strip.name)
-        yield _text(1, top + LABEL, f"median {number(strip.median)}", "value", "end")
+        yield _text(0, top + LABEL, f"{strip.name}: median {number(strip.median)}")
         yield from _pile(strip, place, top + 22, top + height - 2)
         if not math.isnan(strip.median):
             yield _stroke("median", place(strip.median), top + 18, place(strip.median), top + height)
@@ -208,7 +218,7 @@ def _pile(strip: Strip, place: Place, top: float, bottom: float) -> Iterator[str
 
 
 def _histogram(panel: Histogram) -> tuple[int, Iterator[str]]:
-    return HEIGHT // 2 + TICKS + 10, _bars(panel)
+    return HEIGHT // 2 + TICKS, _bars(panel)
 
 
 def _bars(panel: Histogram) -> Iterator[str]:
@@ -228,9 +238,7 @@ def _bars(panel: Histogram) -> Iterator[str]:
                 f'width="{_share(width)}" height="{tall:.4g}"/>'
             )
     if panel.line is not None:
-        at = place(panel.line[0])
-        yield _stroke("bar", at, 0, at, bottom)
-        yield _text(at, 12, panel.line[1], "tick", "end" if at > 0.5 else "start", -4 if at > 0.5 else 4)
+        yield from _named_line(panel.line, place(panel.line[0]), bottom)
 
 
 def _far(left: float, right: float, place: Place) -> bool:

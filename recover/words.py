@@ -10,7 +10,6 @@ from recover.evidence import Rules
 from recover.search import Status
 from recover.stats import more_often
 
-
 MEANINGS = {
     "RECOVERABLE": "with the clamp held, the behavior was brought back",
     "NOT_RECOVERED_AT_BUDGET": "within this budget, this search did not bring the behavior back",
@@ -52,7 +51,7 @@ TITLES = {
     "attribution": "Which part of the perturbation does it",
 }
 READING = {
-    "suppression": "Each bar is the share of examples that show the behavior without a clamp and not with it; if random "
+    "suppression": "Each mark is the share of examples that show the behavior without a clamp and not with it; if random "
     "features did as much as the chosen ones, the choice would not matter.",
     "rates": "Each mark is a share of the valid flips with its 95% interval; a perturbation that says something of this "
     "behavior reaches its own target far more often than the controls below it reach theirs.",
@@ -75,6 +74,8 @@ READING = {
     "attribution": "Each mark is how often the behavior is back with one part of the perturbation alone, and with "
     "all but that part; a part that is enough alone and missed when left out is where the behavior travels.",
 }
+
+
 @dataclass(frozen=True)
 class ChapterWords:
     """A chapter of the report: what it is called and opens with, its figures, and how headings of its facts begin."""
