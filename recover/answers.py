@@ -1,7 +1,7 @@
 """What a stranger asks of a run, answered in sentences from `verdict.json` alone.
 
-1. What was clamped?  2. Was the behavior recoverable?  3. Is that specific to the behavior?  4. What could be wrong with
-this run? The last lists what the run's own figures give cause for, worst first, and then what no run can rule out.
+1. What was clamped?  2. Was the behavior recoverable?  3. Is that specific to the behavior?  4. What could be wrong
+with this run? The last lists what the run's own figures give cause for, worst first, and then what no run can rule out.
 """
 
 from __future__ import annotations
@@ -137,8 +137,8 @@ def _of_the_search(verdict: Mapping[str, Any]) -> list[str]:
         told.append("The SAE's features compete, so that the constraint alone does not pin the clamped ones.")
     elif below > 0.5:
         told.append(
-            f"{percent(below)} of the clamped features sit below their threshold, where they read zero whatever happens:"
-            " that they did not move shows little."
+            f"{percent(below)} of the clamped features sit below their threshold, where they read zero whatever "
+            f"happens: that they did not move shows little."
         )
     if found["back_but_features_moved"]:
         told.append(

@@ -6,20 +6,24 @@ A row is a figure, a column a run; where the columns are too wide for a terminal
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from recover.finished import FinishedRun, read_run
-from recover.report_html import rows_of
 from recover.report_markdown import summary_rows
 from recover.types import InputError
 
 __all__ = ["compare", "differences"]
 
-WIDTH, GAP = 120, 2
+WIDTH, GAP, SHOWN = 120, 2, 6
+HASH = re.compile(r"\b([0-9a-f]{12})[0-9a-f]{52}\b")
+
+ELSEWHERE = ("model", "clamps", "rules", "dtype", "device", "batch_size")
+"""Of a configuration: what the verdict says more exactly, and what changes no figure."""
 
 
 def compare(folders: Sequence[Path]) -> str:
@@ -29,53 +33,77 @@ def compare(folders: Sequence[Path]) -> str:
         InputError: fewer than two folders, one given twice, or one that holds no finished run.
     """
     if len(folders) < 2:
-        raise InputError("recover compare: one folder has nothing to stand beside; give two or more")
+        raise InputError("compare: one folder has nothing to stand beside; give two or more")
     if len({folder.resolve() for folder in folders}) < len(folders):
-        raise InputError("recover compare: a folder is given twice; give each once")
+        raise InputError("compare: a folder is given twice; give each once")
     runs = [read_run(folder) for folder in folders]
     names = _names(folders)
     tables = [dict(summary_rows(run.verdict)) for run in runs]
     rows = [("", *names), *((row, *(table[row] for table in tables)) for row in tables[0])]
     lines = _laid_out(rows)
-    differing = differences(runs)
-    if differing:
-        lines += ["", "They differ in", *(f"  {name}: {' | '.join(values)}" for name, values in differing)]
+    if differing := differences(runs):
+        lines += ["", "They differ in"]
+        width = max(len(name) for name, _ in differing)
+        for name, values in differing:
+            lines += _told(name.ljust(width), dict(zip(names, values, strict=True)))
     beside = {run.verdict["verdict"] for run in runs} & {"INVALID", "INCONCLUSIVE"}
     if beside:
         lines += ["", f"The figures of what is {' or '.join(sorted(beside))} are not to be compared."]
     return "\n".join(lines)
 
 
-def differences(runs: Sequence[FinishedRun]) -> list[tuple[str, list[str]]]:
+def differences(runs: Sequence[FinishedRun]) -> list[tuple[str, list[Any]]]:
     """The settings that are not the same in all runs, each with its value in every one."""
-    settings = [_settings(run) for run in runs]
+    settings = [dict(_leaves(_settings(run))) for run in runs]
     names = dict.fromkeys(name for one in settings for name in one)
-    valued = [(name, [one.get(name, "-") for one in settings]) for name in names]
-    return [(name, values) for name, values in valued if len(set(values)) > 1]
+    valued = [(name, [one.get(name) for one in settings]) for name in names]
+    return [(name, values) for name, values in valued if any(value != values[0] for value in values)]
 
 
-def _settings(run: FinishedRun) -> dict[str, str]:
-    """What a figure depends on: model, task, prompts, clamps, threat model, seeds and rules."""
+def _settings(run: FinishedRun) -> dict[str, Any]:
+    """What a figure depends on: model, task, prompts, clamps, search, threat model, controls and rules."""
     try:
         config = yaml.safe_load(run.config)
     except yaml.YAMLError:
         config = None
     asked: Mapping[str, Any] = config if isinstance(config, Mapping) else {}
     provenance, threat = run.verdict["provenance"], run.verdict["threat_model"]
-    told = {"model": provenance["model"], "SAE": provenance["sae_sha256"], "dtype": provenance["dtype"]}
-    told |= {key: asked[key] for key in ("task", "prompts", "skip_first") if key in asked}
-    for number, clamp in enumerate(threat["clamps"], start=1):
-        told[f"clamp {number}"] = clamp
+    told = {key: provenance[key] for key in ("model", "sae_sha256", "dtype")}
+    told |= {key: value for key, value in asked.items() if key not in ELSEWHERE}
+    told |= {f"clamp {number}": clamp for number, clamp in enumerate(threat["clamps"], start=1)}
+    told |= {f"features {number}": sorted(features) for number, features in enumerate(run.features, start=1)}
     told |= {key: threat[key] for key in ("constraint", "placement", "positions", "delta_sites", "budget")}
-    told |= {"control seed": provenance["control_seed"], "rules": run.verdict["statistics"]["rules"]}
-    for number, features in enumerate(run.features, start=1):
-        told[f"features {number}"] = _shortened(sorted(features))
-    return dict(rows_of(told))
+    return told | {"control seed": provenance["control_seed"], "rules": run.verdict["statistics"]["rules"]}
 
 
-def _shortened(features: Sequence[int]) -> str:
-    shown = ", ".join(map(str, features[:4]))
-    return f"{len(features)}: {shown}{', ...' if len(features) > 4 else ''} (sum {sum(features)})"
+def _leaves(values: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        name = f"{above} {key}".strip().replace("_", " ")
+        if isinstance(value, Mapping):
+            yield from _leaves(value, name)
+        else:
+            yield name, value
+
+
+def _told(name: str, values: Mapping[str, Any]) -> Iterator[str]:
+    """One line where all values fit in it, else one for each value, with the runs that have it."""
+    shown = {run: _shortened(value) for run, value in values.items()}
+    if (line := f"  {name}  {' | '.join(shown.values())}") and len(line) <= WIDTH:
+        yield line
+        return
+    yield f"  {name}".rstrip()
+    for value in dict.fromkeys(shown.values()):
+        yield f"      {', '.join(run for run, one in shown.items() if one == value)}: {value}"
+
+
+def _shortened(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, list):
+        more = f", ... ({len(value)})" if len(value) > SHOWN else ""
+        return ", ".join(map(_shortened, value[:SHOWN])) + more
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return HASH.sub(r"\1", text)
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
@@ -97,7 +125,7 @@ def _laid_out(rows: Sequence[Sequence[str]]) -> list[str]:
         if blocks[-1] and used > WIDTH:
             blocks.append([])
         blocks[-1].append(column)
-    lines = []
+    lines: list[str] = []
     for block in blocks:
         lines += [""] * bool(lines)
         for row in rows:

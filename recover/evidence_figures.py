@@ -26,7 +26,7 @@ from recover.figures import (
     rated,
 )
 from recover.gates import suppressed
-from recover.records import ExampleRecord
+from recover.records import ExampleRecord, PlaceboRecord
 from recover.stats import wilson
 from recover.verdict import certified_norm
 from recover.words import PARTS, READING, REPLIES, TITLES
@@ -115,9 +115,13 @@ def _norms(verdict: Mapping[str, Any], searched: Records) -> Built:
 def _smallest(searched: Records) -> list[tuple[str, Tone, list[float | None]]]:
     return [
         ("own target (C1)", "own", [certified_norm(r) for r in searched]),
-        ("own target, C1+", "plus", [r.write_orthogonal and r.write_orthogonal.smallest for r in searched]),
-        ("unrelated target (placebo)", "placebo", [r.placebo and r.placebo.smallest for r in searched]),
+        ("own target, C1+", "plus", [_reached(r.write_orthogonal) for r in searched]),
+        ("unrelated target (placebo)", "placebo", [_reached(r.placebo) for r in searched]),
     ]
+
+
+def _reached(other: PlaceboRecord | None) -> float | None:
+    return None if other is None else other.smallest
 
 
 def _budget(verdict: Mapping[str, Any], searched: Records) -> Built:
@@ -168,13 +172,13 @@ def _drift(_: Mapping[str, Any], searched: Records) -> Built:
         shifts = certificate["preactivation_shift"]
         return None if None in shifts else max(map(abs, shifts), default=None)
 
-    strips = (
+    strips = [
         strip("clamped features moved by", "own", lambda c: c["drift"]),
         strip("their pre-activations, the most", "plus", largest),
         strip("for scale: the perturbation's norm", "plain", lambda c: c["norm"]),
-    )
-    strips = tuple(one for one in strips if one.values)
-    return (Dots(strips, "moved by"),) if strips else None
+    ]
+    shown = tuple(one for one in strips if one.values)
+    return (Dots(shown, "moved by"),) if shown else None
 
 
 def _margins(_: Mapping[str, Any], searched: Records) -> Built:
@@ -233,9 +237,13 @@ def _attribution(verdict: Mapping[str, Any], _: Records) -> Built:
     found = verdict.get("attribution")
     if not found:
         return None
+    tried: Sequence[tuple[str, str, Tone]] = (
+        ("replay", "this part alone", "own"),
+        ("knockout", "without this part", "shuffled"),
+    )
     rows = [
         rated(PARTS.get(name, name), tone, part[how], group)
-        for how, group, tone in (("replay", "this part alone", "own"), ("knockout", "without this part", "shuffled"))
+        for how, group, tone in tried
         for name, part in found["parts"].items()
         if part.get(how)
     ]

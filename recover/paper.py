@@ -1,7 +1,7 @@
 """The figures of a report for a paper: PDF and PNG by matplotlib, and the numbers of each as CSV.
 
 Text stays text (`pdf.fonttype` 42, TrueType), the colors are Okabe and Ito's, which the color-blind can tell apart,
-and every kind of mark has its own shape. The same figures as in `report.html`, from the same data.
+and every kind of mark has its own shape. They carry no title: that is the caption's. The same figures as in `report.html`, from the same data.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ MARKERS: Mapping[Tone, str] = {
     "undo": "P",
     "plain": ".",
 }
-STYLE = {
+STYLE: Any = {
     "pdf.fonttype": 42,
     "font.size": 8,
     "axes.spines.top": False,
@@ -112,7 +112,6 @@ def _drawn(figure: Figure) -> Canvas:
             _line(axes, panel.line)
     axes = canvas.axes[0]
     axes.set_xlabel(figure.panel.axis)
-    axes.set_title(figure.title, loc="left", fontsize=9)
     return canvas
 
 
@@ -157,8 +156,9 @@ def _dots(axes: Any, panel: Dots) -> None:
         places = [low / edge if v == 0 else high * edge if math.isinf(v) else v for v in strip.values]
         offsets = [height + 0.3 * ((index * 0.618) % 1 - 0.5) for index in range(len(places))]
         axes.plot(places, offsets, MARKERS[strip.tone], color=COLORS[strip.tone], markersize=2.5, alpha=0.6)
-        if 0 < strip.median < math.inf:
-            axes.plot([strip.median] * 2, [height - 0.32, height + 0.32], color="black", linewidth=1.5)
+        if not math.isnan(strip.median):
+            middle = min(max(strip.median, low / edge), high * edge)
+            axes.plot([middle] * 2, [height - 0.32, height + 0.32], color="black", linewidth=1.5)
     axes.set_xscale("log")
     values = {value for strip in panel.strips for value in strip.values}
     for present, place, words in ((0 in values, low / edge, "0"), (math.inf in values, high * edge, "not reached")):

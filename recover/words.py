@@ -1,4 +1,4 @@
-"""What is said of a verdict: its meaning, the sentences of its reasons, and the words of a report's figures and terms."""
+"""What is said of a verdict: its meaning, the sentences of its reasons, the words of a report's figures and terms."""
 
 from __future__ import annotations
 
@@ -51,10 +51,10 @@ TITLES = {
     "attribution": "Which part of the perturbation does it",
 }
 READING = {
-    "suppression": "Each mark is the share of examples that show the behavior without a clamp and not with it; if random "
-    "features did as much as the chosen ones, the choice would not matter.",
-    "rates": "Each mark is a share of the valid flips with its 95% interval; a perturbation that says something of this "
-    "behavior reaches its own target far more often than the controls below it reach theirs.",
+    "suppression": "Each mark is the share of examples that show the behavior without a clamp and not with it; if "
+    "random features did as much as the chosen ones, the choice would not matter.",
+    "rates": "Each mark is a share of the valid flips with its 95% interval; a perturbation that says something of "
+    "this behavior reaches its own target far more often than the controls below it reach theirs.",
     "replies": "Each mark is a share of the replies the model gives, word by word and with the clamp on, under the "
     "perturbation found; 'like the model's own answer' is what counts as brought back.",
     "norms": "Each dot is one example, the vertical stroke the median; dots further left took less, and an own target "
@@ -63,14 +63,15 @@ READING = {
     "interval; where the curves of own and unrelated target meet, the rate alone tells nothing.",
     "sizes": "Lengths on one logarithmic scale, so that the perturbation can be held against what the clamp itself "
     "changes and against the residual stream it is added to.",
-    "drift": "Each dot is one example; the two upper strips must lie many powers of ten left of the lowest one, or the "
-    "clamp did not hold.",
-    "margins": "Left of the threshold a feature reads zero whatever happens; the more of the bars stand there, the less "
-    "it means that clamped features did not move.",
-    "readings": "Each mark is the share of unseen prompts on which one shared perturbation brings the behavior back; it "
-    "cannot carry each prompt's answer, so the two upper ones far above the others mean that the model still knew it.",
-    "transfer": "The same shares as the norm of the shared perturbation grows; the gap between the held-out curves and "
-    "the controls is the evidence, not the height alone.",
+    "drift": "Each dot is one example; the two upper strips must lie many powers of ten left of the lowest one, or "
+    "the clamp did not hold.",
+    "margins": "Left of the threshold a feature reads zero whatever happens; the more of the bars stand there, the "
+    "less it means that clamped features did not move.",
+    "readings": "Each mark is the share of unseen prompts on which one shared perturbation brings the behavior back; "
+    "it cannot carry each prompt's answer, so the two upper ones far above the others mean that "
+    "the model still knew it.",
+    "transfer": "The same shares as the norm of the shared perturbation grows; the gap between the held-out curves "
+    "and the controls is the evidence, not the height alone.",
     "attribution": "Each mark is how often the behavior is back with one part of the perturbation alone, and with "
     "all but that part; a part that is enough alone and missed when left out is where the behavior travels.",
 }
@@ -90,9 +91,9 @@ CHAPTERS = {
     "clamped": ChapterWords(
         "What was clamped, and what it suppresses",
         "A sparse autoencoder (SAE) rewrites the model's residual stream, the vector that its layers pass on, as a sum "
-        "of a few features. The defense under test is a clamp: it overwrites some of these features, so that a behavior "
-        "stops. An example that shows the behavior without the clamp and not with it is a valid flip; every rate below "
-        "is over these.",
+        "of a few features. The defense under test is a clamp: it overwrites some of these features, so that a "
+        "behavior stops. An example that shows the behavior without the clamp and not with it is a valid flip; "
+        "every rate below is over these.",
         ("suppression",),
         ("Defense", "Without"),
     ),
@@ -108,8 +109,8 @@ CHAPTERS = {
     "held": ChapterWords(
         "Did the clamp hold?",
         "If a perturbation moved the clamped features, it would not get past the defense but switch it off. Drift is "
-        "how far their values moved; a feature below its threshold reads zero anyway, so its pre-activation, the number "
-        "before the threshold, is measured as well.",
+        "how far their values moved; a feature below its threshold reads zero anyway, so its pre-activation, the "
+        "number before the threshold, is measured as well.",
         ("drift", "margins"),
         (),
     ),
@@ -135,24 +136,24 @@ TERMS = {
     "and an error, which is what it does not capture.",
     "residual stream": "The vector per token that a transformer's layers read from and write to; a site is a place in "
     "it, such as blocks.15.hook_resid_pre, the input of layer 15.",
-    "clamp": "An edit of chosen SAE features that is meant to suppress a behavior. One or more of them are the defense.",
+    "clamp": "An edit of chosen SAE features that is meant to suppress a behavior. One or more are the defense.",
     "valid flip": "An example that shows the behavior without the clamp and not with it. Rates are over these.",
     "perturbation": "A vector added to the residual stream that the clamped features cannot read: while it is there, "
     "the clamp holds as if it were not.",
     "norm, budget": "Length of a perturbation, and the largest length allowed, in the units of the residual stream.",
-    "C1 and C1+": "C1: orthogonal to the directions by which the clamped features are read (the encoder's). C1+: and to "
-    "those along which the clamp writes (the decoder's), so that the clamp cannot simply be undone.",
+    "C1 and C1+": "C1: orthogonal to the directions by which the clamped features are read (the encoder's). C1+: and "
+    "to those along which the clamp writes (the decoder's), so that the clamp cannot simply be undone.",
     "placebo": "The same search for an unrelated target of the same kind. If that is reached as easily, reaching the "
     "own target says little.",
     "shuffled targets": "A shared perturbation fitted to each other's answers, and read for the right ones.",
     "drift": "How far the values of the clamped features moved, from with the clamp to with clamp and perturbation.",
     "95% interval": "Wilson's: where the true rate may well lie, given that so few examples were seen.",
-    "specific": "Whether the finding is about this behavior, or any other could have been written as easily. That takes "
-    "controls to tell.",
+    "specific": "Whether the finding is about this behavior, or any other could have been written as easily. That "
+    "takes controls to tell.",
     "gate": "A check of the run itself, by which its figures stand or fall.",
     "RECOVERABLE": "On at least one valid flip the behavior came back with the clamp held.",
-    "NOT_RECOVERED_AT_BUDGET": "This search found nothing within the budget. It does not prove that there is nothing to "
-    "find.",
+    "NOT_RECOVERED_AT_BUDGET": "This search found nothing within the budget. It does not prove that there is nothing "
+    "to find.",
     "INCONCLUSIVE": "A gate of the search or of the replay failed: the figures cannot be believed either way.",
     "INVALID": "The SAE does not fit the model here, or the clamp suppressed nothing: there was no question to answer.",
 }
