@@ -1,7 +1,8 @@
 """The figures of a report for a paper: PDF and PNG by matplotlib, and the numbers of each as CSV.
 
 Text stays text (`pdf.fonttype` 42, TrueType), the colors are Okabe and Ito's, which the color-blind can tell apart,
-and every kind of mark has its own shape. They carry no title: that is the caption's. The same figures as in `report.html`, from the same data.
+and every kind of mark has its own shape. A figure has no title: that is the caption's to give. They are those of
+`report.html`, from the same data.
 """
 
 from __future__ import annotations

@@ -19,7 +19,9 @@ from recover.figures import Curves, Dots, Figure, Histogram, Intervals, Strip, T
 
 __all__ = ["draw", "legend", "logarithmic_ticks", "marker"]
 
-Place = Callable[[float], float]
+Size = float | int
+"""Pixels, or a share of the width."""
+Place = Callable[[Size], Size]
 """From a value to a share of the width."""
 MARKERS: dict[Tone, str] = {
     "own": "M-5 0A5 5 0 1 0 5 0A5 5 0 1 0-5 0Z",
@@ -65,7 +67,7 @@ def marker(tone: Tone) -> str:
     return f'<svg class="key" width="14" height="14" aria-hidden="true">{_mark(7, 7, tone, unit="")}</svg>'
 
 
-def logarithmic_ticks(low: float, high: float, most: int = 7) -> list[float]:
+def logarithmic_ticks(low: Size, high: Size, most: int = 7) -> list[Size]:
     """Round numbers from `low` to `high`: 1, 2 and 5 of each power of ten, or fewer where that is too many."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for leads in ((1, 2, 5), (1, 3), (1,)):
@@ -107,7 +109,7 @@ def _interval_marks(panel: Intervals, bottom: int) -> Iterator[str]:
         top += ROW
 
 
-def _said(value: float, low: float | None, high: float | None, panel: Intervals) -> str:
+def _said(value: Size, low: float | None, high: float | None, panel: Intervals) -> str:
     form = number if panel.logarithmic else percent
     return form(value) + ("" if low is None or high is None else f" ({form(low)} to {form(high)})")
 
@@ -138,9 +140,9 @@ def _curve_marks(panel: Curves) -> Iterator[str]:
             yield _mark(place(point.at), up(point.rate), one.tone)
 
 
-def _apart(norms: Sequence[float], place: Place) -> list[float]:
+def _apart(norms: Sequence[Size], place: Place) -> list[Size]:
     """Those whose labels do not meet on a narrow screen, the last among them."""
-    kept: list[float] = []
+    kept: list[Size] = []
     for norm in reversed(norms):
         if not kept or place(kept[-1]) - place(norm) > 0.1:
             kept.append(norm)
@@ -157,7 +159,7 @@ def _head(panel: Intervals | Dots) -> int:
     return 18 if panel.line is not None else 0
 
 
-def _named_line(line: tuple[float, str], at: float, bottom: float) -> Iterator[str]:
+def _named_line(line: tuple[Size, str], at: Size, bottom: Size) -> Iterator[str]:
     """A line down the drawing, with its name at its head."""
     yield _stroke("bar", at, 0, at, bottom)
     yield _text(at, 10, line[1], "tick", "end" if at > 0.5 else "start", -5 if at > 0.5 else 5)
@@ -178,7 +180,7 @@ def _dot_place(panel: Dots) -> Place:
     left, right = 0.12 * any(value == 0 for value in values), 0.14 * any(map(math.isinf, values))
     place = _logarithmic(min(sizes) / 1.15, max(sizes) * 1.15)
 
-    def at(value: float) -> float:
+    def at(value: Size) -> Size:
         if value == 0:
             return 0.03
         return 0.95 if math.isinf(value) else left + (1 - left - right) * place(value)
@@ -205,7 +207,7 @@ def _dot_marks(panel: Dots, heights: Sequence[int]) -> Iterator[str]:
         top += height
 
 
-def _pile(strip: Strip, place: Place, top: float, bottom: float) -> Iterator[str]:
+def _pile(strip: Strip, place: Place, top: Size, bottom: Size) -> Iterator[str]:
     """Dots around the middle of a strip, those of one column above each other."""
     columns = Counter(round(place(value) * BINS) for value in strip.values)
     step = min(DOT * 2, (bottom - top) / max(columns.values(), default=1))
@@ -241,17 +243,17 @@ def _bars(panel: Histogram) -> Iterator[str]:
         yield from _named_line(panel.line, place(panel.line[0]), bottom)
 
 
-def _far(left: float, right: float, place: Place) -> bool:
+def _far(left: Size, right: Size, place: Place) -> bool:
     return abs(place(left) - place(right)) > 0.12
 
 
-def _logarithmic(low: float, high: float) -> Place:
+def _logarithmic(low: Size, high: Size) -> Place:
     if low == high:
         return lambda _: 0.5
     return lambda value: (math.log(value) - math.log(low)) / (math.log(high) - math.log(low)) if value > 0 else 0.0
 
 
-def _axis(marks: Sequence[tuple[float, str]], bottom: float) -> Iterator[str]:
+def _axis(marks: Sequence[tuple[Size, str]], bottom: Size) -> Iterator[str]:
     yield _stroke("axis", 0, bottom, 1, bottom)
     for at, label in marks:
         yield _stroke("axis", at, bottom, at, bottom + 5)
@@ -259,19 +261,19 @@ def _axis(marks: Sequence[tuple[float, str]], bottom: float) -> Iterator[str]:
         yield _text(at, bottom + 19, label, "tick", anchor)
 
 
-def _stroke(kind: str, x1: float, y1: float, x2: float, y2: float) -> str:
+def _stroke(kind: str, x1: Size, y1: Size, x2: Size, y2: Size) -> str:
     return f'<line class="{kind}" x1="{_share(x1)}" y1="{y1:.4g}" x2="{_share(x2)}" y2="{y2:.4g}"/>'
 
 
-def _text(x: float, y: float, text: str, kind: str = "label", anchor: str = "start", shift: float = 0) -> str:
+def _text(x: Size, y: Size, text: str, kind: str = "label", anchor: str = "start", shift: Size = 0) -> str:
     moved = f' dx="{shift:g}"' if shift else ""
     return f'<text class="{kind}" x="{_share(x)}" y="{y:.4g}" text-anchor="{anchor}"{moved}>{escape(text)}</text>'
 
 
-def _mark(x: float, y: float, tone: Tone, unit: str = "%") -> str:
+def _mark(x: Size, y: Size, tone: Tone, unit: str = "%") -> str:
     place = _share(x) if unit else f"{x:g}"
     return f'<svg class="mark tone-{tone}" x="{place}" y="{y:.4g}" overflow="visible"><path d="{MARKERS[tone]}"/></svg>'
 
 
-def _share(share: float) -> str:
+def _share(share: Size) -> str:
     return f"{100 * share:.2f}%"
