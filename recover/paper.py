@@ -32,7 +32,7 @@ COLORS: Mapping[Tone, str] = {
     "own": "#0072B2",
     "plus": "#009E73",
     "placebo": "#D55E00",
-    "random": "#767676",
+    "random": "#555555",
     "shuffled": "#CC79A7",
     "undo": "#B8860B",
     "plain": "#000000",

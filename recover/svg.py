@@ -150,7 +150,8 @@ def _apart(norms: Sequence[Size], place: Place) -> list[Size]:
 
 
 def _dots(panel: Dots) -> tuple[int, Iterator[str]]:
-    laid = [_heights(strip, panel) for strip in panel.strips]
+    place = _dot_place(panel)
+    laid = [_height(strip, place) for strip in panel.strips]
     return _head(panel) + sum(laid) + TICKS + 8, _dot_marks(panel, laid)
 
 
@@ -165,9 +166,9 @@ def _named_line(line: tuple[Size, str], at: Size, bottom: Size) -> Iterator[str]
     yield _text(at, 10, line[1], "tick", "end" if at > 0.5 else "start", -5 if at > 0.5 else 5)
 
 
-def _heights(strip: Strip, panel: Dots) -> int:
+def _height(strip: Strip, place: Place) -> int:
     """Room for the label and the tallest pile of a strip, within bounds."""
-    piles = Counter(round(_dot_place(panel)(value) * BINS) for value in strip.values)
+    piles = Counter(round(place(value) * BINS) for value in strip.values)
     return 30 + min(max(int(max(piles.values(), default=1) * DOT * 2), 24), 90)
 
 
