@@ -9,6 +9,7 @@
 `examples.jsonl`      one record a line, an example each; written when all of them are finished
 `verdict.json`        the answer
 `report.html`         the same for people
+`report.md`           the same in short, for a pull request
 ==================== ===============================================================================
 
 Every file is written to a temporary name and renamed, so that it is there whole or not at all. Deltas are written
@@ -33,13 +34,14 @@ from safetensors.torch import load_file, save
 from recover.records import ExampleRecord
 from recover.types import InputError, Tensor
 
-CONFIG, RUN, DELTAS, EXAMPLES, VERDICT, REPORT = (
+CONFIG, RUN, DELTAS, EXAMPLES, VERDICT, REPORT, MARKDOWN = (
     "config.yaml",
     "run.json",
     "deltas.safetensors",
     "examples.jsonl",
     "verdict.json",
     "report.html",
+    "report.md",
 )
 UNITS, LOCK, TEMPORARY = "units", ".lock", ".recover-"
 SEEDS = "seeds.json"

@@ -1,4 +1,4 @@
-"""The command line: `recover init`, `check`, `report`, `selftest` and `verify`.
+"""The command line: `recover init`, `check`, `report`, `compare`, `selftest` and `verify`.
 
 Exit status: 0 it ran, whatever the verdict; 1 a condition of `--fail-if` holds, the selftest missed, a law is broken; 2
 unusable input, told in one line; 130 interrupted (run the same command again to go on).
@@ -18,13 +18,15 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, NoReturn
 
+from recover.compare import compare
 from recover.config import load_config
+from recover.finished import read_run, rebuild_report
 from recover.model import Model
 from recover.neutral import NEUTRAL
 from recover.planted import KINDS, MIXTURES
 from recover.progress import shown
 from recover.report import seeds_to_text, to_text
-from recover.runner import rebuild_report, run_check, run_seeds
+from recover.runner import run_check, run_seeds
 from recover.selftest import report as selftest_report
 from recover.selftest import selftest, to_json
 from recover.types import InputError
@@ -103,7 +105,7 @@ def parser() -> argparse.ArgumentParser:
     check.add_argument(
         "--fail-if", action="append", choices=CONDITIONS, default=[], help="exit 1 on this verdict; repeatable"
     )
-    report = commands.add_parser("report", help="rebuild report.html from the artifacts")
+    report = commands.add_parser("report", help="rebuild report.html and report.md from the artifacts")
     report.add_argument("dir", type=Path, metavar="DIR")
     laws = commands.add_parser(
         "verify",
@@ -117,6 +119,9 @@ def parser() -> argparse.ArgumentParser:
     laws.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     start = commands.add_parser("init", help="write defense.yaml and test_defense.py, to be edited and run by pytest")
     start.add_argument("dir", type=Path, nargs="?", default=Path(), metavar="DIR", help="default: here")
+    report.add_argument("--figures", type=Path, metavar="OUT", help="figures for a paper there: PDF, PNG and CSV")
+    beside = commands.add_parser("compare", help="finished runs side by side")
+    beside.add_argument("dirs", type=Path, nargs="+", metavar="DIR")
     planted = commands.add_parser(
         "selftest",
         help="judge planted models whose answer is known",
@@ -134,9 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", module=r"(transformers|sae_lens|nnsight|torch).*")
     options = parser().parse_args(arguments)
     try:
-        return {"check": _check, "init": _init, "report": _report, "selftest": _selftest, "verify": _verify}[
-            options.command
-        ](options)
+        return COMMANDS[options.command](options)
     except InputError as error:
         print("recover:", " ".join(str(error).splitlines()), file=sys.stderr)
         return UNUSABLE
@@ -185,6 +188,16 @@ def _check(options: argparse.Namespace) -> int:
 
 def _report(options: argparse.Namespace) -> int:
     _say(str(rebuild_report(options.dir)))
+    if options.figures is not None:
+        from recover.paper import write_figures  # matplotlib takes its time, and a check does without it
+
+        write_figures(read_run(options.dir), options.figures)
+        _say(str(options.figures))
+    return 0
+
+
+def _compare(options: argparse.Namespace) -> int:
+    _say(compare(options.dirs))
     return 0
 
 
@@ -230,6 +243,16 @@ def _verify(options: argparse.Namespace) -> int:
     told = {True: "holds", False: "BROKEN", None: "not applicable"}
     _say("\n".join(f"{law.name:14} {told[law.holds]:15} {law.detail}" for law in laws))
     return int(any(law.holds is False for law in laws))
+
+
+COMMANDS = {
+    "check": _check,
+    "compare": _compare,
+    "init": _init,
+    "report": _report,
+    "selftest": _selftest,
+    "verify": _verify,
+}
 
 
 def _positive(text: str) -> int:

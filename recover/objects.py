@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 
-from recover.artifacts import CONFIG, EXAMPLES, REPORT, VERDICT, RunFolder, RunState
+from recover.artifacts import CONFIG, EXAMPLES, VERDICT, RunFolder, RunState
 from recover.check import check
 from recover.clamp import Defense
 from recover.examples import Examples
+from recover.finished import pages
 from recover.model import Model
 from recover.plan import Plan
-from recover.report import to_html
 from recover.setting import package_versions
 from recover.types import Tensor
 
@@ -80,7 +80,9 @@ def check_objects(
             verdict["provenance"]["seconds"] = verdict["provenance"]["phase_seconds"]
             held.save_records(said.records)
             held.write_json(VERDICT, verdict)
-            held.write(REPORT, to_html(verdict, held.read(CONFIG)).encode())
+            features = [list(clamp.features) for clamp in defense.clamps]
+            for name, page in pages(verdict, held.read(CONFIG), said.records, features).items():
+                held.write(name, page)
             return verdict
         finally:
             held.close()

@@ -1,35 +1,16 @@
-"""A verdict for people: a page of text for the terminal, and a plain self-contained HTML page of the same sections."""
+"""A verdict for people: the page of text for the terminal, and the rows of figures that every page shows."""
 
 from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from typing import Any
 
-import jinja2
+from recover.words import REPLIES, clamps, headline
 
-MEANINGS = {
-    "RECOVERABLE": "with the clamp held, the behavior was brought back",
-    "NOT_RECOVERED_AT_BUDGET": "within this budget, this search did not bring the behavior back",
-    "INCONCLUSIVE": "a check of the run itself failed, so it says nothing either way",
-    "INVALID": "this setup cannot answer the question",
-}
-SPECIFIC = {
-    "unknown": "whether that is specific to this behavior is unknown",
-    True: "and that is specific to this behavior: its mechanism survived the clamp",
-    False: "but that is not specific to this behavior: it shows nothing of its mechanism",
-}
-EDITS = {"set": "set to {}", "scale": "scaled by {}", "floor": "kept at {} or more"}
 RESULTS = {True: "passed", False: "FAILED", None: "not run"}
 WIDTH, INDENT = 100, 22
 Rows = list[tuple[str, str]]
-
-
-def headline(verdict: Mapping[str, Any]) -> str:
-    """What the verdict means, in words."""
-    meaning = MEANINGS[verdict["verdict"]]
-    return f"{meaning}; {SPECIFIC[verdict['specific']]}" if verdict["verdict"] == "RECOVERABLE" else meaning
 
 
 def sections(verdict: Mapping[str, Any]) -> list[tuple[str, Rows]]:
@@ -92,31 +73,7 @@ def _rate(value: float | None) -> str:
     return "-" if value is None else f"{value:.0%}"
 
 
-def to_html(verdict: Mapping[str, Any], config: str) -> str:
-    """A self-contained page: no script, nothing fetched."""
-    source = resources.files("recover").joinpath("templates/report.html.j2").read_text(encoding="utf-8")
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    page: str = environment.from_string(source).render(
-        verdict=verdict,
-        headline=headline(verdict),
-        sections=[section for section in sections(verdict) if section[1]],
-        results=RESULTS,
-        provenance=_provenance(verdict["provenance"]),
-        config=config,
-    )
-    return page
-
-
 def _defense(threat: Mapping[str, Any], fit: Mapping[str, Any]) -> Rows:
-    skipped = threat["skip_first"]
-    spared = f" but each prompt's first {f'{skipped} tokens' if skipped > 1 else 'token'}" if skipped else ""
-    clamps = [
-        f"{clamp['k']} features at {clamp['site']}, {EDITS[clamp['mode']].format(_values(clamp['value']))}"
-        f"{' where active' if clamp['only_active'] else ''}, at {clamp['positions']} positions{spared}"
-        for clamp in threat["clamps"]
-    ]
     described = (
         f"explained variance {_number(fit['explained_variance'])}, loss recovered {_number(fit['loss_recovered'])}, "
         f"{_number(fit['l0'])} features active on a token"
@@ -129,7 +86,7 @@ def _defense(threat: Mapping[str, Any], fit: Mapping[str, Any]) -> Rows:
         )
         for _ in range(utility is not None and None not in (utility["loss_off"], utility["loss_on"]))
     ]
-    return [*(("clamp", clamp) for clamp in clamps), ("SAE fit", described), *cost]
+    return [*(("clamp", clamp) for clamp in clamps(threat)), ("SAE fit", described), *cost]
 
 
 def _accounting(counts: Mapping[str, int]) -> Rows:
@@ -182,15 +139,8 @@ def _search(
 def _replies(read: Mapping[str, Any] | None) -> Rows:
     if read is None:
         return []
-    kinds = {
-        "non_refusal": "no refusal",
-        "base_like": "like the model's own",
-        "strict_base_like": "strictly so",
-        "token_for_token": "token for token, forced",
-        "degenerate": "degenerate",
-    }
     told = []
-    for kind, words in kinds.items():
+    for kind, words in REPLIES.items():
         low, high = read[kind]["wilson95"]
         told.append(f"{read[kind]['hits']} {words} ({_share(low, 0)} to {_share(high, 0)})")
     drifted = (
@@ -322,25 +272,11 @@ def _transfer(verdict: Mapping[str, Any]) -> Rows:
     return [*points, ("at the last norm", held)]
 
 
-def _provenance(provenance: Mapping[str, Any]) -> Rows:
-    def plain(value: Any) -> str:
-        return ", ".join(f"{key} {item}" for key, item in value.items()) if isinstance(value, Mapping) else str(value)
-
-    return [(name.replace("_", " "), plain(value)) for name, value in provenance.items()]
-
-
 def _wrapped(text: str, label: str) -> list[str]:
     """Lines of `text` after `label`, aligned with where it begins."""
     return textwrap.wrap(
         text, WIDTH, initial_indent=label, subsequent_indent=" " * len(label), break_on_hyphens=False
     ) or [label]
-
-
-def _values(value: float | Sequence[float]) -> str:
-    """One value for all features of a clamp, or the range of theirs."""
-    if isinstance(value, Sequence):
-        return f"{min(value):.3g} to {max(value):.3g} (each its own)"
-    return f"{value:g}"
 
 
 def _number(value: float | None) -> str:

@@ -4,7 +4,7 @@
 2. Load the model, the SAEs and the prompts, and build the defense; features given by a rule are selected here. A run
    that was interrupted keeps the features and the batch size that it began with.
 3. `check()`, each batch saved as it is finished.
-4. Write `verdict.json` and `report.html`. A run that has them is not run again.
+4. Write `verdict.json`, and the reports from it. A run that has them is not run again.
 """
 
 from __future__ import annotations
@@ -15,16 +15,14 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
-from recover.artifacts import CONFIG, EXAMPLES, REPORT, SEEDS, VERDICT, RunFolder, RunState, write_whole
+from recover.artifacts import CONFIG, EXAMPLES, SEEDS, VERDICT, RunFolder, RunState, write_whole
 from recover.check import Progress, check
 from recover.config import Config
+from recover.finished import FinishedRun, pages, read_run
 from recover.neutral import NEUTRAL
-from recover.report import to_html
 from recover.setting import Chosen, Setting, build_defense, load_setting, select_features
 from recover.types import InputError
-from recover.verdict import SCHEMA, Verdict
+from recover.verdict import Verdict
 
 
 def run_check(
@@ -90,14 +88,17 @@ def _run(config: Config, folder: RunFolder, keep_text: bool, progress: Progress)
         )
     if not folder.has([CONFIG]):
         folder.write(CONFIG, config.dump_yaml().encode())
-    verdict = _finished(folder)
-    if verdict is None:
+    finished = _finished(folder)
+    if finished is not None:
+        verdict, records = dict(finished.verdict), finished.records
+    else:
         said = _check(setting, state, folder, progress)
-        verdict = said.to_dict()
+        verdict, records = said.to_dict(), said.records
         verdict["provenance"]["seconds"] = round(time.perf_counter() - started, 1)
-        folder.save_records(said.records)
+        folder.save_records(records)
         folder.write_json(VERDICT, verdict)
-    folder.write(REPORT, to_html(verdict, folder.read(CONFIG)).encode())
+    for name, page in pages(verdict, folder.read(CONFIG), records, state.features).items():
+        folder.write(name, page)
     return verdict
 
 
@@ -159,46 +160,11 @@ def _check(setting: Setting, state: RunState, folder: RunFolder, progress: Progr
     )
 
 
-def _finished(folder: RunFolder) -> dict[str, Any] | None:
-    """The verdict of a run with nothing left to do; None where there is something, or the verdict is damaged."""
+def _finished(folder: RunFolder) -> FinishedRun | None:
+    """A run with nothing left to do; None where there is something, or its answer is damaged."""
     if not folder.has([VERDICT, EXAMPLES]):
         return None
     try:
-        return _read_verdict(folder.path)
-    except ValueError:
+        return read_run(folder.path)
+    except InputError:
         return None
-
-
-def _read_verdict(out: Path) -> dict[str, Any]:
-    """Raises:
-    ValueError: `verdict.json` is not the verdict of this version.
-    """
-    verdict = json.loads((out / VERDICT).read_text(encoding="utf-8"))
-    try:
-        if verdict["schema"] != SCHEMA:
-            raise ValueError(f"its schema is {verdict['schema']!r:.40}, not {SCHEMA!r}")
-        to_html(verdict, config="")
-    except (KeyError, TypeError, AttributeError, jinja2.TemplateError) as error:
-        raise ValueError(f"{type(error).__name__}: {error}") from None
-    return dict(verdict)
-
-
-def rebuild_report(out: Path) -> Path:
-    """Write `report.html` again from the artifacts in `out`; gives its path.
-
-    Raises:
-        InputError: there is no finished run, or its files are damaged.
-    """
-    for name in (VERDICT, CONFIG):
-        if not (out / name).is_file():
-            raise InputError(f"{out}: holds no finished run ({name} is not there); run `recover check --out {out}`")
-    try:
-        page = to_html(_read_verdict(out), (out / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"{out}: {VERDICT} is damaged ({reason:.120}); run `recover check` on it again") from None
-    try:
-        write_whole(out / REPORT, page.encode())
-    except OSError as error:
-        raise InputError(f"{out}: {REPORT} cannot be written ({error.strerror}); copy the folder elsewhere") from None
-    return out / REPORT

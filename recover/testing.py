@@ -197,12 +197,12 @@ def assert_attribution(checked: Checked, part: str, at_least: float) -> None:
     """Replaying this part of the perturbations alone brings the behavior back at this rate or more."""
     for verdict, folder in checked:
         _believed(verdict, folder, "RECOVERABLE")
-        parts = {one["name"]: one for one in (verdict.get("attribution") or {}).get("parts", ())}
+        parts = (verdict.get("attribution") or {}).get("parts", {})
         if part not in parts:
             known = f"it has: {', '.join(parts)}" if parts else "this run has none"
             _fail(f"no part {part!r} in its attribution; {known}", verdict, folder)
-        rate = parts[part]["replay_rate"]
-        if rate is None or not rate >= at_least:
+        rate = parts[part]["replay"]["rate"]
+        if rate < at_least:
             _fail(f"replay of {part} alone brings back {rate:.0%}; expected at least {at_least:.0%}", verdict, folder)
 
 

@@ -26,7 +26,8 @@ from recover.pinning import Pinned
 from recover.plan import Plan, TransferPlan
 from recover.planted.pinned import pinned_layers
 from recover.reading import shown
-from recover.report import to_html, to_text
+from recover.report import to_text
+from recover.report_html import to_html
 from recover.sae import SAE
 from recover.search import Schedule
 from recover.transfer import FitSchedule

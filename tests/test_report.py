@@ -13,9 +13,11 @@ import pytest
 
 from recover.fit import Fit
 from recover.plan import Plan
-from recover.report import MEANINGS, WIDTH, seeds_to_text, to_html, to_text
+from recover.report import WIDTH, seeds_to_text, to_text
+from recover.report_html import to_html
 from recover.utility import Utility
 from recover.verdict import Evidence, decide
+from recover.words import MEANINGS
 from tests.hand_made import SHOWS_THROUGHOUT, at_smallest, certified, flip, missed, placebo, transfer
 
 SCHEMA = json.loads(resources.files("recover").joinpath("schemas/verdict.schema.json").read_text())

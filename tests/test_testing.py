@@ -54,6 +54,7 @@ def test_open_pass(check_defense):
     assert_recoverable(found, at_least=0.9)
     assert_specific(found)
     assert_drift_below(found, 1e-3)
+    assert_attribution(found, part="full", at_least=0.99)
 
 def test_shut_pass(check_defense):
     assert_not_recovered(checked(check_defense, "complete_bottleneck"))
@@ -106,7 +107,7 @@ def test_drift_and_attribution_are_held_to_their_bounds(tmp_path):
     drifts = [1e-4, 0.25, 1e-5]
     lines = [json.dumps({"id": str(row), "certificate": {"relative_drift": one}}) for row, one in enumerate(drifts)]
     (tmp_path / "examples.jsonl").write_text("\n".join([*lines, json.dumps({"id": "3", "certificate": None})]))
-    parts = [{"name": "error", "replay_rate": 0.75}, {"name": "clamped", "replay_rate": 0.0}]
+    parts = {"error": {"replay": {"rate": 0.75}}, "clamped": {"replay": {"rate": 0.0}}}
     verdict = {"verdict": "RECOVERABLE", "attribution": {"parts": parts}}
     found = testing.Checked("by hand", (verdict,), (tmp_path,))
     testing.assert_drift_below(found, 0.25)

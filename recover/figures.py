@@ -1,0 +1,264 @@
+"""The figures of a report as plain data, drawn elsewhere: as SVG in `report.html`, by matplotlib for a paper.
+
+1. Each builder takes what `verdict.json` says and the records of `examples.jsonl`, and gives one `Figure`, or none
+   where that part of the protocol was not run.
+2. A figure holds one `Panel`: rates or norms with intervals, curves, one dot an example, or a histogram.
+3. Every figure says in one sentence how it is read, and holds the table of what it shows; both renderers use it.
+
+Rates are shares of 1, norms are in the units of the residual stream, slacks in logits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+__all__ = ["Curve", "Curves", "Dots", "Figure", "Histogram", "Intervals", "Panel", "Point", "Row", "Strip", "Tone"]
+
+Tone = Literal["own", "plus", "placebo", "random", "shuffled", "undo", "plain"]
+"""What a mark stands for, so that it looks the same in every figure."""
+Table = Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One value, with its interval where it has one; `group` heads the rows that share it."""
+
+    name: str
+    tone: Tone
+    value: float
+    low: float | None = None
+    high: float | None = None
+    count: str = ""
+    group: str = ""
+
+
+@dataclass(frozen=True)
+class Intervals:
+    """Rows over one axis: shares from 0 to 1, or norms on a logarithmic one.
+
+    Attributes:
+        line: a share that is asked for, and its name.
+    """
+
+    rows: tuple[Row, ...]
+    axis: str
+    logarithmic: bool = False
+    line: tuple[float, str] | None = None
+
+
+@dataclass(frozen=True)
+class Point:
+    """A rate at a norm, with its interval where it has one."""
+
+    at: float
+    rate: float
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Rates over norms."""
+
+    name: str
+    tone: Tone
+    points: tuple[Point, ...]
+
+
+@dataclass(frozen=True)
+class Curves:
+    """Curves over one logarithmic axis of norms.
+
+    Attributes:
+        line: a norm that matters, such as the budget, and its name.
+    """
+
+    curves: tuple[Curve, ...]
+    axis: str
+    line: tuple[float, str] | None = None
+
+
+@dataclass(frozen=True)
+class Strip:
+    """One value an example; infinite where it was not reached, and 0 drawn apart, as its logarithm is."""
+
+    name: str
+    tone: Tone
+    values: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """The upper of the middle two, as in `verdict.json`; NaN where there is none."""
+        known = sorted(value for value in self.values if not math.isnan(value))
+        return known[len(known) // 2] if known else math.nan
+
+
+@dataclass(frozen=True)
+class Dots:
+    """Strips over one logarithmic axis."""
+
+    strips: tuple[Strip, ...]
+    axis: str
+    line: tuple[float, str] | None = None
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Counts between edges, one more edge than counts.
+
+    Attributes:
+        line: a value that matters, and its name.
+    """
+
+    edges: tuple[float, ...]
+    counts: tuple[int, ...]
+    axis: str
+    line: tuple[float, str] | None = None
+
+
+Panel = Intervals | Curves | Dots | Histogram
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A panel with its words.
+
+    Attributes:
+        name: of its files and anchors.
+        reading: how it is read, one sentence.
+        alt: what it shows, for those who do not see it.
+        table: the same in numbers, a header and rows.
+    """
+
+    name: str
+    title: str
+    reading: str
+    alt: str
+    panel: Panel
+    table: Table
+
+    def __post_init__(self) -> None:
+        if any(len(row) != len(self.table[0]) for row in self.table):
+            raise ValueError(f"figure {self.name}: rows of its table differ in length")
+
+
+def figure(name: str, title: str, reading: str, panel: Panel, table: Table | None = None) -> Figure:
+    """A figure whose alternative text, and table where none is given, follow from its panel."""
+    return Figure(name, title, reading, f"{title}: {told(panel)}.", panel, table or table_of(panel))
+
+
+def told(panel: Panel) -> str:
+    """What a panel shows, in words and numbers."""
+    match panel:
+        case Intervals(rows):
+            return "; ".join(f"{row.name} {_value(row.value, panel)}" for row in rows)
+        case Curves(curves):
+            return "; ".join(
+                f"{one.name} {_percent(one.points[0].rate)} at norm {number(one.points[0].at)} and "
+                f"{_percent(one.points[-1].rate)} at {number(one.points[-1].at)}"
+                for one in curves
+            )
+        case Dots(strips):
+            return "; ".join(
+                f"{strip.name}, {len(strip.values)} dots, median {number(strip.median)}" for strip in strips
+            )
+        case Histogram(edges, counts):
+            return f"{sum(counts)} values between {number(edges[0])} and {number(edges[-1])}"
+
+
+def table_of(panel: Panel) -> Table:
+    """The numbers of a panel: a header and rows."""
+    match panel:
+        case Intervals(rows):
+            return [
+                ("", panel.axis, "95% interval", "counted"),
+                *(
+                    (
+                        f"{row.group}: {row.name}" if row.group else row.name,
+                        _value(row.value, panel),
+                        "" if row.low is None else f"{_value(row.low, panel)} to {_value(row.high, panel)}",
+                        row.count,
+                    )
+                    for row in rows
+                ),
+            ]
+        case Curves(curves):
+            norms = sorted({point.at for one in curves for point in one.points})
+            cells = [{point.at: point for point in one.points} for one in curves]
+            return [
+                (panel.axis, *(one.name for one in curves)),
+                *((number(norm), *(_point(points.get(norm)) for points in cells)) for norm in norms),
+            ]
+        case Dots(strips):
+            return [
+                (panel.axis, "dots", "smallest", "quarter", "median", "three quarters", "largest", "not reached"),
+                *((strip.name, *_quantiles(strip.values)) for strip in strips),
+            ]
+        case Histogram(edges, counts):
+            bins = zip(edges, edges[1:], counts, strict=False)
+            return [
+                ("from", "to", "how many"),
+                *((number(low), number(high), str(count)) for low, high, count in bins),
+            ]
+
+
+def number(value: float | None) -> str:
+    """Three digits; what is infinite was not reached."""
+    if value is None or math.isnan(value):
+        return "not defined"
+    if math.isinf(value):
+        return "not reached"
+    return f"{value:.3g}"
+
+
+def binned(values: Sequence[float], bins: int = 30) -> tuple[tuple[float, ...], tuple[int, ...]]:
+    """Edges and counts of a histogram; a value at the last edge is in the last bin."""
+    low, high = min(values), max(values)
+    if low == high:
+        low, high = low - 0.5, high + 0.5
+    edges = tuple(low + (high - low) * step / bins for step in range(bins + 1))
+    counts = [0] * bins
+    for value in values:
+        counts[min(int((value - low) / (high - low) * bins), bins - 1)] += 1
+    return edges, tuple(counts)
+
+
+def interval(low_high: Sequence[float | None] | None) -> dict[str, Any]:
+    """An interval as the fields of a row or a point; none where an end is not finite."""
+    if low_high is None or None in low_high:
+        return {}
+    return dict(zip(("low", "high"), low_high, strict=True))
+
+
+def rated(name: str, tone: Tone, found: Mapping[str, Any], group: str = "") -> Row:
+    """A row of `{hits, rate, wilson95}`."""
+    return Row(name, tone, found["rate"], **interval(found["wilson95"]), count=f"{found['hits']}", group=group)
+
+
+def _value(value: float | None, panel: Intervals) -> str:
+    return number(value) if panel.logarithmic else _percent(value)
+
+
+def _percent(share: float | None) -> str:
+    if share is None:
+        return "not defined"
+    return f"{share:.2%}" if 0 < share < 0.01 else f"{share:.0%}"
+
+
+percent = _percent
+
+
+def _point(point: Point | None) -> str:
+    if point is None:
+        return ""
+    return _percent(point.rate) + ("" if point.low is None else f" ({_percent(point.low)} to {_percent(point.high)})")
+
+
+def _quantiles(values: Sequence[float]) -> tuple[str, ...]:
+    known = sorted(value for value in values if not math.isnan(value))
+    last = len(known) - 1
+    at = [known[min(math.ceil(share * last), last)] for share in (0, 0.25, 0.5, 0.75, 1)] if known else [math.nan] * 5
+    return (str(len(known)), *map(number, at), str(sum(map(math.isinf, known))))
