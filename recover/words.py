@@ -32,7 +32,7 @@ PARTS = {
 """Parts of a perturbation by the SAE's own lights."""
 REPLIES = {
     "non_refusal": "no refusal",
-    "base_like": "like the model's own answer",
+    "base_like": "like the model's own",
     "strict_base_like": "strictly so",
     "token_for_token": "token for token, forced",
     "degenerate": "degenerate",
@@ -56,7 +56,7 @@ READING = {
     "rates": "Each mark is a share of the valid flips with its 95% interval; a perturbation that says something of "
     "this behavior reaches its own target far more often than the controls below it reach theirs.",
     "replies": "Each mark is a share of the replies the model gives, word by word and with the clamp on, under the "
-    "perturbation found; 'like the model's own answer' is what counts as brought back.",
+    "perturbation found; 'like the model's own' is what counts as brought back.",
     "norms": "Each dot is one example, the vertical stroke the median; dots further left took less, and an own target "
     "no nearer than the unrelated one says little about the behavior.",
     "budget": "Each mark is the share of examples for which a perturbation no larger than that is enough, with its 95% "

@@ -88,7 +88,7 @@ RUNS: Mapping[str, Run] = {
     "RECOVERABLE, little run": run(*(flip(str(row)) for row in range(3))),
     "RECOVERABLE, transfer refused": run(*flips(), transfer={"refused": "too few flips"}),
     "RECOVERABLE, several sites": _several_sites(),
-    "NOT_RECOVERED_AT_BUDGET": run(*flips(8, (30.0, 60.0)), *SHOWING, **WHOLE),
+    "NOT_RECOVERED_AT_BUDGET": run(*flips(8, (30.0,)), *SHOWING, **WHOLE),
     "INCONCLUSIVE": run(*(certified(one, constraint_residual=0.25) for one in flips()), **WHOLE),
     "INVALID": run(SHOWS_THROUGHOUT),
     "INVALID, bad fit": run(

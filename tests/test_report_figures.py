@@ -18,6 +18,11 @@ VOID = {"meta", "br", "wbr"}
 DRAWN = {name: figures(*made) for name, made in RUNS.items()}
 
 
+@pytest.mark.parametrize("name", RUNS)
+def test_the_runs_are_what_they_are_called(name):
+    assert RUNS[name][0]["verdict"] == name.partition(",")[0]
+
+
 def rows_of(panel):
     return {row.name: row for row in panel.rows}
 
