@@ -111,23 +111,25 @@ def effects(
         (gradient,) = torch.autograd.grad(asked.score(logits).sum(), leaf)
         counted = (prompts.positions > 0).to(sae.dtype)
         slope += einsum(gradient.to(sae.dtype), counted, "batch pos d_model, batch pos -> d_model")
-    more = _mean_activation(model, sae, site, kinds.shown, size) - _mean_activation(
-        model, sae, site, kinds.hidden, size
-    )
+    more = _mean_over(model, sae, site, kinds.shown, size) - _mean_activation(model, sae, site, kinds.hidden, size)
     row = einsum(sae.W_dec, slope / len(kinds.shown), "d_sae d_model, d_model -> d_sae")
     return more.clamp(min=0) * row
 
 
-def _mean_activation(model: Model, sae: SAE, site: Site, prompts: Prompts, size: int) -> Float[Tensor, "d_sae"]:
-    """Of each feature, the mean over prompts of the mean over real tokens, the first left out."""
+def mean_activations(model: Model, sae: SAE, site: Site, prompts: Prompts) -> Float[Tensor, "batch d_sae"]:
+    """Of each feature, the mean over each prompt's real tokens, the first left out."""
+    with torch.no_grad():
+        features = sae.encode(model.run(prompts, read=[site]).residuals[site])
+    counted = (prompts.positions > 0).to(sae.dtype)
+    counted = counted / reduce(counted, "batch pos -> batch 1", "sum").clamp(min=1)
+    return einsum(features, counted, "batch pos d_sae, batch pos -> batch d_sae")
+
+
+def _mean_over(model: Model, sae: SAE, site: Site, prompts: Prompts, size: int) -> Float[Tensor, "d_sae"]:
+    """The mean of these over prompts."""
     total = torch.zeros(sae.d_sae, dtype=sae.dtype, device=sae.device)
     for rows in torch.split(torch.arange(len(prompts)), size):
-        part = prompts.select(rows)
-        with torch.no_grad():
-            features = sae.encode(model.run(part, read=[site]).residuals[site])
-        counted = (part.positions > 0).to(sae.dtype)
-        counted = counted / reduce(counted, "batch pos -> batch 1", "sum").clamp(min=1)
-        total += einsum(features, counted, "batch pos d_sae, batch pos -> d_sae")
+        total += reduce(mean_activations(model, sae, site, prompts.select(rows)), "batch d_sae -> d_sae", "sum")
     return total / len(prompts)
 
 
