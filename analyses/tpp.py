@@ -2,8 +2,8 @@
 
 1. *Score*. Features of each class by their effect on its probe; SAEBench's score for several numbers of them.
 2. *Recovery*. For each class the check's defense: valid flips (the probe says yes without the ablation and not with
-   it), searched at each budget with the clamped features free (*unconstrained*) and held (C1, *constrained*), each delta
-   replayed by a certificate.
+   it), searched at each budget with the clamped features free (*unconstrained*) and held (C1, *constrained*), and
+   each delta replayed by a certificate.
 3. *Table and figure*: recovery against reactivation, one arrow a class from unconstrained to constrained, at the budget
    of the configuration; the published averages beside them.
 
@@ -80,7 +80,7 @@ class Bank:
 
     def activations(self, texts: probe.Texts) -> Tensor:
         """Mean activation of each feature over each text, `[batch d_sae]`."""
-        model, _ = self.material.head(self.model), None
+        model = self.material.head(self.model)
         rows = torch.split(torch.arange(len(texts.ids)), model.batch_size(texts.prompts, self.sae.d_sae))
         parts = [mean_activations(model, self.sae, self.material.site, texts.prompts.select(some)) for some in rows]
         return torch.cat(parts)
@@ -98,7 +98,7 @@ def scored(bank: Bank, counts: Sequence[int], top: int) -> dict[str, Any]:
     material, sae = bank.material, bank.sae
     probes, train, test = material.probes, material.train, material.test
     before, after = bank.activations(train), bank.activations(test)
-    head, _ = material.head(bank.model), None
+    head = material.head(bank.model)
     rows = torch.split(torch.arange(len(test.ids)), head.batch_size(test.prompts, sae.d_sae))
     with torch.no_grad():
         clean = torch.cat(
@@ -168,15 +168,18 @@ def _measured(bench: Bench, way: str, budget: float) -> dict[str, Any]:
 def lines(scores: Mapping[str, Any], points: Sequence[Mapping[str, Any]], budget: float, top: int) -> list[str]:
     """The table of one budget."""
     labels, drops = scores["labels"], scores["scores"][str(top)]
+    right, known = (sum(scores[name]) / len(labels) for name in ("accuracy", "train_accuracy"))
     told = [
-        f"budget {budget:g}; probes right on {sum(scores['accuracy']) / len(labels):.1%} of the texts to test with "
-        f"({sum(scores['train_accuracy']) / len(labels):.1%} of those to train with), {top} features of each class ablated",
-        f"{'':14} probe  flips  {'intended':>8} {'unint.':>7} |   recovered: free  held    95% held | no reactivation: free  held"
-        " | reactivated: free   held | drift: free     held | norm held share",
+        f"budget {budget:g}: {top} features of each class ablated; probes right on {right:.1%} of unseen texts "
+        f"({known:.1%} of those to train with); free: unconstrained, held: under C1",
+        f"{'':9} {'':5} {'':7} {'drop of probes':>15} | {'recovered':^23} | {'none react.':^11} | {'reactivated':^13} | "
+        f"{'drift':^15} | held",
+        f"{'':9} {'probe':>5} {'flips':>7} {'own':>7} {'others':>7} | {'free':>5} {'held':>5} {'95%':>11} | {'free':>5} "
+        f"{'held':>5} | {'free':>6} {'held':>6} | {'free':>7} {'held':>7} |  norm share",
     ]
     for number, (label, point) in enumerate(zip(labels, points, strict=True)):
-        head = f"{label:14} {scores['accuracy'][number]:5.1%} {point['flips']:3d}/{point['base']:3d}"
-        head += f" {drops['intended'][number]:8.3f} {drops['unintended'][number]:7.3f}"
+        head = f"{label:9.9} {scores['accuracy'][number]:5.1%} {point['flips']:3d}/{point['base']:3d}"
+        head += f" {drops['intended'][number]:7.3f} {drops['unintended'][number]:7.3f}"
         if not point["flips"]:
             told.append(f"{head} | no valid flip")
             continue
@@ -185,18 +188,16 @@ def lines(scores: Mapping[str, Any], points: Sequence[Mapping[str, Any]], budget
         told.append(f"{head} {_row(free, held, f'{low:4.0%} to {high:4.0%}')}")
     free, held = (averaged(points, budget, way) for way in WAYS)
     means = [sum(drops[kind]) / len(labels) for kind in ("intended", "unintended")]
-    told.append(f"{'average':14} {'':13} {means[0]:8.3f} {means[1]:7.3f} {_row(free, held, '')}")
-    told.append(
-        f"{'published':14} {'':13} {'':8} {'':7} {_row(PUBLISHED['unconstrained'], PUBLISHED['constrained'], '')}"
-    )
+    told.append(f"{'average':9} {'':13} {means[0]:7.3f} {means[1]:7.3f} {_row(free, held, '')}")
+    told.append(f"{'published':9} {'':29} {_row(PUBLISHED['unconstrained'], PUBLISHED['constrained'], '')}")
     return told
 
 
 def _row(free: Mapping[str, float], held: Mapping[str, float], interval: str) -> str:
-    size = f"{held['norm']:8.2f} {held['share']:6.1%}" if "norm" in held else ""
+    size = f"{held['norm']:5.1f} {held['share']:5.1%}" if "norm" in held else ""
     return (
-        f"| {free['recovered']:17.3f} {held['recovered']:5.3f} {interval:>12} | {free['clean']:21.3f} {held['clean']:5.3f} "
-        f"| {free['reactivated']:17.4f} {held['reactivated']:6.4f} | {free['drift']:11.1e} {held['drift']:8.1e} | {size}"
+        f"| {free['recovered']:5.3f} {held['recovered']:5.3f} {interval:>11} | {free['clean']:5.3f} {held['clean']:5.3f} "
+        f"| {free['reactivated']:6.4f} {held['reactivated']:6.4f} | {free['drift']:7.1e} {held['drift']:7.1e} | {size}"
     )
 
 

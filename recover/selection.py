@@ -111,7 +111,7 @@ def effects(
         (gradient,) = torch.autograd.grad(asked.score(logits).sum(), leaf)
         counted = (prompts.positions > 0).to(sae.dtype)
         slope += einsum(gradient.to(sae.dtype), counted, "batch pos d_model, batch pos -> d_model")
-    more = _mean_over(model, sae, site, kinds.shown, size) - _mean_activation(model, sae, site, kinds.hidden, size)
+    more = _mean_over(model, sae, site, kinds.shown, size) - _mean_over(model, sae, site, kinds.hidden, size)
     row = einsum(sae.W_dec, slope / len(kinds.shown), "d_sae d_model, d_model -> d_sae")
     return more.clamp(min=0) * row
 
