@@ -172,10 +172,10 @@ def lines(scores: Mapping[str, Any], points: Sequence[Mapping[str, Any]], budget
     told = [
         f"budget {budget:g}: {top} features of each class ablated; probes right on {right:.1%} of unseen texts "
         f"({known:.1%} of those to train with); free: unconstrained, held: under C1",
-        f"{'':9} {'':5} {'':7} {'drop of probes':>15} | {'recovered':^23} | {'none react.':^11} | {'reactivated':^13} | "
-        f"{'drift':^15} | held",
-        f"{'':9} {'probe':>5} {'flips':>7} {'own':>7} {'others':>7} | {'free':>5} {'held':>5} {'95%':>11} | {'free':>5} "
-        f"{'held':>5} | {'free':>6} {'held':>6} | {'free':>7} {'held':>7} |  norm share",
+        f"{'':9} {'':5} {'':7} {'drop of probes':>15} | {'recovered':^23} | {'none react.':^11} | {'reactivated':^13} "
+        f"| {'drift':^15} | held",
+        f"{'':9} {'probe':>5} {'flips':>7} {'own':>7} {'others':>7} | {'free':>5} {'held':>5} {'95%':>11} | {'free':>5}"
+        f" {'held':>5} | {'free':>6} {'held':>6} | {'free':>7} {'held':>7} |  norm share",
     ]
     for number, (label, point) in enumerate(zip(labels, points, strict=True)):
         head = f"{label:9.9} {scores['accuracy'][number]:5.1%} {point['flips']:3d}/{point['base']:3d}"
@@ -196,8 +196,9 @@ def lines(scores: Mapping[str, Any], points: Sequence[Mapping[str, Any]], budget
 def _row(free: Mapping[str, float], held: Mapping[str, float], interval: str) -> str:
     size = f"{held['norm']:5.1f} {held['share']:5.1%}" if "norm" in held else ""
     return (
-        f"| {free['recovered']:5.3f} {held['recovered']:5.3f} {interval:>11} | {free['clean']:5.3f} {held['clean']:5.3f} "
-        f"| {free['reactivated']:6.4f} {held['reactivated']:6.4f} | {free['drift']:7.1e} {held['drift']:7.1e} | {size}"
+        f"| {free['recovered']:5.3f} {held['recovered']:5.3f} {interval:>11} | {free['clean']:5.3f} "
+        f"{held['clean']:5.3f} | {free['reactivated']:6.4f} {held['reactivated']:6.4f} "
+        f"| {free['drift']:7.1e} {held['drift']:7.1e} | {size}"
     )
 
 
