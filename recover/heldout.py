@@ -259,7 +259,7 @@ def summary(folds: Sequence[tuple[dict[str, Any], dict[str, Any]]], residual_nor
         "budget": main,
         "relative_norm": main / residual_norm,
         "residual_norm": residual_norm,
-        "one_for_all": any(read["one_for_all"] for read in reads),
+        "one_for_all": any(read.get("one_for_all", False) for read in reads),
         "n": own.n,
         "hits": own.hits,
         "train_rate": trained(C1, main).rate,
@@ -300,7 +300,7 @@ def summary(folds: Sequence[tuple[dict[str, Any], dict[str, Any]]], residual_nor
 def evidence(transfer: dict[str, Any]) -> TransferEvidence:
     """What `evidence.judge` asks of it."""
     readings = {name: Reading(**reading) for name, reading in transfer["readings"].items()}
-    return TransferEvidence(**readings, one_for_all=transfer["one_for_all"])
+    return TransferEvidence(**readings, one_for_all=transfer.get("one_for_all", False))
 
 
 def _fits(bench: Bench, targeted: bool) -> list[Fit]:

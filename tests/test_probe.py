@@ -349,7 +349,7 @@ def test_a_check_brings_the_probe_back_and_does_not_call_that_specific(folder: P
     recovery, transfer = verdict["recovery"], verdict["transfer"]
     assert verdict["verdict"] == "RECOVERABLE", said.getvalue()
     assert recovery["recovered"] == verdict["counts"]["valid_flips"] >= 8
-    assert recovery["reactivated_share"] == 0
+    assert recovery["drift_max"] < 1e-4  # activations here are of the size of ten
     assert verdict["specific"] is False
     assert transfer["one_for_all"] is True
     assert any("writes whatever it is fitted to" in reason for reason in verdict["reasons"])
