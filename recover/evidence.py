@@ -15,8 +15,8 @@ false       transfer recovers no more than shuffled targets do, under C1, and th
             placebo (sign test, p above `alpha`): a perturbation of this size writes answers
 false       transfer recovers more than shuffled targets do under C1 but not under C1+: the clamp was undone
 false       all examples are asked for one target, and another one is brought about as often on unseen examples by a
-            delta that is fitted to it (Fisher, p above `alpha`): a linear probe at the clamped site can always be
-            written, whatever the model still knows
+            delta that is fitted to it (Fisher, p above `alpha`), or on most of them (Wilson, as above): a linear probe
+            at the clamped site can always be written, whatever the model still knows
 unknown     anything else, with the reason; also where a part of this was not run, or on fewer than `min_heldout`
             examples
 ==========  ============================================================================================================
@@ -164,7 +164,7 @@ def _judged(
     if transfer.one_for_all and transfer.dealt.n:
         dealt = transfer.dealt
         written = f"one perturbation fitted to another target brings that about on {dealt.hits} of {dealt.n} unseen"
-        if p["transfer_over_dealt"] > rules.alpha:
+        if p["transfer_over_dealt"] > rules.alpha or wilson(dealt.hits, dealt.n)[0] > rules.most:
             return False, (
                 f"not specific: all examples are asked for the same, which one shared perturbation can carry, and "
                 f"{written}: it writes whatever it is fitted to"

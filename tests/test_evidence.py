@@ -133,6 +133,8 @@ def test_one_target_for_all_is_held_against_another_one() -> None:
     written = judge(shared, NEARER, RULES)
     assert written.specific is False
     assert "79 of 80" in written.reasons[-1]
+    # 70 of 80 is clearly less than 400 of 400, and most all the same.
+    assert judge(replace(shared, own=Reading(400, 400), dealt=Reading(70, 80)), NEARER, RULES).specific is False
     kept = judge(replace(shared, dealt=Reading(3, 80)), NEARER, RULES)
     assert kept.specific is None
     assert "can carry" in kept.reasons[-1]
