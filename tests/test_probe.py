@@ -22,6 +22,7 @@ from torch.testing import assert_close
 
 from recover import cli
 from recover.admissible import admissible
+from recover.behavior import AnswerLikelihood, known_targets
 from recover.clamp import Clamp, Defense, Set
 from recover.controls import Anywhere
 from recover.defended import defend
@@ -128,6 +129,15 @@ def test_the_smallest_perturbation_is_the_closed_form() -> None:
             assert_close(norm(found.delta).double(), (missing + 2 * schedule.goal) * unit, rtol=1e-3, atol=1e-4)
             nearest = worst_case(part, part.zero_delta, space, 1e3, schedule, BY_GRADIENT)
             assert_close(nearest.norm.double(), missing * unit, rtol=3e-3, atol=1e-4)
+
+
+def test_another_class_can_be_asked_for_though_no_example_is_of_it() -> None:
+    behavior, logits = asking(1, 2), torch.arange(24.0).reshape(2, 4, 3)
+    assert known_targets(behavior) == [0, 1, 2]
+    assert known_targets(AnswerLikelihood(torch.tensor([4, 4]))) == [4, 4]
+    other = behavior.retarget(torch.tensor([2, 0]))
+    assert other.score(logits).tolist() == [(2 + 5 + 8 + 11) / 4, (12 + 15 + 18 + 21) / 4]
+    assert other.select(torch.tensor([1])).score(logits[1:]).tolist() == [16.5]
 
 
 def test_training_finds_what_scipy_finds() -> None:
@@ -334,7 +344,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         task="probe",
         prompts={"target": "two", "layer": 1, "file": str(root / "texts.jsonl"), "tokens": 6},
         search={"budget": 100.0, "steps": 20, "curve": [0.5, 1.0]},
-        transfer={"norms": [], "folds": 2, "shuffles": 2, "draws": 10, "steps": 20},
+        transfer={"norms": [1.0], "folds": 2, "shuffles": 2, "draws": 10, "steps": 30},
         skip_first=1,
     )
     (root / "probe.yaml").write_text(yaml.safe_dump(settings))
@@ -356,7 +366,6 @@ def test_a_check_brings_the_probe_back_and_does_not_call_that_specific(folder: P
     # The own class is shared, so that a delta fitted to it holds; one fitted to another class holds as well, for that.
     assert transfer["heldout_rate"] > 0.9
     assert transfer["dealt_rate"] > 0.9
-    assert verdict["controls"]["placebo"]["rate"] is not None
     assert verdict["fit"]["loss_recovered"] is not None
     assert verdict["threat_model"]["positions"] == "last 5"
 
