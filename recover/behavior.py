@@ -64,6 +64,21 @@ class Answering(Behavior, Protocol):
         """At how many of the last positions: as many as the longest answer has tokens."""
 
 
+@runtime_checkable
+class Choosing(Targeted, Protocol):
+    """A targeted behavior that knows which targets there are beside those that its examples have."""
+
+    @property
+    def choices(self) -> Tensor:
+        """`[choice]`: all of them."""
+
+
+def known_targets(behavior: Targeted) -> list[int]:
+    """What another target can be drawn from: all choices, where they are known, or the targets of the examples."""
+    known: list[int] = (behavior.choices if isinstance(behavior, Choosing) else behavior.target).tolist()
+    return known
+
+
 def positions_read(behavior: Behavior) -> int:
     """At how many of the last positions a behavior reads logits: one, or as many as its answer has tokens."""
     return behavior.reads if isinstance(behavior, Answering) else 1

@@ -86,7 +86,9 @@ class Bench:
     """A check's material.
 
     Attributes:
-        exact: the model in float32 or float64, for certificates.
+        model: what behaviors are read with: the host, or what the examples' readout makes of it.
+        exact: the same in float32 or float64, for certificates.
+        host: the host itself, where it is another.
         every_site: whether deltas enter at every clamped site, and are pinned there.
     """
 
@@ -100,6 +102,7 @@ class Bench:
     plan: Plan
     batch_size: int
     every_site: bool = False
+    host: Model | None = None
     _made: dict[int, Batch] = field(default_factory=dict)
 
     @property

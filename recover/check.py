@@ -144,9 +144,8 @@ def check(
     widest = max(clamp.sae.d_sae for clamp in defense.clamps)
     fitting = model.batch_size(examples.prompts, widest)
     size = fitting if batch_size is None else min(batch_size, fitting if model.recurrent else batch_size)
-    bench = Bench(
-        model, exact or model, defense, examples, budget, placement, schedule or Schedule(), plan, size, every_site
-    )
+    read = examples.read_with(model, exact)
+    bench = Bench(*read, defense, examples, budget, placement, schedule or Schedule(), plan, size, every_site, model)
     evidence, seconds = _gather(bench, _Ledger(store), neutral, report)
     total = sum(seconds.values())
     spent = {phase: round(took / total, 4) for phase, took in seconds.items()} if total else {}
@@ -253,11 +252,14 @@ def measure_fits(bench: Bench) -> list[Fit]:
     """The fit of each clamp's SAE on the first prompts, once for each site."""
     examples, defense = bench.examples, bench.defense
     some = examples.prompts.select(torch.arange(min(FIT_PROMPTS, len(examples.ids))))
-    return [measure_fit(bench.model, defense.at(site)[0].sae, site, some, bench.batch_size) for site in defense.sites]
+    model = bench.host or bench.model
+    return [measure_fit(model, defense.at(site)[0].sae, site, some, bench.batch_size) for site in defense.sites]
 
 
 def _utility(bench: Bench, neutral: Prompts) -> Utility:
-    return measure_utility(bench.model, bench.defense, neutral, bench.batch_size, bench.plan.max_loss_increase)
+    return measure_utility(
+        bench.host or bench.model, bench.defense, neutral, bench.batch_size, bench.plan.max_loss_increase
+    )
 
 
 def _numbers(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -268,6 +270,7 @@ def _numbers(values: Mapping[str, Any]) -> dict[str, Any]:
 def threat_model(bench: Bench) -> dict[str, Any]:
     """Who may do what, as recorded in the verdict."""
     defense, several, reads = bench.defense, len(bench.defense.sites) > 1, positions_read(bench.examples.behavior)
+    spoken = bench.examples.dialogue
     constraint = "orthogonal to the encoder columns of the clamped features (C1)"
     if bench.every_site:
         constraint += "; at later sites, beside it the smallest correction that pins the clamped pre-activations"
@@ -276,7 +279,7 @@ def threat_model(bench: Bench) -> dict[str, Any]:
     return {
         "access": "white-box, one perturbation an example",
         "sites": [site.hook_name for site in defense.sites],
-        "positions": "last" if reads == 1 else f"first {reads} of the answer",
+        "positions": "last" if reads == 1 else f"last {reads}" if spoken is None else f"first {reads} of the answer",
         "delta_sites": [site.hook_name for site in (defense.sites if bench.every_site else defense.sites[:1])],
         "placement": bench.placement,
         "constraint": constraint,

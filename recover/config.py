@@ -90,9 +90,10 @@ class Selection(_Section):
     `attribution`: those that the behavior owes most to. `contrast`: those that are most more active before what the
     defense is to bring about than before what it is not, such as refusals and answers. `firing`: those that are active
     on at most a share `retain` of the tokens of what is to be kept, and most often on those of what is to be forgotten.
+    `effect`: those whose being more active on prompts of a kind than on others does most for what tells them apart.
     """
 
-    select: Literal["attribution", "contrast", "firing"]
+    select: Literal["attribution", "contrast", "firing", "effect"]
     top: PositiveInt
     retain: Annotated[float, Field(ge=0, le=1)] | None = None
 

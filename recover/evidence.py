@@ -14,6 +14,9 @@ true        transfer recovers most held-out examples (Wilson lower bound above `
 false       transfer recovers no more than shuffled targets do, under C1, and the own target is not easier than the
             placebo (sign test, p above `alpha`): a perturbation of this size writes answers
 false       transfer recovers more than shuffled targets do under C1 but not under C1+: the clamp was undone
+false       all examples are asked for one target, and another one is brought about as often on unseen examples by a
+            delta that is fitted to it (Fisher, p above `alpha`), or on most of them (Wilson, as above): a linear probe
+            at the clamped site can always be written, whatever the model still knows
 unknown     anything else, with the reason; also where a part of this was not run, or on fewer than `min_heldout`
             examples
 ==========  ============================================================================================================
@@ -80,6 +83,7 @@ class TransferEvidence:
         shuffled: the right answer, under deltas fitted to shuffled ones.
         dealt: an answer dealt at random, under the same.
         random: the right answer, under random directions.
+        one_for_all: all examples are asked for the same target, and `dealt` is another one for all of them.
     """
 
     own: Reading
@@ -87,6 +91,7 @@ class TransferEvidence:
     shuffled: Reading
     dealt: Reading
     random: Reading
+    one_for_all: bool = False
 
     @property
     def chance(self) -> float:
@@ -132,6 +137,9 @@ def judge(
             if not reading.n and name != "transfer":
                 continue
             tests[name] = more_often(reading.hits, reading.n, transfer.shuffled.hits, transfer.shuffled.n)
+    if transfer is not None and transfer.one_for_all and transfer.dealt.n:
+        own, dealt = transfer.own, transfer.dealt
+        tests["transfer_over_dealt"] = more_often(own.hits, own.n, dealt.hits, dealt.n)
     if placebo is not None:
         tests["placebo"] = placebo.p
     if within is not None:
@@ -153,6 +161,18 @@ def _judged(
         return None, f"unknown: only {own.n} held-out examples, and {rules.min_heldout} are asked; give more prompts"
     if not transfer.shuffled.n:
         return None, "unknown: the behavior names no target that could be shuffled, so that chance is not measured"
+    if transfer.one_for_all and transfer.dealt.n:
+        dealt = transfer.dealt
+        written = f"one perturbation fitted to another target brings that about on {dealt.hits} of {dealt.n} unseen"
+        if p["transfer_over_dealt"] > rules.alpha or wilson(dealt.hits, dealt.n)[0] > rules.most:
+            return False, (
+                f"not specific: all examples are asked for the same, which one shared perturbation can carry, and "
+                f"{written}: it writes whatever it is fitted to"
+            )
+        return None, (
+            "unknown: all examples are asked for the same, which one shared perturbation can carry, though "
+            f"{written} only"
+        )
     above, above_plus = p["transfer"] <= rules.alpha, p.get("write_orthogonal_transfer", 1.0) <= rules.alpha
     if above and not plus.n:
         return None, (

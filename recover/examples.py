@@ -10,13 +10,26 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 from recover.behavior import Behavior, positions_read
 from recover.dialogue import Dialogue
-from recover.model import Prompts
+from recover.model import Model, Prompts
 from recover.types import InputError, Int, Tensor
 
-__all__ = ["Contrast", "Examples"]
+__all__ = ["Contrast", "Examples", "Readout"]
+
+
+@runtime_checkable
+class Readout(Protocol):
+    """Makes of the host model the one that a behavior is read with, such as one that ends in a probe."""
+
+    @property
+    def sha256(self) -> str:
+        """Of what it is made of."""
+
+    def __call__(self, model: Model) -> Model:
+        """A model with the host's blocks up to some site at least, and another head."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,11 +37,16 @@ class Contrast:
     """Prompts of two kinds that features are selected from.
 
     `shown` end before the behavior of interest and `hidden` do not (`contrast`); or `shown` are about what is to be
-    forgotten and `hidden` about what is to be kept (`firing`, which reads all their tokens).
+    forgotten and `hidden` about what is to be kept (`firing`, which reads all their tokens); or `shown` are of a kind
+    and `hidden` of others, and `behavior` is what tells them apart (`effect`).
+
+    Attributes:
+        behavior: of each of `shown`, where features are selected by their effect on it.
     """
 
     shown: Prompts
     hidden: Prompts
+    behavior: Behavior | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +61,7 @@ class Examples:
         contrast: what features are selected from that announce a behavior; `None` where the task has no such prompts.
         groups: a name for each example, the same for those that ask the same thing in other words or another order:
             transfer never reads one that a shared delta was fitted to another of. By default each is its own.
+        readout: makes the model that the behavior is read with; by default that is the host.
     """
 
     ids: Sequence[str]
@@ -53,6 +72,7 @@ class Examples:
     dialogue: Dialogue | None = None
     contrast: Contrast | None = None
     groups: Sequence[str] | None = None
+    readout: Readout | None = None
 
     def __post_init__(self) -> None:
         if not len(self.ids) == len(self.prompts) or not len(self.ids):
@@ -74,9 +94,11 @@ class Examples:
 
     @property
     def sha256(self) -> str:
-        """Of the ids and of the tokens, a forced answer's among them."""
+        """Of the ids, of the tokens, a forced answer's among them, and of what the behavior is read with."""
         digest = hashlib.sha256("\n".join(self.ids).encode())
         digest.update(repr(self.prompts.ids.where(self.prompts.mask, -1).tolist()).encode())
+        if self.readout is not None:
+            digest.update(self.readout.sha256.encode())
         return digest.hexdigest()
 
     def select(self, rows: Int[Tensor, "rows"]) -> Examples:
@@ -91,7 +113,21 @@ class Examples:
             None if self.dialogue is None else self.dialogue.select(pick),
             self.contrast,
             None if self.groups is None else [self.groups[row] for row in pick],
+            self.readout,
         )
+
+    def read_with(self, model: Model, exact: Model | None = None) -> tuple[Model, Model]:
+        """The model that the behavior is read with, and the same for certificates.
+
+        Args:
+            model: the host.
+            exact: the host for certificates; `model` itself by default.
+        """
+        exact = exact or model
+        if self.readout is None:
+            return model, exact
+        read = self.readout(model)
+        return read, read if exact is model else self.readout(exact)
 
     def answered_as(self, other: Dialogue) -> Examples:
         """Each of these requests with the answer to the one in the same place of `other`.

@@ -30,7 +30,7 @@ from recover.evidence import Reading, TransferEvidence
 from recover.metrics import norm
 from recover.phases import Deltas, Done
 from recover.pinning import Pinned
-from recover.reading import exchangeable, exchanged, parts_of, shown, shown_as_asked
+from recover.reading import exchangeable, exchanged, one_for_all, parts_of, shown, shown_as_asked
 from recover.speech import texts
 from recover.stats import wilson
 from recover.transfer import FitSchedule, Pool, Problem, fit_shared, halves, random_shared
@@ -92,7 +92,7 @@ def fit(bench: Bench, fold: int, deltas: Deltas, report: Callable[[int, int], No
     }
     schedule: FitSchedule = replace(plan.transfer.fit, seed=plan.seed)
     shuffles = {
-        draw: exchanged(bench, half, rows, _seed(plan.seed, fold, draw))
+        draw: exchanged(bench, half, rows, _seed(plan.seed, fold, draw), draw)
         for draw in {one.draw for one in fits if one.kind == SHUFFLED}
     }
     problems = [
@@ -150,6 +150,7 @@ def read(bench: Bench, fold: int, deltas: Deltas, report: Callable[[int, int], N
         )
     values: dict[str, Any] = {
         "readings": readings,
+        "one_for_all": one_for_all(bench),
         "fits": [
             {
                 "kind": one.kind,
@@ -182,7 +183,7 @@ def _dealt(
     hits = {}
     for at, one in enumerate(fits):
         if one.kind == SHUFFLED:
-            dealt = exchanged(bench, half, rows, _seed(bench.plan.seed, fold, 200 + one.draw))
+            dealt = exchanged(bench, half, rows, _seed(bench.plan.seed, fold, 200 + one.draw), one.draw)
             hits[at] = int(dealt.shown(bench, rows, saved[at : at + 1]).sum())
     return hits
 
@@ -258,6 +259,7 @@ def summary(folds: Sequence[tuple[dict[str, Any], dict[str, Any]]], residual_nor
         "budget": main,
         "relative_norm": main / residual_norm,
         "residual_norm": residual_norm,
+        "one_for_all": any(read.get("one_for_all", False) for read in reads),
         "n": own.n,
         "hits": own.hits,
         "train_rate": trained(C1, main).rate,
@@ -297,7 +299,8 @@ def summary(folds: Sequence[tuple[dict[str, Any], dict[str, Any]]], residual_nor
 
 def evidence(transfer: dict[str, Any]) -> TransferEvidence:
     """What `evidence.judge` asks of it."""
-    return TransferEvidence(**{name: Reading(**reading) for name, reading in transfer["readings"].items()})
+    readings = {name: Reading(**reading) for name, reading in transfer["readings"].items()}
+    return TransferEvidence(**readings, one_for_all=transfer.get("one_for_all", False))
 
 
 def _fits(bench: Bench, targeted: bool) -> list[Fit]:

@@ -192,7 +192,7 @@ class Model:
         for site in (*read, *(edits or {}), *([start[0]] if start else [])):
             self.check_site(site)
         places = self._places(parts or {}, first)
-        as_tuple = self._probe() if first > 0 or self.n_layers in wanted | changes.keys() else False
+        as_tuple = self.returns_tuples if first > 0 or self.n_layers in wanted | changes.keys() else False
         found: dict[int, Tensor] = {}
         real = prompts.mask if past_mask is None else torch.cat([past_mask, prompts.mask], dim=1)
         positions = positions_of(real)[:, -prompts.ids.shape[1] :]
@@ -306,7 +306,8 @@ class Model:
         """What asks the module for the logits of some positions only, where it can."""
         return {"logits_to_keep": reads} if self._keeps_logits and reads is not None else {}
 
-    def _probe(self) -> bool:
+    @property
+    def returns_tuples(self) -> bool:
         """Whether a block returns a tuple, seen once on one token (older transformers blocks do)."""
         if self._block_returns_tuple is None:
             with (

@@ -26,7 +26,7 @@ import torch
 
 from recover import refusal, travel
 from recover.attribution import attribute
-from recover.behavior import Targeted
+from recover.behavior import Targeted, known_targets
 from recover.bench import Batch, Bench
 from recover.certify import Certificate, certify
 from recover.controls import Anywhere, Undefended, displacement, longest, placebo_targets
@@ -183,7 +183,7 @@ def placebo(bench: Bench, batch: Batch, deltas: Deltas, report: Report) -> Done:
     behavior = bench.examples.behavior
     if not isinstance(behavior, Targeted):
         return Done({})
-    drawn = placebo_targets(batch.target, batch.flip_ids, behavior.target.tolist(), bench.plan.seed)
+    drawn = placebo_targets(batch.target, batch.flip_ids, known_targets(behavior), bench.plan.seed)
     if drawn is None or not bool(drawn[1].any()):
         return Done({})
     tokens, there = drawn

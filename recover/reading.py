@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from recover import refusal
+from recover.behavior import known_targets
 from recover.bench import Batch, Bench
 from recover.defended import Defended
 from recover.examples import Examples
@@ -22,7 +23,7 @@ from recover.speech import texts
 from recover.transfer import Pool, derangement
 from recover.types import Bool, Float, Int, Tensor
 
-__all__ = ["Exchanged", "exchangeable", "exchanged", "parts_of", "said_like", "shown", "shown_as_asked"]
+__all__ = ["Exchanged", "exchangeable", "exchanged", "one_for_all", "parts_of", "said_like", "shown", "shown_as_asked"]
 
 Shared = Float[Tensor, "fit pos d_model"]
 Rows = Int[Tensor, "rows"]
@@ -115,12 +116,27 @@ def exchangeable(bench: Bench) -> bool:
     return bench.examples.dialogue is not None or bench.pool.targets is not None
 
 
-def exchanged(bench: Bench, half: Pool, rows: Rows, seed: int) -> Exchanged:
-    """These rows of the pool, with what they are asked for exchanged: as few as possible keep their own."""
+def one_for_all(bench: Bench) -> bool:
+    """Whether all flips are asked for the same target, which one shared delta can then carry."""
+    targets = None if bench.examples.dialogue is not None else bench.pool.targets
+    return targets is not None and bool((targets == targets[0]).all())
+
+
+def exchanged(bench: Bench, half: Pool, rows: Rows, seed: int, draw: int = 0) -> Exchanged:
+    """These rows of the pool, with what they are asked for exchanged: as few as possible keep their own.
+
+    Where all are asked for one target there is nothing to exchange: all are asked for another one, the same for each
+    `draw`, if the behavior knows of others.
+    """
     names = [name for batch in bench.batches for name in batch.strict_ids]
     ids, dialogue = [names[row] for row in rows.tolist()], bench.examples.dialogue
     if dialogue is None:
         assert half.targets is not None
+        if one_for_all(bench):
+            others = sorted({*known_targets(bench.examples.behavior)} - {int(half.targets[0])})  # type: ignore[arg-type]
+            if others:
+                chosen = others[(bench.plan.seed + draw) % len(others)]
+                return Exchanged(half, torch.full_like(half.targets, chosen))
         return Exchanged(half, derangement(half.targets, ids, seed))
     order = derangement(torch.arange(len(ids)), ids, seed)
     places = torch.tensor([bench.examples.ids.index(name) for name in ids])

@@ -24,6 +24,7 @@ import torch
 from einops import einsum, reduce
 
 from recover.behavior import Behavior, positions_read
+from recover.examples import Contrast
 from recover.model import Model, Prompts
 from recover.sae import SAE
 from recover.types import Float, InputError, Site, Tensor
@@ -77,6 +78,59 @@ def contrast(
                 total += reduce(sae.encode(residual[:, -1]), "batch d_sae -> d_sae", "sum")
         means.append(total / len(prompts))
     return means[0] - means[1], means[0]
+
+
+def effects(
+    model: Model, sae: SAE, site: Site, kinds: Contrast, batch_size: int | None = None
+) -> Float[Tensor, "d_sae"]:
+    """How much of a behavior each feature brings about by being more active on prompts of a kind than on others.
+
+    The mean activation over `shown` minus that over `hidden`, where that is positive, times what a unit of the feature
+    at every position does for the score to first order. For a probe of the mean residual that is the effect of
+    SAEBench's TPP: the decoder row on the probe. First tokens and padding count for nothing.
+
+    Args:
+        model: what the behavior is read with, without any clamp.
+        sae: of the site.
+        site: where it is used.
+        kinds: with a behavior.
+        batch_size: prompts at once; all by default.
+
+    Returns:
+        In units of the score.
+    """
+    behavior = kinds.behavior
+    assert behavior is not None
+    size, slope = batch_size or len(kinds.shown), torch.zeros(sae.d_model, dtype=sae.dtype, device=sae.device)
+    for rows in torch.split(torch.arange(len(kinds.shown)), size):
+        prompts, asked = kinds.shown.select(rows), behavior.select(rows)
+        with torch.no_grad():
+            residual = model.run(prompts, read=[site]).residuals[site]
+        leaf = residual.clone().requires_grad_(True)
+        logits = model.run(prompts, start=(site, leaf), tokens=asked.tokens, reads=positions_read(asked)).logits
+        (gradient,) = torch.autograd.grad(asked.score(logits).sum(), leaf)
+        counted = (prompts.positions > 0).to(sae.dtype)
+        slope += einsum(gradient.to(sae.dtype), counted, "batch pos d_model, batch pos -> d_model")
+    more = _mean_over(model, sae, site, kinds.shown, size) - _mean_over(model, sae, site, kinds.hidden, size)
+    row = einsum(sae.W_dec, slope / len(kinds.shown), "d_sae d_model, d_model -> d_sae")
+    return more.clamp(min=0) * row
+
+
+def mean_activations(model: Model, sae: SAE, site: Site, prompts: Prompts) -> Float[Tensor, "batch d_sae"]:
+    """Of each feature, the mean over each prompt's real tokens, the first left out."""
+    with torch.no_grad():
+        features = sae.encode(model.run(prompts, read=[site]).residuals[site])
+    counted = (prompts.positions > 0).to(sae.dtype)
+    counted = counted / reduce(counted, "batch pos -> batch 1", "sum").clamp(min=1)
+    return einsum(features, counted, "batch pos d_sae, batch pos -> batch d_sae")
+
+
+def _mean_over(model: Model, sae: SAE, site: Site, prompts: Prompts, size: int) -> Float[Tensor, "d_sae"]:
+    """The mean of these over prompts."""
+    total = torch.zeros(sae.d_sae, dtype=sae.dtype, device=sae.device)
+    for rows in torch.split(torch.arange(len(prompts)), size):
+        total += reduce(mean_activations(model, sae, site, prompts.select(rows)), "batch d_sae -> d_sae", "sum")
+    return total / len(prompts)
 
 
 def largest(attributions: Float[Tensor, "d_sae"], top: int) -> tuple[int, ...]:

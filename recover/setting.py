@@ -19,7 +19,7 @@ from recover.defended import check_fits
 from recover.examples import Examples
 from recover.model import Model
 from recover.sae import SAE
-from recover.selection import attribution, contrast, firing_rates, forgettable, largest
+from recover.selection import attribution, contrast, effects, firing_rates, forgettable, largest
 from recover.tasks import ask_task
 from recover.types import InputError
 from recover.zoo import LoadedModel, resolve_model, resolve_sae
@@ -148,8 +148,7 @@ def build_bench(setting: Setting, chosen: Sequence[Chosen] | None = None, batch_
     """
     config, size = setting.config, batch_size or setting.batch_size
     return Bench(
-        setting.model,
-        setting.exact,
+        *setting.examples.read_with(setting.model, setting.exact),
         build_defense(setting, select_features(setting, size) if chosen is None else chosen),
         setting.examples,
         config.search.budget,
@@ -158,6 +157,7 @@ def build_bench(setting: Setting, chosen: Sequence[Chosen] | None = None, batch_
         config.plan(),
         size,
         config.search.sites == "every",
+        setting.model,
     )
 
 
@@ -184,6 +184,15 @@ def _chosen(clamp: ClampConfig, setting: Setting, batch_size: int, progress: Pro
     sae, examples = setting.saes[clamp.sae], setting.examples
     site = _clamp(clamp, sae, Chosen((0,), clamp.value)).site
     rule, top = clamp.features.select, clamp.features.top
+    model, _ = examples.read_with(setting.model)
+    if rule == "effect":
+        if examples.contrast is None or examples.contrast.behavior is None:
+            raise InputError(
+                f"features: select effect, and the task {setting.config.task!r} names no behavior that tells "
+                "prompts of a kind from others; list the features, or select by attribution"
+            )
+        found = effects(model, sae, site, examples.contrast, batch_size)
+        return Chosen(largest(found, top), clamp.value)
     if rule != "attribution":
         if examples.contrast is None:
             raise InputError(
@@ -203,7 +212,7 @@ def _chosen(clamp: ClampConfig, setting: Setting, batch_size: int, progress: Pro
     rows = torch.arange(len(examples.ids))
     for batch in torch.split(rows, batch_size):
         part = examples.select(batch)
-        total += attribution(setting.model, sae, site, part.prompts, part.behavior)
+        total += attribution(model, sae, site, part.prompts, part.behavior)
         progress("attribution", int(batch[-1]) + 1, len(rows))
     return Chosen(largest(total, top), clamp.value)
 

@@ -251,7 +251,7 @@ def _from_release(release: str, sae_id: str) -> Any:
     reachable = hub_reachable()
     try:
         # With the hub out of reach its client would retry for long before it looked into its cache.
-        with contextlib.nullcontext() if reachable else _hub_offline():
+        with contextlib.nullcontext() if reachable else hub_offline():
             return sae_lens.SAE.from_pretrained(release, sae_id, device="cpu")
     except Exception as error:  # whatever sae_lens's many loaders raise, it is about what the user named
         known = isinstance(error, ValueError)
@@ -260,7 +260,7 @@ def _from_release(release: str, sae_id: str) -> Any:
 
 
 @contextlib.contextmanager
-def _hub_offline() -> Iterator[None]:
+def hub_offline() -> Iterator[None]:
     before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
     try:
         yield

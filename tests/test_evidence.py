@@ -125,3 +125,18 @@ def test_the_reasons_say_whether_per_example_recovery_is_specific() -> None:
         "so per-example recovery at this budget is specific" in r
         for r in judge(SURVIVES, NEARER, RULES, within=(Reading(30, 30), Reading(5, 30))).reasons
     )
+
+
+def test_one_target_for_all_is_held_against_another_one() -> None:
+    """A shared delta can carry a target that all share: that it transfers is nothing, unless another one does not."""
+    shared = replace(SURVIVES, shuffled=Reading(0, 80), dealt=Reading(79, 80), one_for_all=True)
+    written = judge(shared, NEARER, RULES)
+    assert written.specific is False
+    assert "79 of 80" in written.reasons[-1]
+    # 70 of 80 is clearly less than 400 of 400, and most all the same.
+    assert judge(replace(shared, own=Reading(400, 400), dealt=Reading(70, 80)), NEARER, RULES).specific is False
+    kept = judge(replace(shared, dealt=Reading(3, 80)), NEARER, RULES)
+    assert kept.specific is None
+    assert "can carry" in kept.reasons[-1]
+    assert "transfer_over_dealt" in kept.comparisons
+    assert judge(replace(shared, one_for_all=False, dealt=Reading(3, 80)), NEARER, RULES).specific is True

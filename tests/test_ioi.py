@@ -220,7 +220,7 @@ def test_load_serves_a_prompts_section(tokenizer, file):
     ("name", "why"),
     [
         ("ioii", "did you mean 'ioi'"),
-        ("zzz", "known: ioi, choice, cloze, refusal"),
+        ("zzz", "known: ioi, choice, cloze, probe, refusal"),
         ("python:no_such_module:b", r"cannot be imported \(ModuleNotFoundError"),
         ("python:recover.tasks.ioi:no_such", r"cannot be imported \(AttributeError"),
         ("python:recover.tasks.ioi:NAMES", "is no function"),

@@ -19,7 +19,7 @@ from pydantic import ConfigDict, create_model
 
 from recover.examples import Examples
 from recover.model import Model
-from recover.tasks import choice, cloze, ioi, refusal
+from recover.tasks import choice, cloze, ioi, probe, refusal
 from recover.types import InputError
 
 __all__ = ["TASKS", "Task", "ask_task", "get_task", "read_options"]
@@ -46,6 +46,7 @@ TASKS: Mapping[str, Task] = {
     "ioi": ioi.examples,
     "choice": choice.examples,
     "cloze": cloze.examples,
+    "probe": probe.examples,
     "refusal": refusal.examples,
 }
 OWN = "python:"

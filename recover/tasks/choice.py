@@ -190,6 +190,6 @@ def examples(
         behavior(model, all_orders, objective),
         texts,
         ChoiceOdds(*choices(model, all_orders)),
-        contrast=Contrast(*map(model.tokenize, turned)),
+        contrast=Contrast(model.tokenize(turned[0]), model.tokenize(turned[1])),
         groups=[question.id for question, _ in all_orders],
     )
