@@ -65,6 +65,11 @@ class Asked:
     target: Int[Tensor, "fact"]
     others: Int[Tensor, "fact choice"]
 
+    def select(self, rows: Sequence[int]) -> Asked:
+        """The same for the facts `rows`."""
+        index = torch.tensor(rows, dtype=torch.long, device=self.target.device)
+        return Asked([self.facts[row] for row in rows], self.target[index], self.others[index])
+
 
 def examples(
     model: Model,
@@ -134,8 +139,7 @@ def known(model: Model, facts: Sequence[Fact], progress: Report | None = None) -
             "relation with another such answer"
         )
     answered = right(model, asked, progress=progress)
-    index = torch.tensor([row for row, ways in enumerate(answered) if all(ways)], dtype=torch.long, device=model.device)
-    return Asked([asked.facts[row] for row in index.tolist()], asked.target[index], asked.others[index])
+    return asked.select([row for row, ways in enumerate(answered) if all(ways)])
 
 
 def right(
