@@ -60,7 +60,7 @@ RELATIONS = (
             "In Hungary people speak Hungarian. In {} people speak",
             "The official language of Hungary is Hungarian, and the official language of {} is",
             "Question: Which language do people in {} speak? Answer: They speak",
-            "Countries and their languages. Hungary: Hungarian; {}:",
+            "Nations and their languages. Hungary: Hungarian; {}:",
         ),
         _pairs("""
         France: French; Germany: German; Italy: Italian; Spain: Spanish; Portugal: Portuguese; Japan: Japanese;
