@@ -100,7 +100,7 @@ def test_examples_are_the_paraphrases_of_the_domain_to_forget(model: Model, fact
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_what_is_right_under_an_edit_is_that_of_the_edited_model(model: Model, facts: list[Fact], sign: int) -> None:
-    """With one state before the head whatever was asked, one letter of each domain is right and all others are wrong."""
+    """With one state before the head whatever was asked, one letter of each domain is right, all others wrong."""
     given = [Fact(f.id, f.domain, f.relation, f.prompts, "abcd"[n % 4]) for n, f in enumerate(facts)]
     asked = cloze._asked(model, given)
     state = sign * torch.linspace(-1, 1, model.d_model)
@@ -210,6 +210,18 @@ def test_shipped_answers_are_one_token_and_a_relation_has_several(smollm2: Loade
     for one in facts:
         answers.setdefault(one.relation, set()).add(one.answer)
     assert min(map(len, answers.values())) >= 3
+
+
+@pytest.mark.model
+def test_no_wording_has_an_attention_sink_behind_its_first_token(smollm2: LoadedModel) -> None:
+    """Such a token has many times the norm of others, no SAE describes it, and a clamp there is no edit of features."""
+    model, site = Model(smollm2.module, smollm2.tokenizer), Site(15)
+    of_relation = {one.relation: one for one in cloze.shipped()}
+    prompts = model.tokenize([text for one in of_relation.values() for text in one.prompts])
+    norms = model.run(prompts, read=[site]).residuals[site].norm(dim=-1)
+    behind = norms[prompts.positions > 0]
+    assert float(norms[prompts.positions == 0].amin()) > 5 * float(behind.median())
+    assert float(behind.amax()) < 5 * float(behind.median())
 
 
 @pytest.mark.model
