@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from inspect import signature
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from recover.search import Feasible
 from recover.setting import Setting, build_bench, load_setting
 from recover.solvers import SOLVERS, worst_case
 from recover.stats import wilson
-from recover.tasks import choice, cloze
+from recover.tasks import choice, cloze, get_task
 from recover.tasks.questions import load
 from recover.types import InputError, Tensor
 
@@ -79,26 +80,28 @@ def searched(bench: Bench, batch: Batch, feasible: Feasible) -> dict[str, Any]:
     }
 
 
+def option(setting: Setting, name: str) -> Any:
+    """An option of the task as given, or its default."""
+    given = setting.config.prompts.model_dump().get(name)
+    return signature(get_task(setting.config.task)).parameters[name].default if given is None else given
+
+
 def kept_facts(setting: Setting, bench: Bench) -> list[tuple[bool, ...]]:
     """Cloze: the facts of the other domains that the model knows, asked with the clamp, by fact and paraphrase."""
-    options = setting.config.prompts.model_dump()
-    facts = cloze.shipped() if options["file"] is None else cloze.load_file(options["file"])
-    forget = options.get("forget") or "geography"
-    known = cloze.known(setting.model, facts)
+    file, forget = option(setting, "file"), option(setting, "forget")
+    known = cloze.known(setting.model, cloze.shipped() if file is None else cloze.load_file(file))
     kept = known.select([row for row, fact in enumerate(known.facts) if fact.domain != forget])
     return cloze.right(setting.model, kept, clamp_edits(bench.defense)) if kept.facts else []
 
 
 def kept_questions(setting: Setting, bench: Bench) -> list[tuple[bool, ...]]:
     """Choice: the questions of `retain` that the model knows, asked with the clamp, by question and order."""
-    options = setting.config.prompts.model_dump()
-    asked = choice.draw(load(options.get("retain") or "cais/mmlu"), options["n"], options["seed"])
+    asked = choice.draw(load(option(setting, "retain")), option(setting, "n"), option(setting, "seed"))
     known = choice.kept(setting.model, asked)
     every = [(question, order) for question in known for order in choice.ORDERS]
     if not every:
         return []
-    answered = choice.right(setting.model, every, clamp_edits(bench.defense)).tolist()
-    orders = len(choice.ORDERS)
+    answered, orders = choice.right(setting.model, every, clamp_edits(bench.defense)).tolist(), len(choice.ORDERS)
     return [tuple(answered[first : first + orders]) for first in range(0, len(answered), orders)]
 
 
