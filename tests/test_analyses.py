@@ -68,12 +68,45 @@ def test_features_are_spread_evenly(analysis: Any, count: int, expected: list[in
     assert [clamp.sae for clamp in spread.clamps] == ["smollm2-l15", "smollm2-l18"][: len(expected)]
 
 
+def found(norm: float, shows: bool = True, held: bool = True, *, within: bool = True) -> dict[str, Any]:
+    """A flip as `unlearning.py` keeps it: its smallest delta, and one of norm 20 that is back where `within`."""
+    facts = {"relative_drift": 0.25, "constraint_residual": 1e-8}
+    return {
+        "group": f"g{norm}",
+        "within": {"shows": within, "held": held, "norm": 20.0} | facts,
+        "smallest": {"shows": shows, "held": held, "norm": norm} | facts,
+    }
+
+
+def test_what_moves_a_clamped_feature_is_back_only_without_a_constraint(analysis: Any) -> None:
+    unlearning = analysis("unlearning")
+    rows = [found(3.0), found(4.0, held=False), found(50.0, within=False), found(1.0, shows=False)]
+    assert [unlearning.certified_norm(row) for row in rows] == [3.0, float("inf"), 50.0, 20.0]
+    assert [unlearning.back(row, constrained=True) for row in rows] == [True, False, False, True]
+    assert [unlearning.back(row, constrained=False) for row in rows] == [True, True, False, True]
+    assert unlearning.line("x", 9, rows, rows)[1:] == ("4", "4 of 9", "3/4", "0.250", "2/4", "2.5e-01", "1.0e-08")
+    counts = [line.split()[1] for line in unlearning.curve(rows).splitlines()[1:]]
+    assert counts == ["0/4", "0/4", "1/4", "1/4", "2/4", "2/4"]  # at 0, 2, 5, 10, 20 and 40
+
+
+def test_what_is_retained_is_told_by_wording_and_by_fact(analysis: Any) -> None:
+    said = analysis("unlearning").retained([(True, True), (True, False), (False, False), (True,)])
+    assert "4 of 7 wordings (57.1%)" in said
+    assert "2 of 4 (50.0%) in every wording" in said
+    assert "nothing can be said" in analysis("unlearning").retained([])
+
+
 @pytest.mark.parametrize(
     ("script", "arguments", "said"),
     [
         ("budget.py", ["--budgets", "-1"], "budget: --budgets: -1 is no norm; give numbers from 0"),
         ("feature_count.py", ["--counts", "0"], "feature_count: --counts: 0 features cannot be raised"),
         ("refusal.py", ["nowhere.yaml"], "refusal: nowhere.yaml: cannot be read"),
+        (
+            "unlearning.py",
+            [str(ANALYSES / "ioi_smollm2.yaml")],
+            f"unlearning: {ANALYSES / 'ioi_smollm2.yaml'}: its task",
+        ),
         ("attribution.py", ["nowhere.yaml"], "attribution: nowhere.yaml: cannot be read"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ import torch
 from recover.model import Model
 from recover.tasks import cloze
 from recover.tasks.cloze import Fact
-from recover.types import InputError
+from recover.tasks.ioi import token_id
+from recover.types import InputError, Site
 from recover.zoo import LoadedModel
 from tests.models import VOCAB, plain_forward, tiny_lm
 
@@ -92,6 +94,39 @@ def test_examples_are_the_paraphrases_of_the_domain_to_forget(model: Model, fact
     few = cloze.examples(model, file=file, forget="a", n=1, seed=3)
     assert len(few.ids) == 3
     assert set(few.ids) <= set(found.ids)
+    assert few.contrast is not None
+    assert len(few.contrast.shown) == 3 * len(own)  # features do not depend on what is drawn
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_what_is_right_under_an_edit_is_that_of_the_edited_model(model: Model, facts: list[Fact], sign: int) -> None:
+    """With one state before the head whatever was asked, one letter of each domain is right, all others wrong."""
+    given = [Fact(f.id, f.domain, f.relation, f.prompts, "abcd"[n % 4]) for n, f in enumerate(facts)]
+    asked = cloze._asked(model, given)
+    state = sign * torch.linspace(-1, 1, model.d_model)
+    logits = model.module.lm_head(model.module.model.norm(state))
+    expected = []
+    for one in asked.facts:
+        answers = {Words()(other.answer)["input_ids"][0] for other in given if other.domain == one.domain}
+        best = max(answers, key=lambda token: float(logits[token]))
+        expected.append((Words()(one.answer)["input_ids"][0] == best,) * 3)
+    assert len(set(expected)) == 2
+    site = Site(model.n_layers - 1, "post")
+    assert cloze.right(model, asked, {site: lambda h, _: state.expand_as(h)}) == expected
+
+
+def test_right_is_told_by_paraphrase_and_in_the_order_of_the_facts(model: Model) -> None:
+    """Facts of many lengths, so that the order in which they are asked is another one."""
+    given = [
+        Fact(f"f{n}", "a", "r", ("so " * (n % 3) + f"one {n} is", f"{n} say {n + 1} many", f"that {3 * n}"), answer)
+        for n, answer in enumerate("abcdefgh" * 3)
+    ]
+    expected = [
+        tuple(right(model, given, Fact(f.id, f.domain, f.relation, (text,), f.answer)) for text in f.prompts)
+        for f in given
+    ]
+    assert len(set(expected)) > 2
+    assert cloze.right(model, cloze._asked(model, given)) == expected
 
 
 def test_what_cannot_be_asked_is_refused_in_one_line(model: Model, facts: list[Fact], tmp_path: Path) -> None:
@@ -160,6 +195,33 @@ def test_shipped_facts_are_many_and_well_formed() -> None:
         assert len(one.prompts) == len(set(one.prompts)) == 4
         assert all(text == text.strip() and "{" not in text for text in one.prompts)
         assert len(one.answer.split()) == 1
+        assert not any(re.search(rf"\b{one.answer}\b", text, re.IGNORECASE) for text in one.prompts)
+    forgotten = Counter(one.domain for one in facts)
+    assert max(forgotten.values()) >= 40
+
+
+@pytest.mark.model
+def test_shipped_answers_are_one_token_and_a_relation_has_several(smollm2: LoadedModel) -> None:
+    """Every answer is one token after each of its prompts, and no relation has one answer for all."""
+    facts = cloze.shipped()
+    for one in facts:
+        assert len({token_id(smollm2.tokenizer, one.answer, text) for text in one.prompts}) == 1
+    answers: dict[str, set[str]] = {}
+    for one in facts:
+        answers.setdefault(one.relation, set()).add(one.answer)
+    assert min(map(len, answers.values())) >= 3
+
+
+@pytest.mark.model
+def test_no_wording_has_an_attention_sink_behind_its_first_token(smollm2: LoadedModel) -> None:
+    """Such a token has many times the norm of others, no SAE describes it, and a clamp there is no edit of features."""
+    model, site = Model(smollm2.module, smollm2.tokenizer), Site(15)
+    of_relation = {one.relation: one for one in cloze.shipped()}
+    prompts = model.tokenize([text for one in of_relation.values() for text in one.prompts])
+    norms = model.run(prompts, read=[site]).residuals[site].norm(dim=-1)
+    behind = norms[prompts.positions > 0]
+    assert float(norms[prompts.positions == 0].amin()) > 5 * float(behind.median())
+    assert float(behind.amax()) < 5 * float(behind.median())
 
 
 @pytest.mark.model

@@ -16,7 +16,7 @@ from __future__ import annotations
 import difflib
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -27,12 +27,12 @@ from pydantic import PositiveInt
 
 from recover.behavior import AnswerLikelihood, ChoiceMargin
 from recover.examples import Contrast, Examples
-from recover.model import Model
+from recover.model import Edit, Model
 from recover.tasks.facts import RELATIONS
 from recover.tasks.ioi import token_id
-from recover.types import InputError, Int, Tensor
+from recover.types import InputError, Int, Site, Tensor
 
-__all__ = ["Fact", "examples", "known", "load_file", "shipped"]
+__all__ = ["Asked", "Fact", "examples", "known", "load_file", "right", "shipped"]
 
 BATCH = 64
 Report = Callable[[str, int, int], None]
@@ -64,6 +64,11 @@ class Asked:
     facts: Sequence[Fact]
     target: Int[Tensor, "fact"]
     others: Int[Tensor, "fact choice"]
+
+    def select(self, rows: Sequence[int]) -> Asked:
+        """The same for the facts `rows`."""
+        index = torch.tensor(rows, dtype=torch.long, device=self.target.device)
+        return Asked([self.facts[row] for row in rows], self.target[index], self.others[index])
 
 
 def examples(
@@ -105,6 +110,8 @@ def examples(
     told = [(fact, way, text) for fact in (kept.facts[row] for row in wanted) for way, text in enumerate(fact.prompts)]
     texts = [text for *_, text in told]
     prompts, target = model.tokenize(texts), kept.target[rows]
+    # Of all its facts, drawn or not: the same features are selected whatever `n` is.
+    shown = [text for fact in kept.facts if fact.domain == forget for text in fact.prompts]
     hidden = [text for fact in kept.facts if fact.domain != forget for text in fact.prompts]
     return Examples(
         [f"{fact.id}/{way}" for fact, way, _ in told],
@@ -112,7 +119,7 @@ def examples(
         ChoiceMargin(target, kept.others[rows]),
         texts,
         AnswerLikelihood(target),
-        contrast=Contrast(prompts, model.tokenize(hidden)) if hidden else None,
+        contrast=Contrast(model.tokenize(shown), model.tokenize(hidden)) if hidden else None,
         groups=[fact.id for fact, *_ in told],
     )
 
@@ -125,29 +132,41 @@ def known(model: Model, facts: Sequence[Fact], progress: Report | None = None) -
     Raises:
         InputError: none is left to ask.
     """
-    asked, kept = _asked(model, facts), []
+    asked = _asked(model, facts)
     if not asked.facts:
         raise InputError(
             f"cloze: of {len(facts)} facts none has an answer that is one token to this model's tokenizer, in a "
             "relation with another such answer"
         )
+    answered = right(model, asked, progress=progress)
+    return asked.select([row for row, ways in enumerate(answered) if all(ways)])
+
+
+def right(
+    model: Model, asked: Asked, edits: Mapping[Site, Edit] | None = None, progress: Report | None = None
+) -> list[tuple[bool, ...]]:
+    """Whether the model's answer is right, by fact and paraphrase, by the predicate of the task.
+
+    Args:
+        model: as it is, or with
+        edits: such as those of a defense (`recover.defended.clamp_edits`).
+        asked: the facts.
+        progress: as in `examples`.
+    """
     # In the order of their lengths, so that little of a batch is padding.
     longest = [max(map(len, fact.prompts)) for fact in asked.facts]
-    order, done = iter(sorted(range(len(longest)), key=longest.__getitem__)), 0
+    order, found = iter(sorted(range(len(longest)), key=longest.__getitem__)), {}
     while part := list(islice(order, BATCH // 4)):
         rows = torch.tensor([row for row in part for _ in asked.facts[row].prompts], device=model.device)
         behavior = ChoiceMargin(asked.target[rows], asked.others[rows])
+        prompts = model.tokenize([text for row in part for text in asked.facts[row].prompts])
         with torch.no_grad():
-            prompts = model.tokenize([text for row in part for text in asked.facts[row].prompts])
-            right = (behavior.slack(model.run(prompts, tokens=behavior.tokens).logits.float()) > 0).tolist()
-        answers = iter(right)
-        kept += [row for row in part if all(list(islice(answers, len(asked.facts[row].prompts))))]
-        done += len(part)
+            logits = model.run(prompts, edits=edits, tokens=behavior.tokens).logits.float()
+        answers = iter((behavior.slack(logits) > 0).tolist())
+        found.update({row: tuple(islice(answers, len(asked.facts[row].prompts))) for row in part})
         if progress is not None:
-            progress("asking", done, len(asked.facts))
-    kept.sort()
-    index = torch.tensor(kept, dtype=torch.long, device=model.device)
-    return Asked([asked.facts[row] for row in kept], asked.target[index], asked.others[index])
+            progress("asking", len(found), len(longest))
+    return [found[row] for row in range(len(longest))]
 
 
 def _asked(model: Model, facts: Sequence[Fact]) -> Asked:

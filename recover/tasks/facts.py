@@ -1,7 +1,8 @@
 """Facts that a small model may know, by domain and relation: what is asked, in four ways, and the word that answers it.
 
 Own writing. Each relation's paraphrases end right before the answer, which follows after a space; `{}` is the subject.
-Of some 400 facts that were written these are those that SmolLM2-135M-Instruct answers rightly in all four ways.
+Of some 400 facts that were written these are those that SmolLM2-135M-Instruct answers rightly in all four ways, above
+every other answer of their relation. No answer stands in its own prompts.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ RELATIONS = (
             "In Hungary people speak Hungarian. In {} people speak",
             "The official language of Hungary is Hungarian, and the official language of {} is",
             "Question: Which language do people in {} speak? Answer: They speak",
-            "Countries and their languages. Hungary: Hungarian; {}:",
+            "Nations and their languages. Hungary: Hungarian; {}:",
         ),
         _pairs("""
         France: French; Germany: German; Italy: Italian; Spain: Spanish; Portugal: Portuguese; Japan: Japanese;
@@ -73,10 +74,10 @@ RELATIONS = (
         "geography",
         "continent",
         (
-            "Kenya is a country in Africa. {} is a country in",
-            "Kenya lies on the continent of Africa, and {} lies on the continent of",
-            "Question: On which continent is Kenya? Answer: Africa. Question: On which continent is {}? Answer:",
-            "On a map of the world you find Kenya in Africa and {} in",
+            "Chile is a country in South America. {} is a country in",
+            "Chile lies on the continent of South America, and {} lies on the continent of",
+            "Question: On which continent is Chile? Answer: South America. Question: On which continent is {}? Answer:",
+            "On a map of the world you find Chile in South America and {} in",
         ),
         _pairs("""
         France: Europe; Germany: Europe; Italy: Europe; Spain: Europe; Poland: Europe; Sweden: Europe; Norway:
@@ -97,7 +98,7 @@ RELATIONS = (
         ),
         _pairs("""
         oxygen: O; hydrogen: H; carbon: C; nitrogen: N; sulfur: S; phosphorus: P; iron: Fe; copper: Cu; zinc:
-        Zn; gold: Au; sodium: Na; potassium: K; calcium: Ca; magnesium: Mg; chlorine: Cl; lithium: Li; tin: Sn;
+        Zn; gold: Au; sodium: Na; potassium: K; magnesium: Mg; chlorine: Cl; lithium: Li; tin: Sn;
         nickel: Ni; iodine: I; fluorine: F; boron: B; silicon: Si; aluminum: Al; argon: Ar; mercury: Hg;
         titanium: Ti
         """),
@@ -112,7 +113,7 @@ RELATIONS = (
             "Question: What is a baby sheep called? Answer: lamb. Question: What is a baby {} called? Answer:",
         ),
         _pairs("""
-        cat: kitten; cow: calf; bear: cub; duck: duck; chicken: chick; tiger: cub; frog: tad; elephant: calf;
+        cat: kitten; cow: calf; bear: cub; chicken: chick; tiger: cub; elephant: calf;
         whale: calf
         """),
     ),
@@ -194,7 +195,7 @@ RELATIONS = (
         ),
         _pairs("""
         man: woman; son: daughter; brother: sister; husband: wife; prince: princess; gentleman: lady; god:
-        goddess; king: queen; dad: mom; male: female
+        goddess; dad: mom
         """),
     ),
     Relation(
