@@ -749,7 +749,8 @@ def resumes(recover, finished, monkeypatch):
 
 
 # run.json, config.yaml; fit and utility; deltas before the units of search and of transfer's fit; the other units of
-# three batches and of all; examples, verdict, two reports. (Death at every write of a run: property_tests/test_engine_laws.)
+# three batches and of all; examples, verdict, two reports.
+# (Death at every write of a run: property_tests/test_engine_laws.)
 WRITES = 2 + 2 + 3 + 6 + 5 * 3 + 3 + 4 + 4
 
 
