@@ -107,6 +107,7 @@ def parser() -> argparse.ArgumentParser:
     )
     report = commands.add_parser("report", help="rebuild report.html and report.md from the artifacts")
     report.add_argument("dir", type=Path, metavar="DIR")
+    report.add_argument("--figures", type=Path, metavar="OUT", help="figures for a paper there: PDF, PNG and CSV")
     laws = commands.add_parser(
         "verify",
         help="hold the laws that checks rest on to your model and SAE",
@@ -119,7 +120,6 @@ def parser() -> argparse.ArgumentParser:
     laws.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     start = commands.add_parser("init", help="write defense.yaml and test_defense.py, to be edited and run by pytest")
     start.add_argument("dir", type=Path, nargs="?", default=Path(), metavar="DIR", help="default: here")
-    report.add_argument("--figures", type=Path, metavar="OUT", help="figures for a paper there: PDF, PNG and CSV")
     beside = commands.add_parser("compare", help="finished runs side by side")
     beside.add_argument("dirs", type=Path, nargs="+", metavar="DIR")
     planted = commands.add_parser(
