@@ -29,7 +29,7 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
-from recover.artifacts import EXAMPLES, REPORT, VERDICT, write_whole
+from recover.artifacts import EXAMPLES, MARKDOWN, REPORT, VERDICT, write_whole
 from recover.clamp import Defense
 from recover.config import Config, load_config
 from recover.examples import Examples
@@ -302,7 +302,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         for folder, _ in told:
             target = kept / Path(folder).name
             target.mkdir(parents=True, exist_ok=True)
-            for name in (VERDICT, REPORT):
+            for name in (VERDICT, REPORT, MARKDOWN):
                 if (Path(folder) / name).is_file():
                     shutil.copy(Path(folder) / name, target / name)
 

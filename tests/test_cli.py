@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from recover import cli, progress, runner, setting
-from recover.artifacts import CONFIG, DELTAS, EXAMPLES, REPORT, RUN, SEEDS, UNITS, VERDICT, RunFolder
+from recover.artifacts import CONFIG, DELTAS, EXAMPLES, MARKDOWN, REPORT, RUN, SEEDS, UNITS, VERDICT, RunFolder
 from recover.config import load_config
 from recover.phases import PHASES
 from recover.plan import Plan
@@ -33,7 +33,7 @@ from recover.tasks import ioi
 
 N, BATCH = 40, 16
 SCHEMA = json.loads(resources.files("recover").joinpath("schemas/verdict.schema.json").read_text())
-ARTIFACTS = {CONFIG, DELTAS, EXAMPLES, REPORT, RUN, UNITS, VERDICT}
+ARTIFACTS = {CONFIG, DELTAS, EXAMPLES, MARKDOWN, REPORT, RUN, UNITS, VERDICT}
 TIMES = ("seconds", "phases", "phase_seconds")
 """What of the provenance differs from run to run."""
 
