@@ -34,7 +34,8 @@ def part_values(
     }
     values = []
     for row in range(len(found.defended)):
-        parts = {name: {key: value[row] for key, value in view.items()} for name, view in columns.items()}
+        unsaid = {"non_refusal": None, "base_like": None}
+        parts = {name: {key: value[row] for key, value in view.items()} | unsaid for name, view in columns.items()}
         for name, reads in (said or {}).items():
             parts[name] |= {"non_refusal": reads[row].non_refusal, "base_like": reads[row].base_like}
         values.append(without_nan(parts))

@@ -105,7 +105,7 @@ def test_values_of_parts_are_those_of_the_attribution() -> None:
     assert values[2]["free"]["replay_slack"] == float(found.views["free"].replay_slack[2])
     assert values[0]["error"]["non_refusal"] is False
     assert values[1]["error"]["base_like"] is True
-    assert "base_like" not in values[1]["free"]
+    assert values[1]["free"]["base_like"] is None
     nowhere = replace(found.views["free"], norm=torch.full((4,), torch.nan))
     broken = replace(found, views={**found.views, "free": nowhere})
     assert travel.part_values(broken)[0]["free"]["norm"] is None
