@@ -78,10 +78,15 @@ class Model:
         blocks: the module path of the stack, for example `model.layers`; found by itself where it can be.
 
     Raises:
-        InputError: no stack of blocks was found.
+        InputError: no stack of blocks was found, or two that feed each other (an encoder and a decoder).
     """
 
     def __init__(self, module: nn.Module, tokenizer: Any = None, *, blocks: str | None = None) -> None:
+        if bool(getattr(getattr(module, "config", None), "is_encoder_decoder", False)):
+            raise InputError(
+                f"model: {type(module).__name__} has an encoder and a decoder, and what one writes the other reads, so "
+                "that a site in the encoder has no suffix of its own; give a decoder-only model"
+            )
         self.module = module
         self.tokenizer = tokenizer
         self.blocks_path = blocks if blocks is not None else find_blocks(module)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 
 from recover import verify as laws_of
@@ -102,6 +103,19 @@ def test_what_cannot_be_verified_is_refused_in_one_line() -> None:
     with pytest.raises(InputError, match=r"blocks\.9"):
         verify(model, sae(site=Site(9)), prompts)
     assert laws_of is verify
+
+
+def test_an_encoder_with_a_decoder_is_refused_and_a_recurrent_model_is_told_of() -> None:
+    t5 = transformers.T5ForConditionalGeneration(
+        transformers.T5Config(vocab_size=61, d_model=D_MODEL, d_kv=4, d_ff=16, num_layers=2, num_heads=2)
+    )
+    with pytest.raises(InputError, match="T5ForConditionalGeneration has an encoder and a decoder"):
+        Model(t5)
+    options = {"hidden_size": D_MODEL, "state_size": 4, "num_hidden_layers": 4, "vocab_size": 61}
+    module = transformers.MambaForCausalLM(transformers.MambaConfig(**options)).eval()
+    found = {law.name: law for law in verify(Model(module), sae(), left_padded(ROWS))}
+    assert found["batching"].holds is None
+    assert "prompts run one at a time" in found["batching"].detail
 
 
 @pytest.mark.model
