@@ -412,7 +412,7 @@ GOOD = {"prompt": "Mary and John left and John gave the key to", "io": "Mary", "
         (["--dtype", "int8"], ["--dtype", "int8"]),
         (["--device", "gpu"], ["device: must be auto, cpu"]),
         (["--task", "iio"], ["unknown task 'iio'; did you mean 'ioi'?"]),
-        (["--task", "cloze"], ["task 'cloze' is not in this version"]),
+        (["--task", "python:nowhere:x"], ["task 'python:nowhere:x': cannot be imported (ModuleNotFoundError"]),
         (["--sae", "smolm2-l15"], ["SAE 'smolm2-l15' is not a name of ours", "did you mean 'smollm2-l15'?"]),
         (["--sae", "no-release:x"], ["SAE 'no-release:x' cannot be loaded"]),
         (["--features", "64"], ["clamps[0], SAE '", "feature 64 is out of range", "0..63"]),

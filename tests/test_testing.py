@@ -15,6 +15,8 @@ from recover.config import load_config
 
 pytest_plugins = ["pytester"]
 
+PLUGIN = ("-p", "no:recover", "-p", "recover.testing")
+"""By its module, whether or not the package is installed so that pytest finds it by itself."""
 HEAD = """
 import pytest
 from recover.plan import Plan, TransferPlan
@@ -42,7 +44,7 @@ def suite(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch):
     def run(tests: str, *arguments: str) -> pytest.RunResult:
         name = f"test_{hashlib.sha256(f'{pytester.path}{tests}'.encode()).hexdigest()[:8]}"  # imported but once
         pytester.makepyfile(**{name: HEAD + tests})
-        return pytester.runpytest_inprocess("-p", "recover.testing", f"{name}.py", *arguments)
+        return pytester.runpytest_inprocess(*PLUGIN, f"{name}.py", *arguments)
 
     return run
 
@@ -178,7 +180,7 @@ def test_a_suite_that_init_writes_is_red_for_the_right_reason(pytester, monkeypa
 
     monkeypatch.setattr("recover.testing.run_check", check)
     monkeypatch.chdir("suite")
-    result = pytester.runpytest_inprocess("-p", "recover.testing", "test_defense.py")
+    result = pytester.runpytest_inprocess(*PLUGIN, "test_defense.py")
     result.assert_outcomes(passed=1, failed=1)
     result.stdout.fnmatch_lines(
         ["RECOVERABLE: 1 of 1 valid flips are brought back by * at most 20, the smallest of norm 2; expected none"]
