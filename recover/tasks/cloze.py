@@ -29,6 +29,7 @@ from recover.behavior import AnswerLikelihood, ChoiceMargin
 from recover.examples import Contrast, Examples
 from recover.model import Edit, Model
 from recover.tasks.facts import RELATIONS
+from recover.tasks.files import read_text, rows_of
 from recover.tasks.ioi import token_id
 from recover.types import InputError, Int, Site, Tensor
 
@@ -217,33 +218,15 @@ def load_file(path: Path | str) -> list[Fact]:
     Raises:
         InputError: with the line number, and never with the text.
     """
-    path = Path(path)
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except OSError as error:
-        raise InputError(f"fact file {path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        number = error.object.count(b"\n", 0, error.start) + 1
-        raise InputError(f"fact file {path}, line {number}: is not UTF-8 text; save it as UTF-8") from None
-    facts: list[Fact] = []
-    seen: dict[tuple[str, ...], int] = {}
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            fact = _fact(line, number)
-            if fact.prompts in seen:
-                raise InputError(f"asks the same as line {seen[fact.prompts]}; delete one of them")
-        except InputError as error:
-            raise InputError(f"fact file {path}, line {number}: {error}") from None
-        seen[fact.prompts] = number
-        facts.append(fact)
+    name = f"fact file {path}"
+    text = read_text(Path(path), name)
+    facts = rows_of(text, name, _fact, lambda fact: fact.prompts, "asks the same as line {}; delete one of them")
     if not facts:
-        raise InputError(f'fact file {path}: is empty; give lines with the keys "domain", "prompts" and "answer"')
+        raise InputError(f'{name}: is empty; give lines with the keys "domain", "prompts" and "answer"')
     return facts
 
 
-def _fact(line: str, number: int) -> Fact:
+def _fact(number: int, line: str) -> Fact:
     try:
         row: Any = json.loads(line)
     except (json.JSONDecodeError, RecursionError):

@@ -29,6 +29,7 @@ from pydantic import Field
 from recover.behavior import ChoiceMargin, LogitDifference
 from recover.examples import Examples
 from recover.model import Model
+from recover.tasks.files import read_text, rows_of
 from recover.types import InputError
 
 __all__ = [
@@ -166,29 +167,13 @@ def load_jsonl(path: Path | str, tokenizer: Any) -> list[IOIExample]:
     Raises:
         InputError: with the line number, and never with the prompt's text.
     """
-    path = Path(path)
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except OSError as error:
-        raise InputError(f"prompt file {path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        number = error.object.count(b"\n", 0, error.start) + 1
-        raise InputError(f"prompt file {path}, line {number}: is not UTF-8 text") from None
-    seen: dict[str, int] = {}
-    examples = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            example = _parse(line, tokenizer)
-            if example.id in seen:
-                raise InputError(f"repeats line {seen[example.id]}")
-        except InputError as error:
-            raise InputError(f"prompt file {path}, line {number}: {error}") from None
-        seen[example.id] = number
-        examples.append(example)
+    name = f"prompt file {path}"
+    text = read_text(Path(path), name)
+    examples = rows_of(
+        text, name, lambda _, line: _parse(line, tokenizer), lambda example: example.id, "repeats line {}"
+    )
     if not examples:
-        raise InputError(f'prompt file {path}: is empty; give lines with the keys "prompt", "io" and "subject"')
+        raise InputError(f'{name}: is empty; give lines with the keys "prompt", "io" and "subject"')
     return examples
 
 

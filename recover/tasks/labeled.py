@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from recover.tasks.files import decoded, numbered
 from recover.types import InputError
 from recover.zoo import hub_offline, hub_reachable
 
@@ -117,21 +118,18 @@ def load_file(path: Path | str, data: Data = "glosses") -> list[Labeled]:
     Raises:
         InputError: with the line number: no JSON object, no text, a class or a split that is none; or no row at all.
     """
-    path, source = Path(path), SOURCES[data]
+    path, source, called = Path(path), SOURCES[data], f"text file {path}"
     try:
         raw = path.read_bytes()
-        text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        number = error.object.count(b"\n", 0, error.start) + 1
-        raise InputError(f"text file {path}, line {number}: is not UTF-8 text; save it as UTF-8") from None
+        text = decoded(gzip.decompress(raw) if path.suffix == ".gz" else raw, called)
     except (OSError, EOFError) as error:
-        raise InputError(f"text file {path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+        raise InputError(f"{called}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
     try:
         found = list(_kept(_json_rows(text), source, default=None, name="line"))
     except InputError as error:
-        raise InputError(f"text file {path}, {error}") from None
+        raise InputError(f"{called}, {error}") from None
     if not found:
-        raise InputError(f"text file {path}: has no text of a class of {data!r}; give rows with {_columns(source)}")
+        raise InputError(f"{called}: has no text of a class of {data!r}; give rows with {_columns(source)}")
     return found
 
 
@@ -153,9 +151,7 @@ def _columns(source: _Source) -> str:
 
 
 def _json_rows(text: str) -> Iterator[tuple[int, Any]]:
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
+    for number, line in numbered(text):
         try:
             yield number, json.loads(line)
         except (json.JSONDecodeError, RecursionError):

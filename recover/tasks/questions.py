@@ -22,6 +22,7 @@ from typing import Any
 from huggingface_hub import constants
 
 from recover import zoo
+from recover.tasks.files import numbered, read_text
 from recover.types import InputError
 
 __all__ = ["Question", "load"]
@@ -122,20 +123,12 @@ def _question(row: Any, name: str) -> Question:
 
 
 def _json_rows(path: Path, name: str) -> Iterator[tuple[int, Any]]:
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        known = ", ".join([*zoo.shipped_questions(), *PUBLISHED])
-        raise InputError(f"{name}: cannot be read ({error.strerror}); give a file, or one of: {known}") from None
-    except UnicodeDecodeError as error:
-        number = error.object.count(b"\n", 0, error.start) + 1
-        raise InputError(f"{name}, line {number}: is not UTF-8 text; save it as UTF-8") from None
-    for number, line in enumerate(text.split("\n"), start=1):  # not splitlines, which breaks within strings
-        if line.strip():
-            try:
-                yield number, json.loads(line)
-            except (ValueError, RecursionError):
-                raise InputError(f"{name}, line {number}: is not valid JSON; give one object a line") from None
+    known = ", ".join([*zoo.shipped_questions(), *PUBLISHED])
+    for number, line in numbered(read_text(path, name, f"; give a file, or one of: {known}")):
+        try:
+            yield number, json.loads(line)
+        except (ValueError, RecursionError):
+            raise InputError(f"{name}, line {number}: is not valid JSON; give one object a line") from None
 
 
 def _parquet(path: Path) -> list[Any]:

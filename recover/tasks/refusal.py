@@ -27,6 +27,7 @@ from recover.dialogue import Request, ask
 from recover.examples import Contrast, Examples
 from recover.model import Model
 from recover.tasks import requests
+from recover.tasks.files import numbered, read_text
 from recover.types import InputError
 
 __all__ = ["draw", "examples", "load", "load_file", "shipped"]
@@ -123,7 +124,7 @@ def load_file(path: Path | str) -> list[Request]:
         InputError: with the line number, and never with what the file asks.
     """
     path = Path(path)
-    text = _text(path)
+    text = read_text(path, f"request file {path}")
     given: list[Request] = []
     seen: dict[str, int] = {}
     column = None
@@ -145,21 +146,9 @@ def load_file(path: Path | str) -> list[Request]:
     return given
 
 
-def _text(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise InputError(f"request file {path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        number = error.object.count(b"\n", 0, error.start) + 1
-        raise InputError(f"request file {path}, line {number}: is not UTF-8 text; save it as UTF-8") from None
-
-
 def _json_rows(text: str) -> Iterator[tuple[int, dict[str, Any]]]:
     """Each line's object and the line's number."""
-    for number, line in enumerate(text.split("\n"), start=1):  # not splitlines, which breaks within strings
-        if not line.strip():
-            continue
+    for number, line in numbered(text):
         try:
             row = json.loads(line)
         except (json.JSONDecodeError, RecursionError):

@@ -1,0 +1,77 @@
+"""Files of a user's own prompts: read as UTF-8, row by row; what is wrong is told by its line, never by its text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+from recover.types import InputError
+
+__all__ = ["decoded", "numbered", "read_text", "rows_of"]
+
+T = TypeVar("T")
+
+
+def read_text(path: Path, name: str, instead: str = "") -> str:
+    """The text of a file.
+
+    Args:
+        path: of the file.
+        name: what messages call it.
+        instead: what else could be given, where it cannot be read.
+
+    Raises:
+        InputError: it cannot be read, or is not UTF-8.
+    """
+    try:
+        return decoded(path.read_bytes(), name)
+    except OSError as error:
+        raise InputError(f"{name}: cannot be read ({error.strerror}){instead}") from None
+
+
+def decoded(raw: bytes, name: str) -> str:
+    """UTF-8, with or without a byte order mark.
+
+    Raises:
+        InputError: with the number of the first line that is something else.
+    """
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        number = error.object.count(b"\n", 0, error.start) + 1
+        raise InputError(f"{name}, line {number}: is not UTF-8 text; save it as UTF-8") from None
+
+
+def numbered(text: str) -> Iterator[tuple[int, str]]:
+    """The lines that are not empty, with their numbers."""
+    # Not splitlines, which breaks at characters that may stand within a string of JSON.
+    return ((number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip())
+
+
+def rows_of(
+    text: str, name: str, read: Callable[[int, str], T], content: Callable[[T], Hashable], repeats: str
+) -> list[T]:
+    """What each line says.
+
+    Args:
+        text: of the file.
+        name: what messages call it.
+        read: a line's number and text, to what it says.
+        content: by which a line that repeats another is known.
+        repeats: what is said of it, with `{}` for the number of the other.
+
+    Raises:
+        InputError: from `read`, with the line's number; or a line that repeats another.
+    """
+    seen: dict[Hashable, int] = {}
+    rows = []
+    for number, line in numbered(text):
+        try:
+            row = read(number, line)
+            if (first := seen.setdefault(content(row), number)) != number:
+                raise InputError(repeats.format(first))
+        except InputError as error:
+            raise InputError(f"{name}, line {number}: {error}") from None
+        rows.append(row)
+    return rows
