@@ -18,6 +18,7 @@ from recover.bench import Bench
 from recover.config import load_config
 from recover.defended import Defended, Delta
 from recover.examples import Examples
+from recover.finished import read_records
 from recover.linear_error import LinearError, error_activations, fit_linear_error
 from recover.neutral import NEUTRAL
 from recover.records import ExampleRecord
@@ -68,20 +69,14 @@ def open_run(folder: Path, points: Points, top_k: int, n_points: int, stretch: f
     check_finished(folder)
     try:
         state = RunState.model_validate_json((folder / RUN).read_text(encoding="utf-8"))
-        records = [
-            ExampleRecord.from_json(line) for line in (folder / EXAMPLES).read_text(encoding="utf-8").splitlines()
-        ]
+        records = read_records(folder)
         deltas = load_file(folder / DELTAS)
     except (ValueError, SafetensorError) as error:
         raise InputError(f"{folder}: is damaged ({' '.join(str(error).split()):.100}); run recover check") from None
     setting = load_setting(load_config(folder / CONFIG))
     if setting.examples.ids != [record.id for record in records]:
         raise InputError(f"{folder}: its examples are not those that its {CONFIG} gives here; run recover check again")
-    chosen = [
-        Chosen(tuple(features), tuple(value) if isinstance(value, list) else value)
-        for features, value in zip(state.features, state.values, strict=True)
-    ]
-    bench = build_bench(setting, chosen, state.batch_size)
+    bench = build_bench(setting, Chosen.kept_by(state), state.batch_size)
     if bench.every_site and stretch != 1:
         raise InputError("--stretch: a pinned delta that is made longer is not pinned; leave it out")
     flips = {record.id: record for record in records if record.certificate is not None and record.id in deltas}

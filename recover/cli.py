@@ -96,7 +96,7 @@ def parser() -> argparse.ArgumentParser:
     check.add_argument("--batch-size", help="examples at once (default: as memory allows)")
     check.add_argument(
         "--seeds",
-        type=_positive,
+        type=positive,
         default=1,
         metavar="N",
         help="run N control seeds, and say how often each verdict came",
@@ -128,7 +128,7 @@ def parser() -> argparse.ArgumentParser:
         description="Judge small planted models whose answer is known, and compare.",
         epilog="Exit status: 0 no miss; 1 a miss; 2 unusable input, told in one line.",
     )
-    planted.add_argument("--seeds", type=_positive, default=20, metavar="N", help="worlds of each kind (default: 20)")
+    planted.add_argument("--seeds", type=positive, default=20, metavar="N", help="worlds of each kind (default: 20)")
     planted.add_argument("--mixtures", action="store_true", help="worlds between the pure kinds too")
     planted.add_argument("--json", type=Path, metavar="FILE", help="write every outcome there")
     return top
@@ -255,7 +255,8 @@ COMMANDS = {
 }
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """A count that an option gives."""
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
     return int(text)

@@ -245,6 +245,10 @@ class Config(_Section):
             raise ValueError("must be auto or a whole number from 1")
         return value
 
+    def with_control_seed(self, seed: int) -> Config:
+        """The same with another seed of the search, the split and the controls."""
+        return self.model_copy(update={"controls": self.controls.model_copy(update={"seed": seed})})
+
     def schedule(self) -> Schedule:
         """How hard to search."""
         return Schedule(self.search.steps, restarts=self.search.restarts, seed=self.controls.seed)

@@ -22,7 +22,7 @@ from recover.report_markdown import to_markdown
 from recover.types import InputError
 from recover.verdict import SCHEMA
 
-__all__ = ["FinishedRun", "pages", "read_run", "read_verdict", "rebuild_report"]
+__all__ = ["FinishedRun", "find_run", "pages", "read_records", "read_run", "read_verdict", "rebuild_report"]
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,27 @@ def read_run(out: Path) -> FinishedRun:
         if not (out / name).is_file():
             raise InputError(f"{out}: holds no finished run ({name} is not there); run `recover check --out {out}`")
     verdict, config = _undamaged(out, VERDICT, read_verdict), _undamaged(out, CONFIG, _text(CONFIG))
-    records = _undamaged(out, EXAMPLES, _records) if (out / EXAMPLES).is_file() else ()
+    records = _undamaged(out, EXAMPLES, read_records) if (out / EXAMPLES).is_file() else ()
     return FinishedRun(out, verdict, config, records, _features(out))
+
+
+def find_run(out: Path) -> FinishedRun | None:
+    """The same, or None where there is something left to do, or what is there is damaged."""
+    if not all((out / name).is_file() for name in (VERDICT, EXAMPLES)):
+        return None
+    try:
+        return read_run(out)
+    except InputError:
+        return None
+
+
+def read_records(out: Path) -> tuple[ExampleRecord, ...]:
+    """The lines of `examples.jsonl`.
+
+    Raises:
+        ValueError: one of them is none of this version.
+    """
+    return tuple(map(ExampleRecord.from_json, (out / EXAMPLES).read_text(encoding="utf-8").splitlines()))
 
 
 def rebuild_report(out: Path) -> Path:
@@ -109,10 +128,6 @@ def _undamaged(out: Path, name: str, read: Any) -> Any:
 
 def _text(name: str) -> Any:
     return lambda out: (out / name).read_text(encoding="utf-8")
-
-
-def _records(out: Path) -> tuple[ExampleRecord, ...]:
-    return tuple(map(ExampleRecord.from_json, (out / EXAMPLES).read_text(encoding="utf-8").splitlines()))
 
 
 def _features(out: Path) -> tuple[tuple[int, ...], ...]:

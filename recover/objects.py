@@ -7,7 +7,6 @@ objects find their run again, an interrupted one goes on, and other ones get ano
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterable
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
@@ -15,11 +14,11 @@ from typing import Any
 
 import torch
 
-from recover.artifacts import CONFIG, EXAMPLES, VERDICT, RunFolder, RunState
+from recover.artifacts import CONFIG, VERDICT, RunFolder, RunState
 from recover.check import check
 from recover.clamp import Defense
 from recover.examples import Examples
-from recover.finished import pages
+from recover.finished import find_run, pages
 from recover.model import Model
 from recover.plan import Plan
 from recover.setting import package_versions
@@ -50,8 +49,8 @@ def check_objects(
     def run() -> dict[str, Any]:
         held = RunFolder(folder)
         try:
-            if held.has([VERDICT, EXAMPLES]):
-                return dict(json.loads(held.read(VERDICT)))
+            if (finished := find_run(folder)) is not None:
+                return dict(finished.verdict)
             if held.state is None:
                 clamps = defense.clamps
                 held.begin(

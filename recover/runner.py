@@ -15,14 +15,18 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from recover.artifacts import CONFIG, EXAMPLES, SEEDS, VERDICT, RunFolder, RunState, write_whole
+from recover.artifacts import CONFIG, SEEDS, VERDICT, RunFolder, RunState, write_whole
 from recover.check import Progress, check
 from recover.config import Config
-from recover.finished import FinishedRun, pages, read_run
+from recover.finished import find_run, pages
 from recover.neutral import NEUTRAL
 from recover.setting import Chosen, Setting, build_defense, load_setting, select_features
 from recover.types import InputError
 from recover.verdict import Verdict
+
+
+class OtherRunError(InputError):
+    """A folder that holds a run of the same configuration, and yet another run."""
 
 
 def run_check(
@@ -61,7 +65,7 @@ def run_seeds(
     """
     verdicts = []
     for seed in range(config.controls.seed, config.controls.seed + seeds):
-        one = config.model_copy(update={"controls": config.controls.model_copy(update={"seed": seed})})
+        one = config.with_control_seed(seed)
         verdicts.append(run_check(one, out / f"seed-{seed}", keep_text=keep_text, progress=progress))
     said = Counter(json.dumps([verdict["verdict"], verdict["specific"]]) for verdict in verdicts)
     counted = [dict(zip(("verdict", "specific"), json.loads(one), strict=True), seeds=n) for one, n in said.items()]
@@ -82,13 +86,13 @@ def _run(config: Config, folder: RunFolder, keep_text: bool, progress: Progress)
     progress("loading", 1, 1)
     state = folder.state or _begin(folder, setting, keep_text, progress)
     if state.fingerprint != setting.fingerprint:
-        raise InputError(
+        raise OtherRunError(
             f"{folder.name}: holds a run of this configuration with other weights, prompts or another version of "
             "recover; give another folder"
         )
     if not folder.has([CONFIG]):
         folder.write(CONFIG, config.dump_yaml().encode())
-    finished = _finished(folder)
+    finished = find_run(folder.path)
     if finished is not None:
         verdict, records = dict(finished.verdict), finished.records
     else:
@@ -138,13 +142,9 @@ def _begin(folder: RunFolder, setting: Setting, keep_text: bool, progress: Progr
 
 def _check(setting: Setting, state: RunState, folder: RunFolder, progress: Progress) -> Verdict:
     config, model = setting.config, setting.model
-    chosen = [
-        Chosen(tuple(features), tuple(value) if isinstance(value, list) else value)
-        for features, value in zip(state.features, state.values, strict=True)
-    ]
     return check(
         model,
-        build_defense(setting, chosen),
+        build_defense(setting, Chosen.kept_by(state)),
         setting.examples,
         budget=config.search.budget,
         placement=config.search.placement,
@@ -158,13 +158,3 @@ def _check(setting: Setting, state: RunState, folder: RunFolder, progress: Progr
         provenance=setting.provenance,
         progress=progress,
     )
-
-
-def _finished(folder: RunFolder) -> FinishedRun | None:
-    """A run with nothing left to do; None where there is something, or its answer is damaged."""
-    if not folder.has([VERDICT, EXAMPLES]):
-        return None
-    try:
-        return read_run(folder.path)
-    except InputError:
-        return None

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from recover.artifacts import RunState
 from recover.behavior import positions_read
 from recover.bench import Bench
 from recover.check import Progress
@@ -88,6 +89,12 @@ class Chosen:
 
     features: tuple[int, ...]
     value: float | tuple[float, ...]
+
+    @classmethod
+    def kept_by(cls, state: RunState) -> list[Chosen]:
+        """Those of each clamp that an earlier start selected."""
+        pairs = zip(state.features, state.values, strict=True)
+        return [cls(tuple(features), tuple(v) if isinstance(v, list) else v) for features, v in pairs]
 
 
 def load_setting(config: Config, *, keep_text: bool = False, progress: Progress | None = None) -> Setting:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,8 @@ import pytest
 from recover import testing
 from recover.cli import main
 from recover.config import load_config
+from recover.records import ReplyRecord
+from tests.hand_made import SHOWS_THROUGHOUT, certified, flip
 
 pytest_plugins = ["pytester"]
 
@@ -105,10 +109,31 @@ def test_no_such_part(check_defense):
     assert len(list(Path("reports").glob("*/report.html"))) == 3
 
 
+def write(folder, records):
+    (folder / "examples.jsonl").write_text("".join(record.to_json() + "\n" for record in records))
+
+
+@pytest.mark.parametrize(("norm", "budget", "back"), [(12.0, 20.0, 1), (12.0, 11.0, 0)])
+def test_a_whole_answer_is_back_where_what_is_said_is_like_the_own(tmp_path, norm, budget, back):
+    """Though not token for token, so that no smallest norm is certified."""
+    reply = ReplyRecord(False, False, False, True, False, 0.0, 0.0)
+    said = certified(flip("a", near=math.inf), shows=False, norm=norm)
+    write(tmp_path, [replace(said, answered=True, refused=True, reply=reply)])
+    verdict = {"verdict": "RECOVERABLE", "recovery": {"budget": 20.0, "searched": 1}}
+    found = testing.Checked("by hand", (verdict,), (tmp_path,))
+    if not back:
+        testing.assert_not_recovered(found, budget=budget)
+        return
+    with pytest.raises(
+        pytest.fail.Exception, match=r"1 of 1 valid flips are brought back .* of norm 12; expected none"
+    ):
+        testing.assert_not_recovered(found, budget=budget)
+
+
 def test_drift_and_attribution_are_held_to_their_bounds(tmp_path):
     drifts = [1e-4, 0.25, 1e-5]
-    lines = [json.dumps({"id": str(row), "certificate": {"relative_drift": one}}) for row, one in enumerate(drifts)]
-    (tmp_path / "examples.jsonl").write_text("\n".join([*lines, json.dumps({"id": "3", "certificate": None})]))
+    records = [flip(str(row), relative_drift=one) for row, one in enumerate(drifts)]
+    write(tmp_path, [*records, SHOWS_THROUGHOUT])
     parts = {"error": {"replay": {"rate": 0.75}}, "clamped": {"replay": {"rate": 0.0}}}
     verdict = {"verdict": "RECOVERABLE", "attribution": {"parts": parts}}
     found = testing.Checked("by hand", (verdict,), (tmp_path,))
@@ -144,8 +169,8 @@ def test_shut(check_defense):
 
 
 def test_bad_input_is_one_line_and_marks_say_why_they_skip(suite, monkeypatch):
-    monkeypatch.setattr("recover.testing.has_cuda", lambda: False)
-    monkeypatch.setattr("recover.testing.has_hub", lambda: False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("recover.testing.hub_reachable", lambda: False)
     result = suite("""
 def test_no_file(check_defense):
     check_defense("nowhere.yaml")
@@ -172,9 +197,7 @@ def test_a_suite_that_init_writes_is_red_for_the_right_reason(pytester, monkeypa
 
     def check(config, folder):
         folder.mkdir(parents=True)
-        certificate = {"shows": True, "held": True, "norm": 3.0, "relative_drift": 1e-6}
-        line = {"id": "a", "certificate": certificate, "smallest": {**certificate, "norm": 2.0}}
-        (folder / "examples.jsonl").write_text(json.dumps(line) + "\n")
+        write(folder, [flip("a", near=2.0)])
         recovery = {"budget": config.search.budget, "recovered": 1, "searched": 1}
         return {"verdict": "RECOVERABLE", "specific": True, "reasons": [], "recovery": recovery}
 
