@@ -27,6 +27,7 @@ import random
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -110,7 +111,7 @@ def own_rows(run: Run, ids: Sequence[str], name: str) -> list[dict[str, Any]]:
             units["replay_said"] = (f"said-replay-{view}-{name}", said, alone)
             units["knockout_said"] = (f"said-knockout-{view}-{name}", said, without)
         for key, (unit, work, one) in units.items():
-            values = run.points.get(unit, lambda work=work, one=one: work(run, part, one))["rows"]  # type: ignore[misc]
+            values = run.points.get(unit, partial(work, run, part, one))["rows"]
             for row, value in zip(rows, values, strict=True):
                 row["views"][view][key] = value
     return rows
@@ -255,10 +256,7 @@ def shared(run: Run) -> dict[str, Any]:
     found = {}
     for name, (part, delta) in shared_deltas(run).items():
         unit = "shared-" + name.replace(", norm ", "-").replace(" ", "-")
-        rows = run.points.get(
-            f"effects-{unit}",
-            lambda part=part, delta=delta: effects(run, part, delta),  # type: ignore[misc]
-        )["rows"]
+        rows = run.points.get(f"effects-{unit}", partial(effects, run, part, delta))["rows"]
         table = part_rows(rows)
         tell(f"parts of the shared delta of {name}: {len(rows)} unseen flips", part_lines(table))
         found[name] = {"rows": rows, "table": table, "carriers": {unit: paths_and_movers(run, part, delta, unit)}}

@@ -26,15 +26,17 @@ from points import Points
 from recover.bench import Batch, Bench
 from recover.certify import certify
 from recover.config import load_config
-from recover.defended import Delta, clamp_edits
+from recover.controls import Anywhere
+from recover.defended import clamp_edits
+from recover.phases import BY_GRADIENT
 from recover.records import certificate_values
 from recover.search import Feasible
 from recover.setting import Setting, build_bench, load_setting
-from recover.solvers import SOLVERS, worst_case
+from recover.solvers import worst_case
 from recover.stats import wilson
 from recover.tasks import choice, cloze, get_task
 from recover.tasks.questions import load
-from recover.types import InputError, Tensor
+from recover.types import InputError
 
 DEFAULT = Path(__file__).parent / "cloze_smollm2.yaml"
 BUDGETS = (0.0, 2.0, 5.0, 10.0, 20.0, 40.0)
@@ -42,19 +44,6 @@ PUBLISHED_CURVE = {0.0: 0, 2.0: 0, 5.0: 4, 10.0: 6, 20.0: 6}
 """Flips of 6 that are back at each budget (reference page); norms of another model are not the same norms."""
 PUBLISHED = ("WMDP-Bio, Gemma 2 2B", "91", "6", "91/91", "0.333", "90/91", "0.000", "-")
 HEADS = ("", "flips", "asked of", "free", "drift", "C1", "drift", "residual")
-GRADIENT_SOLVERS = {name: solver for name, solver in SOLVERS.items() if name != "random"}
-
-
-class Anything:
-    """No constraint."""
-
-    def project(self, delta: Delta) -> Delta:
-        """Every delta is admissible."""
-        return delta
-
-    def select(self, rows: Tensor) -> Anything:
-        """The same for all examples."""
-        return self
 
 
 def searched(bench: Bench, batch: Batch, feasible: Feasible) -> dict[str, Any]:
@@ -62,7 +51,7 @@ def searched(bench: Bench, batch: Batch, feasible: Feasible) -> dict[str, Any]:
     part, target = batch.flipped, batch.target
     if not len(part_ids := batch.flip_ids):
         return {"rows": []}
-    found = worst_case(target, target.zero_delta, feasible, bench.budget, bench.schedule, GRADIENT_SOLVERS)
+    found = worst_case(target, target.zero_delta, feasible, bench.budget, bench.schedule, BY_GRADIENT)
     within, smallest = (
         certificate_values(certify(bench.exact, bench.defense, part.prompts, part.behavior, delta, bench.placement))
         for delta in (found.delta, found.smallest)
@@ -190,7 +179,7 @@ def main() -> None:
     for number, batch in enumerate(bench.batches):
         print(f"batch {number + 1} of {len(bench.batches)}", file=sys.stderr, flush=True)
         for name, rows, feasible in (
-            ("free", free, Anything()),
+            ("free", free, Anywhere()),
             ("c1", c1, bench.feasible(bench.objective(batch.target))),
         ):
             unit = points.get(f"{name}-{number}", lambda batch=batch, space=feasible: searched(bench, batch, space))

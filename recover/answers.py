@@ -9,10 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import yaml
+
+from recover import words
 from recover.figures import number, percent
 from recover.words import SPECIFIC, clamps
 
-__all__ = ["answers", "cautions", "task_of"]
+__all__ = ["answers", "cautions", "parsed", "task_of"]
 
 TASKS = {
     "ioi": "indirect object identification: after 'When Mary and John went out, John gave a book to', saying Mary",
@@ -25,6 +28,14 @@ DECIDING = ("specific: ", "not specific: ", "unknown: ", "whether it is specific
 """How the reason begins that decides it; see `recover.evidence`."""
 FEW = 20
 """Valid flips below which an interval is wide: at 20 of 20 it still reaches down to 84%."""
+
+
+def parsed(config: str) -> Any:
+    """What the text of a `config.yaml` holds; None where it is no YAML."""
+    try:
+        return yaml.safe_load(config)
+    except yaml.YAMLError:
+        return None
 
 
 def task_of(config: Any) -> str | None:
@@ -153,10 +164,8 @@ def _of_the_search(verdict: Mapping[str, Any]) -> list[str]:
         )
     if placebo is None:
         told.append("No unrelated target was searched for: nothing tells how easily any answer could be written.")
-    if features is not None and verdict["counts"]["base"]:
-        own = verdict["counts"]["valid_flips"] / verdict["counts"]["base"]
-        if features["suppressed_rate"] >= own / 2:
-            told.append(f"Random features suppress nearly as much ({percent(features['suppressed_rate'])}).")
+    if words.features(features, verdict["counts"]):
+        told.append(f"Random features suppress nearly as much ({percent(features['suppressed_rate'])}).")
     if unbounded is not None and unbounded["rate"] < 1:
         told.append(f"Even without a budget the search recovers only {percent(unbounded['rate'])}.")
     return told

@@ -131,7 +131,7 @@ class ChoiceMargin:
     others: Int[Tensor, "batch choice"]
 
     @property
-    def tokens(self) -> Int[Tensor, "batch choice"]:
+    def tokens(self) -> Int[Tensor, "batch choice"] | None:
         return torch.cat([self.target[:, None], self.others], dim=1)
 
     def score(self, logits: Logits) -> PerExample:
@@ -178,7 +178,7 @@ class VocabularyMargin(ChoiceMargin):
     """
 
     @property
-    def tokens(self) -> None:  # type: ignore[override]
+    def tokens(self) -> None:
         return None
 
     def score(self, logits: Logits) -> PerExample:

@@ -11,8 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from recover.answers import parsed
 from recover.finished import FinishedRun, read_run
 from recover.report_markdown import summary_rows
 from recover.types import InputError
@@ -62,10 +61,7 @@ def differences(runs: Sequence[FinishedRun]) -> list[tuple[str, list[Any]]]:
 
 def _settings(run: FinishedRun) -> dict[str, Any]:
     """What a figure depends on: model, task, prompts, clamps, search, threat model, controls and rules."""
-    try:
-        config = yaml.safe_load(run.config)
-    except yaml.YAMLError:
-        config = None
+    config = parsed(run.config)
     asked: Mapping[str, Any] = config if isinstance(config, Mapping) else {}
     provenance, threat = run.verdict["provenance"], run.verdict["threat_model"]
     told = {key: provenance[key] for key in ("model", "sae_sha256", "dtype")}

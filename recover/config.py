@@ -75,7 +75,8 @@ class _Section(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _known_keys(cls, data: Any) -> Any:
-        for key in data if isinstance(data, dict) else ():
+        closed = cls.model_config.get("extra") == "forbid"
+        for key in data if closed and isinstance(data, dict) else ():
             if key not in cls.model_fields:
                 near = difflib.get_close_matches(str(key), cls.model_fields, n=1, cutoff=0.5)
                 known = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(cls.model_fields)}"
@@ -153,11 +154,6 @@ class PromptConfig(_Section):
     n: PositiveInt | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     file: Text | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _known_keys(cls, data: Any) -> Any:
-        return data
 
 
 class SearchConfig(_Section):

@@ -157,8 +157,8 @@ def told(panel: Panel) -> str:
             return "; ".join(f"{row.name} {_value(row.value, panel)}" for row in rows)
         case Curves(curves):
             return "; ".join(
-                f"{one.name} {_percent(one.points[0].rate)} at norm {number(one.points[0].at)} and "
-                f"{_percent(one.points[-1].rate)} at {number(one.points[-1].at)}"
+                f"{one.name} {percent(one.points[0].rate)} at norm {number(one.points[0].at)} and "
+                f"{percent(one.points[-1].rate)} at {number(one.points[-1].at)}"
                 for one in curves
             )
         case Dots(strips):
@@ -239,22 +239,20 @@ def rated(name: str, tone: Tone, found: Mapping[str, Any], group: str = "") -> R
 
 
 def _value(value: float | None, panel: Intervals) -> str:
-    return number(value) if panel.logarithmic else _percent(value)
+    return number(value) if panel.logarithmic else percent(value)
 
 
-def _percent(share: float | None) -> str:
+def percent(share: float | None) -> str:
+    """A share of 1, with two more digits where it is small."""
     if share is None:
         return "not defined"
     return f"{share:.2%}" if 0 < share < 0.01 else f"{share:.0%}"
 
 
-percent = _percent
-
-
 def _point(point: Point | None) -> str:
     if point is None:
         return ""
-    return _percent(point.rate) + ("" if point.low is None else f" ({_percent(point.low)} to {_percent(point.high)})")
+    return percent(point.rate) + ("" if point.low is None else f" ({percent(point.low)} to {percent(point.high)})")
 
 
 def _quantiles(values: Sequence[float]) -> tuple[str, ...]:

@@ -128,8 +128,10 @@ def read(bench: Bench, fold: int, deltas: Deltas, report: Callable[[int, int], N
     device = pool.parts[0].zero_delta.device
     saved = torch.stack([deltas.delta(one.name(fold)) for one in fits]).to(device)
     strict = shown(bench, half, others, saved)
-    weak = shown_as_asked(bench, half, others, saved) if bench.examples.strict is not None else strict
-    flips = ~shown_as_asked(bench, half, others, torch.zeros_like(saved[:1]))[0]
+    weak, flips = strict, torch.ones(len(half), dtype=torch.bool, device=device)
+    if bench.examples.strict is not None:
+        weak = shown_as_asked(bench, others, saved)
+        flips = ~shown_as_asked(bench, others, torch.zeros_like(saved[:1]))[0]
     dealt = _dealt(bench, half, others, fold, fits, saved)
     moved = torch.cat([displacement(part.defended if isinstance(part, Pinned) else part) for part in seen.parts])
     back = undone(averaged(moved)[:1], space, 1.0)

@@ -17,8 +17,8 @@ from einops import einsum, rearrange, reduce
 from recover.components import Component, eager, head_count, modules_of, projection
 from recover.controls import Undefended
 from recover.defended import Defended, Delta
-from recover.paths import Carrier, above, is_, keeps, trace
-from recover.types import InputError, Mask, PerExample, Site, Tensor
+from recover.paths import Carrier, above, keeps, last_slope, trace
+from recover.types import InputError, Mask, PerExample, Tensor
 
 __all__ = ["looks", "undefended", "writes"]
 
@@ -56,10 +56,7 @@ def writes(defended: Defended, delta: Delta) -> dict[Carrier, PerExample]:
     """
     model = defended.suffix.model
     n_heads, run = head_count(model.module), trace(defended, delta)
-    leaf = run.final.detach().requires_grad_(True)
-    last = Site(model.n_layers - 1, "post")
-    logits = defended.logits(torch.zeros_like(delta), changes={last: is_(leaf)}).float()
-    (slope,) = torch.autograd.grad(defended.behavior.score(logits).sum(), leaf)
+    slope = last_slope(defended, run.final)
     found: dict[Carrier, PerExample] = {}
     for layer in above(defended):
         block = model.module.get_submodule(f"{model.blocks_path}.{layer}")

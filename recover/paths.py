@@ -36,6 +36,8 @@ __all__ = [
     "above",
     "carriers",
     "direct",
+    "keeps",
+    "last_slope",
     "patched",
     "put_back",
     "put_in",
@@ -110,7 +112,7 @@ def carriers(defended: Defended) -> tuple[Carrier, ...]:
 
 def trace(defended: Defended, delta: Delta) -> Trace:
     """Run with a delta that enters after the clamp, and keep what every component gives."""
-    last = Site(defended.suffix.model.n_layers - 1, "post")
+    last = _last(defended)
     given: dict[Any, Tensor] = {}
     parts = {
         place: keeps(given, place)
@@ -157,22 +159,26 @@ def direct(defended: Defended, delta: Delta, points: int = POINTS) -> Direct:
     """The effect on the score of what the delta, each attention and each MLP add to the last residual."""
     defended, delta = entering(defended, delta)
     start, end = trace(defended, torch.zeros_like(delta)), trace(defended, delta)
-    moved, last = end.final - start.final, Site(defended.suffix.model.n_layers - 1, "post")
+    moved = end.final - start.final
     slope = torch.zeros_like(moved)
     for share, weight in nodes(points):
-        leaf = (start.final + share * moved).detach().requires_grad_(True)
-        logits = defended.logits(torch.zeros_like(delta), changes={last: is_(leaf)}).float()
-        (found,) = torch.autograd.grad(defended.behavior.score(logits).sum(), leaf)
-        slope += weight * found
+        slope += weight * last_slope(defended, start.final + share * moved)
     added = torch.stack(list(defended.by_site(delta).values())).sum(dim=0).to(moved.dtype)
     writes = {"delta": added}
     for layer in above(defended):
-        for kind, word in (("attention", "attention"), ("mlp", "MLP")):
-            place = Component(layer, kind)  # type: ignore[arg-type]
+        for place, word in ((Component(layer, "attention"), "attention"), (Component(layer, "mlp"), "MLP")):
             writes[f"L{layer} {word}"] = end.given[place] - start.given[place]
     writes["rest"] = moved - torch.stack(list(writes.values())).sum(dim=0)
     effects = {name: first_order(slope, write) for name, write in writes.items()}
     return Direct(effects, end.score - start.score)
+
+
+def last_slope(defended: Defended, final: Residual) -> Residual:
+    """The gradient of the score with respect to the residual after the last block, where that is `final`."""
+    leaf = final.detach().requires_grad_(True)
+    logits = defended.logits(defended.zero_delta, changes={_last(defended): _is(leaf)}).float()
+    (slope,) = torch.autograd.grad(defended.behavior.score(logits).sum(), leaf)
+    return slope
 
 
 def patched(
@@ -204,7 +210,7 @@ def put_in(defended: Defended, delta: Delta, chosen: Sequence[Carrier]) -> tuple
 def _replaces(values: Tensor, some: set[int | None], n_heads: int) -> Change:
     """Puts in another run's values: those of some heads, or all of an MLP's."""
     if None in some:
-        return is_(values)
+        return _is(values)
     mask = torch.tensor([head in some for head in range(n_heads)], device=values.device)
 
     def change(h: Tensor) -> Tensor:
@@ -231,6 +237,11 @@ def _adds(leaf: Tensor) -> Change:
     return lambda h: h + leaf
 
 
-def is_(value: Tensor) -> Change:
+def _is(value: Tensor) -> Change:
     """Puts a value in the place of what is there."""
     return lambda h: value.to(h.dtype)
+
+
+def _last(defended: Defended) -> Site:
+    """After the last block."""
+    return Site(defended.suffix.model.n_layers - 1, "post")

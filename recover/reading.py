@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from recover import refusal
-from recover.behavior import known_targets
+from recover.behavior import Targeted, known_targets
 from recover.bench import Batch, Bench
 from recover.defended import Defended
 from recover.examples import Examples
@@ -67,17 +67,14 @@ def shown(bench: Bench, half: Pool, rows: Rows, deltas: Shared) -> Bool[Tensor, 
         rows: ascending.
         deltas: shared, free parts where they are pinned.
     """
-    dialogue = bench.examples.dialogue
-    if dialogue is None:
+    dialogues = [part.dialogue for *_, part in parts_of(bench, rows) if part.dialogue is not None]
+    if not dialogues:
         return half.slack(deltas) > 0
-    own = [text for *_, part in parts_of(bench, rows) for text in part.dialogue.texts]  # type: ignore[union-attr]
-    return said_like(bench, half, rows, deltas, own)
+    return said_like(bench, half, rows, deltas, [text for dialogue in dialogues for text in dialogue.texts])
 
 
-def shown_as_asked(bench: Bench, half: Pool, rows: Rows, deltas: Shared) -> Bool[Tensor, "fit batch"]:
-    """The same by the check's own predicate, where transfer is read with a stricter one."""
-    if bench.examples.strict is None:
-        return shown(bench, half, rows, deltas)
+def shown_as_asked(bench: Bench, rows: Rows, deltas: Shared) -> Bool[Tensor, "fit batch"]:
+    """The same by the check's own predicate, of use where transfer is read with a stricter one."""
     parts = [
         bench.objective(batch.strict_target.select(here).asking(part.behavior))
         for batch, here, part in parts_of(bench, rows)
@@ -132,8 +129,9 @@ def exchanged(bench: Bench, half: Pool, rows: Rows, seed: int, draw: int = 0) ->
     ids, dialogue = [names[row] for row in rows.tolist()], bench.examples.dialogue
     if dialogue is None:
         assert half.targets is not None
-        if one_for_all(bench):
-            others = sorted({*known_targets(bench.examples.behavior)} - {int(half.targets[0])})  # type: ignore[arg-type]
+        behavior = bench.examples.behavior
+        if one_for_all(bench) and isinstance(behavior, Targeted):
+            others = sorted({*known_targets(behavior)} - {int(half.targets[0])})
             if others:
                 chosen = others[(bench.plan.seed + draw) % len(others)]
                 return Exchanged(half, torch.full_like(half.targets, chosen))

@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from recover.words import REPLIES, clamps, headline
+from recover.words import REPLIES, SUMMANDS, clamps, headline
 
 RESULTS = {True: "passed", False: "FAILED", None: "not run"}
 WIDTH, INDENT = 100, 22
@@ -162,19 +162,11 @@ def _smallest(smallest: Mapping[str, Any] | None) -> Rows:
     return [("smallest norm", words)]
 
 
-PARTS = {
-    "error": "SAE error",
-    "free": "other features",
-    "clamped": "clamped features",
-}
-"""Parts of a perturbation that add up to it."""
-
-
 def _travel(found: Mapping[str, Any] | None) -> Rows:
     if found is None:
         return []
     rows = []
-    for name, words in PARTS.items():
+    for name, words in SUMMANDS.items():
         part = found["parts"][name]
         said = f"; said, {part['said']['base_like']['hits']} like the model's own" if part["said"] else ""
         rows.append(

@@ -14,10 +14,9 @@ from importlib import resources
 from typing import Any
 
 import jinja2
-import yaml
 from markupsafe import Markup
 
-from recover.answers import answers
+from recover.answers import answers, parsed
 from recover.evidence_figures import figures
 from recover.figures import Figure
 from recover.records import ExampleRecord
@@ -60,7 +59,7 @@ def to_html(
     page: str = environment.from_string(source).render(
         verdict=verdict,
         headline=headline(verdict),
-        answers=answers(verdict, _parsed(config)),
+        answers=answers(verdict, parsed(config)),
         chapters=_chapters(verdict, records),
         draw=lambda figure: Markup(draw(figure)),
         legend=legend,
@@ -102,10 +101,3 @@ def _chapters(verdict: Mapping[str, Any], records: Sequence[ExampleRecord]) -> l
         for name, words in CHAPTERS.items()
     ]
     return [chapter for chapter in chapters if chapter.figures or chapter.facts]
-
-
-def _parsed(config: str) -> Any:
-    try:
-        return yaml.safe_load(config)
-    except yaml.YAMLError:
-        return None

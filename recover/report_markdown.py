@@ -9,9 +9,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import yaml
-
-from recover.answers import answers, cautions
+from recover.answers import answers, cautions, parsed
 from recover.figures import number, percent
 from recover.report import RESULTS
 from recover.words import headline
@@ -26,11 +24,7 @@ def to_markdown(verdict: Mapping[str, Any], config: str = "") -> str:
         verdict: what `verdict.json` holds.
         config: the text of `config.yaml`, for the name of the behavior.
     """
-    try:
-        parsed = yaml.safe_load(config)
-    except yaml.YAMLError:
-        parsed = None
-    clamped, recoverable, specific, _ = answers(verdict, parsed)
+    clamped, recoverable, specific, _ = answers(verdict, parsed(config))
     said = headline(verdict)
     lines = [f"## recover: {verdict['verdict']}", "", f"**{_escaped(said[0].upper() + said[1:])}.**", ""]
     for question, told in (clamped, recoverable, specific):

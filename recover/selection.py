@@ -27,7 +27,7 @@ from recover.behavior import Behavior, positions_read
 from recover.examples import Contrast
 from recover.model import Model, Prompts
 from recover.sae import SAE
-from recover.types import Float, InputError, Site, Tensor
+from recover.types import Float, InputError, Residual, Site, Tensor
 
 NEAREST = 10
 """Of so many features nearest in rate one is drawn, for draws that differ."""
@@ -40,17 +40,22 @@ def attribution(model: Model, sae: SAE, site: Site, prompts: Prompts, behavior: 
 
     Padding and first tokens count for nothing. Divide by the number of prompts for the mean.
     """
-    with torch.no_grad():
-        residual = model.run(prompts, read=[site], tokens=behavior.tokens).residuals[site]
-    leaf = residual.clone().requires_grad_(True)
-    reads = positions_read(behavior)
-    logits = model.run(prompts, start=(site, leaf), tokens=behavior.tokens, reads=reads).logits
-    (gradient,) = torch.autograd.grad(behavior.score(logits).sum(), leaf)
+    residual, gradient = _with_gradient(model, site, prompts, behavior)
     with torch.no_grad():
         counted = (prompts.positions > 0).to(sae.dtype)
         features = sae.encode(residual)
         slope = einsum(gradient.to(sae.dtype), sae.W_dec, "batch pos d_model, d_sae d_model -> batch pos d_sae")
         return einsum(features, slope, counted, "batch pos d_sae, batch pos d_sae, batch pos -> d_sae")
+
+
+def _with_gradient(model: Model, site: Site, prompts: Prompts, behavior: Behavior) -> tuple[Residual, Residual]:
+    """The residual at a site, and the gradient of the summed score with respect to it."""
+    with torch.no_grad():
+        residual = model.run(prompts, read=[site], tokens=behavior.tokens).residuals[site]
+    leaf = residual.clone().requires_grad_(True)
+    logits = model.run(prompts, start=(site, leaf), tokens=behavior.tokens, reads=positions_read(behavior)).logits
+    (gradient,) = torch.autograd.grad(behavior.score(logits).sum(), leaf)
+    return residual, gradient
 
 
 def contrast(
@@ -104,11 +109,7 @@ def effects(
     size, slope = batch_size or len(kinds.shown), torch.zeros(sae.d_model, dtype=sae.dtype, device=sae.device)
     for rows in torch.split(torch.arange(len(kinds.shown)), size):
         prompts, asked = kinds.shown.select(rows), behavior.select(rows)
-        with torch.no_grad():
-            residual = model.run(prompts, read=[site]).residuals[site]
-        leaf = residual.clone().requires_grad_(True)
-        logits = model.run(prompts, start=(site, leaf), tokens=asked.tokens, reads=positions_read(asked)).logits
-        (gradient,) = torch.autograd.grad(asked.score(logits).sum(), leaf)
+        _, gradient = _with_gradient(model, site, prompts, asked)
         counted = (prompts.positions > 0).to(sae.dtype)
         slope += einsum(gradient.to(sae.dtype), counted, "batch pos d_model, batch pos -> d_model")
     more = _mean_over(model, sae, site, kinds.shown, size) - _mean_over(model, sae, site, kinds.hidden, size)

@@ -17,12 +17,12 @@ from recover.check import Progress
 from recover.clamp import Clamp, Defense, Floor, Scale, Set
 from recover.config import ClampConfig, Config, Selection
 from recover.defended import check_fits
-from recover.examples import Examples
+from recover.examples import Contrast, Examples
 from recover.model import Model
 from recover.sae import SAE
 from recover.selection import attribution, contrast, effects, firing_rates, forgettable, largest
 from recover.tasks import ask_task
-from recover.types import InputError
+from recover.types import Float, InputError, Site, Tensor
 from recover.zoo import LoadedModel, resolve_model, resolve_sae
 
 MODES: dict[str, type[Set] | type[Scale] | type[Floor]] = {"set": Set, "scale": Scale, "floor": Floor}
@@ -188,40 +188,62 @@ def _placeholders(config: Config, saes: Mapping[str, SAE]) -> list[Defense]:
 def _chosen(clamp: ClampConfig, setting: Setting, batch_size: int, progress: Progress) -> Chosen:
     if not isinstance(clamp.features, Selection):
         return Chosen(clamp.features, clamp.value)
-    sae, examples = setting.saes[clamp.sae], setting.examples
+    sae, rule, top = setting.saes[clamp.sae], clamp.features, clamp.features.top
     site = _clamp(clamp, sae, Chosen((0,), clamp.value)).site
-    rule, top = clamp.features.select, clamp.features.top
-    model, _ = examples.read_with(setting.model)
-    if rule == "effect":
-        if examples.contrast is None or examples.contrast.behavior is None:
-            raise InputError(
-                f"features: select effect, and the task {setting.config.task!r} names no behavior that tells "
-                "prompts of a kind from others; list the features, or select by attribution"
+    read, _ = setting.examples.read_with(setting.model)
+    match rule.select:
+        case "attribution":
+            found = _attributed(read, sae, site, setting.examples, batch_size, progress)
+            return Chosen(largest(found, top), clamp.value)
+        case "effect":
+            found = effects(read, sae, site, _kinds(setting, rule), batch_size)
+            return Chosen(largest(found, top), clamp.value)
+        case "firing":
+            kinds = _kinds(setting, rule)
+            shown, hidden = (
+                firing_rates(setting.model, sae, site, prompts, batch_size) for prompts in (kinds.shown, kinds.hidden)
             )
-        found = effects(model, sae, site, examples.contrast, batch_size)
-        return Chosen(largest(found, top), clamp.value)
-    if rule != "attribution":
-        if examples.contrast is None:
-            raise InputError(
-                f"features: select {rule}, and the task {setting.config.task!r} gives no prompts of two kinds to "
-                "this model; list the features, or select by attribution"
-            )
-        kinds = examples.contrast.shown, examples.contrast.hidden
-        if rule == "firing":
-            rates = [firing_rates(setting.model, sae, site, prompts, batch_size) for prompts in kinds]
-            retain = RETAIN if clamp.features.retain is None else clamp.features.retain
-            return Chosen(forgettable(rates[0], rates[1], top, retain), clamp.value)
-        more, mean = contrast(setting.model, sae, site, *kinds, batch_size)
-        features = largest(more, top)
-        means = tuple(clamp.value * float(mean[feature]) for feature in features)
-        return Chosen(features, means if clamp.unit == "mean" else clamp.value)
+            retain = RETAIN if rule.retain is None else rule.retain
+            return Chosen(forgettable(shown, hidden, top, retain), clamp.value)
+        case "contrast":
+            kinds = _kinds(setting, rule)
+            more, mean = contrast(setting.model, sae, site, kinds.shown, kinds.hidden, batch_size)
+            features = largest(more, top)
+            means = tuple(clamp.value * float(mean[feature]) for feature in features)
+            return Chosen(features, means if clamp.unit == "mean" else clamp.value)
+
+
+def _kinds(setting: Setting, rule: Selection) -> Contrast:
+    """The prompts of two kinds that a rule compares.
+
+    Raises:
+        InputError: the task gives none to this model, or no behavior where the rule asks for one.
+    """
+    kinds, task = setting.examples.contrast, setting.config.task
+    if rule.select == "effect" and (kinds is None or kinds.behavior is None):
+        raise InputError(
+            f"features: select effect, and the task {task!r} names no behavior that tells prompts of a kind from "
+            "others; list the features, or select by attribution"
+        )
+    if kinds is None:
+        raise InputError(
+            f"features: select {rule.select}, and the task {task!r} gives no prompts of two kinds to this model; list "
+            "the features, or select by attribution"
+        )
+    return kinds
+
+
+def _attributed(
+    model: Model, sae: SAE, site: Site, examples: Examples, batch_size: int, progress: Progress
+) -> Float[Tensor, "d_sae"]:
+    """The attribution of each feature, over all examples."""
     total = torch.zeros(sae.d_sae, device=sae.device)
     rows = torch.arange(len(examples.ids))
     for batch in torch.split(rows, batch_size):
         part = examples.select(batch)
         total += attribution(model, sae, site, part.prompts, part.behavior)
         progress("attribution", int(batch[-1]) + 1, len(rows))
-    return Chosen(largest(total, top), clamp.value)
+    return total
 
 
 def package_versions() -> dict[str, str]:

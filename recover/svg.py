@@ -121,7 +121,10 @@ def _curves(panel: Curves) -> tuple[int, Iterator[str]]:
 def _curve_marks(panel: Curves) -> Iterator[str]:
     norms = sorted({point.at for one in panel.curves for point in one.points})
     place = _logarithmic(norms[0] / 1.15, norms[-1] * 1.15)
-    up: Place = lambda rate: 18 + (HEIGHT - 18) * (1 - rate)  # noqa: E731
+
+    def up(rate: Size) -> Size:
+        return 18 + (HEIGHT - 18) * (1 - rate)
+
     for rate in (0, 0.25, 0.5, 0.75, 1):
         yield _stroke("grid", 0, up(rate), 1, up(rate))
         yield _text(0, up(rate) + 4, f"{rate:.0%}", "tick", "end", shift=-8)
@@ -228,7 +231,10 @@ def _bars(panel: Histogram) -> Iterator[str]:
     low, high, bottom = panel.edges[0], panel.edges[-1], HEIGHT // 2
     if panel.line is not None:
         low, high = min(low, panel.line[0]), max(high, panel.line[0])
-    place: Place = lambda value: (value - low) / (high - low)  # noqa: E731
+
+    def place(value: Size) -> Size:
+        return (value - low) / (high - low)
+
     shown = [panel.edges[0], panel.edges[-1]] + ([panel.line[0]] if panel.line else [])
     ends = [tick for tick in shown if panel.line is None or tick == panel.line[0] or _far(tick, panel.line[0], place)]
     yield from _axis([(place(tick), number(tick)) for tick in ends], bottom)

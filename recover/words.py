@@ -30,6 +30,8 @@ PARTS = {
     "clamped": "its part in clamped features",
 }
 """Parts of a perturbation by the SAE's own lights."""
+SUMMANDS = {"error": "SAE error", "free": "other features", "clamped": "clamped features"}
+"""Those that add up to it, for a table."""
 REPLIES = {
     "non_refusal": "no refusal",
     "base_like": "like the model's own",
