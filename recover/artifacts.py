@@ -3,9 +3,11 @@
 ==================== ===============================================================================
 `config.yaml`         the configuration as resolved; can be given to `recover check` again
 `run.json`            what the run fixed at its start: see `RunState`
-`units/`              the values of each finished unit of work, a phase of a batch, as JSON
+`units/`              the values of each finished unit of work, a phase of a batch, as JSON; while the run lasts, beside
+                      them the deltas that they speak of
 `deltas.safetensors`  deltas `[n_pos d_model]`, float32: by example id the one within the budget, and with `/smallest`
-                      behind it the smallest one; `transfer/fold/constraint/budget/draw` the shared ones
+                      behind it the smallest one; `transfer/fold/constraint/budget/draw` the shared ones; gathered from
+                      those of the units when all are finished
 `examples.jsonl`      one record a line, an example each; written when all of them are finished
 `verdict.json`        the answer
 `report.html`         the same for people
@@ -14,6 +16,9 @@
 
 Every file is written to a temporary name and renamed, so that it is there whole or not at all. Deltas are written
 before the unit that speaks of them: whenever a run is killed, what its units say is true, and the rest is done again.
+
+Several workers may share a run in one folder. One of them holds it and writes what is written once; each writes the
+units that it finishes.
 """
 
 from __future__ import annotations
@@ -29,7 +34,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 
 from recover.records import ExampleRecord
 from recover.types import InputError, Tensor
@@ -58,6 +63,7 @@ class RunState(BaseModel):
         batch_size: examples at once.
         features: of each clamp, as listed or as its rule selected them.
         values: of each clamp, one for all of its features or one each.
+        threads: of torch on the CPU, on whose number rounding depends.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -68,6 +74,7 @@ class RunState(BaseModel):
     batch_size: int
     features: list[list[int]]
     values: list[float | list[float]]
+    threads: int = 1
 
 
 class _Unit(BaseModel):
@@ -81,20 +88,27 @@ class _Unit(BaseModel):
 
 
 class RunFolder:
-    """A run's folder; a `Store` of finished units. It is this process's alone until `close`.
+    """A run's folder; a `Store` of finished units. It is this process's, and its workers', alone until `close`.
 
     Args:
         path: a folder that is new, empty or holds a run.
+        holds: whether this process holds it, or another worker of the run does, which has opened it before.
 
     Raises:
         InputError: the folder cannot be written, holds something else, is in use by another process, or its `run.json`
             is damaged.
     """
 
-    def __init__(self, path: Path | str) -> None:
+    def __init__(self, path: Path | str, *, holds: bool = True) -> None:
         self.path, self.name = Path(path), f"--out {path}"
+        self.state: RunState | None = None
         self._units: dict[str, str] = {}
-        self._deltas: dict[str, Tensor] = {}
+        self._at: dict[str, Path] = {}
+        self._made, self._lock = False, FileLock(self.path / LOCK)
+        if holds:
+            self._hold()
+
+    def _hold(self) -> None:
         try:
             self._made = not self.path.exists()
             self.path.mkdir(parents=True, exist_ok=True)
@@ -108,7 +122,6 @@ class RunFolder:
             raise InputError(
                 f"{self.name}: holds {strangers[0]!r} and no run of recover; give a new or an empty folder"
             )
-        self._lock = FileLock(self.path / LOCK)
         try:
             self._lock.acquire(timeout=0)
         except Timeout:
@@ -142,16 +155,12 @@ class RunFolder:
             InputError: a file is damaged.
         """
         (self.path / UNITS).mkdir(exist_ok=True)  # a run may have died before it made it
-        with self._damage(DELTAS):
-            self._deltas = load_file(self.path / DELTAS) if (self.path / DELTAS).exists() else {}
+        for path in [self.path / DELTAS, *sorted((self.path / UNITS).glob("*.safetensors"))]:
+            with self._damage(path.relative_to(self.path).as_posix()):
+                self._at |= dict.fromkeys(_names(path), path)
         for path in sorted((self.path / UNITS).glob("*.json")):
             with self._damage(f"{UNITS}/{path.name}"):
-                text = path.read_text(encoding="utf-8")
-                unit = _Unit.model_validate_json(text)
-                missing = [name for name in unit.deltas if name not in self._deltas]
-                if missing:
-                    raise ValueError(f"{DELTAS} lacks {len(missing)} deltas that it speaks of, the first {missing[0]}")
-                self._units[unit.unit] = text
+                self._read(path.read_text(encoding="utf-8"))
 
     def load(self, unit: str) -> Any | None:
         """The values of a finished unit; None where it is not finished."""
@@ -159,22 +168,43 @@ class RunFolder:
 
     def keep(self, unit: str, values: Any, deltas: Mapping[str, Tensor]) -> None:
         """Keep a unit's deltas, and then its values: from here on it is finished."""
+        file = f"{UNITS}/{unit.replace('/', '-')}"
         if deltas:
-            self._deltas |= {name: delta.float().contiguous() for name, delta in deltas.items()}
-            self.write(DELTAS, save(self._deltas))
+            self.write(f"{file}.safetensors", save({name: d.float().contiguous() for name, d in deltas.items()}))
+            self._at |= dict.fromkeys(deltas, self.path / f"{file}.safetensors")
         text = json.dumps({"unit": unit, "deltas": sorted(deltas), "values": values}, allow_nan=False)
-        self.write(f"{UNITS}/{unit.replace('/', '-')}.json", (text + "\n").encode())
+        self.write(f"{file}.json", (text + "\n").encode())
         self._units[unit] = text
 
     def delta(self, name: str) -> Tensor:
         """A delta, read back from the file."""
-        with safe_open(self.path / DELTAS, framework="pt") as file:
+        with safe_open(self._at[name], framework="pt") as file:
             delta: Tensor = file.get_tensor(name)
         return delta
 
-    def save_records(self, records: Sequence[ExampleRecord]) -> None:
-        """Write `examples.jsonl`."""
+    def given(self, unit: str) -> str:
+        """What another worker needs of a unit: its deltas are in the folder, under a name that follows from its own."""
+        return self._units[unit]
+
+    def take(self, unit: str, given: str) -> None:
+        """A unit that another worker finished, and wrote."""
+        path = self.path / UNITS / f"{unit.replace('/', '-')}.safetensors"
+        self._at |= dict.fromkeys(json.loads(given)["deltas"], path if path.exists() else self.path / DELTAS)
+        self._units[unit] = given
+
+    @property
+    def units(self) -> dict[str, str]:
+        """What there is to give of each finished unit."""
+        return dict(self._units)
+
+    def finish(self, records: Sequence[ExampleRecord]) -> None:
+        """Write `examples.jsonl`, and gather the deltas into one file."""
         self.write(EXAMPLES, "".join(record.to_json() + "\n" for record in records).encode())
+        if self._at:
+            self.write(DELTAS, save({name: self.delta(name) for name in sorted(self._at)}))
+            parts, self._at = set(self._at.values()) - {self.path / DELTAS}, dict.fromkeys(self._at, self.path / DELTAS)
+            for part in parts:
+                part.unlink(missing_ok=True)
 
     def has(self, names: Iterable[str]) -> bool:
         """Whether all of these files are there."""
@@ -201,6 +231,14 @@ class RunFolder:
         """Write a JSON file of the run."""
         self.write(name, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
+    def _read(self, text: str) -> None:
+        """Take in a unit, as its file has it."""
+        unit = _Unit.model_validate_json(text)
+        missing = [name for name in unit.deltas if name not in self._at]
+        if missing:
+            raise ValueError(f"{len(missing)} deltas that it speaks of are not there, the first {missing[0]}")
+        self._units[unit.unit] = text
+
     def _read_state(self) -> RunState | None:
         if not (self.path / RUN).exists():
             return None
@@ -221,6 +259,14 @@ class RunFolder:
             raise InputError(
                 f"{self.name}: {what} is damaged ({reason:.120}); remove the folder or give another"
             ) from None
+
+
+def _names(path: Path) -> list[str]:
+    """Of the deltas in a file; none where it is not there."""
+    if not path.exists():
+        return []
+    with safe_open(path, framework="pt") as file:
+        return list(file.keys())
 
 
 def write_whole(path: Path, content: bytes) -> None:

@@ -7,18 +7,15 @@
 5. *Transfer*: shared deltas, fitted on one half and read on the other (`heldout`).
 6. *Verdict* from the records of all of these (`gates`, `evidence`, `verdict`).
 
-Each phase of each batch is a *unit*: its values are handed to a `Store` as soon as it is finished, its deltas before
-that. Values pass through JSON in every store, and batches are fixed, so that a run that was interrupted goes on with
-the same arithmetic and reaches the same verdict.
+All of these are units of work that are kept as they are finished, and that several workers can share (`ledger`).
 """
 
 from __future__ import annotations
 
-import json
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, astuple, dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from dataclasses import asdict, astuple
+from functools import partial
+from typing import Any
 
 import torch
 
@@ -32,73 +29,21 @@ from recover.examples import Examples
 from recover.fit import Fit, measure_fit
 from recover.gates import fit_gates
 from recover.global_controls import placebo_features, search_health, undo
+from recover.ledger import Ledger, Memory, Part, Store
 from recover.model import Model, Prompts
-from recover.phases import PHASES, Done, accounting, curve_budgets
+from recover.phases import PHASES, Done, Phase, accounting, curve_budgets
 from recover.plan import Plan
-from recover.records import ExampleRecord, without_nan
+from recover.records import ExampleRecord
 from recover.search import Schedule
-from recover.types import Tensor
 from recover.utility import Utility, measure_utility
 from recover.verdict import Evidence, Verdict, decide
+from recover.workers import ALONE, Workers
 
 __all__ = ["Examples", "Memory", "Store", "check"]
 
 FIT_PROMPTS = 32
 Progress = Callable[[str, int, int], None]
 """`progress(phase, done, total)`."""
-
-
-@runtime_checkable
-class Store(Protocol):
-    """Where finished units go, and where an interrupted run finds them again."""
-
-    def load(self, unit: str) -> Any | None:
-        """The values of a finished unit; None where it is not finished."""
-
-    def keep(self, unit: str, values: Any, deltas: Mapping[str, Tensor]) -> None:
-        """Keep a unit's deltas, and then its values: from here on it is finished."""
-
-    def delta(self, name: str) -> Tensor:
-        """A saved delta `[n_pos d_model]`, read back."""
-
-
-class Memory:
-    """A store that lasts as long as the object."""
-
-    def __init__(self) -> None:
-        self.units: dict[str, str] = {}
-        self.deltas: dict[str, Tensor] = {}
-
-    def load(self, unit: str) -> Any | None:
-        return json.loads(self.units[unit]) if unit in self.units else None
-
-    def keep(self, unit: str, values: Any, deltas: Mapping[str, Tensor]) -> None:
-        self.deltas |= deltas
-        self.units[unit] = json.dumps(values, allow_nan=False)
-
-    def delta(self, name: str) -> Tensor:
-        return self.deltas[name]
-
-
-@dataclass(eq=False)
-class _Ledger:
-    """Runs each unit once, whatever start it was in, and keeps its time."""
-
-    store: Store
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    def run(self, phase: str, part: int | None, work: Callable[[], Done | Any]) -> Any:
-        """The values of a unit: from the store, or from `work`, whose values are then in the store."""
-        unit = phase if part is None else f"{phase}/{part}"
-        if self.store.load(unit) is None:
-            started = time.perf_counter()
-            done = work()
-            values, deltas = (done.values, done.deltas) if isinstance(done, Done) else (done, {})
-            seconds = time.perf_counter() - started
-            self.store.keep(unit, {"seconds": seconds, "values": without_nan(values)}, deltas)
-        kept: Any = self.store.load(unit)
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + kept["seconds"]
-        return kept["values"]
 
 
 def check(
@@ -117,6 +62,7 @@ def check(
     exact: Model | None = None,
     provenance: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
+    workers: Workers = ALONE,
 ) -> Verdict:
     """Run the protocol.
 
@@ -135,9 +81,12 @@ def check(
         exact: the same model in float32, for certificates; `model` itself by default.
         provenance: what the verdict should say about where it came from.
         progress: called as examples finish.
+        workers: the processes that share the check, each of which calls this with the same arguments and comes to the
+            same verdict.
 
     Raises:
         InputError: a defense that does not fit the model, or a budget that is no norm.
+        LostWorkerError: another worker has gone.
     """
     Budget(budget)  # refuses what is no norm, also where nothing will be searched
     store, plan, report = store or Memory(), plan or Plan(), progress or (lambda *_: None)
@@ -146,106 +95,158 @@ def check(
     size = fitting if batch_size is None else min(batch_size, fitting if model.recurrent else batch_size)
     read = examples.read_with(model, exact)
     bench = Bench(*read, defense, examples, budget, placement, schedule or Schedule(), plan, size, every_site, model)
-    evidence, seconds = _gather(bench, _Ledger(store), neutral, report)
+    ledger = Ledger(store, workers)
+    evidence = _gather(bench, ledger, neutral, report)
+    seconds = ledger.seconds
     total = sum(seconds.values())
     spent = {phase: round(took / total, 4) for phase, took in seconds.items()} if total else {}
     told = {**(provenance or {}), "control_seed": plan.seed, "phases": spent, "phase_seconds": round(total, 1)}
     return decide(evidence, plan, budget, str(model.dtype).removeprefix("torch."), threat_model(bench), told)
 
 
-def _gather(
-    bench: Bench, ledger: _Ledger, neutral: Prompts | None, report: Progress
-) -> tuple[Evidence, dict[str, float]]:
+def _gather(bench: Bench, ledger: Ledger, neutral: Prompts | None, report: Progress) -> Evidence:
     """Everything that a verdict is made of, from units that are finished or are run now."""
-    fits = [Fit(**_numbers(one)) for one in ledger.run("fit", None, lambda: [vars(f) for f in measure_fits(bench)])]
-    utility = None
-    if neutral is not None:
-        cost = ledger.run("utility", None, lambda: asdict(_utility(bench, neutral)))
-        utility = Utility(**_numbers(cost))
-    rows, values = bench.rows, {name: {"id": name} for name in bench.examples.ids}
-
-    def by_batch(phase: str, work: Callable[[int], Done], batches: Sequence[int], total: int) -> None:
-        done = 0
-        for number in batches:
-            report(phase, done, total)
-            found = ledger.run(phase, number, lambda number=number: work(number))  # type: ignore[misc]
-            for name, part in found.items():
-                values[name] |= part
-            done += len(rows[number]) if phase == "accounting" else flips[number]
-            report(phase, done, total)
-
-    flips: dict[int, int] = {}
-    by_batch(
-        "accounting",
-        lambda number: accounting(bench, bench.batch(number), ledger.store, lambda *_: None),
-        range(len(rows)),
-        len(bench.examples.ids),
-    )
-    for number, batch in enumerate(rows):
-        records = [ExampleRecord.of(values[bench.examples.ids[row]]) for row in batch.tolist()]
-        flips[number] = sum(record.valid_flip for record in records)
-    some, total = [number for number, count in flips.items() if count], sum(flips.values())
-    if not total or not all(gate.passed for gate in fit_gates(fits)):
-        return Evidence([ExampleRecord.of(one) for one in values.values()], fits, utility), ledger.seconds
-    for name, phase in PHASES.items():
-
-        def work(number: int, name: str = name, phase: Any = phase) -> Done:
-            before = sum(flips[earlier] for earlier in some if earlier < number)
-            return phase(  # type: ignore[no-any-return]
-                bench, bench.batch(number), ledger.store, lambda done, _: report(name, before + done, total)
-            )
-
-        by_batch(name, work, some, total)
-    evidence = Evidence(
-        [ExampleRecord.of(one) for one in values.values()],
+    _account(bench, ledger, neutral, report)
+    fits = [Fit(**_numbers(one)) for one in ledger.values("fit")]
+    utility = None if neutral is None else Utility(**_numbers(ledger.values("utility")))
+    accounts = _records(bench, ledger, {"accounting": range(len(bench.rows))})
+    flips, start = {}, 0
+    for number, rows in enumerate(bench.rows):
+        if count := sum(record.valid_flip for record in accounts[start : start + len(rows)]):
+            flips[number] = count
+        start += len(rows)
+    if not flips or not all(gate.passed for gate in fit_gates(fits)):
+        return Evidence(accounts, fits, utility)
+    _search_and_control(bench, ledger, flips, report)
+    # What is found is held against the clamp undone, once all of it is there.
+    if ledger.mine({("undo", 0): ["undo"]}):
+        ledger.run("undo", None, lambda: undo(bench, ledger.store))
+    ledger.share()
+    return Evidence(
+        _records(bench, ledger, {"accounting": range(len(bench.rows)), **{name: list(flips) for name in PHASES}}),
         fits,
         utility,
         curve=curve_budgets(bench),
-        undo=ledger.run("undo", None, lambda: undo(bench, ledger.store)),
-        health=ledger.run("health", None, lambda: search_health(bench)),
-        placebo_features=_placebo_features(bench, ledger, report),
-        transfer=_transfer(bench, ledger, report),
+        undo=ledger.values("undo"),
+        health=ledger.values("health"),
+        placebo_features=[ledger.values("placebo_features", draw) for draw in range(bench.plan.placebo_features)],
+        transfer=_transfer(bench, ledger),
     )
-    return evidence, ledger.seconds
 
 
-def _placebo_features(bench: Bench, ledger: _Ledger, report: Progress) -> list[dict[str, Any]]:
-    """What each draw of random features gives, clamped in the place of the defense's."""
-    phase, draws, found = "placebo_features", bench.plan.placebo_features, []
-    for draw in range(draws):
-        report(phase, draw, draws)
-        found.append(ledger.run(phase, draw, lambda draw=draw: placebo_features(bench, draw)))  # type: ignore[misc]
-        report(phase, draw + 1, draws)
-    return found
+def _account(bench: Bench, ledger: Ledger, neutral: Prompts | None, report: Progress) -> None:
+    """Fit, cost on neutral text, and what shows with the defense and without."""
+    sizes = {number: len(rows) for number, rows in enumerate(bench.rows)}
+    parts: dict[Part, list[str]] = {("fit", 0): ["fit"]}
+    parts |= {("utility", 0): ["utility"]} if neutral is not None else {}
+    parts |= {("batch", number): [f"accounting/{number}"] for number in sizes}
+    mine = ledger.mine(parts)
+    if ("fit", 0) in mine:
+        ledger.run("fit", None, lambda: [vars(fit) for fit in measure_fits(bench)])
+    if neutral is not None and ("utility", 0) in mine:
+        ledger.run("utility", None, lambda: asdict(_utility(bench, neutral)))
+    _by_batch(bench, ledger, {"accounting": accounting}, _here(ledger, parts, mine, sizes), report)
+    ledger.share()
 
 
-def _transfer(bench: Bench, ledger: _Ledger, report: Progress) -> dict[str, Any]:
-    """What `heldout` found, or why it was not run."""
+def _search_and_control(bench: Bench, ledger: Ledger, flips: Mapping[int, int], report: Progress) -> None:
+    """What is done for each valid flip, controls that do not build on it, and transfer."""
+    plan = bench.plan
+    parts: dict[Part, list[str]] = {("batch", number): [f"{name}/{number}" for name in PHASES] for number in flips}
+    parts |= {("health", 0): ["health"]}
+    parts |= {("placebo_features", draw): [f"placebo_features/{draw}"] for draw in range(plan.placebo_features)}
+    if not (ledger.finished(["transfer"]) and ledger.values("transfer")["refused"]):
+        parts |= {("transfer", fold): _units_of(fold) for fold in range(plan.transfer.folds)}
+    mine = ledger.mine(parts)
+    _by_batch(bench, ledger, PHASES, _here(ledger, parts, mine, flips), report)
+    if ("health", 0) in mine:
+        ledger.run("health", None, lambda: search_health(bench))
+    controls = [part for part in parts if part[0] == "placebo_features"]
+    draws = [part[1] for part in controls if part in mine or ledger.finished(parts[part])]
+    for done, draw in enumerate(draws):
+        report("placebo_features", done, len(draws))
+        ledger.run("placebo_features", draw, lambda draw=draw: placebo_features(bench, draw))  # type: ignore[misc]
+        report("placebo_features", done + 1, len(draws))
+    for kind, fold in sorted(mine):
+        if kind == "transfer":
+            _fold(bench, ledger, fold, report)
+    ledger.share()
 
-    def start() -> dict[str, Any]:
+
+def _here(
+    ledger: Ledger, parts: Mapping[Part, list[str]], mine: set[Part], counts: Mapping[int, int]
+) -> dict[int, int]:
+    """The examples of each batch that this worker tells of: its own, and those that are finished."""
+    parts_here = {number: ("batch", number) for number in counts}
+    return {
+        number: counts[number] for number, part in parts_here.items() if part in mine or ledger.finished(parts[part])
+    }
+
+
+def _by_batch(
+    bench: Bench, ledger: Ledger, phases: Mapping[str, Phase], counts: Mapping[int, int], report: Progress
+) -> None:
+    """Run phases on batches, one phase after the other."""
+    total = sum(counts.values())
+    for name, phase in phases.items():
+        before = 0
+        for number, count in counts.items():
+
+            def work(name: str = name, phase: Phase = phase, number: int = number, before: int = before) -> Done:
+                tell = partial(_tell, report, name, before, total)
+                return phase(bench, bench.batch(number), ledger.store, tell)
+
+            report(name, before, total)
+            ledger.run(name, number, work)
+            before += count
+            report(name, before, total)
+
+
+def _tell(report: Progress, name: str, before: int, total: int, done: int, _: int) -> None:
+    report(name, before + done, total)
+
+
+def _units_of(fold: int) -> list[str]:
+    return [*(["transfer"] if fold == 0 else []), f"transfer/{2 * fold}", f"transfer/{2 * fold + 1}"]
+
+
+def _fold(bench: Bench, ledger: Ledger, fold: int, report: Progress) -> None:
+    """Fit shared deltas on one half and read them on the other; the first fold says whether there is any to be had."""
+
+    def begin() -> dict[str, Any]:
         why = heldout.refused(bench)
         return {"refused": why, "residual_norm": None if why else bench.pool.residual_norm}
 
-    begun = ledger.run("transfer", None, start)
+    if fold == 0:
+        ledger.run("transfer", None, begin)
+    begun = ledger.values("transfer") if ledger.finished(["transfer"]) else begin()
+    if begun["refused"] is not None:
+        return
+    name = f"transfer, fold {fold + 1} of {bench.plan.transfer.folds}"
+    ledger.run("transfer", 2 * fold, lambda: heldout.fit(bench, fold, ledger.store, partial(report, name)))
+    ledger.run("transfer", 2 * fold + 1, lambda: heldout.read(bench, fold, ledger.store, lambda *_: None))
+
+
+def _transfer(bench: Bench, ledger: Ledger) -> dict[str, Any]:
+    """What `heldout` found, or why it was not run."""
+    begun = ledger.values("transfer")
     if begun["refused"] is not None:
         return {"refused": begun["refused"]}
-    folds = []
-    for fold in range(bench.plan.transfer.folds):
-        name = f"transfer, fold {fold + 1} of {bench.plan.transfer.folds}"
-        fitted = ledger.run(
-            "transfer",
-            2 * fold,
-            lambda fold=fold, name=name: heldout.fit(  # type: ignore[misc]
-                bench, fold, ledger.store, lambda done, steps: report(name, done, steps)
-            ),
-        )
-        read = ledger.run(
-            "transfer",
-            2 * fold + 1,
-            lambda fold=fold: heldout.read(bench, fold, ledger.store, lambda *_: None),  # type: ignore[misc]
-        )
-        folds.append((fitted, read))
+    folds = [
+        (ledger.values("transfer", 2 * fold), ledger.values("transfer", 2 * fold + 1))
+        for fold in range(bench.plan.transfer.folds)
+    ]
     return heldout.summary(folds, begun["residual_norm"])
+
+
+def _records(bench: Bench, ledger: Ledger, phases: Mapping[str, Sequence[int]]) -> list[ExampleRecord]:
+    """What finished phases say of each example, in order."""
+    values: dict[str, dict[str, Any]] = {name: {"id": name} for name in bench.examples.ids}
+    for phase, numbers in phases.items():
+        for number in numbers:
+            for name, part in ledger.values(phase, number).items():
+                values[name] |= part
+    return [ExampleRecord.of(one) for one in values.values()]
 
 
 def measure_fits(bench: Bench) -> list[Fit]:

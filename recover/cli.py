@@ -7,6 +7,7 @@ unusable input, told in one line; 130 interrupted (run the same command again to
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import json
 import os
@@ -31,6 +32,7 @@ from recover.selftest import report as selftest_report
 from recover.selftest import selftest, to_json
 from recover.types import InputError
 from recover.verify import verify
+from recover.workers import LostWorkerError, joined
 from recover.zoo import resolve_model, resolve_sae
 
 CONDITIONS = {"recoverable": "RECOVERABLE", "inconclusive": "INCONCLUSIVE", "invalid": "INVALID"}
@@ -94,6 +96,7 @@ def parser() -> argparse.ArgumentParser:
     check.add_argument("--features", help="indices, such as 3,17,42, or top:N by attribution")
     check.add_argument("--only-active", action=argparse.BooleanOptionalAction, help="edit active features only")
     check.add_argument("--batch-size", help="examples at once (default: as memory allows)")
+    check.add_argument("--threads", help="of the CPU (default: one for small models, on which more gain little)")
     check.add_argument(
         "--seeds",
         type=positive,
@@ -143,6 +146,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         print("recover:", " ".join(str(error).splitlines()), file=sys.stderr)
         return UNUSABLE
+    except LostWorkerError as error:
+        print(f"recover: {error}", file=sys.stderr)
+        return INTERRUPTED
     except KeyboardInterrupt:
         print("recover: interrupted; the same command goes on where this one stopped", file=sys.stderr)
         return INTERRUPTED
@@ -152,13 +158,14 @@ def overrides(options: argparse.Namespace) -> dict[str, Any]:
     """What the flags say, by dotted key; None where a flag was not given.
 
     Raises:
-        InputError: `--features` or `--batch-size` cannot be read.
+        InputError: `--features` cannot be read.
     """
     given = {key: getattr(options, key) for _, key, *_ in OVERRIDES}
     given["clamps.only_active"] = options.only_active
     given["clamps.features"] = None if options.features is None else _features(options.features)
-    size = options.batch_size
-    given["batch_size"] = int(size) if size is not None and size.isdecimal() else size
+    for name in ("batch_size", "threads"):
+        count = getattr(options, name)
+        given[name] = int(count) if count is not None and count.isdecimal() else count
     return given
 
 
@@ -173,15 +180,18 @@ def _features(text: str) -> Any:
 
 
 def _check(options: argparse.Namespace) -> int:
-    config = load_config(options.defense, overrides(options))
-    if options.seeds == 1:
-        with shown() as progress:
-            verdicts = [run_check(config, options.out, keep_text=options.keep_text, progress=progress)]
-        _say(f"{to_text(verdicts[0])}\n\nArtifacts: {options.out}")
-    else:
-        with shown() as progress:
-            verdicts = run_seeds(config, options.out, options.seeds, keep_text=options.keep_text, progress=progress)
-        _say(f"{seeds_to_text(verdicts)}\n\nArtifacts: {options.out}")
+    with joined() as workers:
+        with workers.together():
+            config = load_config(options.defense, overrides(options))
+        given: dict[str, Any] = {"keep_text": options.keep_text, "workers": workers}
+        with shown() if workers.leads else contextlib.nullcontext() as given["progress"]:
+            if options.seeds == 1:
+                verdicts = [run_check(config, options.out, **given)]
+            else:
+                verdicts = run_seeds(config, options.out, options.seeds, **given)
+        if workers.leads:
+            text = to_text(verdicts[0]) if options.seeds == 1 else seeds_to_text(verdicts)
+            _say(f"{text}\n\nArtifacts: {options.out}")
     failing = {CONDITIONS[condition] for condition in options.fail_if}
     return int(any(verdict["verdict"] in failing for verdict in verdicts))
 

@@ -220,6 +220,7 @@ class Config(_Section):
     certificates: Literal["float32", "float64"] = "float32"
     device: str = "auto"
     batch_size: int | Literal["auto"] = "auto"
+    threads: int | Literal["auto"] = "auto"
 
     @model_validator(mode="after")
     def _every_site_is_after_the_clamps(self) -> Config:
@@ -234,9 +235,9 @@ class Config(_Section):
             raise ValueError("must be auto, cpu, mps, cuda or cuda:N")
         return value
 
-    @field_validator("batch_size", mode="plain")
+    @field_validator("batch_size", "threads", mode="plain")
     @classmethod
-    def _batch_size(cls, value: Any) -> Any:
+    def _auto_or_a_count(cls, value: Any) -> Any:
         if value != "auto" and (type(value) is not int or value < 1):
             raise ValueError("must be auto or a whole number from 1")
         return value
@@ -270,8 +271,8 @@ class Config(_Section):
         return yaml.safe_dump(self.canonical(), sort_keys=False)
 
     def relevant(self) -> dict[str, Any]:
-        """What of it can change a result; `device` and `batch_size` cannot."""
-        return {key: value for key, value in self.canonical().items() if key not in ("device", "batch_size")}
+        """What of it can change a result by more than rounding."""
+        return {key: value for key, value in self.canonical().items() if key not in ("device", "batch_size", "threads")}
 
     def fingerprint(self, **identities: str) -> str:
         """SHA-256 of what can change a result.

@@ -77,7 +77,7 @@ def check_objects(
             said = check(model, defense, examples, plan=plan, store=held, provenance=provenance, **options)
             verdict = said.to_dict()
             verdict["provenance"]["seconds"] = verdict["provenance"]["phase_seconds"]
-            held.save_records(said.records)
+            held.finish(said.records)
             held.write_json(VERDICT, verdict)
             features = [list(clamp.features) for clamp in defense.clamps]
             for name, page in pages(verdict, held.read(CONFIG), said.records, features).items():

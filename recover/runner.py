@@ -5,15 +5,23 @@
    that was interrupted keeps the features and the batch size that it began with.
 3. `check()`, each batch saved as it is finished.
 4. Write `verdict.json`, and the reports from it. A run that has them is not run again.
+
+Several workers (`workers`) load the same and come to the same verdict. One of them leads: it holds the folder, fixes
+what the run holds to, and writes what is written once.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from recover.artifacts import CONFIG, SEEDS, VERDICT, RunFolder, RunState, write_whole
 from recover.check import Progress, check
@@ -23,6 +31,10 @@ from recover.neutral import NEUTRAL
 from recover.setting import Chosen, Setting, build_defense, load_setting, select_features
 from recover.types import InputError
 from recover.verdict import Verdict
+from recover.workers import ALONE, Workers
+
+NARROW = 1024
+"""Up to this width of the residual a step of the search is too little work for several threads to share."""
 
 
 class OtherRunError(InputError):
@@ -30,7 +42,12 @@ class OtherRunError(InputError):
 
 
 def run_check(
-    config: Config, out: Path, *, keep_text: bool = False, progress: Progress | None = None
+    config: Config,
+    out: Path,
+    *,
+    keep_text: bool = False,
+    progress: Progress | None = None,
+    workers: Workers = ALONE,
 ) -> dict[str, Any]:
     """Check the defense of `config` and leave the artifacts in `out`.
 
@@ -39,22 +56,31 @@ def run_check(
         out: a new or empty folder, or one that holds an earlier run of the same configuration.
         keep_text: whether prompts may appear in the artifacts.
         progress: called with (phase, done, total).
+        workers: the processes that share the run, each of which calls this with the same arguments.
 
     Returns:
         What `verdict.json` holds.
 
     Raises:
         InputError: anything that the configuration names cannot be used, or the folder cannot.
+        LostWorkerError: another worker has gone.
     """
-    folder = RunFolder(out)
+    with workers.together():
+        folder = RunFolder(out, holds=workers.leads)
     try:
-        return _run(config, folder, keep_text, progress or (lambda *_: None))
+        return _run(config, folder, keep_text, progress or (lambda *_: None), workers)
     finally:
         folder.close()
 
 
 def run_seeds(
-    config: Config, out: Path, seeds: int, *, keep_text: bool = False, progress: Progress | None = None
+    config: Config,
+    out: Path,
+    seeds: int,
+    *,
+    keep_text: bool = False,
+    progress: Progress | None = None,
+    workers: Workers = ALONE,
 ) -> list[dict[str, Any]]:
     """The same check with several seeds of the search, the split and the controls; the prompts stay.
 
@@ -66,7 +92,9 @@ def run_seeds(
     verdicts = []
     for seed in range(config.controls.seed, config.controls.seed + seeds):
         one = config.with_control_seed(seed)
-        verdicts.append(run_check(one, out / f"seed-{seed}", keep_text=keep_text, progress=progress))
+        verdicts.append(run_check(one, out / f"seed-{seed}", keep_text=keep_text, progress=progress, workers=workers))
+    if not workers.leads:
+        return verdicts
     said = Counter(json.dumps([verdict["verdict"], verdict["specific"]]) for verdict in verdicts)
     counted = [dict(zip(("verdict", "specific"), json.loads(one), strict=True), seeds=n) for one, n in said.items()]
     try:
@@ -76,34 +104,67 @@ def run_seeds(
     return verdicts
 
 
-def _run(config: Config, folder: RunFolder, keep_text: bool, progress: Progress) -> dict[str, Any]:
+def _run(config: Config, folder: RunFolder, keep_text: bool, progress: Progress, workers: Workers) -> dict[str, Any]:
     started = time.perf_counter()
-    if folder.state is not None:
-        _expect(folder, folder.state, config, keep_text)
-        folder.resume()
+    with workers.together():
+        if folder.state is not None:
+            _expect(folder, folder.state, config, keep_text)
+            folder.resume()
+    earlier = workers.led(folder.units)
+    if not workers.leads:
+        for unit, given in earlier.items():
+            folder.take(unit, given)
     progress("loading", 0, 1)
-    setting = load_setting(config, keep_text=keep_text, progress=progress)
+    with workers.together():
+        setting = load_setting(config, keep_text=keep_text, progress=progress)
     progress("loading", 1, 1)
-    state = folder.state or _begin(folder, setting, keep_text, progress)
-    if state.fingerprint != setting.fingerprint:
-        raise OtherRunError(
-            f"{folder.name}: holds a run of this configuration with other weights, prompts or another version of "
-            "recover; give another folder"
-        )
-    if not folder.has([CONFIG]):
-        folder.write(CONFIG, config.dump_yaml().encode())
-    finished = find_run(folder.path)
+    with workers.together():
+        begun = folder.state or (_begin(folder, setting, keep_text, progress) if workers.leads else None)
+    state = workers.led(begun)
+    with workers.together():
+        if state.fingerprint != setting.fingerprint:
+            raise OtherRunError(
+                f"{folder.name}: holds a run of this configuration with other weights, prompts or another version of "
+                "recover; give another folder"
+            )
+        if workers.leads and not folder.has([CONFIG]):
+            folder.write(CONFIG, config.dump_yaml().encode())
+    (finished,) = workers.led((find_run(folder.path) if workers.leads else None,))
     if finished is not None:
         verdict, records = dict(finished.verdict), finished.records
     else:
-        said = _check(setting, state, folder, progress)
+        _tell_of_idle_workers(setting, state, workers)
+        with threads(state.threads):
+            said = _check(setting, state, folder, progress, workers)
         verdict, records = said.to_dict(), said.records
         verdict["provenance"]["seconds"] = round(time.perf_counter() - started, 1)
-        folder.save_records(records)
+    if not workers.leads:
+        return verdict
+    if finished is None:
+        folder.finish(records)
         folder.write_json(VERDICT, verdict)
     for name, page in pages(verdict, folder.read(CONFIG), records, state.features).items():
         folder.write(name, page)
     return verdict
+
+
+@contextlib.contextmanager
+def threads(number: int) -> Iterator[None]:
+    """Let torch use so many threads of the CPU."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _threads(setting: Setting) -> int:
+    """As asked; by default one, where more would be in each other's way, so that cores do not change a digit there."""
+    asked, model = setting.config.threads, setting.model
+    if asked != "auto":
+        return asked
+    return 1 if model.device.type == "cpu" and model.d_model <= NARROW else torch.get_num_threads()
 
 
 def _expect(folder: RunFolder, state: RunState, config: Config, keep_text: bool) -> None:
@@ -126,7 +187,9 @@ def _first_difference(theirs: Any, ours: Any, at: str = "") -> str | None:
 def _begin(folder: RunFolder, setting: Setting, keep_text: bool, progress: Progress) -> RunState:
     """Fix what the whole run holds to."""
     config, size = setting.config, setting.batch_size
-    chosen = select_features(setting, size, progress)
+    number = _threads(setting)
+    with threads(number):
+        chosen = select_features(setting, size, progress)
     build_defense(setting, chosen)
     state = RunState(
         config=config.relevant(),
@@ -135,12 +198,25 @@ def _begin(folder: RunFolder, setting: Setting, keep_text: bool, progress: Progr
         batch_size=size,
         features=[list(one.features) for one in chosen],
         values=[list(one.value) if isinstance(one.value, tuple) else one.value for one in chosen],
+        threads=number,
     )
     folder.begin(state)
     return state
 
 
-def _check(setting: Setting, state: RunState, folder: RunFolder, progress: Progress) -> Verdict:
+def _tell_of_idle_workers(setting: Setting, state: RunState, workers: Workers) -> None:
+    """Batches are the same for any number of workers, so that the verdict is: there may be too few for all."""
+    examples = len(setting.examples.ids)
+    batches = -(-examples // state.batch_size)
+    if workers.leads and batches < workers.size:
+        print(
+            f"recover: {examples} examples at {state.batch_size} at once are too few batches ({batches}) for "
+            f"{workers.size} workers; a smaller --batch-size, given when a run begins, lets all of them search",
+            file=sys.stderr,
+        )
+
+
+def _check(setting: Setting, state: RunState, folder: RunFolder, progress: Progress, workers: Workers) -> Verdict:
     config, model = setting.config, setting.model
     return check(
         model,
@@ -155,6 +231,7 @@ def _check(setting: Setting, state: RunState, folder: RunFolder, progress: Progr
         batch_size=state.batch_size,
         store=folder,
         exact=setting.exact,
-        provenance=setting.provenance,
+        provenance={**setting.provenance, "threads": state.threads, "workers": workers.size},
         progress=progress,
+        workers=workers,
     )

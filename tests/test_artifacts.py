@@ -66,8 +66,16 @@ def test_a_later_start_reads_back_what_an_earlier_one_kept(opened):
         assert second.load(name) == first.load(name) == values
     assert second.load("search/1") is second.load("search") is None
     assert all(torch.equal(second.delta(name), delta) for name, delta in deltas.items())
-    assert set(load_file(second.path / DELTAS)) == set(deltas)
-    assert names(second.path) == {RUN, DELTAS, UNITS}
+    assert names(second.path) == {RUN, UNITS}
+    second.finish([])
+    assert names(second.path) == {RUN, UNITS, DELTAS, EXAMPLES}
+    assert {path.name for path in (second.path / UNITS).glob("*.safetensors")} == set()
+    gathered = load_file(second.path / DELTAS)
+    assert set(gathered) == set(deltas)
+    third = opened()
+    third.resume()
+    for store in (second, third):
+        assert all(torch.equal(store.delta(name), delta) for name, delta in deltas.items())
 
 
 def test_every_unit_has_a_file_of_its_own_and_is_written_whole(opened, monkeypatch):
@@ -84,8 +92,27 @@ def test_every_unit_has_a_file_of_its_own_and_is_written_whole(opened, monkeypat
     folder.keep("search/3", [], {"a": torch.zeros(1, 3)})
     folder.keep("fit", [], {})
     # Deltas go before what speaks of them, and are not written where there are none.
-    assert written == [DELTAS, "units/search-3.json", "units/fit.json"]
-    assert {path.name for path in (folder.path / UNITS).iterdir()} == {"search-3.json", "fit.json"}
+    assert written == ["units/search-3.safetensors", "units/search-3.json", "units/fit.json"]
+    assert names(folder.path / UNITS) == {"search-3.safetensors", "search-3.json", "fit.json"}
+
+
+def test_a_worker_knows_what_another_finished(opened):
+    folder, values = opened(), {"a": [1.5]}
+    folder.begin(STATE)
+    folder.keep("search/0", values, {"a": torch.ones(1, 3)})
+    folder.keep("fit", [], {})
+    other = RunFolder(folder.path, holds=False)
+    for unit in folder.units:
+        other.take(unit, folder.given(unit))
+    assert other.load("search/0") == values
+    assert torch.equal(other.delta("a"), torch.ones(1, 3))
+    folder.finish([])
+    again = RunFolder(folder.path, holds=False)
+    again.take("search/0", folder.given("search/0"))
+    assert torch.equal(again.delta("a"), torch.ones(1, 3))
+    other.close()  # which lets go of nothing that the one that holds the folder has
+    with pytest.raises(InputError, match="another recover is at work there"):
+        RunFolder(folder.path)
 
 
 def test_what_was_kept_cannot_be_changed_from_outside(opened):
@@ -114,6 +141,7 @@ def test_deltas_are_kept_in_float32_whatever_they_come_in(opened):
     folder.begin(STATE)
     wide = torch.randn(1, 6, dtype=torch.float64)
     folder.keep("search/0", {}, {"a": wide, "b": wide.to(torch.bfloat16), "c": wide.float().T.expand(6, 2).T})
+    folder.finish([])
     kept = load_file(folder.path / DELTAS)
     assert {delta.dtype for delta in kept.values()} == {torch.float32}
     assert torch.equal(kept["a"], wide.float())
@@ -124,9 +152,7 @@ def test_a_delta_is_read_from_the_file_and_not_from_memory(opened):
     folder = opened()
     folder.begin(STATE)
     folder.keep("search/0", {}, {"a": torch.zeros(1, 3)})
-    other = RunFolder.__new__(RunFolder)
-    other.path, other._deltas, other._units = folder.path, {}, {}
-    other.name = "other"
+    other = RunFolder(folder.path, holds=False)
     other.keep("search/0", {}, {"a": torch.ones(1, 3)})
     assert torch.equal(folder.delta("a"), torch.ones(1, 3))
 
@@ -144,7 +170,7 @@ def test_numbers_that_are_not_finite_are_the_same_before_and_after_a_restart(ope
     line = json.loads(broken.to_json())
     folder.keep("search/0", without_nan({name: value for name, value in line.items() if name != "valid_flip"}), {})
     before = ExampleRecord.of(folder.load("search/0"))
-    folder.save_records([broken])
+    folder.finish([broken])
     assert (line["base_slack"], line["search"]["slack"], line["certificate"]["drift"]) == (None, None, None)
     assert json.loads((folder.path / EXAMPLES).read_text()) == line
     folder = opened()
@@ -162,7 +188,7 @@ def test_records_are_written_a_line_each(opened):
     folder = opened()
     folder.begin(STATE)
     records = [flip("b"), replace(SHOWS_THROUGHOUT, text='Mary "ünï"\n'), flip("a", slack=1 / 3)]
-    folder.save_records(records)
+    folder.finish(records)
     lines = folder.read(EXAMPLES).splitlines()
     assert [ExampleRecord.from_json(line) for line in lines] == records
 
@@ -185,7 +211,7 @@ def test_deltas_without_their_unit_do_not_count(opened, monkeypatch):
     folder.begin(STATE)
 
     def killed(name, content):
-        if name != DELTAS:
+        if not name.endswith(".safetensors"):
             raise KeyboardInterrupt
         write_whole(folder.path / name, content)
 
@@ -206,8 +232,8 @@ def test_a_unit_without_its_deltas_is_damage(opened):
     folder = opened()
     folder.begin(STATE)
     folder.keep("search/0", {}, {"a": torch.ones(1, 3), "a/smallest": torch.ones(1, 3)})
-    (folder.path / DELTAS).unlink()
-    complaint = r"units/search-0.json is damaged \(deltas.safetensors lacks 2 deltas .* the first a\)"
+    (folder.path / UNITS / "search-0.safetensors").unlink()
+    complaint = r"units/search-0.json is damaged \(2 deltas that it speaks of are not there, the first a\)"
     with pytest.raises(InputError, match=complaint):
         opened().resume()
 
@@ -247,11 +273,12 @@ def test_a_run_without_its_units_begins_again(opened):
     assert folder.load("fit") == [1]
 
 
-def test_damaged_deltas_are_named_in_one_line(opened):
+@pytest.mark.parametrize("name", [DELTAS, f"{UNITS}/search-0.safetensors"])
+def test_damaged_deltas_are_named_in_one_line(opened, name):
     folder = opened()
     folder.begin(STATE)
-    (folder.path / DELTAS).write_bytes(b"no tensors")
-    with pytest.raises(InputError, match=r"^--out \S+: deltas.safetensors is damaged \([^\n]*\); [^\n]*$"):
+    (folder.path / name).write_bytes(b"no tensors")
+    with pytest.raises(InputError, match=rf"^--out \S+: {name} is damaged \([^\n]*\); [^\n]*$"):
         opened().resume()
 
 

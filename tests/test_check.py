@@ -403,6 +403,7 @@ class Dying(Memory):
     """What an earlier start left; dies at its first `keep`, before it or after it."""
 
     def __init__(self, earlier: Memory, after: bool) -> None:
+        super().__init__()
         self.units, self.deltas, self.after = dict(earlier.units), dict(earlier.deltas), after
 
     def keep(self, unit: str, values: Any, deltas: Mapping[str, Tensor]) -> None:

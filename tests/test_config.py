@@ -318,7 +318,7 @@ def test_fingerprint_changes_with_an_option_of_the_task(option, value):
 
 def test_fingerprint_keeps_through_what_cannot_change_the_result(write):
     config = load_config()
-    assert load_config(None, {"device": "cuda:1", "batch_size": 3}).fingerprint() == config.fingerprint()
+    assert load_config(None, {"device": "cuda:1", "batch_size": 3, "threads": 4}).fingerprint() == config.fingerprint()
     assert load_config(write("20.0", "2e1")).fingerprint() == config.fingerprint()
     assert config.fingerprint(model="a") != config.fingerprint(model="b") != config.fingerprint()
 
@@ -328,7 +328,7 @@ def test_every_setting_is_fingerprinted_or_named_as_harmless():
     for name, value in load_config().canonical().items():
         section = value[0] if name == "clamps" else value
         settings |= {f"{name}.{key}" for key in section} if isinstance(section, dict) else {name}
-    assert settings == {*CHANGES, "clamps.unit", "device", "batch_size"}
+    assert settings == {*CHANGES, "clamps.unit", "device", "batch_size", "threads"}
 
 
 def test_a_mean_is_of_features_by_contrast():

@@ -1,0 +1,203 @@
+"""Workers that share a check: who does what, that all learn all of it, and real processes, one of which is killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import tiny
+import torch
+
+from recover.artifacts import DELTAS, EXAMPLES, UNITS, VERDICT
+from recover.cli import main
+from recover.ledger import Ledger, Memory, Part
+from recover.phases import Done
+from recover.types import InputError
+from recover.workers import ALONE, Workers
+
+N, BATCH = 24, 6
+
+
+@dataclass(frozen=True)
+class Threads(Workers):
+    """Workers that are threads of this process."""
+
+    table: dict[int, Any] = field(default_factory=dict)
+    barrier: Any = None
+
+    def gather(self, value: Any) -> list[Any]:
+        self.table[self.rank] = value
+        self.barrier.wait(timeout=30)
+        told = [self.table[rank] for rank in range(self.size)]
+        self.barrier.wait(timeout=30)
+        return told
+
+
+def in_threads(size: int, work: Any) -> list[Any]:
+    """What `work(workers)` gives in each, or what it raises."""
+    table, barrier, given = {}, threading.Barrier(size), [None] * size
+
+    def one(rank: int) -> None:
+        try:
+            given[rank] = work(Threads(rank, size, table, barrier))
+        except (InputError, SystemExit) as error:
+            given[rank] = error
+
+    threads = [threading.Thread(target=one, args=(rank,)) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return given
+
+
+PARTS: dict[Part, list[str]] = {("batch", number): [f"search/{number}"] for number in range(5)}
+
+
+def test_what_is_left_is_dealt_out_and_nothing_twice() -> None:
+    for size in (1, 2, 3, 7):
+        store = Memory()
+        store.keep("search/1", {}, {})
+        shares = [Ledger(store, Workers(rank, size)).mine(PARTS) for rank in range(size)]
+        assert sorted(part for share in shares for part in share) == [("batch", number) for number in (0, 2, 3, 4)]
+        assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_each_learns_what_the_others_finished() -> None:
+    ran: list[int] = []
+
+    def work(workers: Workers) -> Memory:
+        store = Memory()
+        ledger = Ledger(store, workers)
+        for _, number in sorted(ledger.mine(PARTS)):
+
+            def unit(number: int = number) -> Done:
+                ran.append(number)
+                return Done({f"e{number}": {"found": number}}, {f"e{number}": torch.full((1, 3), float(number))})
+
+            ledger.run("search", number, unit)
+        ledger.share()
+        assert ledger.mine(PARTS) == set()
+        for number in range(5):
+            assert ledger.values("search", number) == {f"e{number}": {"found": number}}
+            assert torch.equal(store.delta(f"e{number}"), torch.full((1, 3), float(number)))
+        return store
+
+    stores = in_threads(2, work)
+    assert all(isinstance(store, Memory) for store in stores)
+    assert sorted(ran) == list(range(5))
+    assert stores[0].units == {name: stores[1].units[name] for name in stores[0].units}
+
+
+@pytest.mark.parametrize("refused", [0, 1, 2])
+def test_of_what_stops_one_worker_one_tells_and_none_goes_on(refused: int) -> None:
+    def work(workers: Workers) -> None:
+        with workers.together():
+            if workers.rank == refused:
+                raise InputError("no such file")
+
+    given = in_threads(3, work)
+    assert isinstance(given[0], InputError)
+    assert str(given[0]) == ("no such file" if refused == 0 else f"worker {refused}: no such file")
+    assert [getattr(one, "code", None) for one in given[1:]] == [2, 2]
+
+
+def test_one_alone_is_told_of_its_own_error_and_needs_nobody() -> None:
+    with pytest.raises(InputError, match=r"^mine$"), ALONE.together():
+        raise InputError("mine")
+    assert (ALONE.gather(3), ALONE.led(4), ALONE.leads, ALONE.deal([1, 2])) == ([3], 4, True, [1, 2])
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model, its SAEs and `defense.yaml`."""
+    return tiny.make(tmp_path_factory.mktemp("tiny"))
+
+
+def arguments(root: Path, out: Path) -> list[str]:
+    return ["check", f"{root / 'defense.yaml'}", "--out", f"{out}", "--n", f"{N}", "--batch-size", f"{BATCH}"]
+
+
+@pytest.fixture(scope="module")
+def alone(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of one process."""
+    out = tmp_path_factory.mktemp("alone") / "out"
+    assert main(arguments(root, out)) == 0
+    return out
+
+
+def launch(*command: str) -> subprocess.Popen[str]:
+    """`torchrun` with two processes; behind `--`, as it takes `--n` for the beginning of a flag of its own."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "--", "recover"]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([*launcher, *command], env=environment, **pipes)
+
+
+def verdict(out: Path) -> dict[str, Any]:
+    whole: dict[str, Any] = json.loads((out / VERDICT).read_text())
+    return {name: value for name, value in whole.items() if name != "provenance"}
+
+
+def units(out: Path) -> dict[str, str]:
+    return {path.name: path.read_text() for path in (out / UNITS).glob("*.json")}
+
+
+def assert_same(out: Path, other: Path) -> None:
+    assert verdict(out) == verdict(other)
+    for name in (EXAMPLES, DELTAS):
+        assert (out / name).read_bytes() == (other / name).read_bytes()
+    assert set(units(out)) == set(units(other))
+
+
+@pytest.mark.slow
+def test_two_processes_come_to_the_verdict_of_one(root: Path, alone: Path, tmp_path: Path) -> None:
+    said, errors = (process := launch(*arguments(root, tmp_path / "out"))).communicate(timeout=600)
+    assert process.returncode == 0, errors
+    assert said.count("Artifacts:") == 1
+    assert_same(tmp_path / "out", alone)
+    provenance = json.loads((tmp_path / "out" / VERDICT).read_text())["provenance"]
+    assert provenance["workers"] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_lost_worker_costs_what_it_was_at(root: Path, alone: Path, tmp_path: Path, lost: int) -> None:
+    out = tmp_path / "out"
+    process = launch(*arguments(root, out))
+    while not list(out.glob(f"{UNITS}/search-*.json")):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    for child in psutil.Process(process.pid).children(recursive=True):
+        if child.environ().get("RANK") == f"{lost}":
+            child.send_signal(signal.SIGKILL)
+    process.communicate(timeout=600)
+    assert process.returncode != 0
+    before = units(out)
+    assert not (out / VERDICT).exists()
+    _, errors = (process := launch(*arguments(root, out))).communicate(timeout=600)
+    assert process.returncode == 0, errors
+    after = units(out)
+    assert {name: after[name] for name in before} == before  # the time that each took is in it
+    assert_same(out, alone)
+
+
+@pytest.mark.slow
+def test_two_processes_tell_of_bad_input_once(root: Path, tmp_path: Path) -> None:
+    command = [*arguments(root, tmp_path / "out"), "--model", "./nowhere"]
+    said, errors = (process := launch(*command)).communicate(timeout=600)
+    assert process.returncode != 0
+    assert said == ""
+    assert [line for line in errors.splitlines() if line.startswith("recover:")] == [
+        "recover: model './nowhere': there is no such folder"
+    ]
