@@ -148,7 +148,7 @@ def keys_table(section: type[BaseModel], beside: tuple[type, ...] = ()) -> str:
     for key, field in section.model_fields.items():
         what = schema["properties"][key]
         default = "required" if field.is_required() else _default(what.get("default"))
-        rows.append((f"`{key}`", told[key], _kind(what, schema.get("$defs", {})), default))
+        rows.append((f"`{key}`", _said(told, key, section), _kind(what, schema.get("$defs", {})), default))
     return table(HEADS, rows)
 
 
@@ -160,8 +160,16 @@ def options_table(task: Any, beside: tuple[Any, ...] = ()) -> str:
     for name, one in inspect.signature(task, eval_str=True).parameters.items():
         if name not in HANDED:
             default = "required" if one.default is one.empty else _default(one.default)
-            rows.append((f"`{name}`", told[name], _kind(TypeAdapter(one.annotation).json_schema(), {}), default))
+            rows.append(
+                (f"`{name}`", _said(told, name, task), _kind(TypeAdapter(one.annotation).json_schema(), {}), default)
+            )
     return table(HEADS, rows)
+
+
+def _said(told: Mapping[str, str], key: str, of: Any) -> str:
+    if key not in told:
+        raise PluginError(f"{of.__module__}.{of.__name__}: its docstring does not say what {key} is; add it there")
+    return told[key]
 
 
 def described(of: Any) -> dict[str, str]:

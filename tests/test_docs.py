@@ -109,6 +109,16 @@ def test_the_keys_of_a_section_are_as_validated(hooks, key, begins, kind, defaul
     assert re.search(row, hooks.defense_page(), flags=re.MULTILINE)
 
 
+def test_a_key_that_no_docstring_tells_of_is_refused(hooks):
+    class Section(BaseModel):
+        """A section."""
+
+        untold: int = 1
+
+    with pytest.raises(hooks.PluginError, match=r"Section: its docstring does not say what untold is"):
+        hooks.keys_table(Section)
+
+
 def test_the_page_of_verdicts_has_every_gate_and_what_it_decides():
     page = (PAGES / "explanation" / "verdicts.md").read_text(encoding="utf-8")
     table = dict(re.findall(r"^\| `(\w+)` \| .+ \| (`?\w+`?) \|$", page, flags=re.MULTILINE))
