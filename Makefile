@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet -c constraints.txt
 
-.PHONY: check test thorough lint format clean
+.PHONY: check test thorough docs lint format clean
 
 check: $(VENV)/.installed
 	$(BIN)/recover check analyses/ioi_smollm2.yaml --out runs/ioi_smollm2
@@ -14,6 +14,10 @@ test: $(VENV)/.installed-dev
 
 thorough: $(VENV)/.installed-dev
 	HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest property_tests
+
+# Warnings are errors (not with --quiet, which would hide them), and so is what a page would load from elsewhere.
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict -f docs/mkdocs.yml
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -25,7 +29,7 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs site
 
 # torch goes first and by its exact version: a plain `torch` can pull several GB of CUDA packages.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -36,4 +40,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(INSTALL) -e ".[dev]"
+	touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(INSTALL) -e ".[docs]"
 	touch $@

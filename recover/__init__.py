@@ -29,6 +29,7 @@ from recover.constraint import (
 from recover.decompose import Decomposition, decompose, recompose
 from recover.defended import Defended, defend
 from recover.dialogue import Dialogue, Request, ask
+from recover.evidence import Rules
 from recover.examples import Contrast, Examples
 from recover.fit import Fit, measure_fit
 from recover.gates import Gate
@@ -37,6 +38,7 @@ from recover.held_search import RestoredSolution
 from recover.model import Model, Prompts, Run, Suffix
 from recover.pinned_search import PinnedSolution, recover_pinned
 from recover.pinning import Pinned
+from recover.plan import Plan, TransferPlan
 from recover.restoration import recover_restored
 from recover.runner import run_check
 from recover.sae import SAE, from_sae_lens, load_sae_folder
@@ -46,7 +48,8 @@ from recover.speech import say
 from recover.stable import recover_stable
 from recover.stats import bootstrap, wilson
 from recover.subspace import NullSpace, row_space
-from recover.tasks import Task
+from recover.tasks import Task, ask_task
+from recover.transfer import FitSchedule, Pool, Problem, fit_shared
 from recover.types import InputError, Site
 from recover.verdict import Verdict
 from recover.verify import Law, verify
@@ -76,6 +79,7 @@ __all__ = [
     "EncoderOrthogonal",
     "Examples",
     "Fit",
+    "FitSchedule",
     "Floor",
     "ForcedAnswer",
     "Gate",
@@ -89,9 +93,13 @@ __all__ = [
     "Objective",
     "Pinned",
     "PinnedSolution",
+    "Plan",
+    "Pool",
+    "Problem",
     "Prompts",
     "Request",
     "RestoredSolution",
+    "Rules",
     "Run",
     "Scale",
     "Schedule",
@@ -102,10 +110,12 @@ __all__ = [
     "Store",
     "Suffix",
     "Task",
+    "TransferPlan",
     "Verdict",
     "VocabularyMargin",
     "answered",
     "ask",
+    "ask_task",
     "attribute",
     "attribution",
     "bootstrap",
@@ -114,6 +124,7 @@ __all__ = [
     "contrast",
     "decompose",
     "defend",
+    "fit_shared",
     "from_sae_lens",
     "generate",
     "largest",

@@ -92,6 +92,11 @@ class Selection(_Section):
     defense is to bring about than before what it is not, such as refusals and answers. `firing`: those that are active
     on at most a share `retain` of the tokens of what is to be kept, and most often on those of what is to be forgotten.
     `effect`: those whose being more active on prompts of a kind than on others does most for what tells them apart.
+
+    Attributes:
+        select: the rule.
+        top: how many features.
+        retain: of `firing`: largest share of tokens of what is to be kept on which a feature may be active.
     """
 
     select: Literal["attribution", "contrast", "firing", "effect"]
@@ -112,8 +117,15 @@ def _features_kind(value: Any) -> str:
 class ClampConfig(_Section):
     """One clamp: which features of which SAE, and what is done to them.
 
-    `unit` is what `value` is in: activation, or multiples of each feature's own mean where it was selected for being
-    active (features by contrast).
+    Attributes:
+        sae: a name of ours (`smollm2-l15`), a folder, or `release:sae_id` as sae_lens knows them; it says which site.
+        features: a list of indices, or a rule that selects them.
+        mode: `set` writes the value, `scale` multiplies by it, `floor` raises to at least it.
+        value: what is set, the factor, or the floor.
+        unit: what `value` is in: activation, or multiples of each feature's own mean where it was selected for being
+            active (features by contrast).
+        only_active: leave a feature that is zero alone.
+        positions: where the clamp acts: everywhere, at a prompt's last token, on the prompt, or on the answer.
     """
 
     sae: Text
@@ -147,6 +159,11 @@ class PromptConfig(_Section):
     """Which prompts: how many, drawn with which seed, or the first `n` of a file; and whatever else the task takes.
 
     What the keys are and what they may be is said by the task's function (`recover.tasks`).
+
+    Attributes:
+        n: how many; all that the task has, or its own default, where it is not given.
+        seed: of what the task draws.
+        file: your own prompts, where the task reads some.
     """
 
     model_config = ConfigDict(extra="allow", frozen=True, strict=True)
@@ -159,8 +176,11 @@ class PromptConfig(_Section):
 class SearchConfig(_Section):
     """Where a delta may be added, how large it may be, and how long it is searched for.
 
-    `positions` follow from the task: the last one of a prompt, or those of an answer. `sites`: at the first clamped
-    site, or at every one, where the clamped features can be pinned exactly.
+    Attributes:
+        budget: largest Frobenius norm of a perturbation, over positions and dimensions.
+        placement: whether it enters after the clamp or before it.
+        positions: follow from the task: the last one of a prompt, or those of an answer; given, they must agree.
+        sites: where it enters: the first clamped site, or every one, where the clamped features can be pinned exactly.
     """
 
     budget: Annotated[Finite, Field(gt=0)]
@@ -205,7 +225,23 @@ class RuleConfig(_Section):
 
 
 class Config(_Section):
-    """A whole DEFENSE.yaml, validated."""
+    """A whole DEFENSE.yaml, validated.
+
+    Attributes:
+        model: a name of ours (`smollm2`, `toy-choice`), a hub id or a local folder.
+        clamps: the defense; what several clamps at one site edit, they edit together.
+        skip_first: tokens at a prompt's start that clamps leave alone.
+        task: `ioi`, `cloze`, `choice`, `probe`, `refusal`, or `python:module:object`.
+        prompts: which examples of the task.
+        search: the perturbation that is looked for.
+        controls: what is run beside the search.
+        transfer: shared perturbations.
+        rules: thresholds of the rules of evidence.
+        dtype: of the model; the SAE, perturbations and certificates are in float32 at least.
+        certificates: the dtype of the model that certificates replay in.
+        device: `auto`, `cpu`, `mps`, `cuda` or `cuda:N`.
+        batch_size: examples at once; `auto` is as many as memory allows.
+    """
 
     model: Text
     clamps: Annotated[tuple[ClampConfig, ...], Field(strict=False, min_length=1)]

@@ -216,7 +216,13 @@ def strict(
     """The indirect object the likeliest of all names that there are, the subject among them: chance is one in as many.
 
     The same names compete in every prompt, so that a shared delta which takes down the subject, or writes one name, is
-    not rewarded for it. With `candidates` only so many compete, the example's own two first.
+    not rewarded for it.
+
+    Args:
+        tokenizer: the model's.
+        examples: whose names are targets.
+        device: of the tokens.
+        candidates: how many names compete, the example's own two first; all by default.
     """
     names = {name: token_id(tokenizer, name) for name in single_token_names(tokenizer)}
     rows = []

@@ -1,0 +1,227 @@
+"""The documentation beside what it speaks of: names, commands, keys and gates; and what of a site is refused."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import re
+import subprocess
+import sys
+import typing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+
+import recover
+from recover import cli, gates, testing
+from recover.config import Config
+from recover.fit import Fit
+from recover.tasks import TASKS
+
+ROOT = Path(__file__).parent.parent
+PAGES = ROOT / "docs" / "pages"
+
+
+@pytest.fixture(scope="module")
+def hooks() -> Any:
+    for package in ("mkdocs", "griffe"):
+        pytest.importorskip(package, reason=f"{package} is not installed; pip install -e '.[docs]'")
+    spec = importlib.util.spec_from_file_location("docs_hooks", ROOT / "docs" / "hooks.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def named(page: Path) -> list[tuple[str, str]]:
+    """Module and name of what a page of the reference shows."""
+    found = re.findall(r"^::: (.+)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return [(module, name) for module, _, name in (path.rpartition(".") for path in found)]
+
+
+def test_every_public_name_is_in_the_reference_once():
+    shown = [one for page in sorted((PAGES / "reference" / "api").glob("*.md")) for one in named(page)]
+    public = [(module, name) for module, name in shown if module != "recover.testing"]
+    assert sorted(name for _, name in public) == sorted(recover.__all__)
+    for module, name in public:
+        assert getattr(importlib.import_module(module), name) is getattr(recover, name)
+    assert sorted(name for module, name in shown if module == "recover.testing") == sorted(testing.__all__)
+
+
+@pytest.mark.parametrize("command", [None, *cli.COMMANDS])
+def test_the_page_of_the_command_line_is_its_help(hooks, command, capsys, monkeypatch):
+    page = hooks.cli_page()
+    monkeypatch.setenv("COLUMNS", hooks.HELP_COLUMNS)
+    with pytest.raises(SystemExit):
+        cli.main([*([] if command is None else [command]), "--help"])
+    assert f"```text\n{capsys.readouterr().out}```" in page
+    assert command is None or f"\n## recover {command}\n" in page
+
+
+def sections(of: Any, found: list[type[BaseModel]]) -> list[type[BaseModel]]:
+    """The models that an annotation speaks of, with those that they do."""
+    if isinstance(of, type) and issubclass(of, BaseModel):
+        if of not in found:
+            found.append(of)
+            for field in of.model_fields.values():
+                sections(field.annotation, found)
+    else:
+        for inner in typing.get_args(of):
+            sections(inner, found)
+    return found
+
+
+def test_the_page_of_defense_yaml_names_every_key(hooks):
+    parts = re.split(r"^##+ ", hooks.defense_page(), flags=re.MULTILINE)
+    told = [tuple(re.findall(r"^\| `(\w+)` \| [^ |]", part, flags=re.MULTILINE)) for part in parts]
+    assert len(sections(Config, [])) >= 8
+    for section in sections(Config, []):
+        assert tuple(section.model_fields) in told, section
+    titles = [part.partition("\n")[0] for part in parts]
+    assert {"The file", *Config.model_fields} >= set(titles[1:]) - {
+        "clamps: features",
+        "prompts, task by task",
+        *(f"task: {name}" for name in TASKS),
+    }
+    for name, task in TASKS.items():
+        options = [key for key in inspect.signature(task).parameters if key not in ("model", "progress")]
+        assert tuple(options) == told[titles.index(f"task: {name}")], name
+
+
+@pytest.mark.parametrize(
+    ("key", "begins", "kind", "default"),
+    [
+        ("budget", "largest Frobenius norm", "number above 0", "required"),
+        ("certificates", "the dtype of the model", "`float32`, `float64`", "`float32`"),
+        ("folds", "1 fits on one half", "`1`, `2`", "`2`"),
+        ("n", "how many to draw", "whole number", "not given"),
+        ("norms", "budgets, as shares of the mean norm", "a list: number above 0", "`[0.2, 0.4, 0.6]`"),
+        ("steps", "gradient steps over all examples", "whole number above 0", "`60`"),
+        ("alpha", "p-value, after correction", "number from 0 to 1", "`0.01`"),
+    ],
+)
+def test_the_keys_of_a_section_are_as_validated(hooks, key, begins, kind, default):
+    row = rf"^\| `{key}` \| {begins}.* \| {re.escape(kind)} \| {re.escape(default)} \|$"
+    assert re.search(row, hooks.defense_page(), flags=re.MULTILINE)
+
+
+def test_a_key_that_no_docstring_tells_of_is_refused(hooks):
+    class Section(BaseModel):
+        """A section."""
+
+        untold: int = 1
+
+    with pytest.raises(hooks.PluginError, match=r"Section: its docstring does not say what untold is"):
+        hooks.keys_table(Section)
+
+
+def test_the_page_of_verdicts_has_every_gate_and_what_it_decides():
+    page = (PAGES / "explanation" / "verdicts.md").read_text(encoding="utf-8")
+    table = dict(re.findall(r"^\| `(\w+)` \| .+ \| (`?\w+`?) \|$", page, flags=re.MULTILINE))
+    fit = Fit("blocks.0.hook_resid_pre", 0.9, 10.0, 1.0, "blocks.0.hook_resid_pre", 0.0, 100)
+    made = [*gates.fit_gates([fit]), gates.flips_gate({"valid_flips": 1, "n": 1}), gates.utility_gate(None, 1.0)]
+    cautions = {"norm_at_budget"}
+    made += [gates.Gate(name, None, "", None if name in cautions else "INCONCLUSIVE") for name in gates.SEARCH_GATES]
+    assert {gate.name: f"`{gate.decides}`" if gate.decides else "caution" for gate in made} == {
+        name: decides for name, decides in table.items() if name in {gate.name for gate in made}
+    }
+
+
+def test_the_page_of_artifacts_has_every_key_of_the_verdict(hooks):
+    gates_of = {"items": {"properties": {"name": {}, "passed": {}}}}
+    either = {"oneOf": [{"type": "null"}, {"properties": {"why": {}}}, {"properties": {"n": {}, "hits": {}}}]}
+    schema = {"gates": gates_of, "transfer": either, "verdict": {"enum": ["A", True]}, "reasons": {}}
+    assert hooks.schema_table({"properties": schema}).splitlines()[2:] == [
+        "| `gates` | `name`, `passed` |",
+        "| `transfer` | `why`, `n`, `hits` |",
+        "| `verdict` | `A`, `true` |",
+        "| `reasons` | sentences |",
+    ]
+    assert "<!-- verdict schema -->" in (PAGES / "reference" / "artifacts.md").read_text(encoding="utf-8")
+
+
+def test_ruled_tables_become_markdown(hooks, monkeypatch):
+    text = """What.
+
+key     what is
+======  ===============
+`a`     one | two
+        and `x | y`
+`long_name`  beyond
+======  ===============
+
+1. An item:
+
+   ==  ==
+   b   c
+   ==  ==
+"""
+    monkeypatch.setattr(hooks.importlib, "import_module", lambda _: type("module", (), {"__doc__": text}))
+    assert hooks.docstring("any").splitlines() == [
+        "What.",
+        "",
+        "",
+        "| key | what is |",
+        "| --- | --- |",
+        r"| `a` | one \| two and `x | y` |",
+        "| `long_name` | beyond |",
+        "",
+        "1. An item:",
+        "",
+        "",
+        "    |  |  |",
+        "    | --- | --- |",
+        "    | b | c |",
+    ]
+
+
+def test_a_notebook_as_a_page(hooks):
+    cells = [
+        {"cell_type": "markdown", "source": ["# Title\n", "text"]},
+        {"cell_type": "code", "source": "1 + 1", "outputs": [
+            {"output_type": "stream", "text": ["said\n"]},
+            {"output_type": "execute_result", "data": {"text/plain": "2"}},
+        ]},
+        {"cell_type": "code", "source": "x = 1", "outputs": []},
+    ]  # fmt: skip
+    assert hooks.notebook_page({"cells": cells}) == (
+        "# Title\ntext\n\n```python\n1 + 1\n```\n\n"
+        '<div class="output" markdown>\n\n```text\nsaid\n2\n```\n\n</div>\n\n```python\nx = 1\n```\n'
+    )
+    cells[1]["outputs"] = [{"output_type": "error"}]
+    with pytest.raises(hooks.PluginError, match="'error'"):
+        hooks.notebook_page({"cells": cells})
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "stray"),
+    [
+        ("a.html", '<script src="https://cdn.example/x.js"></script>', "https://cdn.example/x.js"),
+        ("a.html", '<link rel="stylesheet" href="//fonts.example/css">', "//fonts.example/css"),
+        ("a.html", '<img srcset="a.png 1x, http://img.example/b.png 2x">', "http://img.example/b.png 2x"),
+        ("a.html", '<p style="background: url(https://img.example/c.png)">', "https://img.example/c.png"),
+        ("a.html", '<a href="https://arxiv.example">paper</a><img src="data:image/png;base64,xx">', None),
+        ("a.html", '<script src="assets/x.js"></script><code>&lt;script src="https://x"&gt;</code>', None),
+        ("deep/a.css", "@import 'https://fonts.example/d.css';", "https://fonts.example/d.css"),
+        ("deep/a.css", "a { background: url(\"../e.png\") } /* see https://example */", None),
+    ],
+)  # fmt: skip
+def test_what_a_site_may_not_load(hooks, tmp_path, name, content, stray):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text(content)
+    expected = [] if stray is None else [f"{Path(name).name}: {stray}"]
+    assert list(hooks.loaded_from_elsewhere(tmp_path)) == expected
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning(hooks, tmp_path):
+    """Every link and anchor resolves, every included section is there, and nothing is loaded from elsewhere."""
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-f", "docs/mkdocs.yml", "-d", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "first half hour" in (tmp_path / "tutorial.html").read_text(encoding="utf-8")
+    assert 'id="recover.check.check"' in (tmp_path / "reference" / "api" / "checks.html").read_text(encoding="utf-8")
