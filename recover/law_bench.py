@@ -87,7 +87,7 @@ class LawBench:
         with torch.no_grad():
             output = self.model.module(input_ids=ids)
         logits: Tensor = output if isinstance(output, Tensor) else output.logits
-        return logits[0]
+        return logits[0].to(self.model.device)
 
     def row(self, index: int) -> TokenIds:
         """The tokens `[1 pos]` of one prompt, without padding."""
@@ -127,7 +127,7 @@ def _check_width(residual: Tensor, sae: SAE, model: Model) -> None:
 def apart(one: Tensor, other: Tensor) -> float:
     """The largest difference, as a share of the largest value."""
     size = max(float(other.abs().max()), torch.finfo(torch.float32).tiny)
-    return float((one.double() - other.double()).abs().max()) / size
+    return float((one.double() - other.to(one.device).double()).abs().max()) / size
 
 
 def worst(values: Sequence[Tensor]) -> float:
