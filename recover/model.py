@@ -234,9 +234,7 @@ class Model:
                     found[self.n_layers] = h
             if tokens is not None and self._head is not None:
                 head = self._traced.get(self._head_path)
-                head.skip(
-                    selected_head(self._head, head.input[:, -(reads or 0) :], tokens.to(self._head.weight.device))
-                )
+                head.skip(selected_head(self._head, head.input[:, -(reads or 0) :], tokens))
             output = nnsight.save(self._traced.output)
             found = nnsight.save(found)
         logits = output if isinstance(output, Tensor) else output.logits
@@ -463,6 +461,7 @@ def selected_head(
     head: nn.Linear, hidden: Float[Tensor, "batch pos d_model"], tokens: Int[Tensor, "batch choice"]
 ) -> Float[Tensor, "batch pos choice"]:
     """The head's output for a few tokens an example, at a fraction of the vocabulary's cost."""
+    tokens = tokens.to(head.weight.device)
     weight = head.weight[tokens]
     logits = einsum(hidden, weight, "batch pos d_model, batch choice d_model -> batch pos choice")
     bias = cast("Tensor | None", head.bias)
