@@ -42,7 +42,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def light(folder: Path) -> dict[str, Any]:
     """What makes the tiny defense's check as short as it gets."""
-    less = {"prompts.n": 16, "search.steps": 4, "transfer.steps": 2, "controls.random_draws": 4, "transfer.draws": 2}
+    less = {"search.steps": 4, "transfer.steps": 2, "controls.random_draws": 4, "transfer.draws": 2}
     (folder / "light.yaml").write_text(load_config(folder / "defense.yaml", less).dump_yaml())
     return less
 
