@@ -45,7 +45,7 @@ LIGHT = {"controls.random_draws": 10, "controls.placebo_features": 1, "transfer.
 SMALL: Mapping[str, tuple[str, dict[str, Any]]] = {
     "ioi": ("ioi_smollm2.yaml", {"prompts.n": 24, "transfer.norms": [0.6]}),
     "cloze": ("cloze_smollm2.yaml", {"prompts.n": 12, "transfer.norms": [0.6]}),
-    "choice": ("choice_toy.yaml", {"prompts.n": 8}),
+    "choice": ("choice_toy.yaml", {"prompts.n": 2}),
     "refusal": ("refusal_smollm2.yaml", {"prompts.n": 24, "prompts.declined": 16, "prompts.reply_tokens": 32}),
     "probe": ("tpp_smollm2.yaml", {"prompts.n": 24, "prompts.train": 100}),
 }
