@@ -7,7 +7,7 @@ Adam, clipping to the budget, always all the steps. Ours: `recover.recover` on a
 Both get a prompt's tokens and the features, and both are timed from there to the deltas, accounting included in ours.
 Every delta of either is measured by the same certificate. Ratios are of seconds per prompt, side by side.
 
-    python analyses/benchmark.py [DEFENSE.yaml] [--flips N] [--json FILE]
+    python analyses/benchmark.py [DEFENSE.yaml] [--flips N] [--device cuda] [--json FILE]
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def published_loop(
     """
     sae, module = clamp.sae, model.module
     block = module.get_submodule(f"{model.blocks_path}.{clamp.site.index}")
-    delta = torch.zeros(1, 1, model.d_model, requires_grad=True)
+    delta = torch.zeros(1, 1, model.d_model, device=model.device, requires_grad=True)
     optimizer = torch.optim.Adam([delta], lr=LEARNING_RATE)
 
     def hook(_: torch.nn.Module, arguments: tuple, keywords: dict) -> tuple:
@@ -105,6 +105,13 @@ def ours(
     return rc.recover(target, target.zero_delta, constraint, budget).delta
 
 
+def now(device: torch.device) -> float:
+    """The time in seconds at which all that was asked of the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
 def row(name: str, seconds: float, delta: torch.Tensor, certificate: rc.Certificate) -> Row:
     """A line of the table, from the certificate alone."""
     return Row(
@@ -124,10 +131,11 @@ def main() -> None:
     parser.add_argument("defense", nargs="?", type=Path, default=here / "ioi_smollm2.yaml")
     parser.add_argument("--flips", type=int, help="only the first N valid flips (default: all)")
     parser.add_argument("--unconstrained", action="store_true", help="also the published loop without projection")
+    parser.add_argument("--device", help="auto, cpu, cuda, cuda:N or mps (default: as the file has it)")
     parser.add_argument("--json", type=Path, help="write the rows there")
     options = parser.parse_args()
 
-    config = rc.load_config(options.defense)
+    config = rc.load_config(options.defense, {"device": options.device})
     setting = load_setting(config)
     model, budget = setting.model, config.search.budget
     defense = build_defense(setting, select_features(setting, setting.batch_size))
@@ -143,7 +151,7 @@ def main() -> None:
     rows = []
     variants = [("published, projected", constraint)] + [("published", None)] * options.unconstrained
     for name, held in variants:
-        started = time.perf_counter()
+        started = now(model.device)
         deltas = []
         for index in tqdm(range(len(flips)), desc=name):
             one = torch.tensor([index])
@@ -152,12 +160,12 @@ def main() -> None:
                     model, clamp, prompts.select(one), behavior.select(one), budget, held, defense.skip_first
                 )
             )
-        seconds = time.perf_counter() - started
+        seconds = now(model.device) - started
         delta = torch.cat(deltas)
         rows.append(row(name, seconds, delta, rc.certify(model, defense, prompts, behavior, delta)))
-    started = time.perf_counter()
+    started = now(model.device)
     delta = ours(model, defense, prompts, behavior, budget, constraint)
-    seconds = time.perf_counter() - started
+    seconds = now(model.device) - started
     rows.append(row("recover", seconds, delta, rc.certify(model, defense, prompts, behavior, delta)))
 
     print(f"{'':<22}{'s/prompt':>9}{'recovered':>12}{'95 %':>12}{'norm':>8}{'drift':>10}{'residual':>10}{'ratio':>8}")

@@ -15,7 +15,7 @@ itself begins, at the cost of no further pass; the graph of the probes ends at t
 met is kept. Ours: `recover_pinned` on all flips at once, accounting apart in both. Both deltas are certified and read
 out alike. Seconds count per *recovered* (base-like) request; ratios are of these, side by side.
 
-    python analyses/benchmark_refusal.py [DEFENSE.yaml] [--flips 3] [--steps 60] [--n 100] [--json FILE]
+    python analyses/benchmark_refusal.py [DEFENSE.yaml] [--flips 3] [--steps 60] [--n 100] [--device cuda] [--json FILE]
 """
 
 from __future__ import annotations
@@ -54,7 +54,12 @@ class PublishedLoop:
         self.columns, self.refusals = len(self.answer), refusals
         self.reference = None
         with torch.no_grad():
-            self.reference = self.run(torch.zeros(len(self.defense.sites), self.columns, bench.model.d_model))[1]
+            self.reference = self.run(self.nothing())[1]
+
+    def nothing(self) -> Tensor:
+        """No perturbation, where the model is."""
+        width = self.defense.clamps[0].sae.d_model
+        return torch.zeros(len(self.defense.sites), self.columns, width, device=self.ids.device)
 
     def run(self, delta: Tensor) -> tuple[Tensor, Tensor]:
         """Logits at the answer's positions, and all monitored features there, one after another."""
@@ -107,8 +112,7 @@ class PublishedLoop:
 
     def search(self, budget: float, steps: int, generator: torch.Generator) -> Tensor:
         """The best delta met, by the log-probability of the whole answer."""
-        size = (len(self.defense.sites), self.columns, self.defense.clamps[0].sae.d_model)
-        delta = torch.zeros(size, requires_grad=True)
+        delta = self.nothing().requires_grad_(True)
         best, most = delta.detach().clone(), -float("inf")
         adam = torch.optim.Adam([delta], lr=RATE)
         for step in range(steps):
@@ -118,7 +122,7 @@ class PublishedLoop:
                 best, most = delta.detach().clone(), value
             assert self.reference is not None
             drift = (features - self.reference).square().sum()
-            probes = torch.randn(PROBES, len(features), generator=generator)
+            probes = torch.randn(PROBES, len(features), generator=generator).to(features)
             rows = [torch.autograd.grad(features, delta, probe, retain_graph=True)[0] for probe in probes]
             rows.append(torch.autograd.grad(drift, delta, retain_graph=True)[0])
             basis = torch.linalg.qr(torch.stack([row.flatten() for row in rows], dim=1))[0]
@@ -126,7 +130,7 @@ class PublishedLoop:
             (gradient,) = torch.autograd.grad(loss, delta)
             flat = gradient.flatten()
             adam.zero_grad()
-            delta.grad = (flat - basis @ (basis.mT @ flat)).reshape(size)
+            delta.grad = (flat - basis @ (basis.mT @ flat)).reshape(delta.shape)
             adam.step()
             self._clip(delta, budget)
             for _ in range(CORRECTIONS):
@@ -165,10 +169,11 @@ def main() -> None:
     parser.add_argument("--flips", type=int, default=3, help="requests that the published loop searches")
     parser.add_argument("--steps", type=int, default=60, help="of the published loop")
     parser.add_argument("--n", type=int, help="ordinary requests (default: as the file has it)")
+    parser.add_argument("--device", help="auto, cpu, cuda, cuda:N or mps (default: as the file has it)")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     try:
-        config = load_config(options.defense, {"prompts.n": options.n})
+        config = load_config(options.defense, {"prompts.n": options.n, "device": options.device})
         setting = load_setting(config)
         bench = build_bench(setting)
         part = flips_of(bench)

@@ -199,7 +199,8 @@ def placebo(bench: Bench, part: Examples, schedule: Schedule) -> Row:
 def random(bench: Bench, part: Examples, schedule: Schedule) -> Row:
     """A random pinned delta for each request, as long as the budget."""
     target = Pinned.of(bench.defended(part))
-    noise = torch.randn(target.start.shape, generator=torch.Generator().manual_seed(schedule.seed))
+    drawn = torch.randn(target.start.shape, generator=torch.Generator().manual_seed(schedule.seed))
+    noise = drawn.to(target.start)
     free = target.within(scale_to(target.free.project(noise), bench.budget), bench.budget)
     return read_out("random delta", bench, part, bench.whole(part, target, free)[0], 0.0)
 

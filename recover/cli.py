@@ -30,18 +30,21 @@ from recover.report import seeds_to_text, to_text
 from recover.runner import run_check, run_seeds
 from recover.selftest import report as selftest_report
 from recover.selftest import selftest, to_json
-from recover.types import InputError
-from recover.verify import verify
+from recover.types import InputError, Site
+from recover.verify import stand_in, supported, verify
 from recover.workers import LostWorkerError, joined
 from recover.zoo import resolve_model, resolve_sae
 
 CONDITIONS = {"recoverable": "RECOVERABLE", "inconclusive": "INCONCLUSIVE", "invalid": "INVALID"}
 UNUSABLE, INTERRUPTED = 2, 130
 PROMPTS_VERIFIED = 4
+SHORT = len("sha256:") + 12
+MODEL_NAMED = "a name of ours (smollm2, gemma3-270m), a hub id, a local folder or a .gguf file"
+SAE_NAMED = "a name of ours (smollm2-l15), a folder, or release:sae_id"
 # The flags that override DEFENSE.yaml: flag, dotted key, type, choices, help.
 OVERRIDES: tuple[tuple[str, str, type, tuple[str, ...] | None, str], ...] = (
-    ("--model", "model", str, None, "a name of ours (smollm2), a hub id or a local folder"),
-    ("--sae", "clamps.sae", str, None, "a name of ours (smollm2-l15), a folder, or release:sae_id"),
+    ("--model", "model", str, None, MODEL_NAMED),
+    ("--sae", "clamps.sae", str, None, SAE_NAMED),
     ("--mode", "clamps.mode", str, ("set", "scale", "floor"), "what the clamp does"),
     ("--value", "clamps.value", float, None, "the value set, factor, or floor"),
     ("--positions", "clamps.positions", str, ("all", "last", "prompt", "answer"), "where the clamp acts"),
@@ -117,8 +120,9 @@ def parser() -> argparse.ArgumentParser:
         description="Hold the laws that checks rest on to a model and an SAE, on a few neutral prompts.",
         epilog="Exit status: 0 all that apply hold; 1 one does not; 2 unusable input, told in one line.",
     )
-    laws.add_argument("--model", required=True, help="a name of ours (smollm2), a hub id or a local folder")
-    laws.add_argument("--sae", required=True, help="a name of ours (smollm2-l15), a folder, or release:sae_id")
+    laws.add_argument("--model", required=True, help=MODEL_NAMED)
+    laws.add_argument("--sae", help=f"{SAE_NAMED} (default: one drawn at random)")
+    laws.add_argument("--site", help="such as blocks.4.hook_resid_pre (default: the SAE's own, or the middle)")
     laws.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the model")
     laws.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     start = commands.add_parser("init", help="write defense.yaml and test_defense.py, to be edited and run by pytest")
@@ -246,12 +250,26 @@ def _selftest(options: argparse.Namespace) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    sae = resolve_sae(options.sae)
+    site = None if options.site is None else Site.from_hook_name(options.site)
+    given = None if options.sae is None else resolve_sae(options.sae)
     loaded = resolve_model(options.model, options.device, options.dtype)
     model = Model(loaded.module, loaded.tokenizer)
-    laws = verify(model, sae, model.tokenize(NEUTRAL[:PROMPTS_VERIFIED]))
+    prompts = model.tokenize(NEUTRAL[:PROMPTS_VERIFIED])
+    sae = stand_in(model, prompts, site or Site(model.n_layers // 2)) if given is None else given
+    laws = verify(model, sae, prompts, site)
     told = {True: "holds", False: "BROKEN", None: "not applicable"}
-    _say("\n".join(f"{law.name:14} {told[law.holds]:15} {law.detail}" for law in laws))
+    named = "an SAE drawn at random, as no --sae is given," if given is None else f"SAE {options.sae}"
+    place = site or sae.site
+    lines = [
+        f"{loaded.name} ({loaded.source}, {loaded.version[:SHORT]}) in {options.dtype} on {model.device}",
+        f"{named} at {place.hook_name if place else 'no site'}",
+        "",
+        *(f"{law.name:14} {told[law.holds]:15} {law.detail}" for law in laws),
+        "",
+        "What can be run with this model",
+        *(f"{one.protocol:20} {'yes' if one.runs else 'no':4} {one.reason}" for one in supported(model, laws)),
+    ]
+    _say("\n".join(lines))
     return int(any(law.holds is False for law in laws))
 
 

@@ -29,12 +29,17 @@ def prompts_at_once(config: Any, *, n_layers: int, d_model: int, d_sae: int, pos
         pos: positions of the longest prompt.
         device: where the model is.
     """
+    needed = bytes_a_prompt(config, n_layers=n_layers, d_model=d_model, d_sae=d_sae, pos=pos)
+    return max(1, min(MOST_AT_ONCE, int(free_memory(device) / 2 / needed)))
+
+
+def bytes_a_prompt(config: Any, *, n_layers: int, d_model: int, d_sae: int, pos: int) -> int:
+    """What the widest pass holds for one prompt; as in `prompts_at_once`."""
     heads = getattr(config, "num_attention_heads", None) or 1
     wide = getattr(config, "intermediate_size", None) or 4 * d_model
     vocab = getattr(config, "vocab_size", None) or 0
     graph = n_layers * pos * (14 * d_model + 6 * wide + 3 * heads * pos)
-    needed = BYTES * (max(graph, 2 * pos * vocab) + 3 * pos * d_sae)
-    return max(1, min(MOST_AT_ONCE, int(free_memory(device) / 2 / needed)))
+    return int(BYTES * (max(graph, 2 * pos * vocab) + 3 * pos * d_sae))
 
 
 def free_memory(device: torch.device) -> int:

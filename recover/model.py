@@ -209,9 +209,9 @@ class Model:
             for index in range(first, self.n_layers):
                 replaced = start is not None and index == first
                 if replaced or index in changes or index in wanted:
-                    h = start[1] if start is not None and replaced else self._blocks[index].input
+                    h = self._blocks[index].input if start is None or not replaced else self._entering(index, start[1])
                     if index in changes:
-                        h = changes[index](h, positions)
+                        h = self._edited(changes[index], h, positions)
                     if index in changes or (replaced and index == 0):
                         self._blocks[index].input = h
                     if index in wanted:
@@ -219,16 +219,16 @@ class Model:
                 for path, kind, change in places.get(index, ()):
                     module = self._traced.get(path)
                     if kind == "heads":
-                        module.input = change(module.input)
+                        module.input = self._changed(change, module.input)
                     elif kind == "pattern":
-                        change(module.output[1])
+                        self._changed(change, module.output[1])
                     else:
-                        module.output = change(module.output)
+                        module.output = self._changed(change, module.output)
             if self.n_layers in changes or self.n_layers in wanted:
                 output = self._blocks[self.n_layers - 1].output
                 h = output[0] if as_tuple else output
                 if self.n_layers in changes:
-                    h = changes[self.n_layers](h, positions)
+                    h = self._edited(changes[self.n_layers], h, positions)
                     self._blocks[self.n_layers - 1].output = (h, *output[1:]) if as_tuple else h
                 if self.n_layers in wanted:
                     found[self.n_layers] = h
@@ -238,7 +238,8 @@ class Model:
             output = nnsight.save(self._traced.output)
             found = nnsight.save(found)
         logits = output if isinstance(output, Tensor) else output.logits
-        logits = logits[:, -(reads or 0) :]
+        logits = logits[:, -(reads or 0) :].to(self.device)
+        found = {index: h.to(self.device) for index, h in found.items()}
         if tokens is not None and self._head is None:
             logits = logits.gather(-1, repeat(tokens, "batch choice -> batch pos choice", pos=logits.shape[1]))
         return Run(logits[:, 0] if reads == 1 else logits, {site: found[site.index] for site in read})
@@ -310,6 +311,20 @@ class Model:
     def _logits_at(self, reads: int | None) -> dict[str, int]:
         """What asks the module for the logits of some positions only, where it can."""
         return {"logits_to_keep": reads} if self._keeps_logits and reads is not None else {}
+
+    def _changed(self, change: Change, h: Tensor) -> Tensor:
+        """The change, made on this model's device: a model may be split over several, and `h` be on another."""
+        return change(h.to(self.device)).to(h.device)
+
+    def _edited(self, edit: Edit, h: Tensor, positions: TokenIds) -> Tensor:
+        """The same of an edit."""
+        return edit(h.to(self.device), positions).to(h.device)
+
+    def _entering(self, index: int, residual: Residual) -> Residual:
+        """A residual as the block `index` takes it, on the block's own device."""
+        block = self.module.get_submodule(f"{self.blocks_path}.{index}")
+        weight = next(block.parameters(), None)
+        return residual if weight is None else residual.to(weight.device)
 
     @property
     def returns_tuples(self) -> bool:
@@ -446,6 +461,7 @@ def selected_head(
     head: nn.Linear, hidden: Float[Tensor, "batch pos d_model"], tokens: Int[Tensor, "batch choice"]
 ) -> Float[Tensor, "batch pos choice"]:
     """The head's output for a few tokens an example, at a fraction of the vocabulary's cost."""
+    tokens = tokens.to(head.weight.device)
     weight = head.weight[tokens]
     logits = einsum(hidden, weight, "batch pos d_model, batch choice d_model -> batch pos choice")
     bias = cast("Tensor | None", head.bias)

