@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from recover.check import Progress, check
 from recover.config import Config
 from recover.finished import find_run, pages
 from recover.neutral import NEUTRAL
+from recover.published import compared
 from recover.setting import Chosen, Setting, build_defense, load_setting, select_features
 from recover.types import InputError
 from recover.verdict import Verdict
@@ -94,16 +96,28 @@ def _run(config: Config, folder: RunFolder, keep_text: bool, progress: Progress)
         folder.write(CONFIG, config.dump_yaml().encode())
     finished = find_run(folder.path)
     if finished is not None:
-        verdict, records = dict(finished.verdict), finished.records
+        verdict, records = beside_published(finished.verdict, config), finished.records
+        if verdict != finished.verdict:
+            folder.write(CONFIG, config.dump_yaml().encode())
+            folder.write_json(VERDICT, verdict)
     else:
         said = _check(setting, state, folder, progress)
-        verdict, records = said.to_dict(), said.records
+        verdict, records = beside_published(said.to_dict(), config), said.records
         verdict["provenance"]["seconds"] = round(time.perf_counter() - started, 1)
         folder.save_records(records)
         folder.write_json(VERDICT, verdict)
     for name, page in pages(verdict, folder.read(CONFIG), records, state.features).items():
         folder.write(name, page)
     return verdict
+
+
+def beside_published(verdict: Mapping[str, Any], config: Config) -> dict[str, Any]:
+    """A verdict, and beside it the figures of `config` that were published, if any."""
+    own = {name: value for name, value in verdict.items() if name != "published"}
+    given = config.published
+    if given is None or not given.figures:
+        return own
+    return own | {"published": compared(verdict, given.known(), given.source)}
 
 
 def _expect(folder: RunFolder, state: RunState, config: Config, keep_text: bool) -> None:

@@ -26,6 +26,7 @@ import json
 import sys
 import threading
 import urllib.request
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,7 @@ from typing import Any, Literal
 
 import torch
 from huggingface_hub import constants, snapshot_download
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import GatedRepoError, HFValidationError, LocalEntryNotFoundError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from recover.sae import SAE, from_sae_lens, load_sae_folder
@@ -145,7 +146,7 @@ def _load(name: str, place: Path | str, source: Source, device: torch.device, dt
             )
         module.to(device)
     except Exception as error:  # whatever the many loaders raise, it is about what the user named
-        raise InputError(f"model {name!r} cannot be loaded ({_one_line(error)})") from error
+        raise InputError(f"model {name!r} cannot be loaded ({_why(error)})") from error
     if loading["missing_keys"]:
         # transformers fills these at random and goes on.
         missing = sorted(loading["missing_keys"])
@@ -246,17 +247,28 @@ def resolve_sae(name: str) -> SAE:
 
 
 def _from_release(release: str, sae_id: str) -> Any:
+    """From the cache, with no look at the network; where it is not there, from the hub."""
+    try:
+        with hub_offline():
+            return _pretrained(release, sae_id)
+    except Exception as error:  # whatever sae_lens's many loaders raise of what is not in the cache
+        missing = "it is not in the cache, and the hub cannot be reached; run this where it can, or give a folder"
+        reason = _one_line(error) if isinstance(error, ValueError) else missing
+    if hub_reachable():
+        try:
+            return _pretrained(release, sae_id)
+        except Exception as error:  # of the hub, it is about what the user named
+            reason = _why(error)
+    raise InputError(f"SAE '{release}:{sae_id}' cannot be loaded ({reason})")
+
+
+def _pretrained(release: str, sae_id: str) -> Any:
     import sae_lens  # here, because it is slow to import and serves this one kind of name
 
-    reachable = hub_reachable()
-    try:
-        # With the hub out of reach its client would retry for long before it looked into its cache.
-        with contextlib.nullcontext() if reachable else hub_offline():
-            return sae_lens.SAE.from_pretrained(release, sae_id, device="cpu")
-    except Exception as error:  # whatever sae_lens's many loaders raise, it is about what the user named
-        known = isinstance(error, ValueError)
-        reason = _one_line(error) if reachable or known else "it is not in the cache, and the hub cannot be reached"
-        raise InputError(f"SAE '{release}:{sae_id}' cannot be loaded ({reason})") from error
+    with warnings.catch_warnings():
+        # It asks for a model prepared as in training; `from_sae_lens` prepares the SAE instead.
+        warnings.filterwarnings("ignore", message=r"\s*This SAE has non-empty model_from_pretrained_kwargs")
+        return sae_lens.SAE.from_pretrained(release, sae_id, device="cpu")
 
 
 @contextlib.contextmanager
@@ -268,6 +280,16 @@ def hub_offline() -> Iterator[None]:
         constants.HF_HUB_OFFLINE = before
 
 
-def _one_line(error: Exception) -> str:
+def _why(error: BaseException) -> str:
+    """The first line of what was raised; for a gated repository, what to do."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, GatedRepoError):
+            return "it is gated: accept its terms on its page at the hub, and log in with `hf auth login`"
+        cause = cause.__cause__ or cause.__context__
+    return _one_line(error)
+
+
+def _one_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return lines[0].rstrip(" .:") if lines else type(error).__name__
