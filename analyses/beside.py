@@ -1,4 +1,4 @@
-"""Published figures beside a script's own: those of the defense that it is given, else of the published one."""
+"""Published figures beside a script's own: those of the defense that it is given, else of the published setting."""
 
 from __future__ import annotations
 

@@ -25,6 +25,7 @@ __all__ = ["Agreement", "PublishedFigure", "check_path", "compared", "index_of_c
 
 Agreement = Literal["within", "at_least", "at_most"]
 STEP = re.compile(r"\.?([A-Za-z_]\w*)|\[(\d+)\]")
+UNSOUND = ("INVALID", "INCONCLUSIVE")
 SLACK = 1e-9
 """Of a bound: a decimal in a file is not the number that a subtraction gives."""
 
@@ -111,8 +112,11 @@ def lookup(verdict: Mapping[str, Any], path: str) -> Any | None:
 def compared(verdict: Mapping[str, Any], figures: Sequence[PublishedFigure], source: str) -> list[dict[str, Any]]:
     """Each figure as published, ours, and whether they agree: None where ours was not measured, or none is asked."""
     rows = []
+    searched = verdict["recovery"]["searched"]
     for one in figures:
-        ours = lookup(verdict, one.figure)
+        # Of no search there are sums, which are zero, and they are no findings.
+        unknown = one.figure.startswith("recovery.") and not searched
+        ours = None if unknown else lookup(verdict, one.figure)
         low, high = bounds(one)
         agrees = None if ours is None or one.tolerance is None else _between(low, float(ours), high)
         rows.append(
@@ -152,9 +156,11 @@ def _interval(verdict: Mapping[str, Any], path: str) -> list[float] | None:
     return None if beside is None or None in beside else list(beside)
 
 
-def told(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
-    """For a page: whether each agrees, and the figures."""
-    lines = []
+def told(verdict: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """For a page: whether each agrees, and the figures; nothing where none was published."""
+    lines, rows = [], verdict.get("published") or []
+    if rows and verdict["verdict"] in UNSOUND:
+        lines.append(("beware", f"the run is {verdict['verdict']}, so that its own figures cannot be relied on"))
     for row in rows:
         result = {True: "agrees", False: "DISAGREES"}.get(row["agrees"])
         if result is None:
@@ -170,12 +176,11 @@ def told(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
 
 
 def _published(row: Mapping[str, Any]) -> str:
-    shown, n = f"{row['published']:.3g}", row["n"]
+    value, n = row["published"], row["n"]
     if n is None:
-        return shown
-    hits = row["published"] * n
-    rate = 0 <= row["published"] <= 1
-    return f"{shown} of {n}" + (_range(wilson(round(hits), n)) if rate else "")
+        return f"{value:.3g}"
+    interval = _range(wilson(round(value * n), n)) if 0 <= value <= 1 else ""
+    return f"{value:.3g} of {n} examples{interval}"
 
 
 def _range(bounds: Sequence[float] | None) -> str:

@@ -29,7 +29,7 @@ def sections(verdict: Mapping[str, Any]) -> list[tuple[str, Rows]]:
         ),
         ("Controls: what is found where there should be less to find", _controls(verdict["controls"])),
         ("Transfer: one perturbation for all prompts, read on prompts it was not fitted to", _transfer(verdict)),
-        *((f"{PUBLISHED}: {published[0]['source']}", told(published)) for _ in published[:1]),
+        *((f"{PUBLISHED}: {row['source']}", told(verdict)) for row in published[:1]),
     ]
 
 
