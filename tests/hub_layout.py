@@ -29,7 +29,7 @@ from tests import tiny
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 GPT2, GEMMA, GEMMA_CHAT = "openai-community/gpt2", "google/gemma-2-2b", "google/gemma-2-2b-it"
 RES_JB, GEMMA_SCOPE = "jbloom/GPT2-Small-SAEs-Reformatted", "google/gemma-scope-2b-pt-res"
-GPT2_WIDTH, GEMMA_WIDTH = 96, 32
+GPT2_WIDTH, GEMMA_WIDTH = 96, 128
 THRESHOLD = 0.05
 """Of the JumpReLU: without one a feature set to 0 would be active by rounding."""
 SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>")
@@ -95,9 +95,9 @@ def basis(width: int, seed: int = 0, rotated: bool = True) -> dict[str, torch.Te
     }
 
 
-def gemma(vocabulary: int, layers: int, **changes: Any) -> Gemma2ForCausalLM:
+def gemma(vocabulary: int, layers: int, *, seed: int = 1, **changes: Any) -> Gemma2ForCausalLM:
     """A random Gemma 2 of this many blocks."""
-    torch.manual_seed(1)
+    torch.manual_seed(seed)
     size = {"hidden_size": GEMMA_WIDTH, "intermediate_size": 16, "num_hidden_layers": layers, "head_dim": 8}
     size |= {"num_attention_heads": 2, "num_key_value_heads": 1, "query_pre_attn_scalar": 8, "sliding_window": 16}
     settings = {"initializer_range": 0.5, "tie_word_embeddings": False, "max_position_embeddings": 256}
@@ -134,22 +134,22 @@ def put_random_gemma(hub: Path, words: Sequence[str], layers: int = 7) -> None:
     put(hub, GEMMA, gemma(len(tokenizer), layers), tokenizer)
 
 
-def put_chat_gemma(hub: Path, texts: Sequence[str], layers: int = 20) -> None:
+def put_chat_gemma(hub: Path, texts: Sequence[str], layers: int = 20, seed: int = 6) -> None:
     """The chat model: whatever it is asked it says sentences, half of which decline."""
     split = pre_tokenizers.Whitespace().pre_tokenize_str
     words = sorted({word for text in [*texts, *requests.UNSERVABLE, "user model"] for word, _ in split(text)})
     tokenizer = gemma_tokenizer([*words, *REFUSALS, *ANSWERS])
-    module = gemma(len(tokenizer), layers)
+    module = gemma(len(tokenizer), layers, seed=seed)
     spoken = torch.tensor(tokenizer.convert_tokens_to_ids([*REFUSALS, *ANSWERS]))
     with torch.no_grad():
         kept = module.lm_head.weight[spoken].clone()
         module.lm_head.weight.zero_()
         module.lm_head.weight[spoken] = kept
         # Residuals so small that the budget is large.
-        module.model.embed_tokens.weight.mul_(0.2)
+        module.model.embed_tokens.weight.mul_(0.05)
         for block in module.model.layers:
-            block.post_attention_layernorm.weight.fill_(-0.8)
-            block.post_feedforward_layernorm.weight.fill_(-0.8)
+            block.post_attention_layernorm.weight.fill_(-0.95)
+            block.post_feedforward_layernorm.weight.fill_(-0.95)
     put(hub, GEMMA_CHAT, module, tokenizer)
 
 
