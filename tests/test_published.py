@@ -205,7 +205,7 @@ VERDICT: dict[str, Any] = {
 @pytest.mark.parametrize(
     ("figure", "value", "tolerance", "agrees", "expected"),
     [
-        ("recovery.rate", 0.8, 0.05, "within", True),  # at the very edge, where a subtraction of decimals is not
+        ("recovery.rate", 1.1, 0.35, "within", True),  # at the very edge, which a subtraction of decimals misses
         ("recovery.rate", 0.7, 0.05, "within", True),
         ("recovery.rate", 0.81, 0.05, "within", False),
         ("recovery.rate", 0.69, 0.05, "within", False),
@@ -402,6 +402,13 @@ def test_saes_are_taken_from_the_cache_without_a_look_at_the_network(
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     hub_layout.put_gpt2(hub)
     hub_layout.put_gemma_scope(hub, ["layer_5/width_16k/average_l0_68"])
+    load = sae_lens.SAE.from_pretrained
+
+    def offline(*args: Any, **named: Any) -> Any:
+        assert constants.is_offline_mode()
+        return load(*args, **named)
+
+    monkeypatch.setattr(sae_lens.SAE, "from_pretrained", offline)
     jb = zoo.resolve_sae("gpt2-small-res-jb:blocks.4.hook_resid_pre")
     assert (jb.site, jb.d_model, jb.d_sae, jb.architecture) == (Site(4, "pre"), 96, 192, "standard")
     for name in (
