@@ -5,7 +5,8 @@
    it), searched at each budget with the clamped features free (*unconstrained*) and held (C1, *constrained*), and
    each delta replayed by a certificate.
 3. *Table and figure*: recovery against reactivation, one arrow a class from unconstrained to constrained, at the budget
-   of the configuration; the published averages beside them.
+   of the configuration; beside them the published averages, `published.rows` of the configuration (else those of
+   `published/tpp_gemma2.yaml`).
 
 Each class is kept in the folder as soon as it is there; a later start with the same settings goes on from it.
 
@@ -25,6 +26,7 @@ from typing import Any
 
 import matplotlib as mpl
 import torch
+from beside import published_rows
 from matplotlib import pyplot as plt
 from points import Points
 
@@ -45,11 +47,9 @@ from recover.zoo import resolve_model, resolve_sae
 DEFAULT = Path(__file__).with_name("tpp_smollm2.yaml")
 MEASURES = ("recovered", "clean", "reactivated", "drift", "norm", "share")
 WAYS = ("unconstrained", "constrained")
-PUBLISHED = {
-    "unconstrained": {"recovered": 0.819, "clean": 0.103, "reactivated": 0.013, "drift": 0.094},
-    "constrained": {"recovered": 0.749, "clean": 0.680, "reactivated": 0.002, "drift": 0.039},
-}
-"""Averages over four data sets, Gemma 2 2B, 500 features (reference page)."""
+BESIDE = "tpp_gemma2.yaml"
+"""Whose published figures stand beside ours, where the defense names none."""
+Rows = Mapping[str, Mapping[str, float]]
 
 
 class Bank:
@@ -165,7 +165,9 @@ def _measured(bench: Bench, way: str, budget: float) -> dict[str, Any]:
     return {name: float(torch.cat(parts).mean()) for name, parts in found.items()}
 
 
-def lines(scores: Mapping[str, Any], points: Sequence[Mapping[str, Any]], budget: float, top: int) -> list[str]:
+def lines(
+    scores: Mapping[str, Any], points: Sequence[Mapping[str, Any]], budget: float, top: int, published: Rows
+) -> list[str]:
     """The table of one budget."""
     labels, drops = scores["labels"], scores["scores"][str(top)]
     right, known = (sum(scores[name]) / len(labels) for name in ("accuracy", "train_accuracy"))
@@ -189,7 +191,7 @@ def lines(scores: Mapping[str, Any], points: Sequence[Mapping[str, Any]], budget
     free, held = (averaged(points, budget, way) for way in WAYS)
     means = [sum(drops[kind]) / len(labels) for kind in ("intended", "unintended")]
     told.append(f"{'average':9} {'':13} {means[0]:7.3f} {means[1]:7.3f} {_row(free, held, '')}")
-    told.append(f"{'published':9} {'':29} {_row(PUBLISHED['unconstrained'], PUBLISHED['constrained'], '')}")
+    told.append(f"{'published':9} {'':29} {_row(published['unconstrained'], published['constrained'], '')}")
     return told
 
 
@@ -208,7 +210,9 @@ def averaged(points: Sequence[Mapping[str, Any]], budget: float, way: str) -> di
     return {name: sum(row[name] for row in rows) / len(rows) for name in MEASURES}
 
 
-def figure(scores: Mapping[str, Any], points: Sequence[Mapping[str, Any]], budget: float, path: Path) -> None:
+def figure(
+    scores: Mapping[str, Any], points: Sequence[Mapping[str, Any]], budget: float, path: Path, published: Rows
+) -> None:
     """Recovery against reactivation, all of it and without reactivation: an arrow a class."""
     mpl.rcParams.update({"font.size": 9, "svg.fonttype": "none", "axes.spines.top": False, "axes.spines.right": False})
     canvas, panels = plt.subplots(1, 2, figsize=(8.6, 3.6), layout="constrained", sharex=True, sharey=True)
@@ -219,7 +223,7 @@ def figure(scores: Mapping[str, Any], points: Sequence[Mapping[str, Any]], budge
             if point["flips"]:
                 ends = [point["budgets"][f"{budget:g}"][way] for way in WAYS]
                 _arrow(axes, [(end["reactivated"], end[name]) for end in ends], f"C{number}", label)
-        _arrow(axes, [(PUBLISHED[way]["reactivated"], PUBLISHED[way][name]) for way in WAYS], "black", "published mean")
+        _arrow(axes, [(published[way]["reactivated"], published[way][name]) for way in WAYS], "black", "published mean")
         axes.set(xlabel="share of clamped features reactivated", ylabel=words, ylim=(-0.03, 1.05))
     panels[1].legend(frameon=False, fontsize=8)
     canvas.savefig(path)
@@ -248,6 +252,12 @@ def main() -> None:
         features = config.clamps[0].features
         if config.task != "probe" or len(config.clamps) > 1 or not isinstance(features, Selection):
             raise InputError(f"{options.defense}: this is for task: probe and one clamp of features by effect")
+        published = published_rows(config, BESIDE)
+        if any({"recovered", "clean", "reactivated", "drift"} - set(published.get(way, ())) for way in WAYS):
+            raise InputError(
+                f"{options.defense}: published.rows: must have {' and '.join(WAYS)}, each with recovered, clean, "
+                "reactivated and drift"
+            )
         budgets = sorted({*options.budgets, config.search.budget})
         settings = {"config": config.relevant(), "budgets": budgets, "counts": sorted(options.counts)}
         kept, bank = Points.open(options.out, settings), Bank(config)
@@ -267,8 +277,8 @@ def main() -> None:
         means = [sum(found[kind]) / len(found[kind]) for kind in ("intended", "unintended")]
         print(f"{count:>8} {means[0]:9.3f} {means[1]:11.3f} {found['total']:6.3f}")
     for budget in budgets:
-        print("\n" + "\n".join(lines(scores, points, budget, features.top)))
-    figure(scores, points, config.search.budget, options.out / "tpp.svg")
+        print("\n" + "\n".join(lines(scores, points, budget, features.top, published)))
+    figure(scores, points, config.search.budget, options.out / "tpp.svg", published)
     print(f"\nfigure: {options.out / 'tpp.svg'}, at budget {config.search.budget:g}")
 
 

@@ -21,6 +21,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from beside import published_rows
 from points import Points
 
 from recover.bench import Batch, Bench
@@ -40,9 +41,8 @@ from recover.types import InputError
 
 DEFAULT = Path(__file__).parent / "cloze_smollm2.yaml"
 BUDGETS = (0.0, 2.0, 5.0, 10.0, 20.0, 40.0)
-PUBLISHED_CURVE = {0.0: 0, 2.0: 0, 5.0: 4, 10.0: 6, 20.0: 6}
-"""Flips of 6 that are back at each budget (reference page); norms of another model are not the same norms."""
-PUBLISHED = ("WMDP-Bio, Gemma 2 2B", "91", "6", "91/91", "0.333", "90/91", "0.000", "-")
+BESIDE = "wmdp_bio_gemma2.yaml"
+"""Whose published figures stand beside ours, where the defense names none."""
 HEADS = ("", "flips", "asked of", "free", "drift", "C1", "drift", "residual")
 
 
@@ -128,20 +128,35 @@ def line(name: str, known: int, free: Sequence[Mapping[str, Any]], c1: Sequence[
     )
 
 
+def published_line(row: Mapping[str, float]) -> tuple[str, ...]:
+    """The published row of the table: WMDP-Bio on Gemma 2 2B. Norms of another model are not the same norms."""
+    flips = f"{row['flips']:g}"
+    return (
+        "published",
+        flips,
+        f"{row['questions']:g}",
+        f"{row['free']:g}/{flips}",
+        f"{row['free_drift']:.3f}",
+        f"{row['held']:g}/{flips}",
+        f"{row['held_drift']:.3f}",
+        "-",
+    )
+
+
 def table(*lines: Sequence[str]) -> str:
     """Columns as wide as they need."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(f"{one:>{width}}" for one, width in zip(each, widths, strict=True)) for each in lines)
 
 
-def curve(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Flips back by budget, with 95 % intervals, beside the published ones."""
+def curve(rows: Sequence[Mapping[str, Any]], known: Mapping[str, float]) -> str:
+    """Flips back by budget, with 95 % intervals, beside the `known` ones of 6."""
     lines = [("budget", "back", "95 %", "published, of 6")]
     for budget in BUDGETS:
         hits = sum(certified_norm(row) <= budget for row in rows)
         low, high = wilson(hits, len(rows))
-        published = str(PUBLISHED_CURVE.get(budget, "-"))
-        lines.append((f"{budget:g}", f"{hits}/{len(rows)}", f"{low:.0%} to {high:.0%}", published))
+        theirs = f"{known[f'{budget:g}']:g}" if f"{budget:g}" in known else "-"
+        lines.append((f"{budget:g}", f"{hits}/{len(rows)}", f"{low:.0%} to {high:.0%}", theirs))
     return table(*lines)
 
 
@@ -170,6 +185,10 @@ def main() -> None:
             raise InputError(f"{options.defense}: its task is {config.task!r}; give a defense of {' or '.join(KEPT)}")
         if len({clamp.sae for clamp in config.clamps}) > 1 or config.search.sites != "first":
             raise InputError(f"{options.defense}: clamps several sites; give a defense at one")
+        published = published_rows(config, BESIDE)
+        row, by_budget = published.get("wmdp_bio", {}), published.get("by_budget", {})
+        if lacking := {"flips", "questions", "free", "free_drift", "held", "held_drift"} - set(row):
+            raise InputError(f"{options.defense}: published.rows.wmdp_bio: has no {sorted(lacking)[0]}; write it there")
         points = Points.open(options.out, config.relevant())
         setting = load_setting(config)
         bench = build_bench(setting)
@@ -187,8 +206,10 @@ def main() -> None:
     if not c1:
         sys.exit("unlearning: the clamp turns no answer wrong; clamp more features, or to a lower value")
     known = len(set(bench.examples.groups or bench.examples.ids))
-    print(table(HEADS, PUBLISHED, line(f"{config.task}, {config.model}", known, free, c1)))
-    print(f"\nfree: without a constraint; both within {bench.budget:g}. By budget, under C1:\n\n{curve(c1)}\n")
+    print(table(HEADS, published_line(row), line(f"{config.task}, {config.model}", known, free, c1)))
+    print(
+        f"\nfree: without a constraint; both within {bench.budget:g}. By budget, under C1:\n\n{curve(c1, by_budget)}\n"
+    )
     print(retained(points.get("kept", lambda: {"ways": KEPT[config.task](setting, bench)})["ways"]))
 
 

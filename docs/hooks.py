@@ -44,6 +44,8 @@ SECTIONS: Mapping[type[BaseModel], tuple[type, ...]] = {
     config.ControlConfig: (plan.Plan,),
     config.TransferConfig: (plan.TransferPlan, transfer.FitSchedule),
     config.RuleConfig: (Rules,),
+    config.PublishedConfig: (),
+    config.FigureConfig: (),
 }
 """The sections of DEFENSE.yaml, and where it is said what their keys are beside their own docstrings."""
 TOLD_BESIDE = {"ioi": (ioi.load, ioi.strict)}
@@ -133,7 +135,13 @@ def defense_page() -> str:
 
 
 def _place(section: type[BaseModel]) -> str:
-    places = {config.Config: "The file", config.ClampConfig: "clamps", config.Selection: "clamps: features"}
+    places = {
+        config.Config: "The file",
+        config.ClampConfig: "clamps",
+        config.Selection: "clamps: features",
+        config.PublishedConfig: "published",
+        config.FigureConfig: "published: figures",
+    }
     keys = {field.annotation: key for key, field in config.Config.model_fields.items()}
     return places.get(section) or keys[section]
 

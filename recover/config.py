@@ -40,6 +40,7 @@ from pydantic_core import PydanticCustomError
 
 from recover.evidence import Rules
 from recover.plan import Plan
+from recover.published import Agreement, PublishedFigure, check_path, index_of_curve
 from recover.search import Schedule
 from recover.tasks import read_options
 from recover.types import InputError, Positions
@@ -64,6 +65,7 @@ DEFAULTS: Mapping[str, Any] = {
     "search": {"budget": 20.0, "placement": "after_clamp"},
 }
 
+HARMLESS = ("device", "batch_size", "threads", "published")
 PLAN = Plan()
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Text = Annotated[str, Field(min_length=1)]
@@ -224,6 +226,51 @@ class RuleConfig(_Section):
     min_pairs: PositiveInt = PLAN.rules.min_pairs
 
 
+class FigureConfig(_Section):
+    """A figure as published (`recover.published`).
+
+    Attributes:
+        figure: where ours stands in `verdict.json`, such as `recovery.rate`.
+        value: as published.
+        tolerance: how far ours may lie from it; without one the two only stand side by side.
+        agrees: on either side (`within`), or below it and anywhere above (`at_least`), or the other way round (`at_most`).
+        n: of how many examples it is a share.
+    """
+
+    figure: Text
+    value: Finite
+    tolerance: Annotated[Finite, Field(ge=0)] | None = None
+    agrees: Agreement = "within"
+    n: PositiveInt | None = None
+
+    @field_validator("figure", mode="after")
+    @classmethod
+    def _is_of_a_verdict(cls, figure: str) -> str:
+        try:
+            check_path(figure)
+        except InputError as error:
+            raise ValueError(str(error)) from None
+        return figure
+
+
+class PublishedConfig(_Section):
+    """What was published on this setting. It changes no result, and stands beside ours.
+
+    Attributes:
+        source: where it was published.
+        figures: those that a verdict has too.
+        rows: those that it does not have, by name and column; the scripts in `analyses` print them.
+    """
+
+    source: Text
+    figures: Annotated[tuple[FigureConfig, ...], Field(strict=False)] = ()
+    rows: dict[str, dict[str, Finite]] = {}
+
+    def known(self) -> list[PublishedFigure]:
+        """The figures, to be compared."""
+        return [PublishedFigure(**one.model_dump()) for one in self.figures]
+
+
 class Config(_Section):
     """A whole DEFENSE.yaml, validated.
 
@@ -241,6 +288,8 @@ class Config(_Section):
         certificates: the dtype of the model that certificates replay in.
         device: `auto`, `cpu`, `mps`, `cuda` or `cuda:N`.
         batch_size: examples at once; `auto` is as many as memory allows.
+        threads: of the CPU; `auto` is one for a small model, on which more gain little, and torch's own number else.
+        published: figures of a publication, to stand beside ours.
     """
 
     model: Text
@@ -252,6 +301,7 @@ class Config(_Section):
     controls: ControlConfig = ControlConfig()
     transfer: TransferConfig = TransferConfig()
     rules: RuleConfig = RuleConfig()
+    published: PublishedConfig | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
     certificates: Literal["float32", "float64"] = "float32"
     device: str = "auto"
@@ -262,6 +312,14 @@ class Config(_Section):
     def _every_site_is_after_the_clamps(self) -> Config:
         if self.search.sites == "every" and self.search.placement != "after_clamp":
             raise ValueError("search.placement: a delta at every clamped site enters after the clamps; use after_clamp")
+        return self
+
+    @model_validator(mode="after")
+    def _published_points_are_of_the_curve(self) -> Config:
+        for one in () if self.published is None else self.published.figures:
+            index, points = index_of_curve(one.figure), len(self.search.curve)
+            if index is not None and index >= points:
+                raise ValueError(f"published: {one.figure}: search.curve has {points} points, counted from 0")
         return self
 
     @field_validator("device", mode="plain")
@@ -308,7 +366,7 @@ class Config(_Section):
 
     def relevant(self) -> dict[str, Any]:
         """What of it can change a result by more than rounding."""
-        return {key: value for key, value in self.canonical().items() if key not in ("device", "batch_size", "threads")}
+        return {key: value for key, value in self.canonical().items() if key not in HARMLESS}
 
     def fingerprint(self, **identities: str) -> str:
         """SHA-256 of what can change a result.

@@ -105,7 +105,7 @@ def ask(
     width = max(map(len, rows))
     tokens = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=model.device)
     mask = torch.tensor([[False] * (width - len(row)) + [True] * len(row) for row in rows], device=model.device)
-    prompts, stop = Prompts(tokens, mask), (int(tokenizer.eos_token_id),)
+    prompts, stop = Prompts(tokens, mask), stops(model)
     answers = torch.full((len(rows), n_tokens), -1, device=model.device)
     for part in torch.split(torch.arange(len(rows), device=model.device), batch_size):
         said = generate(model, prompts.select(part), n_tokens, stop=stop)
@@ -114,6 +114,17 @@ def ask(
             on_batch(int(part[-1]) + 1, len(rows))
     ids, asked = [request.id for request in requests], [request.text for request in requests]
     return Dialogue(model, ids, prompts, answers, texts(tokenizer, answers), stop, asked)
+
+
+def stops(model: Model) -> tuple[int, ...]:
+    """The tokens that end an answer: the tokenizer's, and those of the model's own generation settings.
+
+    A chat model may end its turn with a token of its own, as Gemma does with `<end_of_turn>`.
+    """
+    settings = getattr(model.module, "generation_config", None)
+    given = getattr(settings, "eos_token_id", None)
+    own = given if isinstance(given, list) else [] if given is None else [given]
+    return tuple(dict.fromkeys(int(token) for token in (model.tokenizer.eos_token_id, *own)))
 
 
 def chat_prompt(tokenizer: Any, text: str) -> str:

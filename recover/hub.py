@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from huggingface_hub import constants, snapshot_download
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import GatedRepoError, HFValidationError, LocalEntryNotFoundError
 
 from recover.types import InputError
 
-__all__ = ["cached", "hub_offline", "hub_reachable", "one_line"]
+__all__ = ["cached", "hub_offline", "hub_reachable", "one_line", "why"]
 
 PROBE_SECONDS = 3.0
 
@@ -63,7 +63,17 @@ def hub_offline() -> Iterator[None]:
         constants.HF_HUB_OFFLINE = before
 
 
-def one_line(error: Exception) -> str:
+def why(error: BaseException) -> str:
+    """The first line of what was raised; for a gated repository, what to do."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, GatedRepoError):
+            return "it is gated: accept its terms on its page at the hub, and log in with `hf auth login`"
+        cause = cause.__cause__ or cause.__context__
+    return one_line(error)
+
+
+def one_line(error: BaseException) -> str:
     """The first line of what an error says."""
     lines = str(error).strip().splitlines()
     return lines[0].rstrip(" .:") if lines else type(error).__name__

@@ -6,15 +6,19 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from recover.published import told
 from recover.words import REPLIES, SUMMANDS, clamps, headline
 
 RESULTS = {True: "passed", False: "FAILED", None: "not run"}
 WIDTH, INDENT = 100, 22
+PUBLISHED = "Published"
+"""What the heading of published figures begins with."""
 Rows = list[tuple[str, str]]
 
 
 def sections(verdict: Mapping[str, Any]) -> list[tuple[str, Rows]]:
     """The figures that a reader needs, each with its name, under headings."""
+    published = verdict.get("published") or []
     return [
         ("Defense", _defense(verdict["threat_model"], verdict["fit"])),
         ("Without the clamp and with it", _accounting(verdict["counts"])),
@@ -25,6 +29,7 @@ def sections(verdict: Mapping[str, Any]) -> list[tuple[str, Rows]]:
         ),
         ("Controls: what is found where there should be less to find", _controls(verdict["controls"])),
         ("Transfer: one perturbation for all prompts, read on prompts it was not fitted to", _transfer(verdict)),
+        *((f"{PUBLISHED}: {row['source']}", told(verdict)) for row in published[:1]),
     ]
 
 

@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from recover import published
 from recover.answers import answers, cautions, parsed
 from recover.figures import number, percent
 from recover.report import RESULTS
@@ -31,6 +32,9 @@ def to_markdown(verdict: Mapping[str, Any], config: str = "") -> str:
         lines += [f"**{question}** {_escaped(' '.join(told))}", ""]
     lines += ["| | |", "| --- | --- |"]
     lines += [f"| {name} | {_escaped(value)} |" for name, value in summary_rows(verdict)]
+    if rows := verdict.get("published"):
+        lines += ["", f"**Published: {_escaped(rows[0]['source'])}**", "", "| | |", "| --- | --- |"]
+        lines += [f"| {result} | {_escaped(figures)} |" for result, figures in published.told(verdict)]
     lines += ["", "**What could be wrong with this run?**", "", *(f"- {_escaped(one)}" for one in cautions(verdict))]
     lines += ["", f"<details><summary>Gates: {_counted(verdict)}</summary>", "", "| gate | result | detail |"]
     lines += ["| --- | --- | --- |"]

@@ -17,7 +17,7 @@ import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from recover.check import Progress, check
 from recover.config import Config
 from recover.finished import find_run, pages
 from recover.neutral import NEUTRAL
+from recover.published import compared
 from recover.setting import Chosen, Setting, build_defense, load_setting, select_features
 from recover.types import InputError
 from recover.verdict import Verdict
@@ -131,12 +132,15 @@ def _run(config: Config, folder: RunFolder, keep_text: bool, progress: Progress,
             folder.write(CONFIG, config.dump_yaml().encode())
     (finished,) = workers.led((find_run(folder.path) if workers.leads else None,))
     if finished is not None:
-        verdict, records = dict(finished.verdict), finished.records
+        verdict, records = beside_published(finished.verdict, config), finished.records
+        if workers.leads and verdict != finished.verdict:
+            folder.write(CONFIG, config.dump_yaml().encode())
+            folder.write_json(VERDICT, verdict)
     else:
         _tell_of_idle_workers(setting, state, workers)
         with threads(state.threads):
             said = _check(setting, state, folder, progress, workers)
-        verdict, records = said.to_dict(), said.records
+        verdict, records = beside_published(said.to_dict(), config), said.records
         verdict["provenance"]["seconds"] = round(time.perf_counter() - started, 1)
     if not workers.leads:
         return verdict
@@ -165,6 +169,15 @@ def _threads(setting: Setting) -> int:
     if asked != "auto":
         return asked
     return 1 if model.device.type == "cpu" and model.d_model <= NARROW else torch.get_num_threads()
+
+
+def beside_published(verdict: Mapping[str, Any], config: Config) -> dict[str, Any]:
+    """A verdict, and beside it the figures of `config` that were published, if any."""
+    own = {name: value for name, value in verdict.items() if name != "published"}
+    given = config.published
+    if given is None or not given.figures:
+        return own
+    return own | {"published": compared(verdict, given.known(), given.source)}
 
 
 def _expect(folder: RunFolder, state: RunState, config: Config, keep_text: bool) -> None:

@@ -9,6 +9,9 @@ All supported architectures are folded, once, into one form:
 - `apply_b_dec_to_input` goes into the encoder bias: `b_enc - b_dec @ W_enc`.
 - `rescale_acts_by_decoder_norm` goes into the weights: with `n` the norms of the decoder rows, `W_enc * n`,
   `b_enc * n`, `W_dec / n`.
+- A model whose writing weights were centered for training (`center_writing_weights`, as for GPT-2) has residuals of
+  mean zero over `d_model`. Transformers' own do not, and compute the same: the mean goes out in the encoder,
+  `W_enc - mean(W_enc)`, and is part of the error.
 - Half precision is widened to float32 before anything is computed.
 
 So `A = W_enc[:, S]` is the whole story of how a residual reaches the features `S`. An SAE that has no such
@@ -29,7 +32,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from einops import einsum
+from einops import einsum, reduce
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.nn import functional as F
@@ -176,6 +179,8 @@ def from_sae_lens(module: nn.Module, *, site: Site | None = None, dtype: torch.d
         # In blocks: a float64 copy of a whole encoder can be larger than the memory left.
         blocks = torch.split(W_enc, COLUMNS_AT_ONCE, dim=1)
         b_enc = b_enc - torch.cat([b_dec @ block.double() for block in blocks])
+    if (config.metadata.model_from_pretrained_kwargs or {}).get("center_writing_weights"):
+        W_enc = W_enc - reduce(W_enc, "d_model d_sae -> 1 d_sae", "mean")
     if getattr(config, "rescale_acts_by_decoder_norm", False):
         norms = torch.linalg.vector_norm(W_dec, dim=-1, dtype=torch.float64)
         W_enc, b_enc, W_dec = W_enc * norms.to(W_enc.dtype), b_enc * norms, F.normalize(W_dec, dim=-1)

@@ -132,6 +132,13 @@ CHAPTERS = {
         ("attribution",),
         ("Where it travels",),
     ),
+    "published": ChapterWords(
+        "Beside what was published",
+        "Figures that others published on this setting, each with ours. Prompts, features and precision may differ, so "
+        "a tolerance goes with each; one that is missed changes nothing in the verdict above.",
+        (),
+        ("Published",),
+    ),
 }
 TERMS = {
     "SAE": "A sparse autoencoder: it rewrites the model's internal state as a sum of few 'features' out of thousands, "

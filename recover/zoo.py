@@ -20,10 +20,10 @@ SAE names are those that ship with this package (`smollm2-l15`), folders in sae_
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import hashlib
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -32,7 +32,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from recover.hub import cached as on_disk
-from recover.hub import hub_offline, hub_reachable, one_line
+from recover.hub import hub_offline, hub_reachable, one_line, why
 from recover.sae import SAE, from_sae_lens, load_sae_folder
 from recover.types import InputError
 from recover.weights import GEMMA3_270M, SMOLLM2, Packed, converted_folder, fetch, load_gguf, quiet
@@ -181,7 +181,7 @@ def _load(name: str, place: Path | str, source: Source, device: torch.device, dt
     except InputError:
         raise
     except Exception as error:  # whatever the many loaders raise, it is about what the user named
-        raise InputError(f"model {name!r} cannot be loaded ({one_line(error)})") from error
+        raise InputError(f"model {name!r} cannot be loaded ({why(error)})") from error
     _check_whole(name, loading)
     if source == "hub":
         version = f"revision:{module.config._commit_hash}"
@@ -261,14 +261,25 @@ def resolve_sae(name: str) -> SAE:
 
 
 def _from_release(release: str, sae_id: str) -> Any:
+    """From the cache, with no look at the network; where it is not there, from the hub."""
+    try:
+        with hub_offline():
+            return _pretrained(release, sae_id)
+    except Exception as error:  # whatever sae_lens's many loaders raise of what is not in the cache
+        missing = "it is not in the cache, and the hub cannot be reached; run this where it can, or give a folder"
+        reason = one_line(error) if isinstance(error, ValueError) else missing
+    if hub_reachable():
+        try:
+            return _pretrained(release, sae_id)
+        except Exception as error:  # of the hub, it is about what the user named
+            reason = why(error)
+    raise InputError(f"SAE '{release}:{sae_id}' cannot be loaded ({reason})")
+
+
+def _pretrained(release: str, sae_id: str) -> Any:
     import sae_lens  # here, because it is slow to import and serves this one kind of name
 
-    reachable = hub_reachable()
-    try:
-        # With the hub out of reach its client would retry for long before it looked into its cache.
-        with contextlib.nullcontext() if reachable else hub_offline():
-            return sae_lens.SAE.from_pretrained(release, sae_id, device="cpu")
-    except Exception as error:  # whatever sae_lens's many loaders raise, it is about what the user named
-        known = isinstance(error, ValueError)
-        reason = one_line(error) if reachable or known else "it is not in the cache, and the hub cannot be reached"
-        raise InputError(f"SAE '{release}:{sae_id}' cannot be loaded ({reason})") from error
+    with warnings.catch_warnings():
+        # It asks for a model prepared as in training; `from_sae_lens` prepares the SAE instead.
+        warnings.filterwarnings("ignore", message=r"\s*This SAE has non-empty model_from_pretrained_kwargs")
+        return sae_lens.SAE.from_pretrained(release, sae_id, device="cpu")

@@ -85,8 +85,9 @@ def test_what_moves_a_clamped_feature_is_back_only_without_a_constraint(analysis
     assert [unlearning.back(row, constrained=True) for row in rows] == [True, False, False, True]
     assert [unlearning.back(row, constrained=False) for row in rows] == [True, True, False, True]
     assert unlearning.line("x", 9, rows, rows)[1:] == ("4", "4 of 9", "3/4", "0.250", "2/4", "2.5e-01", "1.0e-08")
-    counts = [line.split()[1] for line in unlearning.curve(rows).splitlines()[1:]]
-    assert counts == ["0/4", "0/4", "1/4", "1/4", "2/4", "2/4"]  # at 0, 2, 5, 10, 20 and 40
+    told = [line.split() for line in unlearning.curve(rows, {"2": 0, "10": 6}).splitlines()[1:]]
+    assert [line[1] for line in told] == ["0/4", "0/4", "1/4", "1/4", "2/4", "2/4"]  # at 0, 2, 5, 10, 20 and 40
+    assert [line[-1] for line in told] == ["-", "0", "-", "6", "-", "-"]
 
 
 def test_what_is_retained_is_told_by_wording_and_by_fact(analysis: Any) -> None:

@@ -297,6 +297,7 @@ CHANGES = {
 OPTIONS = {
     ("ioi", "templates"): ["BABA"],
     ("ioi", "candidates"): 20,
+    ("ioi", "frames"): 1,
     ("refusal", "forced_tokens"): 3,
     ("refusal", "reply_tokens"): 9,
     ("refusal", "declined"): 5,
@@ -328,7 +329,7 @@ def test_every_setting_is_fingerprinted_or_named_as_harmless():
     for name, value in load_config().canonical().items():
         section = value[0] if name == "clamps" else value
         settings |= {f"{name}.{key}" for key in section} if isinstance(section, dict) else {name}
-    assert settings == {*CHANGES, "clamps.unit", "device", "batch_size", "threads"}
+    assert settings == {*CHANGES, "clamps.unit", "device", "batch_size", "threads", "published"}
 
 
 def test_a_mean_is_of_features_by_contrast():

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import torch
-from pydantic import Field
+from pydantic import Field, PositiveInt
 
 from recover.behavior import ChoiceMargin, LogitDifference
 from recover.examples import Examples
@@ -126,20 +126,22 @@ def single_token_names(tokenizer: Any) -> list[str]:
     return list(by_token.values())
 
 
-def generate(tokenizer: Any, n: int, seed: int, templates: Sequence[Template] = TEMPLATES) -> list[IOIExample]:
-    """Draw `n` different examples, the templates in turn.
+def generate(
+    tokenizer: Any, n: int, seed: int, templates: Sequence[Template] = TEMPLATES, frames: int | None = None
+) -> list[IOIExample]:
+    """Draw `n` different examples, the templates in turn, from the first `frames` wordings (None: all).
 
     Raises:
         InputError: `n` exceeds what can be drawn from the names that are single tokens.
     """
-    names = single_token_names(tokenizer)
+    names, wordings = single_token_names(tokenizer), FRAMES[:frames]
     # Half of all prompts that exist: up to there a repeated draw is soon followed by a new one.
-    limit = len(names) * (len(names) - 1) * len(FRAMES) * len(PLACES) * len(OBJECTS) * len(set(templates)) // 2
+    limit = len(names) * (len(names) - 1) * len(wordings) * len(PLACES) * len(OBJECTS) * len(set(templates)) // 2
     if n > limit:
         raise InputError(f"{n} IOI prompts asked for, but with this tokenizer at most {limit} can be drawn")
     rng = random.Random(seed)
     decks = {key: _deck(items, rng) for key, items in (("place", PLACES), ("object", OBJECTS))}
-    frames = {template: _deck(FRAMES, rng) for template in templates}
+    drawn = {template: _deck(wordings, rng) for template in templates}
     ios, subjects = _deck(names, rng), _deck(names, rng)
     examples: dict[str, IOIExample] = {}
     while len(examples) < n:
@@ -148,7 +150,7 @@ def generate(tokenizer: Any, n: int, seed: int, templates: Sequence[Template] = 
         subject = next(name for name in subjects if name != io)
         first, second = (subject, io) if template == "BABA" else (io, subject)
         filled = {key: next(deck) for key, deck in decks.items()}
-        prompt = next(frames[template]).format(first=first, second=second, subject=subject, **filled)
+        prompt = next(drawn[template]).format(first=first, second=second, subject=subject, **filled)
         example = IOIExample.of(prompt, io, subject, template)
         examples.setdefault(example.id, example)
     return list(examples.values())
@@ -242,6 +244,7 @@ def load(
     seed: int = 0,
     templates: Sequence[Template] = TEMPLATES,
     file: Path | str | None = None,
+    frames: int | None = None,
 ) -> list[IOIExample]:
     """Give the examples that a `prompts:` section asks for.
 
@@ -251,12 +254,13 @@ def load(
         seed: of the draw; a file is kept in its order.
         templates: which name orders to draw, or to keep from the file.
         file: a JSONL file to read instead of drawing.
+        frames: how many of the wordings to draw from (None: all); a file has its own.
 
     Raises:
         InputError: from `generate` and `load_jsonl`, or if no example of the file has such a template.
     """
     if file is None:
-        return generate(tokenizer, 64 if n is None else n, seed, templates)
+        return generate(tokenizer, 64 if n is None else n, seed, templates, frames)
     examples = [example for example in load_jsonl(file, tokenizer) if example.template in templates]
     if not examples:
         raise InputError(f"prompt file {file}: no prompt has the name order {' or '.join(templates)}")
@@ -271,13 +275,14 @@ def examples(
     templates: Sequence[Template] = TEMPLATES,
     file: Path | str | None = None,
     candidates: Annotated[int, Field(ge=2)] | None = None,
+    frames: PositiveInt | None = None,
 ) -> Examples:
     """The examples of a check; arguments as in `load` and `strict`.
 
     Raises:
         InputError: from `load`.
     """
-    asked = load(model.tokenizer, n=n, seed=seed, templates=templates, file=file)
+    asked = load(model.tokenizer, n=n, seed=seed, templates=templates, file=file, frames=frames)
     texts = [example.prompt for example in asked]
     return Examples(
         [example.id for example in asked],
