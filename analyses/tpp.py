@@ -61,7 +61,7 @@ class Bank:
 
     @cached_property
     def loaded(self) -> Any:
-        return resolve_model(self.config.model, self.config.device, self.config.dtype)
+        return resolve_model(self.config.model, self.config.device, self.config.dtype, self.config.device_map)
 
     @cached_property
     def model(self) -> Model:

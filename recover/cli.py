@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 from recover.compare import compare
 from recover.config import load_config
@@ -30,7 +30,7 @@ from recover.report import seeds_to_text, to_text
 from recover.runner import run_check, run_seeds
 from recover.selftest import report as selftest_report
 from recover.selftest import selftest, to_json
-from recover.types import InputError, Site
+from recover.types import DeviceMap, InputError, Site
 from recover.verify import stand_in, supported, verify
 from recover.workers import LostWorkerError, joined
 from recover.zoo import resolve_model, resolve_sae
@@ -41,6 +41,7 @@ PROMPTS_VERIFIED = 4
 SHORT = len("sha256:") + 12
 MODEL_NAMED = "a name of ours (smollm2, gemma3-270m), a hub id, a local folder or a .gguf file"
 SAE_NAMED = "a name of ours (smollm2-l15), a folder, or release:sae_id"
+SPREAD = "spread a model that one card cannot hold over all"
 # The flags that override DEFENSE.yaml: flag, dotted key, type, choices, help.
 OVERRIDES: tuple[tuple[str, str, type, tuple[str, ...] | None, str], ...] = (
     ("--model", "model", str, None, MODEL_NAMED),
@@ -60,6 +61,7 @@ OVERRIDES: tuple[tuple[str, str, type, tuple[str, ...] | None, str], ...] = (
     ("--steps", "search.steps", int, None, "search steps at most"),
     ("--dtype", "dtype", str, ("float32", "bfloat16"), "of the model"),
     ("--device", "device", str, None, "auto, cpu, cuda, cuda:N or mps"),
+    ("--device-map", "device_map", str, get_args(DeviceMap), SPREAD),
 )
 
 
@@ -125,6 +127,7 @@ def parser() -> argparse.ArgumentParser:
     laws.add_argument("--site", help="such as blocks.4.hook_resid_pre (default: the SAE's own, or the middle)")
     laws.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the model")
     laws.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    laws.add_argument("--device-map", choices=get_args(DeviceMap), help=SPREAD)
     start = commands.add_parser("init", help="write defense.yaml and test_defense.py, to be edited and run by pytest")
     start.add_argument("dir", type=Path, nargs="?", default=Path(), metavar="DIR", help="default: here")
     beside = commands.add_parser("compare", help="finished runs side by side")
@@ -252,7 +255,7 @@ def _selftest(options: argparse.Namespace) -> int:
 def _verify(options: argparse.Namespace) -> int:
     site = None if options.site is None else Site.from_hook_name(options.site)
     given = None if options.sae is None else resolve_sae(options.sae)
-    loaded = resolve_model(options.model, options.device, options.dtype)
+    loaded = resolve_model(options.model, options.device, options.dtype, options.device_map)
     model = Model(loaded.module, loaded.tokenizer)
     prompts = model.tokenize(NEUTRAL[:PROMPTS_VERIFIED])
     sae = stand_in(model, prompts, site or Site(model.n_layers // 2)) if given is None else given

@@ -43,7 +43,7 @@ from recover.plan import Plan
 from recover.published import Agreement, PublishedFigure, check_path, index_of_curve
 from recover.search import Schedule
 from recover.tasks import read_options
-from recover.types import InputError, Positions
+from recover.types import DeviceMap, InputError, Positions
 
 __all__ = ["DEFAULTS", "ClampConfig", "Config", "PromptConfig", "SearchConfig", "Selection", "load_config"]
 
@@ -65,7 +65,7 @@ DEFAULTS: Mapping[str, Any] = {
     "search": {"budget": 20.0, "placement": "after_clamp"},
 }
 
-HARMLESS = ("device", "batch_size", "threads", "published")
+HARMLESS = ("device", "device_map", "batch_size", "threads", "published")
 PLAN = Plan()
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Text = Annotated[str, Field(min_length=1)]
@@ -233,7 +233,8 @@ class FigureConfig(_Section):
         figure: where ours stands in `verdict.json`, such as `recovery.rate`.
         value: as published.
         tolerance: how far ours may lie from it; without one the two only stand side by side.
-        agrees: on either side (`within`), or below it and anywhere above (`at_least`), or the other way round (`at_most`).
+        agrees: on either side (`within`), or below it and anywhere above (`at_least`), or above and anywhere below
+            (`at_most`).
         n: of how many examples it is a share.
     """
 
@@ -287,6 +288,7 @@ class Config(_Section):
         dtype: of the model; the SAE, perturbations and certificates are in float32 at least.
         certificates: the dtype of the model that certificates replay in.
         device: `auto`, `cpu`, `mps`, `cuda` or `cuda:N`.
+        device_map: how transformers spreads a model that one card cannot hold over all, in the place of `device`.
         batch_size: examples at once; `auto` is as many as memory allows.
         threads: of the CPU; `auto` is one for a small model, on which more gain little, and torch's own number else.
         published: figures of a publication, to stand beside ours.
@@ -305,6 +307,7 @@ class Config(_Section):
     dtype: Literal["float32", "bfloat16"] = "float32"
     certificates: Literal["float32", "float64"] = "float32"
     device: str = "auto"
+    device_map: DeviceMap | None = None
     batch_size: int | Literal["auto"] = "auto"
     threads: int | Literal["auto"] = "auto"
 
@@ -320,6 +323,12 @@ class Config(_Section):
             index, points = index_of_curve(one.figure), len(self.search.curve)
             if index is not None and index >= points:
                 raise ValueError(f"published: {one.figure}: search.curve has {points} points, counted from 0")
+        return self
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Config:
+        if self.device_map is not None and self.device != "auto":
+            raise ValueError("device_map: it says where the model is, and so does device; leave one of them out")
         return self
 
     @field_validator("device", mode="plain")
@@ -437,7 +446,8 @@ def _first_line(error: ValidationError, *within: str) -> str:
     message = MESSAGES.get(first["type"], first["msg"].removeprefix("Value error, "))
     given = first["input"]
     shown = f" (given: {given!r:.40})" if isinstance(given, (str, int, float)) else ""
-    return f"{where}: {message.replace('Input should be', 'must be')}{shown}"
+    told = f"{message.replace('Input should be', 'must be')}{shown}"
+    return f"{where}: {told}" if where else told  # what is said of the whole file names its place itself
 
 
 class _Loader(yaml.SafeLoader):

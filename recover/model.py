@@ -147,10 +147,12 @@ class Model:
         One, where a recurrent state would take in the padding of shorter prompts.
         """
         config, pos = getattr(self.module, "config", None), int(prompts.ids.shape[1])
-        fitting = prompts_at_once(
-            config, n_layers=self.n_layers, d_model=self.d_model, d_sae=d_sae, pos=pos, device=self.device
+        devices = {weight.device for weight in self.module.parameters() if not weight.is_meta}
+        fitting = (
+            prompts_at_once(config, n_layers=self.n_layers, d_model=self.d_model, d_sae=d_sae, pos=pos, device=device)
+            for device in devices
         )
-        return 1 if self.recurrent else fitting
+        return 1 if self.recurrent else min(fitting)
 
     def check_site(self, site: Site) -> None:
         """Raises:
@@ -321,10 +323,10 @@ class Model:
         return edit(h.to(self.device), positions).to(h.device)
 
     def _entering(self, index: int, residual: Residual) -> Residual:
-        """A residual as the block `index` takes it, on the block's own device."""
+        """A residual as the block `index` takes it: on its own device, where accelerate does not see to that."""
         block = self.module.get_submodule(f"{self.blocks_path}.{index}")
         weight = next(block.parameters(), None)
-        return residual if weight is None else residual.to(weight.device)
+        return residual if weight is None or weight.is_meta else residual.to(weight.device)
 
     @property
     def returns_tuples(self) -> bool:

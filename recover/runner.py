@@ -117,6 +117,11 @@ def _run(config: Config, folder: RunFolder, keep_text: bool, progress: Progress,
             folder.take(unit, given)
     progress("loading", 0, 1)
     with workers.together():
+        if config.device_map is not None and workers.size > 1:
+            raise InputError(
+                "device_map: it spreads one model over all cards, and under torchrun each worker has one of its own; "
+                "use one of the two"
+            )
         setting = load_setting(config, keep_text=keep_text, progress=progress)
     progress("loading", 1, 1)
     with workers.together():

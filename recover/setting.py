@@ -65,7 +65,7 @@ class Setting:
         config = self.config
         if config.dtype == config.certificates:
             return self.model
-        module = resolve_model(config.model, config.device).module
+        module = resolve_model(config.model, config.device, device_map=config.device_map).module
         return Model(module.double() if config.certificates == "float64" else module, self.loaded.tokenizer)
 
     @property
@@ -105,7 +105,7 @@ def load_setting(config: Config, *, keep_text: bool = False, progress: Progress 
     """
     saes = {name: resolve_sae(name) for name in dict.fromkeys(clamp.sae for clamp in config.clamps)}
     places = _placeholders(config, saes)
-    loaded = resolve_model(config.model, config.device, config.dtype)
+    loaded = resolve_model(config.model, config.device, config.dtype, config.device_map)
     model = Model(loaded.module, loaded.tokenizer)
     for place in places:
         check_fits(model, place, n_answer=1)

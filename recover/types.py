@@ -45,6 +45,8 @@ TokenIds = Int[Tensor, "batch pos"]
 Mask = Bool[Tensor, "batch pos"]
 PerExample = Float[Tensor, "batch"]
 
+DeviceMap = Literal["auto", "balanced", "balanced_low_0", "sequential"]
+"""How transformers and accelerate spread a model over all cards, and over memory and disk where these are too few."""
 Positions = Literal["all", "last", "prompt", "answer"]
 """Which token positions a clamp edits. `answer` is what the model generates, `prompt` the rest."""
 

@@ -34,7 +34,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from recover.hub import cached as on_disk
 from recover.hub import hub_offline, hub_reachable, one_line, why
 from recover.sae import SAE, from_sae_lens, load_sae_folder
-from recover.types import InputError
+from recover.types import DeviceMap, InputError
 from recover.weights import GEMMA3_270M, SMOLLM2, Packed, converted_folder, fetch, load_gguf, quiet
 
 __all__ = [
@@ -56,6 +56,7 @@ OURS = {
 
 Source = Literal["folder", "cache", "hub", "wheel"]
 DType = Literal["float32", "bfloat16"]
+Place = torch.device | DeviceMap
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +89,9 @@ def resolve_device(device: str) -> torch.device:
     return torch.device(device)
 
 
-def resolve_model(name: str, device: str = "auto", dtype: DType = "float32") -> LoadedModel:
+def resolve_model(
+    name: str, device: str = "auto", dtype: DType = "float32", device_map: DeviceMap | None = None
+) -> LoadedModel:
     """Load a model and its tokenizer.
 
     Args:
@@ -96,11 +99,12 @@ def resolve_model(name: str, device: str = "auto", dtype: DType = "float32") -> 
             loads.
         device: `auto`, or a torch device.
         dtype: of the weights and of every activation.
+        device_map: for a model that one card cannot hold: how it is spread over all, in the place of `device`.
 
     Raises:
         InputError: there is no such model, it cannot be reached, or its files cannot be loaded.
     """
-    place = resolve_device(device)
+    place = device_map or resolve_device(device)
     folder = Path(name).expanduser()
     if name in OURS:
         return _ours(name, *OURS[name], place, dtype)
@@ -124,7 +128,7 @@ def resolve_model(name: str, device: str = "auto", dtype: DType = "float32") -> 
     return _load(name, name, "hub", place, dtype)
 
 
-def _ours(name: str, repo: str, packed: Packed, device: torch.device, dtype: DType) -> LoadedModel:
+def _ours(name: str, repo: str, packed: Packed, device: Place, dtype: DType) -> LoadedModel:
     cached = on_disk(repo)
     if cached is not None:
         return _load(name, cached, "cache", device, dtype)
@@ -152,7 +156,9 @@ def _gguf(name: str, place: Path) -> Path | None:
     return files[0] if files else None
 
 
-def _load_gguf(name: str, file: Path, device: torch.device, dtype: DType) -> LoadedModel:
+def _load_gguf(name: str, file: Path, device: Place, dtype: DType) -> LoadedModel:
+    if isinstance(device, str):
+        raise InputError(f"model {name!r}: a GGUF file is not spread by a device_map; give a folder of safetensors")
     print(f"model {name!r}: {file.name} is dequantized to {dtype} at every load", file=sys.stderr, flush=True)
     try:
         with quiet():
@@ -166,7 +172,7 @@ def _load_gguf(name: str, file: Path, device: torch.device, dtype: DType) -> Loa
     return LoadedModel(module.eval().requires_grad_(False), tokenizer, name, "folder", version)
 
 
-def _load(name: str, place: Path | str, source: Source, device: torch.device, dtype: DType) -> LoadedModel:
+def _load(name: str, place: Path | str, source: Source, device: Place, dtype: DType) -> LoadedModel:
     if isinstance(place, Path) and not (place / "config.json").exists():
         raise InputError(f"model {name!r}: the folder has no config.json; give one that save_pretrained wrote")
     try:
@@ -175,9 +181,14 @@ def _load(name: str, place: Path | str, source: Source, device: torch.device, dt
             _refuse_encoder(name, AutoConfig.from_pretrained(place, trust_remote_code=False))
             tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
             module, loading = AutoModelForCausalLM.from_pretrained(
-                place, dtype=getattr(torch, dtype), output_loading_info=True, trust_remote_code=False
+                place,
+                dtype=getattr(torch, dtype),
+                device_map=device if isinstance(device, str) else None,
+                output_loading_info=True,
+                trust_remote_code=False,
             )
-        module.to(device)
+        if not isinstance(device, str):
+            module.to(device)
     except InputError:
         raise
     except Exception as error:  # whatever the many loaders raise, it is about what the user named

@@ -329,7 +329,7 @@ def test_every_setting_is_fingerprinted_or_named_as_harmless():
     for name, value in load_config().canonical().items():
         section = value[0] if name == "clamps" else value
         settings |= {f"{name}.{key}" for key in section} if isinstance(section, dict) else {name}
-    assert settings == {*CHANGES, "clamps.unit", "device", "batch_size", "threads", "published"}
+    assert settings == {*CHANGES, "clamps.unit", "device", "device_map", "batch_size", "threads", "published"}
 
 
 def test_a_mean_is_of_features_by_contrast():

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 import transformers
@@ -75,6 +76,20 @@ def test_the_blocks_components_are_measured_and_not_only_named() -> None:
     assert "by the names that transformers gives them" in found["opt"].detail
     for family in UNLIKE - {"opt"}:
         assert "from adding up to what a block adds" in found[family].detail
+
+
+@pytest.mark.parametrize("offloaded", [(1, 3), (2,)])
+def test_all_laws_hold_where_accelerate_keeps_blocks_elsewhere(offloaded: tuple[int, ...], tmp_path: Path) -> None:
+    """Some blocks' weights lie on the disk until they are needed, the site's own among them."""
+    module = tiny_lm(scale=4.0)
+    places = dict.fromkeys(("model.embed_tokens", "model.rotary_emb", "model.norm", "lm_head"), "cpu")
+    places |= {f"model.layers.{index}": "disk" if index in offloaded else "cpu" for index in range(4)}
+    spread = accelerate.dispatch_model(module, device_map=places, main_device="cpu", offload_dir=tmp_path)
+    assert any(weight.is_meta for weight in spread.parameters())
+    model = Model(spread)
+    found = verify(model, sae(), left_padded(ROWS))
+    assert [law for law in found if law.holds is not True] == []
+    assert model.batch_size(left_padded(ROWS)) == Model(tiny_lm()).batch_size(left_padded(ROWS))
 
 
 def test_a_model_in_half_precision_is_measured_where_that_says_something() -> None:

@@ -20,8 +20,10 @@ import torch
 
 from recover.artifacts import DELTAS, EXAMPLES, UNITS, VERDICT
 from recover.cli import main
+from recover.config import load_config
 from recover.ledger import Ledger, Memory, Part
 from recover.phases import Done
+from recover.runner import run_check
 from recover.types import InputError
 from recover.workers import ALONE, Workers
 
@@ -126,6 +128,15 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def arguments(root: Path, out: Path) -> list[str]:
     return ["check", f"{root / 'defense.yaml'}", "--out", f"{out}", "--n", f"{N}", "--batch-size", f"{BATCH}"]
+
+
+def test_a_model_is_spread_over_cards_or_shared_by_workers(root: Path, tmp_path: Path) -> None:
+    config = load_config(root / "defense.yaml", {"device_map": "auto", "device": "auto"})
+    given = in_threads(2, lambda workers: run_check(config, tmp_path / "out", workers=workers))
+    assert isinstance(given[0], InputError)
+    assert str(given[0]).startswith("device_map: it spreads one model over all cards")
+    with pytest.raises(InputError, match=r"flags: device_map: it says where the model is, and so does device"):
+        load_config(root / "defense.yaml", {"device_map": "auto", "device": "cpu"})
 
 
 @pytest.fixture(scope="module")

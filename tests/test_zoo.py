@@ -89,6 +89,21 @@ def test_version_is_of_the_weights_and_configuration(model):
     assert zoo.resolve_model(str(model), "cpu").version != version
 
 
+def test_a_device_map_spreads_the_model_and_changes_no_logit(saved, monkeypatch):
+    """Over the one device that there is; over several it is tested in `test_verify` and, on cards, in `test_gpu`."""
+    ids, asked, load = torch.tensor([[1, 2, 3]]), [], zoo.AutoModelForCausalLM.from_pretrained
+
+    def watched(*args, **options):
+        asked.append(options["device_map"])
+        return load(*args, **options)
+
+    monkeypatch.setattr(zoo.AutoModelForCausalLM, "from_pretrained", watched)
+    spread, whole = zoo.resolve_model(str(saved), device_map="auto"), zoo.resolve_model(str(saved), "cpu")
+    assert asked == ["auto", None]
+    assert torch.equal(spread.module(ids.to(spread.module.device)).logits.cpu(), whole.module(ids).logits)
+    assert spread.version == whole.version
+
+
 def test_the_hugging_face_cache_needs_no_network(hub_cache, monkeypatch):
     hub_cache("some/tiny")
     monkeypatch.setattr(zoo, "hub_reachable", None)
@@ -310,6 +325,11 @@ def test_a_gguf_file_is_dequantized_at_load_and_says_so(saved, packed, by, capsy
     assert not loaded.module.training
     assert {p.dtype for p in loaded.module.double().parameters()} == {torch.float64}
     assert {p.dtype for p in zoo.resolve_model(name, "cpu", "bfloat16").module.parameters()} == {torch.bfloat16}
+
+
+def test_a_gguf_file_is_not_spread(packed):
+    with pytest.raises(InputError, match=r"a GGUF file is not spread by a device_map; give a folder of safetensors$"):
+        zoo.resolve_model(str(packed), device_map="auto")
 
 
 def test_gguf_files_that_cannot_be_used_are_refused_in_one_line(packed, tmp_path):
