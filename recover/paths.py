@@ -46,6 +46,10 @@ __all__ = [
 ]
 
 
+ADDS_UP = 0.05
+"""A share of the residual that sums of components may miss: rounding, in half precision too."""
+
+
 @dataclass(frozen=True, order=True)
 class Carrier:
     """One attention head, or the MLP of a block where `head` is None."""
@@ -111,7 +115,12 @@ def carriers(defended: Defended) -> tuple[Carrier, ...]:
 
 
 def trace(defended: Defended, delta: Delta) -> Trace:
-    """Run with a delta that enters after the clamp, and keep what every component gives."""
+    """Run with a delta that enters after the clamp, and keep what every component gives.
+
+    Raises:
+        InputError: what attention and the MLPs give does not add up to what their blocks add, as where a block scales
+            it, changes it in place, or adds the residual within the MLP.
+    """
     last = _last(defended)
     given: dict[Any, Tensor] = {}
     parts = {
@@ -122,6 +131,8 @@ def trace(defended: Defended, delta: Delta) -> Trace:
     with torch.no_grad():
         logits = defended.logits(delta, parts, {last: keeps(given, last)}).float()
     final = given.pop(last)
+    if len(defended.defense.sites) == 1:  # clamps further up add to the residual as well
+        _check_sum(defended.suffix.residual + delta.to(final.dtype), given, final)
     return Trace(defended.behavior.score(logits), defended.behavior.slack(logits), given, final)
 
 
@@ -231,6 +242,16 @@ def keeps(seen: dict[Any, Tensor], name: Any) -> Change:
         return h
 
     return change
+
+
+def _check_sum(start: Residual, given: Mapping[Component, Tensor], final: Residual) -> None:
+    added = sum(value for place, value in given.items() if place.kind != "heads")
+    apart = float((start + added - final).abs().max() / final.abs().max())
+    if not apart <= ADDS_UP:
+        raise InputError(
+            f"components: what attention and the MLPs give is {apart:.1e} of the residual from adding up to what their "
+            "blocks add, so that heads and MLPs of this model cannot be told apart; see `recover verify`"
+        )
 
 
 def _adds(leaf: Tensor) -> Change:

@@ -98,6 +98,13 @@ def test_a_block_adds_what_its_components_add(family: str) -> None:
     assert_close((seen["attention"] + seen["mlp"])[prompts.mask], moved[prompts.mask], **CLOSE)
 
 
+@pytest.mark.parametrize("family", ["bloom", "granite"])
+def test_components_that_do_not_add_up_are_refused(family: str) -> None:
+    """Bloom adds the residual within the MLP, Granite scales what its parts give."""
+    with pytest.raises(InputError, match=r"components: .* cannot be told apart; see `recover verify`"):
+        trace(defended := tiny_defended(family, layers=(1,)), noise(defended))
+
+
 @BY_FAMILY
 def test_a_suffix_gives_the_components_of_the_whole_run(family: str) -> None:
     defended = tiny_defended(family)
