@@ -201,8 +201,10 @@ def _kind(what: Mapping[str, Any], known: Mapping[str, Any]) -> str:
     if "type" not in what:
         return "as said"
     names = {"integer": "whole number", "number": "number", "string": "text", "boolean": "`true`, `false`"}
-    if what.get("type") == "array":
+    if what["type"] == "array":
         return f"a list: {_kind(what['items'], known)}"
+    if what["type"] == "object":
+        return f"by name: {_kind(what['additionalProperties'], known)}"
     bounds = [
         words.format(what[key])
         for key, words in {"minimum": "from {}", "exclusiveMinimum": "above {}", "maximum": "to {}"}.items()

@@ -84,6 +84,7 @@ def test_the_page_of_defense_yaml_names_every_key(hooks):
     titles = [part.partition("\n")[0] for part in parts]
     assert {"The file", *Config.model_fields} >= set(titles[1:]) - {
         "clamps: features",
+        "published: figures",
         "prompts, task by task",
         *(f"task: {name}" for name in TASKS),
     }

@@ -441,7 +441,7 @@ def gated(*_: Any, **__: Any) -> None:
 
 def test_a_gated_repository_says_what_to_do(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(zoo, "hub_reachable", lambda: True)
-    monkeypatch.setattr(zoo.AutoTokenizer, "from_pretrained", gated)
+    monkeypatch.setattr(zoo.AutoConfig, "from_pretrained", gated)
     monkeypatch.setattr(sae_lens.SAE, "from_pretrained", gated)
     for load, name in ((zoo.resolve_model, hub_layout.GEMMA), (zoo.resolve_sae, "a-release:a")):
         with pytest.raises(
