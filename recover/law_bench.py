@@ -62,22 +62,14 @@ class LawBench:
             InputError: the SAE is of another width, or the model cannot be run from a site on.
         """
         together = prompts.select(torch.tensor([0])) if model.recurrent else prompts
-        try:
-            with torch.no_grad():
-                run = model.run(together, read=[site])
-                residual, logits = run.residuals[site], run.logits
-                _check_width(residual, sae, model)
-                active = sae.encode(widened(residual[:, -1])).sum(dim=0)
-            features = tuple(active.argsort(descending=True)[:CLAMPED].tolist())
-            defense = Defense((Clamp(sae, features, Set(VALUE), site=site),))
-            defended = defend(model, defense, together, AnswerLikelihood(logits.argmax(dim=-1)))
-        except InputError:
-            raise
-        except Exception as error:  # whatever a module raises, it is about the model that the user named
-            raise InputError(
-                f"verify: {type(model.module).__name__} cannot be run from {site.hook_name} on ({one_line(error)}); "
-                "its blocks pass on more than one residual stream, or need what lower blocks give; use another model"
-            ) from error
+        with torch.no_grad():
+            run = model.run(together, read=[site])
+            residual, logits = run.residuals[site], run.logits
+            _check_width(residual, sae, model)
+            active = sae.encode(widened(residual[:, -1])).sum(dim=0)
+        features = tuple(active.argsort(descending=True)[:CLAMPED].tolist())
+        defense = Defense((Clamp(sae, features, Set(VALUE), site=site),))
+        defended = defend(model, defense, together, AnswerLikelihood(logits.argmax(dim=-1)))
         return cls(
             model, sae, site, prompts, together, residual, logits, defense, defended, RELATIVE[model.dtype]
         )  # fmt: skip

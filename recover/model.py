@@ -270,14 +270,21 @@ class Model:
             The pass, with the edited residual at the start site, and the suffix.
 
         Raises:
-            InputError: fewer than `n_pos` positions.
+            InputError: fewer than `n_pos` positions, or blocks that cannot be run without those below them.
         """
         site, pos = start[0], prompts.ids.shape[1]
         if not 1 <= n_pos <= int(prompts.mask.sum(-1).min()):
             raise InputError(f"positions: {n_pos} trailing positions asked, the shortest prompt is shorter")
         past = recorder(self.n_layers) if self.is_language_model and not self.recurrent else None
-        with torch.no_grad():
-            run = self.run(prompts, read=[site], edits=edits, start=start, past=past, tokens=tokens, reads=reads)
+        try:
+            with torch.no_grad():
+                run = self.run(prompts, read=[site], edits=edits, start=start, past=past, tokens=tokens, reads=reads)
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            said = f"{type(error).__name__}: {' '.join(str(error).split())[-120:]}"
+            raise InputError(
+                f"model: {type(self.module).__name__} cannot be run from {site.hook_name} on ({said}); its blocks "
+                "pass on more than one residual stream, or need what lower blocks give; use another model"
+            ) from error
         above = {place: edit for place, edit in (edits or {}).items() if place.index > site.index}
         state = run.residuals[site]
         kept = None if past is None else KeysValues.of(past, pos - n_pos)
