@@ -37,6 +37,7 @@ import recover.objects
 from recover.activation import TopK
 from recover.plan import Plan, TransferPlan
 from recover.planted import KINDS
+from recover.search import Schedule
 from recover.testing import *
 from recover.transfer import FitSchedule
 
@@ -49,13 +50,14 @@ def checked(check_defense, kind):
         world.defense, model=world.model, examples=world.examples, budget=world.budget, plan=LIGHT, name=kind
     )
 
-def competing(check_defense, kind, active):
+def competing(check_defense):
     "Features compete for a few places, so that one that no perturbation moves by itself can be pushed out."
-    world = KINDS[kind](0)
+    world = KINDS["shared_route"](0)
     (clamp,) = world.defense.clamps
-    defense = replace(world.defense, clamps=(replace(clamp, sae=replace(clamp.sae, activation=TopK(active))),))
+    defense = replace(world.defense, clamps=(replace(clamp, sae=replace(clamp.sae, activation=TopK(4))),))
     return check_defense(
-        defense, model=world.model, examples=world.examples, budget=3 * world.budget, plan=LIGHT, name="competing"
+        defense, model=world.model, examples=world.examples, budget=3 * world.budget, plan=LIGHT, name="competing",
+        schedule=Schedule(20, restarts=0),
     )
 """
 ROOT = Path(__file__).parent.parent
@@ -66,6 +68,7 @@ def suite(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch):
     """Runs a suite with the plugin, in a folder of its own."""
     # pytester forgets what a suite imported, and parts of torch cannot be imported twice.
     monkeypatch.setattr("_pytest.pytester.SysModulesSnapshot.restore", lambda self: None)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
 
     def run(tests: str, *arguments: str, run=pytester.runpytest_inprocess) -> pytest.RunResult:
         name = f"test_{hashlib.sha256(f'{pytester.path}{tests}'.encode()).hexdigest()[:8]}"  # imported but once
@@ -100,17 +103,9 @@ FAILURES = {
         'assert_specific(checked(check_defense, "shared_route"), expected=False)',
         "RECOVERABLE: specific is True; * 24 of 24 held-out examples *; expected False",
     ),
-    "two_layers_were_not_asked": (
-        'assert_specific(checked(check_defense, "two_layers"))',
-        "RECOVERABLE: specific is unknown; transfer was not run (several sites are clamped, *); expected True",
-    ),
     "features_that_compete_move": (
-        'assert_drift_below(competing(check_defense, "shared_route", 4), 1e-3)',
+        "assert_drift_below(competing(check_defense), 1e-3)",
         "RECOVERABLE: a relative drift of 1.00e+00, and too much on * of 18 valid flips; expected at most 0.001",
-    ),
-    "features_that_move_from_zero": (
-        'assert_drift_below(competing(check_defense, "feature_bypass", 6), 1e-3)',
-        "RECOVERABLE: a relative drift of inf, and too much on * of 10 valid flips; expected at most 0.001",
     ),
     "it_went_by_the_error": (
         'assert_attribution(checked(check_defense, "error_bypass"), part="free", at_least=0.9)',
@@ -131,10 +126,6 @@ FAILURES = {
     "a_bound_beyond_the_search": (
         'assert_not_recovered(checked(check_defense, "complete_bottleneck"), budget=1e9)',
         "NOT_RECOVERED_AT_BUDGET: searched to a norm of 14.6* only; expected none recovered at 1e+09",
-    ),
-    "a_run_that_says_nothing": (
-        'assert_not_recovered(checked(check_defense, "hard_readout"), budget=1)',
-        "INCONCLUSIVE: the run says nothing either way (*); expected none recovered at 1",
     ),
 }
 """By the name of a test: what it asserts, and what it says of it."""
@@ -175,20 +166,16 @@ def test_features_pass(check_defense):
         assert (Path(failure[1].removeprefix("artifacts: ")) / "report.html").is_file()
         assert lines[at + 3].startswith(("___", "---", "==="))
     # One search for each defense, told in a table.
-    names = {
-        "complete_bottleneck", "competing", "error_bypass", "feature_bypass", "hard_readout", "shared_route",
-        "two_layers", "write_only",
-    }  # fmt: skip
+    names = {"complete_bottleneck", "competing", "error_bypass", "feature_bypass", "shared_route", "write_only"}
     told = json.loads(Path("told/verdicts.json").read_text())
     assert {one["name"] for one in told} == names
-    assert len(told) == len(names) + 1  # two of those that compete
+    assert len(told) == len(names)
     assert len(list(Path("reports").glob("*/report.html"))) == len(told)
     result.stdout.fnmatch_lines(
         [
             "*= recovery =*",
             "defense * seed  verdict * brought back * specific  artifacts",
             "complete_bottleneck  0 * NOT_RECOVERED_AT_BUDGET  0 of 10 at 14.6* - * .pytest_cache/d/recover/objects-*",
-            "hard_readout * INCONCLUSIVE * 8 of 8 at *",
             "shared_route * RECOVERABLE * 24 of 24 at 4.98958 * true * .pytest_cache/d/recover/objects-*",
             "write_only * RECOVERABLE * 24 of 24 at * false *",
         ]
@@ -231,10 +218,19 @@ def test_drift_and_attribution_are_held_to_their_bounds(tmp_path):
     testing.assert_drift_below(found, 0.25)
     testing.assert_attribution(found, part="error", at_least=0.75)
     where = rf"\nartifacts: {re.escape(str(tmp_path))}"
-    with pytest.raises(pytest.fail.Exception, match=rf"a relative drift of 2.50e-01; expected at most 0.2{where}"):
+    with pytest.raises(
+        pytest.fail.Exception, match=rf"a relative drift of 2.50e-01.* 1 of 3 .*; expected at most 0.2{where}"
+    ):
         testing.assert_drift_below(found, 0.2)
     with pytest.raises(pytest.fail.Exception, match=rf"replay of error alone .* 75%; expected at least 80%{where}"):
         testing.assert_attribution(found, part="error", at_least=0.8)
+    write(tmp_path, [replace(flip("a"), certificate=flip("a").certificate | {"relative_drift": None})])  # from zero
+    with pytest.raises(pytest.fail.Exception, match=rf"drift of inf, .* on 1 of 1 valid flips; .* most 0.5{where}"):
+        testing.assert_drift_below(found, 0.5)
+    refused = {"transfer": {"refused": "several sites"}, "specific": "unknown"}
+    unasked = testing.Checked("by hand", (verdict | refused,), (tmp_path,))
+    with pytest.raises(pytest.fail.Exception, match=rf"transfer was not run \(several sites\); expected True{where}"):
+        testing.assert_specific(unasked)
     unsaid = testing.Checked("by hand", ({"verdict": "INVALID", "reasons": ["fit: 0.1"]},), (tmp_path,))
     for assertion in (testing.assert_not_recovered, testing.assert_recoverable, testing.assert_specific):
         with pytest.raises(pytest.fail.Exception, match=r"says nothing either way \(fit: 0.1\)"):
@@ -322,8 +318,7 @@ def own(pytester, monkeypatch, saved):
 
     def edit(**changes):
         template = yaml.safe_load(Path("suite/defense.yaml").read_text())
-        settings = tiny.configuration(Path(), **changes)
-        assert settings["model"] == "model"
+        settings = tiny.configuration(Path(), **changes)  # names the model and the SAE by where they are beside it
         Path("suite/defense.yaml").write_text(yaml.safe_dump(template | settings))
 
     def check(*arguments, **options):
@@ -332,7 +327,7 @@ def own(pytester, monkeypatch, saved):
 
     real = import_module("recover.runner").check
     monkeypatch.setattr("recover.runner.check", check)
-    edit.run = lambda *arguments: pytester.runpytest_inprocess(*PLUGIN, *arguments)
+    edit.run = lambda *arguments, **how: pytester.runpytest_inprocess(*PLUGIN, *arguments, **how)
     edit.searches = searches
     return edit
 
@@ -422,8 +417,8 @@ def test_an_interrupted_check_goes_on_in_the_next_session(own, monkeypatch):
 
     with monkeypatch.context() as patched:
         patched.setattr(runner.RunFolder, "keep", dies)
-        result = own.run("suite")
-    result.stdout.fnmatch_lines(["*KeyboardInterrupt*"])
+        result = own.run("suite", no_reraise_ctrlc=True)
+    assert result.ret == pytest.ExitCode.INTERRUPTED
     begun, finished[:] = list(finished), []
     monkeypatch.setattr(
         runner.RunFolder, "keep", lambda folder, unit, *rest: (finished.append(unit), keep(folder, unit, *rest))[1]
@@ -491,7 +486,8 @@ def test_light():
 
 
 @pytest.mark.parametrize("given", ["0", "two"])
-def test_seeds_are_a_count(pytester, given):
+def test_seeds_are_a_count(pytester, monkeypatch, given):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     result = pytester.runpytest_subprocess(*PLUGIN, "--recovery-seeds", given)
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     result.stderr.fnmatch_lines([f"*--recovery-seeds: '{given}' is not a whole number from 1"])
