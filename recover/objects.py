@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from recover.artifacts import CONFIG, VERDICT, RunFolder, RunState
-from recover.check import check
+from recover.check import Progress, check
 from recover.clamp import Defense
 from recover.examples import Examples
 from recover.finished import find_run, pages
@@ -29,7 +29,7 @@ __all__ = ["check_objects", "content_hash"]
 
 def check_objects(
     parent: Path, model: Model, defense: Defense, examples: Examples, *, seed: int | None = None, **options: Any
-) -> tuple[Path, Callable[[], dict[str, Any]]]:
+) -> tuple[Path, Callable[[Progress | None], dict[str, Any]]]:
     """Where the run of these objects is kept, and what makes it: or reads it, where it is there.
 
     Args:
@@ -43,10 +43,10 @@ def check_objects(
     plan = options.pop("plan", None) or Plan()
     if seed is not None:
         plan = replace(plan, seed=plan.seed + seed)
-    digest = content_hash(model, defense, examples, plan, options)
+    digest = content_hash(model, defense, examples, plan, options, package_versions()["recover"])
     folder = parent / f"objects-{digest[:16]}"
 
-    def run() -> dict[str, Any]:
+    def run(progress: Progress | None = None) -> dict[str, Any]:
         held = RunFolder(folder)
         try:
             if (finished := find_run(folder)) is not None:
@@ -74,7 +74,9 @@ def check_objects(
                 "sae_sha256": {},
                 "model": f"{type(model.module).__name__} in memory ({digest[:16]})",
             }
-            said = check(model, defense, examples, plan=plan, store=held, provenance=provenance, **options)
+            said = check(
+                model, defense, examples, plan=plan, store=held, provenance=provenance, progress=progress, **options
+            )
             verdict = said.to_dict()
             verdict["provenance"]["seconds"] = verdict["provenance"]["phase_seconds"]
             held.finish(said.records)

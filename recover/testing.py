@@ -1,10 +1,12 @@
-"""A pytest plugin: defenses kept as tests.
+"""Defenses kept as tests: what `check_defense` is, and what tests assert of what it gives.
 
     def test_the_defense_holds(check_defense):
         checked = check_defense("defense.yaml")
         assert_not_recovered(checked, budget=10)
 
-1. *Check*: the fixture `check_defense` runs `recover check` on a DEFENSE.yaml, or `recover.check` on objects.
+1. *Check*: the fixture `check_defense` runs `recover check` on a DEFENSE.yaml, or `recover.check` on objects. A file is
+   looked for beside the test, and the model, SAEs and prompts that it names beside the file; what is not there, in the
+   working folder.
 2. *Cache*: a run's folder is named by a hash of all that it depends on, in pytest's cache (`--recovery-dir`). Several
    assertions cost one search, a later session none, and one that was interrupted goes on. Workers of xdist wait for
    each other where they need the same run.
@@ -12,22 +14,24 @@
 4. *Assertions* (`assertions`) read the verdict; one that fails names the figure, the bound and the folder.
 
 After the tests a table says what was checked; `--recovery-json FILE` writes the verdicts, `--recovery-report DIR` keeps
-a report of each. Markers `gpu` and `hub` skip with a reason where there is no CUDA device or no Hugging Face hub.
+a report of each. Markers `gpu` and `hub` skip with a reason where there is no CUDA device or no Hugging Face hub;
+`slow` is there to be deselected with `-m "not slow"`. All of these are in `recover_pytest`, which pytest loads.
 """
 
 from __future__ import annotations
 
-import json
+import contextlib
 import shutil
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
-from recover.artifacts import MARKDOWN, REPORT, VERDICT, write_whole
+from recover.artifacts import VERDICT
 from recover.assertions import (
     Checked,
     assert_attribution,
@@ -36,14 +40,16 @@ from recover.assertions import (
     assert_recoverable,
     assert_specific,
 )
+from recover.check import Progress
 from recover.clamp import Defense
-from recover.cli import positive
 from recover.config import Config, load_config
 from recover.examples import Examples
 from recover.model import Model
 from recover.objects import check_objects
+from recover.progress import shown
 from recover.runner import OtherRunError, run_check
-from recover.zoo import hub_reachable
+from recover.types import InputError
+from recover.zoo import OURS, shipped_models, shipped_questions, shipped_saes
 
 __all__ = [
     "Checked",
@@ -55,12 +61,7 @@ __all__ = [
     "assert_specific",
 ]
 
-MARKERS = {
-    "gpu": "needs a CUDA device",
-    "hub": "needs the Hugging Face hub",
-    "slow": "takes long",
-}
-RUNS = pytest.StashKey[dict[str, dict[str, Any]]]()
+Run = Callable[[Progress | None], dict[str, Any]]
 
 
 class Defenses:
@@ -70,51 +71,76 @@ class Defenses:
         folder: where runs are kept.
         seeds: control seeds of each.
         runs: verdicts of this session by folder, for the table at its end.
+        beside: gives the folder that relative paths are looked for in first.
+        aloud: makes a context in which stderr is seen, where it gives that there is somebody to see it.
     """
 
-    def __init__(self, folder: Path, seeds: int, runs: dict[str, dict[str, Any]]) -> None:
-        self.folder, self.seeds, self.runs = folder, seeds, runs
+    def __init__(
+        self,
+        folder: Path,
+        seeds: int,
+        runs: dict[str, dict[str, Any]],
+        beside: Callable[[], Path] = Path.cwd,
+        aloud: Callable[[], AbstractContextManager[bool]] = lambda: contextlib.nullcontext(False),
+    ) -> None:
+        self.folder, self.seeds, self.runs, self.beside, self.aloud = folder, seeds, runs, beside, aloud
 
     def __call__(self, defense: Path | str | Defense, **options: Any) -> Checked:
         """Check a defense; a check that was done before is not done again.
+
+        What cannot be used fails the test, in one line.
 
         Args:
             defense: a DEFENSE.yaml, or a `Defense`.
             **options: of a file, what overrides it by dotted key, such as `**{"search.budget": 5.0}`; of a `Defense`,
                 the arguments of `recover.check`, `model=`, `examples=`, `budget=` and so on, and `name=`.
-
-        Raises:
-            InputError: it cannot be used; one line.
         """
-        if isinstance(defense, Defense):
-            return self._objects(defense, **options)
-        name, config = Path(defense).name, load_config(defense, options)
+        try:
+            found = self._objects(defense, **options) if isinstance(defense, Defense) else self._file(defense, options)
+        except InputError as error:
+            told = " ".join(str(error).split())
+        else:
+            return found
+        pytest.fail(told, pytrace=False)
+
+    def _file(self, defense: Path | str, options: dict[str, Any]) -> Checked:
+        there = self.beside() / defense
+        path = there if there.exists() or not Path(defense).exists() else Path(defense)
+        config = _anchored(load_config(path, options), path.absolute().parent)
         configs = [config.with_control_seed(config.controls.seed + number) for number in range(self.seeds)]
-        return self._remembered(name, [self._of_file(name, one) for one in configs])
+        return self._remembered(path.name, [self._of_file(path.name, one) for one in configs])
 
     def _of_file(self, name: str, config: Config) -> tuple[dict[str, Any], Path]:
         folder = self.folder / f"{Path(name).stem}-{config.fingerprint()[:16]}"
-        if str(folder) in self.runs:
-            return self.runs[str(folder)], folder
-        with _alone(folder):
+
+        def run(progress: Progress | None) -> dict[str, Any]:
             try:
-                return run_check(config, folder), folder
+                return run_check(config, folder, progress=progress)
             except OtherRunError:
                 shutil.rmtree(folder)  # of other weights or prompts under the same names: ours to make again
-                return run_check(config, folder), folder
+                return run_check(config, folder, progress=progress)
+
+        return self._once(name, folder, run), folder
 
     def _objects(
-        self, defense: Defense, *, model: Model, examples: Examples, name: str = "", **options: Any
+        self, defense: Defense, *, model: Model, examples: Examples, name: str = "objects", **options: Any
     ) -> Checked:
         found = []
         for seed in range(self.seeds):
             folder, run = check_objects(self.folder, model, defense, examples, seed=seed, **options)
-            if str(folder) in self.runs:
-                found.append((self.runs[str(folder)], folder))
-                continue
-            with _alone(folder):
-                found.append((run(), folder))
-        return self._remembered(name or "objects", found)
+            found.append((self._once(name, folder, run), folder))
+        return self._remembered(name, found)
+
+    def _once(self, name: str, folder: Path, run: Run) -> dict[str, Any]:
+        """The verdict of this session, or the run's; alone in its folder, and telling how far it is."""
+        if str(folder) in self.runs:
+            return self.runs[str(folder)]
+        with self.aloud() as heard, _alone(folder, heard):
+            if not heard or (folder / VERDICT).is_file():
+                return run(None)
+            _tell(f"checking {name}; interrupt it, and the next session goes on from there")
+            with shown() as progress:
+                return run(progress)
 
     def _remembered(self, name: str, found: Sequence[tuple[dict[str, Any], Path]]) -> Checked:
         for verdict, folder in found:
@@ -123,72 +149,37 @@ class Defenses:
         return Checked(name, verdicts, folders)
 
 
-def _alone(folder: Path) -> FileLock:
+def _anchored(config: Config, folder: Path) -> Config:
+    """The same, with what lies in this folder named by its whole path, as a session may be started from anywhere."""
+
+    def place(name: str, ours: Sequence[str]) -> str:
+        there = folder / name
+        return str(there) if name not in ours and there.exists() else name
+
+    clamps = tuple(one.model_copy(update={"sae": place(one.sae, [*shipped_saes()])}) for one in config.clamps)
+    prompts = config.prompts
+    if prompts.file is not None:
+        prompts = prompts.model_copy(update={"file": place(prompts.file, [*shipped_questions()])})
+    model = place(config.model, [*OURS, *shipped_models()])
+    return config.model_copy(update={"model": model, "clamps": clamps, "prompts": prompts})
+
+
+@contextlib.contextmanager
+def _alone(folder: Path, heard: bool) -> Iterator[None]:
+    """One process at a time: the second finds what the first has finished."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    return FileLock(folder.with_name(f".{folder.name}.lock"))
+    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        if heard:
+            _tell(f"waiting for another session that is at work in {folder}")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
-@pytest.fixture(scope="session")
-def check_defense(request: pytest.FixtureRequest) -> Defenses:
-    """Check a defense once, and remember it: `check_defense("defense.yaml")` gives what the assertions read."""
-    config = request.config
-    given = config.getoption("recovery_dir")
-    folder = Path(given) if given else config.rootpath / ".recover"
-    if given is None and config.cache is not None:
-        folder = config.cache.mkdir("recover")
-    return Defenses(folder, config.getoption("recovery_seeds"), config.stash[RUNS])
-
-
-def pytest_addoption(parser: pytest.Parser) -> None:
-    group = parser.getgroup("recover", "recovery of suppressed behaviors")
-    group.addoption("--recovery-json", type=Path, metavar="FILE", help="write the verdicts of all checks there")
-    group.addoption("--recovery-report", type=Path, metavar="DIR", help="keep a report of each check there")
-    group.addoption("--recovery-seeds", type=positive, default=1, metavar="N", help="control seeds of each check")
-    group.addoption("--recovery-dir", type=Path, metavar="DIR", help="where runs are kept (default: pytest's cache)")
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.stash[RUNS] = {}
-    for name, why in MARKERS.items():
-        config.addinivalue_line("markers", f"{name}: {why}")
-
-
-def pytest_runtest_setup(item: pytest.Item) -> None:
-    for name, there in (("gpu", torch.cuda.is_available), ("hub", hub_reachable)):
-        if item.get_closest_marker(name) is not None and not there():
-            pytest.skip(MARKERS[name])
-
-
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    runs, output = session.config.stash[RUNS], getattr(session.config, "workeroutput", None)
-    if output is not None:
-        output["recover"] = json.dumps(runs)  # a worker of xdist: the controller tells of all
-        return
-    told = sorted(runs.items())
-    if (path := session.config.getoption("recovery_json")) is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, (json.dumps([{"folder": folder, **one} for folder, one in told], indent=1) + "\n").encode())
-    if (kept := session.config.getoption("recovery_report")) is not None:
-        for folder, _ in told:
-            target = kept / Path(folder).name
-            target.mkdir(parents=True, exist_ok=True)
-            for name in (VERDICT, REPORT, MARKDOWN):
-                if (Path(folder) / name).is_file():
-                    shutil.copy(Path(folder) / name, target / name)
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_testnodedown(node: Any, error: Any) -> None:
-    """What a worker of xdist checked."""
-    node.config.stash[RUNS].update(json.loads(getattr(node, "workeroutput", {}).get("recover", "{}")))
-
-
-def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    if not (runs := config.stash[RUNS]):
-        return
-    terminalreporter.section("recovery")
-    for folder, one in sorted(runs.items()):
-        found = one["recovery"]
-        rate = f"{found['recovered']}/{found['searched']} at {found['budget']:g}" if found["searched"] else "-"
-        specific = f", specific: {one['specific']}" if one["verdict"] == "RECOVERABLE" else ""
-        terminalreporter.write_line(f"{one['name']:24} {one['verdict']:24} {rate:>14}{specific}  {folder}")
+def _tell(what: str) -> None:
+    print(f"\nrecover: {what}", file=sys.stderr, flush=True)
