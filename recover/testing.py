@@ -61,6 +61,9 @@ __all__ = [
     "assert_specific",
 ]
 
+pytest_plugins = ["recover_pytest"]
+"""So that `-p recover.testing` loads the plugin where the package is on the path and not installed."""
+
 Run = Callable[[Progress | None], dict[str, Any]]
 
 

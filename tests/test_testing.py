@@ -26,7 +26,7 @@ from tests.hand_made import SHOWS_THROUGHOUT, certified, flip
 
 pytest_plugins = ["pytester"]
 
-PLUGIN = ("-p", "no:recover", "-p", "recover_pytest")
+PLUGIN = ("-p", "recover_pytest")
 """By its module, whether or not the package is installed so that pytest finds it by itself."""
 HEAD = """
 import os
@@ -467,7 +467,7 @@ def test_open(check_defense):
 
 def test_a_session_that_checks_nothing_loads_neither_the_package_nor_torch(pytester):
     """What pytest loads by itself is the module that the entry point names."""
-    entry = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]["pytest11"]["recover"]
+    entry = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]["pytest11"]["recover_pytest"]
     assert entry == PLUGIN[-1]
     pytester.makepyfile(
         test_light="""
@@ -491,3 +491,12 @@ def test_seeds_are_a_count(pytester, monkeypatch, given):
     result = pytester.runpytest_subprocess(*PLUGIN, "--recovery-seeds", given)
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     result.stderr.fnmatch_lines([f"*--recovery-seeds: '{given}' is not a whole number from 1"])
+
+
+@pytest.mark.parametrize("loaded", [("-p", "recover.testing"), ("-p", "recover.testing", "-p", "recover_pytest")])
+def test_the_plugin_is_found_by_the_name_of_the_package_too(pytester, monkeypatch, loaded):
+    """Where it is not installed, and where it is; once in either case."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    pytester.makepyfile("def test_it(check_defense): assert check_defense is not None")
+    done = pytester.runpytest_subprocess(*loaded)
+    done.assert_outcomes(passed=1)
