@@ -59,7 +59,7 @@ def in_threads(size: int, work: Any) -> list[Any]:
         except (InputError, SystemExit) as error:
             given[rank] = error
 
-    threads = [threading.Thread(target=one, args=(rank,)) for rank in range(size)]
+    threads = [threading.Thread(target=one, args=(rank,), name=f"{rank}") for rank in range(size)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -168,8 +168,8 @@ def test_a_batch_is_what_fits_the_worker_with_least_memory(
         raise InputError("far enough")
 
     monkeypatch.setattr(runner, "_check", stopped)
-    fitting = iter([7, 4, 9])
-    monkeypatch.setattr(Setting, "batch_size", property(lambda _: next(fitting)))
+    fitting = {"0": 7, "1": 4, "2": 9}
+    monkeypatch.setattr(Setting, "batch_size", property(lambda _: fitting[threading.current_thread().name]))
     config = load_config(root / "defense.yaml", {"prompts.n": 8})
     in_threads(3, lambda workers: run_check(config, tmp_path / "out", workers=workers))
     assert json.loads((tmp_path / "out" / RUN).read_text())["batch_size"] == 4
