@@ -12,16 +12,13 @@ what the run holds to, and writes what is written once.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from recover.artifacts import CONFIG, SEEDS, VERDICT, RunFolder, RunState, write_whole
 from recover.check import Progress, check
@@ -29,13 +26,10 @@ from recover.config import Config
 from recover.finished import find_run, pages
 from recover.neutral import NEUTRAL
 from recover.published import compared
-from recover.setting import Chosen, Setting, build_defense, load_setting, select_features
+from recover.setting import Chosen, Setting, build_defense, load_setting, select_features, threads, threads_of
 from recover.types import InputError
 from recover.verdict import Verdict
 from recover.workers import ALONE, Workers
-
-NARROW = 1024
-"""Up to this width of the residual a step of the search is too little work for several threads to share."""
 
 
 class OtherRunError(InputError):
@@ -157,25 +151,6 @@ def _run(config: Config, folder: RunFolder, keep_text: bool, progress: Progress,
     return verdict
 
 
-@contextlib.contextmanager
-def threads(number: int) -> Iterator[None]:
-    """Let torch use so many threads of the CPU."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _threads(setting: Setting) -> int:
-    """As asked; by default one, where more would be in each other's way, so that cores do not change a digit there."""
-    asked, model = setting.config.threads, setting.model
-    if asked != "auto":
-        return asked
-    return 1 if model.device.type == "cpu" and model.d_model <= NARROW else torch.get_num_threads()
-
-
 def beside_published(verdict: Mapping[str, Any], config: Config) -> dict[str, Any]:
     """A verdict, and beside it the figures of `config` that were published, if any."""
     own = {name: value for name, value in verdict.items() if name != "published"}
@@ -204,7 +179,8 @@ def _first_difference(theirs: Any, ours: Any, at: str = "") -> str | None:
 
 def _begin(folder: RunFolder, setting: Setting, size: int, keep_text: bool, progress: Progress) -> RunState:
     """Fix what the whole run holds to."""
-    config, number = setting.config, _threads(setting)
+    config = setting.config
+    number = threads_of(config, setting.model)
     with threads(number):
         chosen = select_features(setting, size, progress)
     build_defense(setting, chosen)

@@ -20,14 +20,14 @@ import pytest
 import tiny
 import torch
 
-from recover import runner
+from recover import runner, setting
 from recover.artifacts import DELTAS, EXAMPLES, RUN, UNITS, VERDICT, RunFolder
 from recover.cli import main
 from recover.config import load_config
 from recover.ledger import Ledger, Memory, Part
 from recover.phases import Done
 from recover.runner import run_check
-from recover.setting import Setting
+from recover.tasks import ask_task
 from recover.types import InputError
 from recover.workers import ALONE, Workers
 
@@ -161,6 +161,22 @@ def test_a_model_is_spread_over_cards_or_shared_by_workers(root: Path, tmp_path:
         load_config(root / "defense.yaml", {"device_map": "auto", "device": "cpu"})
 
 
+@pytest.mark.parametrize(("asked", "used"), [("auto", 1), (3, 3)])
+def test_what_a_task_computes_does_not_hang_on_the_cores(
+    root: Path, monkeypatch: pytest.MonkeyPatch, asked: str | int, used: int
+) -> None:
+    seen: list[int] = []
+
+    def asks(*given: Any, **named: Any) -> Any:
+        seen.append(torch.get_num_threads())
+        return ask_task(*given, **named)
+
+    monkeypatch.setattr(setting, "ask_task", asks)
+    with setting.threads(2):
+        setting.load_setting(load_config(root / "defense.yaml", {"threads": asked}))
+        assert (seen, torch.get_num_threads()) == ([used], 2)
+
+
 def test_a_batch_is_what_fits_the_worker_with_least_memory(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -169,7 +185,7 @@ def test_a_batch_is_what_fits_the_worker_with_least_memory(
 
     monkeypatch.setattr(runner, "_check", stopped)
     fitting = {"0": 7, "1": 4, "2": 9}
-    monkeypatch.setattr(Setting, "batch_size", property(lambda _: fitting[threading.current_thread().name]))
+    monkeypatch.setattr(setting.Setting, "batch_size", property(lambda _: fitting[threading.current_thread().name]))
     config = load_config(root / "defense.yaml", {"prompts.n": 8})
     in_threads(3, lambda workers: run_check(config, tmp_path / "out", workers=workers))
     assert json.loads((tmp_path / "out" / RUN).read_text())["batch_size"] == 4
