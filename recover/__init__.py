@@ -53,6 +53,7 @@ from recover.transfer import FitSchedule, Pool, Problem, fit_shared
 from recover.types import InputError, Site
 from recover.verdict import Verdict
 from recover.verify import Law, verify
+from recover.workers import LostWorkerError, Workers, joined
 from recover.zoo import resolve_model, resolve_sae
 
 __all__ = [
@@ -86,6 +87,7 @@ __all__ = [
     "InputError",
     "Law",
     "LogitDifference",
+    "LostWorkerError",
     "Memory",
     "Mode",
     "Model",
@@ -113,6 +115,7 @@ __all__ = [
     "TransferPlan",
     "Verdict",
     "VocabularyMargin",
+    "Workers",
     "answered",
     "ask",
     "ask_task",
@@ -127,6 +130,7 @@ __all__ = [
     "fit_shared",
     "from_sae_lens",
     "generate",
+    "joined",
     "largest",
     "load_config",
     "load_sae_folder",

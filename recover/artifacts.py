@@ -128,7 +128,7 @@ class RunFolder:
             raise InputError(f"{self.name}: another recover is at work there; wait for it or stop it") from None
         try:
             for leftover in [*self.path.glob(f"{TEMPORARY}*"), *self.path.glob(f"{UNITS}/{TEMPORARY}*")]:
-                leftover.unlink()
+                leftover.unlink(missing_ok=True)  # a worker of an earlier start may just be renaming it
             self.state = self._read_state()
         except BaseException:
             self.close()

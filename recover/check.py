@@ -81,8 +81,8 @@ def check(
         exact: the same model in float32, for certificates; `model` itself by default.
         provenance: what the verdict should say about where it came from.
         progress: called as examples finish.
-        workers: the processes that share the check, each of which calls this with the same arguments and comes to the
-            same verdict.
+        workers: the processes that share the check (`joined`), each of which calls this with the same arguments, and
+            stores in which the same is finished, and comes to the same verdict.
 
     Raises:
         InputError: a defense that does not fit the model, or a budget that is no norm.
@@ -91,7 +91,7 @@ def check(
     Budget(budget)  # refuses what is no norm, also where nothing will be searched
     store, plan, report = store or Memory(), plan or Plan(), progress or (lambda *_: None)
     widest = max(clamp.sae.d_sae for clamp in defense.clamps)
-    fitting = model.batch_size(examples.prompts, widest)
+    fitting = min(workers.gather(model.batch_size(examples.prompts, widest)))  # batches are the same for all
     size = fitting if batch_size is None else min(batch_size, fitting if model.recurrent else batch_size)
     read = examples.read_with(model, exact)
     bench = Bench(*read, defense, examples, budget, placement, schedule or Schedule(), plan, size, every_site, model)
@@ -106,7 +106,8 @@ def check(
 
 def _gather(bench: Bench, ledger: Ledger, neutral: Prompts | None, report: Progress) -> Evidence:
     """Everything that a verdict is made of, from units that are finished or are run now."""
-    _account(bench, ledger, neutral, report)
+    with ledger.shared():
+        _account(bench, ledger, neutral, report)
     fits = [Fit(**_numbers(one)) for one in ledger.values("fit")]
     utility = None if neutral is None else Utility(**_numbers(ledger.values("utility")))
     accounts = _records(bench, ledger, {"accounting": range(len(bench.rows))})
@@ -117,11 +118,12 @@ def _gather(bench: Bench, ledger: Ledger, neutral: Prompts | None, report: Progr
         start += len(rows)
     if not flips or not all(gate.passed for gate in fit_gates(fits)):
         return Evidence(accounts, fits, utility)
-    _search_and_control(bench, ledger, flips, report)
+    with ledger.shared():
+        _search_and_control(bench, ledger, flips, report)
     # What is found is held against the clamp undone, once all of it is there.
-    if ledger.mine({("undo", 0): ["undo"]}):
-        ledger.run("undo", None, lambda: undo(bench, ledger.store))
-    ledger.share()
+    with ledger.shared():
+        if ledger.mine({("undo", 0): ["undo"]}):
+            ledger.run("undo", None, lambda: undo(bench, ledger.store))
     return Evidence(
         _records(bench, ledger, {"accounting": range(len(bench.rows)), **{name: list(flips) for name in PHASES}}),
         fits,
@@ -146,7 +148,6 @@ def _account(bench: Bench, ledger: Ledger, neutral: Prompts | None, report: Prog
     if neutral is not None and ("utility", 0) in mine:
         ledger.run("utility", None, lambda: asdict(_utility(bench, neutral)))
     _by_batch(bench, ledger, {"accounting": accounting}, _here(ledger, parts, mine, sizes), report)
-    ledger.share()
 
 
 def _search_and_control(bench: Bench, ledger: Ledger, flips: Mapping[int, int], report: Progress) -> None:
@@ -170,7 +171,6 @@ def _search_and_control(bench: Bench, ledger: Ledger, flips: Mapping[int, int], 
     for kind, fold in sorted(mine):
         if kind == "transfer":
             _fold(bench, ledger, fold, report)
-    ledger.share()
 
 
 def _here(

@@ -5,14 +5,15 @@ that. Values pass through JSON in every store, and batches are fixed, so that a 
 the same arithmetic and reaches the same verdict.
 
 So does one that several workers share. All hold the same finished units, and deal out in the same order what is left;
-each runs its part, and `share` tells it to the others.
+each runs its part in a stage, at whose end it is told to the others (`shared`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -109,8 +110,15 @@ class Ledger:
         """What this worker does of the parts, given by their units, of which something is left to do."""
         return set(self.workers.deal([part for part, units in parts.items() if not self.finished(units)]))
 
-    def share(self) -> None:
-        """Tell the other workers what was finished here since the last time, and learn what they finished."""
+    @contextlib.contextmanager
+    def shared(self) -> Iterator[None]:
+        """A stage, at whose end each worker tells the others what it finished in it.
+
+        Raises:
+            InputError, SystemExit: as `Workers.together`; what was finished is kept.
+        """
+        with self.workers.together():
+            yield
         told = self.workers.gather(
             {unit: self.store.given(unit) for unit in self._new} if self.workers.size > 1 else {}
         )

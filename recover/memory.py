@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,13 @@ def bytes_a_prompt(config: Any, *, n_layers: int, d_model: int, d_sae: int, pos:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can be allocated on this device; within a container, what its limit leaves."""
+    """Bytes that this process may allocate on this device: its share, where several workers are on it."""
+    workers = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # on this machine, as torchrun says
+    return _free(device) // (-(-workers // torch.cuda.device_count()) if device.type == "cuda" else workers)
+
+
+def _free(device: torch.device) -> int:
+    """What can be allocated on this device; within a container, what its limit leaves."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     free = int(psutil.virtual_memory().available)

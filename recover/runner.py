@@ -12,16 +12,13 @@ what the run holds to, and writes what is written once.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from recover.artifacts import CONFIG, SEEDS, VERDICT, RunFolder, RunState, write_whole
 from recover.check import Progress, check
@@ -29,13 +26,10 @@ from recover.config import Config
 from recover.finished import find_run, pages
 from recover.neutral import NEUTRAL
 from recover.published import compared
-from recover.setting import Chosen, Setting, build_defense, load_setting, select_features
+from recover.setting import Chosen, Setting, build_defense, load_setting, select_features, threads, threads_of
 from recover.types import InputError
 from recover.verdict import Verdict
 from recover.workers import ALONE, Workers
-
-NARROW = 1024
-"""Up to this width of the residual a step of the search is too little work for several threads to share."""
 
 
 class OtherRunError(InputError):
@@ -94,12 +88,11 @@ def run_seeds(
     for seed in range(config.controls.seed, config.controls.seed + seeds):
         one = config.with_control_seed(seed)
         verdicts.append(run_check(one, out / f"seed-{seed}", keep_text=keep_text, progress=progress, workers=workers))
-    if not workers.leads:
-        return verdicts
     said = Counter(json.dumps([verdict["verdict"], verdict["specific"]]) for verdict in verdicts)
     counted = [dict(zip(("verdict", "specific"), json.loads(one), strict=True), seeds=n) for one, n in said.items()]
     try:
-        write_whole(out / SEEDS, (json.dumps({"verdicts": counted}, indent=2) + "\n").encode())
+        if workers.leads:
+            write_whole(out / SEEDS, (json.dumps({"verdicts": counted}, indent=2) + "\n").encode())
     except OSError as error:
         raise InputError(f"--out {out}: {SEEDS} cannot be written ({error.strerror}); mend that") from None
     return verdicts
@@ -124,8 +117,9 @@ def _run(config: Config, folder: RunFolder, keep_text: bool, progress: Progress,
             )
         setting = load_setting(config, keep_text=keep_text, progress=progress)
     progress("loading", 1, 1)
+    size = min(workers.gather(setting.batch_size))
     with workers.together():
-        begun = folder.state or (_begin(folder, setting, keep_text, progress) if workers.leads else None)
+        begun = folder.state or (_begin(folder, setting, size, keep_text, progress) if workers.leads else None)
     state = workers.led(begun)
     with workers.together():
         if state.fingerprint != setting.fingerprint:
@@ -138,42 +132,23 @@ def _run(config: Config, folder: RunFolder, keep_text: bool, progress: Progress,
     (finished,) = workers.led((find_run(folder.path) if workers.leads else None,))
     if finished is not None:
         verdict, records = beside_published(finished.verdict, config), finished.records
-        if workers.leads and verdict != finished.verdict:
-            folder.write(CONFIG, config.dump_yaml().encode())
-            folder.write_json(VERDICT, verdict)
     else:
         _tell_of_idle_workers(setting, state, workers)
         with threads(state.threads):
             said = _check(setting, state, folder, progress, workers)
         verdict, records = beside_published(said.to_dict(), config), said.records
         verdict["provenance"]["seconds"] = round(time.perf_counter() - started, 1)
-    if not workers.leads:
-        return verdict
-    if finished is None:
-        folder.finish(records)
-        folder.write_json(VERDICT, verdict)
-    for name, page in pages(verdict, folder.read(CONFIG), records, state.features).items():
-        folder.write(name, page)
+    with workers.together():
+        if workers.leads:
+            if finished is None:
+                folder.finish(records)
+            elif verdict != finished.verdict:
+                folder.write(CONFIG, config.dump_yaml().encode())
+            if finished is None or verdict != finished.verdict:
+                folder.write_json(VERDICT, verdict)
+            for name, page in pages(verdict, folder.read(CONFIG), records, state.features).items():
+                folder.write(name, page)
     return verdict
-
-
-@contextlib.contextmanager
-def threads(number: int) -> Iterator[None]:
-    """Let torch use so many threads of the CPU."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _threads(setting: Setting) -> int:
-    """As asked; by default one, where more would be in each other's way, so that cores do not change a digit there."""
-    asked, model = setting.config.threads, setting.model
-    if asked != "auto":
-        return asked
-    return 1 if model.device.type == "cpu" and model.d_model <= NARROW else torch.get_num_threads()
 
 
 def beside_published(verdict: Mapping[str, Any], config: Config) -> dict[str, Any]:
@@ -202,10 +177,10 @@ def _first_difference(theirs: Any, ours: Any, at: str = "") -> str | None:
     return next(filter(None, (_first_difference(left, right, name) for name, left, right in pairs)), None)
 
 
-def _begin(folder: RunFolder, setting: Setting, keep_text: bool, progress: Progress) -> RunState:
+def _begin(folder: RunFolder, setting: Setting, size: int, keep_text: bool, progress: Progress) -> RunState:
     """Fix what the whole run holds to."""
-    config, size = setting.config, setting.batch_size
-    number = _threads(setting)
+    config = setting.config
+    number = threads_of(config, setting.model)
     with threads(number):
         chosen = select_features(setting, size, progress)
     build_defense(setting, chosen)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
@@ -26,6 +27,8 @@ from recover.types import Float, InputError, Site, Tensor
 from recover.zoo import LoadedModel, resolve_model, resolve_sae
 
 MODES: dict[str, type[Set] | type[Scale] | type[Floor]] = {"set": Set, "scale": Scale, "floor": Floor}
+NARROW = 1024
+"""Up to this width of the residual a step of the search is too little work for several threads to share."""
 RETAIN = 0.01
 """Share of tokens to be kept on which a feature by firing may be active, where none is given."""
 PACKAGES = ("recover", "torch", "transformers", "nnsight", "sae_lens")
@@ -110,7 +113,8 @@ def load_setting(config: Config, *, keep_text: bool = False, progress: Progress 
     for place in places:
         check_fits(model, place, n_answer=1)
     saes = {name: sae.to(model.device) for name, sae in saes.items()}
-    examples = ask_task(config.task, model, config.prompts.model_dump(), progress=progress)
+    with threads(threads_of(config, model)):  # a task may train a probe, or generate
+        examples = ask_task(config.task, model, config.prompts.model_dump(), progress=progress)
     for place in places:
         check_fits(model, place, n_answer=positions_read(examples.behavior) - 1)
     positions = "last" if examples.dialogue is None else "answer"
@@ -120,6 +124,24 @@ def load_setting(config: Config, *, keep_text: bool = False, progress: Progress 
             f"positions; leave it out, or write {positions}"
         )
     return Setting(config, loaded, model, saes, examples if keep_text else replace(examples, texts=None))
+
+
+@contextlib.contextmanager
+def threads(number: int) -> Iterator[None]:
+    """Let torch use so many threads of the CPU."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def threads_of(config: Config, model: Model) -> int:
+    """As asked; by default one, where more would be in each other's way, so that cores do not change a digit there."""
+    if config.threads != "auto":
+        return config.threads
+    return 1 if model.device.type == "cpu" and model.d_model <= NARROW else torch.get_num_threads()
 
 
 def select_features(setting: Setting, batch_size: int, progress: Progress | None = None) -> list[Chosen]:

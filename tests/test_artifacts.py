@@ -306,6 +306,21 @@ def test_what_a_killed_write_left_is_removed_and_nothing_of_others(opened, tmp_p
     assert names(folder.path / UNITS) == set()
 
 
+def test_what_is_renamed_while_leftovers_are_removed_is_left_alone(opened, tmp_path, monkeypatch):
+    folder = opened()
+    (folder.path / f"{artifacts.TEMPORARY}abc").write_text("whole")
+    monkeypatch.setattr(
+        artifacts.Path, "glob", lambda *_, glob=artifacts.Path.glob: [renamed(path) for path in list(glob(*_))]
+    )
+    assert names(opened().path) == {"abc"}
+
+
+def renamed(path):
+    """The same name, whose file has gone elsewhere."""
+    path.rename(path.with_name(path.name.removeprefix(artifacts.TEMPORARY)))
+    return path
+
+
 def test_only_one_at_a_time(opened, tmp_path):
     folder = opened()
     with pytest.raises(InputError, match="another recover is at work there"):

@@ -42,3 +42,12 @@ def test_a_containers_limit_counts(limit, free, monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(memory, "CGROUP", tmp_path)
     monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 10**6}))
     assert free_memory(CPU) == (free or 10**6)
+
+
+def test_workers_of_one_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight workers: an eighth of the machine's memory each, and half of each of four cards."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    monkeypatch.setattr(memory, "_free", lambda _: 10**6)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert free_memory(CPU) == 125_000
+    assert free_memory(torch.device("cuda:1")) == 500_000

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,12 +20,14 @@ import pytest
 import tiny
 import torch
 
-from recover.artifacts import DELTAS, EXAMPLES, UNITS, VERDICT
+from recover import runner, setting
+from recover.artifacts import DELTAS, EXAMPLES, RUN, UNITS, VERDICT, RunFolder
 from recover.cli import main
 from recover.config import load_config
 from recover.ledger import Ledger, Memory, Part
 from recover.phases import Done
 from recover.runner import run_check
+from recover.tasks import ask_task
 from recover.types import InputError
 from recover.workers import ALONE, Workers
 
@@ -55,7 +59,7 @@ def in_threads(size: int, work: Any) -> list[Any]:
         except (InputError, SystemExit) as error:
             given[rank] = error
 
-    threads = [threading.Thread(target=one, args=(rank,)) for rank in range(size)]
+    threads = [threading.Thread(target=one, args=(rank,), name=f"{rank}") for rank in range(size)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -81,14 +85,14 @@ def test_each_learns_what_the_others_finished() -> None:
     def work(workers: Workers) -> Memory:
         store = Memory()
         ledger = Ledger(store, workers)
-        for _, number in sorted(ledger.mine(PARTS)):
+        with ledger.shared():
+            for _, number in sorted(ledger.mine(PARTS)):
 
-            def unit(number: int = number) -> Done:
-                ran.append(number)
-                return Done({f"e{number}": {"found": number}}, {f"e{number}": torch.full((1, 3), float(number))})
+                def unit(number: int = number) -> Done:
+                    ran.append(number)
+                    return Done({f"e{number}": {"found": number}}, {f"e{number}": torch.full((1, 3), float(number))})
 
-            ledger.run("search", number, unit)
-        ledger.share()
+                ledger.run("search", number, unit)
         assert ledger.mine(PARTS) == set()
         for number in range(5):
             assert ledger.values("search", number) == {f"e{number}": {"found": number}}
@@ -112,6 +116,24 @@ def test_of_what_stops_one_worker_one_tells_and_none_goes_on(refused: int) -> No
     assert isinstance(given[0], InputError)
     assert str(given[0]) == ("no such file" if refused == 0 else f"worker {refused}: no such file")
     assert [getattr(one, "code", None) for one in given[1:]] == [2, 2]
+
+
+@pytest.mark.parametrize("refused", [0, 1, 2])
+def test_what_stops_one_in_a_stage_is_told_when_the_others_are_done(refused: int) -> None:
+    stores = [Memory(), Memory(), Memory()]
+
+    def work(workers: Workers) -> None:
+        ledger = Ledger(stores[workers.rank], workers)
+        with ledger.shared():
+            if workers.rank == refused:
+                raise InputError("disk full")
+            for _, number in ledger.mine(PARTS):
+                ledger.run("search", number, dict)
+
+    given = in_threads(3, work)
+    assert str(given[0]) == ("disk full" if refused == 0 else f"worker {refused}: disk full")
+    assert [getattr(one, "code", None) for one in given[1:]] == [2, 2]
+    assert [bool(store.units) for store in stores] == [rank != refused for rank in range(3)]
 
 
 def test_one_alone_is_told_of_its_own_error_and_needs_nobody() -> None:
@@ -139,6 +161,36 @@ def test_a_model_is_spread_over_cards_or_shared_by_workers(root: Path, tmp_path:
         load_config(root / "defense.yaml", {"device_map": "auto", "device": "cpu"})
 
 
+@pytest.mark.parametrize(("asked", "used"), [("auto", 1), (3, 3)])
+def test_what_a_task_computes_does_not_hang_on_the_cores(
+    root: Path, monkeypatch: pytest.MonkeyPatch, asked: str | int, used: int
+) -> None:
+    seen: list[int] = []
+
+    def asks(*given: Any, **named: Any) -> Any:
+        seen.append(torch.get_num_threads())
+        return ask_task(*given, **named)
+
+    monkeypatch.setattr(setting, "ask_task", asks)
+    with setting.threads(2):
+        setting.load_setting(load_config(root / "defense.yaml", {"threads": asked}))
+        assert (seen, torch.get_num_threads()) == ([used], 2)
+
+
+def test_a_batch_is_what_fits_the_worker_with_least_memory(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_: Any) -> None:
+        raise InputError("far enough")
+
+    monkeypatch.setattr(runner, "_check", stopped)
+    fitting = {"0": 7, "1": 4, "2": 9}
+    monkeypatch.setattr(setting.Setting, "batch_size", property(lambda _: fitting[threading.current_thread().name]))
+    config = load_config(root / "defense.yaml", {"prompts.n": 8})
+    in_threads(3, lambda workers: run_check(config, tmp_path / "out", workers=workers))
+    assert json.loads((tmp_path / "out" / RUN).read_text())["batch_size"] == 4
+
+
 @pytest.fixture(scope="module")
 def alone(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run of one process."""
@@ -147,12 +199,29 @@ def alone(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def launch(*command: str) -> subprocess.Popen[str]:
+def test_no_worker_says_that_it_is_done_before_all_is_written(
+    root: Path, alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(folder: RunFolder, name: str, content: bytes) -> None:
+        raise InputError(f"{name} cannot be written")
+
+    shutil.copytree(alone, out := tmp_path / "out")
+    monkeypatch.setattr(RunFolder, "write", full)
+    config = load_config(root / "defense.yaml", {"prompts.n": N})
+    given = in_threads(2, lambda workers: run_check(config, out, workers=workers))
+    assert isinstance(given[0], InputError)
+    assert isinstance(given[1], SystemExit)
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+
+
+def launch(*command: str, program: Sequence[str] = ("-m", "--", "recover")) -> subprocess.Popen[str]:
     """`torchrun` with two processes; behind `--`, as it takes `--n` for the beginning of a flag of its own."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "--", "recover"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *program]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([*launcher, *command], env=environment, **pipes)
+    return subprocess.Popen([*launcher, *command], env=environment(), **pipes)
 
 
 def verdict(out: Path) -> dict[str, Any]:
@@ -201,6 +270,39 @@ def test_a_lost_worker_costs_what_it_was_at(root: Path, alone: Path, tmp_path: P
     after = units(out)
     assert {name: after[name] for name in before} == before  # the time that each took is in it
     assert_same(out, alone)
+
+
+SCRIPT = """
+import json, sys
+import recover as rc
+import torch
+from recover.setting import build_defense, load_setting, select_features
+
+torch.set_num_threads(1)
+config = rc.load_config(sys.argv[1], {"prompts.n": 16})
+setting = load_setting(config)
+defense = build_defense(setting, select_features(setting, 4))
+with rc.joined() as workers:
+    rc.Model.batch_size = lambda *_: 4 + 3 * workers.rank  # what fits the one, and the other
+    verdict = rc.check(
+        setting.model, defense, setting.examples, budget=100.0, schedule=config.schedule(), plan=config.plan(),
+        workers=workers,
+    )
+    said = {name: value for name, value in verdict.to_dict().items() if name != "provenance"}
+    with open(f"{sys.argv[2]}{workers.rank}-of-{workers.size}", "w") as file:
+        json.dump([said, [record.to_json() for record in verdict.records]], file)
+"""
+
+
+@pytest.mark.slow
+def test_a_script_is_shared_from_memory_by_workers_of_which_one_has_less(root: Path, tmp_path: Path) -> None:
+    (script := tmp_path / "script.py").write_text(SCRIPT)
+    command = [str(script), str(root / "defense.yaml"), f"{tmp_path}/"]
+    _, errors = (process := launch(program=command)).communicate(timeout=600)
+    assert process.returncode == 0, errors
+    subprocess.run([sys.executable, *command], env=environment(), check=True)
+    alone, *shared = [(tmp_path / name).read_text() for name in ("0-of-1", "0-of-2", "1-of-2")]
+    assert shared == [alone, alone]
 
 
 @pytest.mark.slow
