@@ -11,7 +11,7 @@ measured once on a few prompts, against a plain forward pass of the module or ag
 `causal`          no position sees a later one
 `start`           a run that starts at the site, with the residual there, gives the logits of a whole one
 `decomposition`   reconstruction and error add up to the residual
-`clamp`           a clamp moves the residual within the span of its features' decoder rows, and an empty one not at all
+`clamp`           a clamp moves the residual within the span of its features' decoder rows, and padding not at all
 `suffix`          the perturbed positions alone give the logits of a whole run with that perturbation
 `blindness`       clamped pre-activations do not see an admissible perturbation
 `gradient`        slopes of the score along a random admissible direction are differences of the score
@@ -33,7 +33,7 @@ import torch
 from torch.nn import functional as F
 
 from recover.activation import JumpReLU
-from recover.law_bench import Law, LawBench
+from recover.law_bench import Law, LawBench, read
 from recover.laws import LAWS
 from recover.model import Model, Prompts
 from recover.sae import SAE
@@ -94,11 +94,10 @@ def stand_in(model: Model, prompts: Prompts, site: Site, seed: int = 0) -> SAE:
         seed: of the directions.
 
     Raises:
-        InputError: the model has no such block.
+        InputError: the model has no such block, or fails on the prompts.
     """
     model.check_site(site)
-    with torch.no_grad():
-        residual = widened(model.run(prompts, read=[site]).residuals[site])[prompts.positions > 0]
+    residual = widened(read(model, prompts, site).residuals[site])[prompts.positions > 0]
     d_model = residual.shape[-1]
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randn(WIDER * d_model, d_model, generator=generator).to(residual)

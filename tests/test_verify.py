@@ -154,16 +154,30 @@ def test_what_cannot_be_verified_is_refused_in_one_line() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Module 'model")  # nnsight, of a submodule that is called `output`
-def test_an_encoder_that_sees_what_comes_later_is_noticed() -> None:
+@pytest.mark.parametrize("attention", [1.0, 0.03])
+def test_an_encoder_that_sees_what_comes_later_is_noticed(attention: float) -> None:
+    """However little of it reaches the earlier positions."""
     config = transformers.BertConfig(
         vocab_size=VOCAB, hidden_size=D_MODEL, num_hidden_layers=4, num_attention_heads=4, intermediate_size=24
     )
-    model = Model(transformers.BertLMHeadModel(config).eval())
+    module = transformers.BertLMHeadModel(config).eval()
+    for block in module.bert.encoder.layer:
+        block.attention.output.dense.weight.data *= attention
+    model = Model(module)
     found = verify(model, sae(), left_padded(ROWS))
     assert told(found)["causal"] is False
     can = {one.protocol: one for one in supported(model, found)}
     assert can["search"] == Support("search", False, "broken: causal")
     assert not can["transfer"].runs
+
+
+def test_prompts_beyond_a_models_context_are_refused_in_one_line() -> None:
+    """GPT-2 has a vector for each of 64 positions."""
+    model, long = Model(tiny_lm("gpt2")), left_padded(token_rows([70, 5], seed=3))
+    said = r"^verify: GPT2LMHeadModel fails on prompts of 70 tokens \(index out of range .*its context is shorter"
+    for look in (lambda: verify(model, sae(), long), lambda: stand_in(model, long, SITE)):
+        with pytest.raises(InputError, match=said):
+            look()
 
 
 def test_an_encoder_with_a_decoder_is_refused() -> None:
