@@ -33,13 +33,15 @@ import torch
 from torch.nn import functional as F
 
 from recover.activation import JumpReLU
+from recover.fit import measure_fit
+from recover.gates import fit_gates
 from recover.law_bench import Law, LawBench, read
 from recover.laws import LAWS
 from recover.model import Model, Prompts
 from recover.sae import SAE
 from recover.types import InputError, Site, widened
 
-__all__ = ["Law", "Support", "stand_in", "supported", "verify"]
+__all__ = ["Law", "Support", "fitting", "stand_in", "supported", "verify"]
 
 WIDER, FIRING = 4, 0.05
 """A stand-in's features for each dimension of the residual, and the share of tokens on which each of them is active."""
@@ -71,7 +73,7 @@ def verify(model: Model, sae: SAE, prompts: Prompts, site: Site | None = None) -
     """
     place = site or sae.site
     if place is None:
-        raise InputError("verify: the SAE does not say where it reads; give it a site")
+        raise InputError("verify: the SAE does not say where it reads; give the site (`--site`)")
     model.check_site(place)
     bench = LawBench.of(model, sae.to(model.device), place, prompts)
     found = []
@@ -106,6 +108,20 @@ def stand_in(model: Model, prompts: Prompts, site: Site, seed: int = 0) -> SAE:
     thresholds = torch.quantile(ahead, 1 - FIRING, dim=0).clamp(min=0)
     bias = -(center @ directions.mT)
     return SAE(directions.mT.contiguous(), bias, directions, center, JumpReLU(thresholds), site, "jumprelu", "0" * 64)
+
+
+def fitting(model: Model, sae: SAE, prompts: Prompts, site: Site) -> list[Support]:
+    """Whether the SAE describes this model at this site, as a check asks of it; one that does not may keep all laws.
+
+    Args:
+        model: of the user's.
+        sae: not one that was drawn at random.
+        prompts: some dozens, of any length.
+        site: where it is used.
+    """
+    fit = measure_fit(model, sae.to(model.device), site, prompts, model.batch_size(prompts, sae.d_sae))
+    named = {"fit": "check with this SAE", "site": "SAE at this site"}
+    return [Support(named[gate.name], gate.passed is True, gate.detail) for gate in fit_gates([fit])]
 
 
 def supported(model: Model, laws: list[Law]) -> list[Support]:
