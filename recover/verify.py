@@ -41,7 +41,7 @@ from recover.model import Model, Prompts
 from recover.sae import SAE
 from recover.types import InputError, Site, widened
 
-__all__ = ["Law", "Support", "fitting", "stand_in", "supported", "verify"]
+__all__ = ["Law", "Support", "fitting", "stand_in", "supported", "told", "verify"]
 
 WIDER, FIRING = 4, 0.05
 """A stand-in's features for each dimension of the residual, and the share of tokens on which each of them is active."""
@@ -128,7 +128,7 @@ def supported(model: Model, laws: list[Law]) -> list[Support]:
     """What of the protocols can be run with this model, by its kind and by the laws that it keeps."""
     by_name = {law.name: law for law in laws}
 
-    def told(protocol: str, needs: tuple[str, ...], how: str, hindrance: str | None = None) -> Support:
+    def of(protocol: str, needs: tuple[str, ...], how: str, hindrance: str | None = None) -> Support:
         broken = ", ".join(name for name in needs if by_name[name].holds is False)
         reason = hindrance or (f"broken: {broken}" if broken else None)
         return Support(protocol, reason is None, reason or how)
@@ -146,16 +146,24 @@ def supported(model: Model, laws: list[Law]) -> list[Support]:
     requests = foreign if chat else "the tokenizer has no chat template, in which requests are asked"
     parts = by_name["components"]
     return [
-        told("search", SEARCH, "for perturbations that no clamped feature sees"),
-        told("prompts in batches", ("batching",), "of unequal length, padded on the left", at_once),
-        told("search with a cache", SEARCH, "a step runs the perturbed positions alone", cached),
-        told("transfer", (*SEARCH, "shared"), "one perturbation for all prompts"),
-        told("whole answers", (*SEARCH, "generation"), generated, foreign),
-        told("task refusal", (*SEARCH, "generation"), "requests in the tokenizer's chat template", requests),
-        told(
+        of("search", SEARCH, "for perturbations that no clamped feature sees"),
+        of("prompts in batches", ("batching",), "of unequal length, padded on the left", at_once),
+        of("search with a cache", SEARCH, "a step runs the perturbed positions alone", cached),
+        of("transfer", (*SEARCH, "shared"), "one perturbation for all prompts"),
+        of("whole answers", (*SEARCH, "generation"), generated, foreign),
+        of("task refusal", (*SEARCH, "generation"), "requests in the tokenizer's chat template", requests),
+        of(
             "heads and MLPs",
             ("components",),
             "what carries a recovery can be attributed to them",
             parts.detail if parts.holds is None else None,
         ),
     ]
+
+
+def told(laws: list[Law], can: list[Support]) -> str:
+    """For a page: each law and whether it holds, and what can be run."""
+    holds = {True: "holds", False: "BROKEN", None: "not applicable"}
+    lines = [f"{law.name:14} {holds[law.holds]:15} {law.detail}" for law in laws]
+    runs = [f"{one.protocol:20} {'yes' if one.runs else 'no':4} {one.reason}" for one in can]
+    return "\n".join(["", *lines, "", "What can be run with this model", *runs])
