@@ -118,7 +118,11 @@ def fitting(model: Model, sae: SAE, prompts: Prompts, site: Site) -> list[Suppor
         sae: not one that was drawn at random.
         prompts: some dozens, of any length.
         site: where it is used.
+
+    Raises:
+        InputError: the model fails on the longest of the prompts.
     """
+    read(model, prompts.select(prompts.mask.sum(dim=1).argmax()[None]), site)
     fit = measure_fit(model, sae.to(model.device), site, prompts, model.batch_size(prompts, sae.d_sae))
     named = {"fit": "check with this SAE", "site": "SAE at this site"}
     return [Support(named[gate.name], gate.passed is True, gate.detail) for gate in fit_gates([fit])]

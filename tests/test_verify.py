@@ -24,7 +24,7 @@ from recover.model import Model, Suffix
 from recover.sae import SAE
 from recover.transfer import Pool
 from recover.types import InputError, Site
-from recover.verify import Law, Support, stand_in, supported, verify
+from recover.verify import Law, Support, fitting, stand_in, supported, verify
 from tests.models import D_MODEL, FAMILIES, OTHERS, VOCAB, left_padded, plain_lm, tiny_lm, token_rows
 from tests.saes import random_sae
 
@@ -176,7 +176,11 @@ def test_prompts_beyond_a_models_context_are_refused_in_one_line() -> None:
     """GPT-2 has a vector for each of 64 positions."""
     model, long = Model(tiny_lm("gpt2")), left_padded(token_rows([70, 5], seed=3))
     said = r"^verify: GPT2LMHeadModel fails on prompts of 70 tokens \(index out of range .*its context is shorter"
-    for look in (lambda: verify(model, sae(), long), lambda: stand_in(model, long, SITE)):
+    for look in (
+        lambda: verify(model, sae(), long),
+        lambda: stand_in(model, long, SITE),
+        lambda: fitting(model, sae(), long, SITE),
+    ):
         with pytest.raises(InputError, match=said):
             look()
 
