@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,10 +16,11 @@ from recover import testing
 from recover.cli import main
 from recover.config import load_config
 from recover.records import ReplyRecord
-from tests.hand_made import SHOWS_THROUGHOUT, certified, flip
+from tests.hand_made import SHOWS_THROUGHOUT, certified, flip, missed
 
 pytest_plugins = ["pytester"]
 
+ROOT = Path(__file__).parent.parent
 PLUGIN = ("-p", "no:recover", "-p", "recover.testing")
 """By its module, whether or not the package is installed so that pytest finds it by itself."""
 HEAD = """
@@ -186,8 +188,9 @@ def test_hub(): ...
     result.stdout.fnmatch_lines(["*needs a CUDA device*"])
 
 
-def test_a_suite_that_init_writes_is_red_for_the_right_reason(pytester, monkeypatch, capsys):
-    """Edited to a task that is not there, and run; the real run is that of `recover check`, tested elsewhere."""
+@pytest.mark.parametrize("back", [True, False])
+def test_a_suite_that_init_writes_is_red_or_green_for_the_right_reason(pytester, monkeypatch, capsys, back):
+    """As written, on a run made by hand; the real run is that of `recover check`, tested elsewhere."""
     monkeypatch.setattr("_pytest.pytester.SysModulesSnapshot.restore", lambda self: None)
     assert main(["init", "suite"]) == 0
     assert "Edit the two marked lines of suite/defense.yaml" in capsys.readouterr().out
@@ -197,14 +200,55 @@ def test_a_suite_that_init_writes_is_red_for_the_right_reason(pytester, monkeypa
 
     def check(config, folder):
         folder.mkdir(parents=True)
-        write(folder, [flip("a", near=2.0)])
-        recovery = {"budget": config.search.budget, "recovered": 1, "searched": 1}
-        return {"verdict": "RECOVERABLE", "specific": True, "reasons": [], "recovery": recovery}
+        write(folder, [flip("a", near=2.0) if back else missed("a")])
+        recovery = {"budget": config.search.budget, "recovered": int(back), "searched": 1}
+        verdict = "RECOVERABLE" if back else "NOT_RECOVERED_AT_BUDGET"
+        return {"verdict": verdict, "specific": back or None, "reasons": [], "recovery": recovery}
 
     monkeypatch.setattr("recover.testing.run_check", check)
     monkeypatch.chdir("suite")
+    monkeypatch.delitem(sys.modules, "test_defense", raising=False)
     result = pytester.runpytest_inprocess(*PLUGIN, "test_defense.py")
-    result.assert_outcomes(passed=1, failed=1)
-    result.stdout.fnmatch_lines(
-        ["RECOVERABLE: 1 of 1 valid flips are brought back by * at most 20, the smallest of norm 2; expected none"]
-    )
+    result.assert_outcomes(passed=2 - back, failed=int(back))
+    told = "RECOVERABLE: 1 of 1 valid flips are brought back by * at most 20, the smallest of norm 2; expected none"
+    result.stdout.fnmatch_lines([told if back else "defense.yaml * NOT_RECOVERED_AT_BUDGET * 0/1 at 20 *"])
+
+
+ONE_RUN = """
+import json
+import time
+import recover.testing
+
+def check(config, folder):
+    if not folder.exists():  # a second look at once would make it again
+        time.sleep(1)
+        folder.mkdir(parents=True)
+        with (folder.parent / "made").open("a") as log:
+            log.write("once ")
+    recovery = {"budget": config.search.budget, "recovered": 1, "searched": 1, "rate": 1.0}
+    return {"verdict": "RECOVERABLE", "specific": None, "reasons": [], "recovery": recovery}
+
+recover.testing.run_check = check
+"""
+
+
+def test_other_plugins_load_after_ours(pytester, monkeypatch):
+    """In a process of its own, as pytest loads them in the order in which packages happen to be installed."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    pytester.makepyfile("def test_it(): pass")
+    pytester.runpytest_subprocess(*PLUGIN, "-p", "anyio").assert_outcomes(passed=1)
+
+
+@pytest.mark.slow
+def test_workers_of_xdist_search_once_and_the_controller_tells(pytester, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    assert main(["init", "."]) == 0
+    pytester.makeconftest(ONE_RUN)
+    asked = HEAD + "def test_it(check_defense): assert_recoverable(check_defense('defense.yaml'))"
+    pytester.makepyfile(test_one=asked, test_other=asked)
+    arguments = ("-n", "2", "--dist", "loadfile", "--recovery-dir", "runs", "--recovery-json", "verdicts.json")
+    result = pytester.runpytest_subprocess(*PLUGIN, *arguments, "test_one.py", "test_other.py")
+    result.assert_outcomes(passed=2)
+    assert Path("runs/made").read_text() == "once "
+    assert [one["name"] for one in json.loads(Path("verdicts.json").read_text())] == ["defense.yaml"]
+    result.stdout.fnmatch_lines(["defense.yaml * RECOVERABLE * 1/1 at 20*"])
