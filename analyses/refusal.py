@@ -7,6 +7,8 @@
    replayed in a fresh run (drift), and in free generation (what is said, and drift along what is said).
 3. *Controls*: the answer to *another* request (placebo), random pinned deltas of the budget's norm, and one delta for
    all, fitted on half of the requests and read on the other half.
+4. *Beside it* what was published: `published.rows` of the configuration (else those of
+   `published/refusal_advbench_gemma2.yaml`).
 
     python analyses/refusal.py [DEFENSE.yaml] [--skip METHOD ...] [--steps 40] [--json FILE]
 """
@@ -17,12 +19,13 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from beside import published_rows
 from einops import repeat
 
 from recover import Schedule, certify, recover
@@ -52,6 +55,8 @@ from recover.types import InputError
 OPENING = 8
 """Tokens of an opening."""
 DEFAULT = Path(__file__).parent / "refusal_smollm2.yaml"
+BESIDE = "refusal_advbench_gemma2.yaml"
+"""Whose published figures stand beside ours, where the defense names none."""
 Search = Callable[[Bench, Examples, Schedule], Delta]
 """Of a bench, the flips and how hard to search; gives deltas as they would be saved."""
 
@@ -227,6 +232,12 @@ HEADINGS = (
     f"{'drift':>8} {'pre-act.':>8} {'floor':>7} {'free drift':>10} {'s each':>6}"
 )
 
+PUBLISHED = {
+    "n": (".0f", 3), "non_refusal": (".0f", 11), "base_like": (".0f", 9), "strict": (".0f", 6), "exact": (".0f", 5),
+    "norm": (".1f", 6), "share": (".1%", 6), "drift": (".3f", 8), "shift": (".3f", 8), "floor": (".3f", 7),
+}  # fmt: skip
+"""The columns that `published.rows` may have: how each is written, and how wide."""
+
 
 def line(row: Row) -> str:
     """One row of the table."""
@@ -240,6 +251,12 @@ def line(row: Row) -> str:
         f"{figure(row.preactivation_shift, '.1e', 8)} {figure(row.floor_violation, '.4f', 7)} {row.free_drift:10.1e} "
         f"{row.seconds:6.2f}"
     )
+
+
+def published_line(name: str, row: Mapping[str, float]) -> str:
+    """A row as published, under the same headings; its drift is a mean, where ours is the largest."""
+    told = (f"{format(row[key], form) if key in row else '-':>{width}}" for key, (form, width) in PUBLISHED.items())
+    return f"{name:15} {' '.join(told)}"
 
 
 def rows(bench: Bench, part: Examples, schedule: Schedule, skipped: Sequence[str]) -> Any:
@@ -290,6 +307,9 @@ def main() -> None:
         print(line(row), flush=True)
         if options.json:
             options.json.write_text(json.dumps([asdict(one) for one in found], indent=1) + "\n", encoding="utf-8")
+    print("as published (Gemma 2 2B):")
+    for name, figures in published_rows(config, BESIDE).items():
+        print(published_line(name, figures))
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from recover.runner import run_check, run_seeds
 from recover.selftest import report as selftest_report
 from recover.selftest import selftest, to_json
 from recover.types import DeviceMap, InputError, Site
-from recover.verify import stand_in, supported, verify
+from recover.verify import fitting, stand_in, supported, told, verify
 from recover.workers import LostWorkerError, joined
 from recover.zoo import resolve_model, resolve_sae
 
@@ -120,7 +120,8 @@ def parser() -> argparse.ArgumentParser:
         "verify",
         help="hold the laws that checks rest on to your model and SAE",
         description="Hold the laws that checks rest on to a model and an SAE, on a few neutral prompts.",
-        epilog="Exit status: 0 all that apply hold; 1 one does not; 2 unusable input, told in one line.",
+        epilog="Exit status: 0 all that apply hold; 1 one does not; 2 unusable input, told in one line. An SAE that "
+        "does not fit is told of, and breaks no law.",
     )
     laws.add_argument("--model", required=True, help=MODEL_NAMED)
     laws.add_argument("--sae", help=f"{SAE_NAMED} (default: one drawn at random)")
@@ -260,19 +261,14 @@ def _verify(options: argparse.Namespace) -> int:
     prompts = model.tokenize(NEUTRAL[:PROMPTS_VERIFIED])
     sae = stand_in(model, prompts, site or Site(model.n_layers // 2)) if given is None else given
     laws = verify(model, sae, prompts, site)
-    told = {True: "holds", False: "BROKEN", None: "not applicable"}
     named = "an SAE drawn at random, as no --sae is given," if given is None else f"SAE {options.sae}"
     place = site or sae.site
+    fits = fitting(model, sae, model.tokenize(NEUTRAL), place) if given is not None and place is not None else []
     lines = [
         f"{loaded.name} ({loaded.source}, {loaded.version[:SHORT]}) in {options.dtype} on {model.device}",
         f"{named} at {place.hook_name if place else 'no site'}",
-        "",
-        *(f"{law.name:14} {told[law.holds]:15} {law.detail}" for law in laws),
-        "",
-        "What can be run with this model",
-        *(f"{one.protocol:20} {'yes' if one.runs else 'no':4} {one.reason}" for one in supported(model, laws)),
     ]
-    _say("\n".join(lines))
+    _say("\n".join([*lines, told(laws, [*fits, *supported(model, laws)])]))
     return int(any(law.holds is False for law in laws))
 
 

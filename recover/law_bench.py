@@ -12,12 +12,12 @@ from recover.clamp import Clamp, Defense, Set
 from recover.constraint import EncoderOrthogonal
 from recover.defended import Defended, defend
 from recover.metrics import norm
-from recover.model import Model, Prompts
+from recover.model import Model, Prompts, Run
 from recover.sae import SAE
 from recover.search import scale_to
 from recover.types import Float, InputError, Site, Tensor, TokenIds, widened
 
-__all__ = ["SIZE", "Law", "LawBench", "apart", "one_line", "worst"]
+__all__ = ["SIZE", "Law", "LawBench", "apart", "read", "worst"]
 
 RELATIVE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """What may differ, as a share of what is compared: rounding, summed over blocks."""
@@ -59,13 +59,13 @@ class LawBench:
         """Run the prompts, with eight of the SAE's most active features clamped and without.
 
         Raises:
-            InputError: the SAE is of another width, or the model cannot be run from a site on.
+            InputError: the SAE is of another width, or the model cannot be run on the prompts, or from a site on.
         """
         together = prompts.select(torch.tensor([0])) if model.recurrent else prompts
+        run = read(model, together, site)
+        residual, logits = run.residuals[site], run.logits
+        _check_width(residual, sae, model)
         with torch.no_grad():
-            run = model.run(together, read=[site])
-            residual, logits = run.residuals[site], run.logits
-            _check_width(residual, sae, model)
             active = sae.encode(widened(residual[:, -1])).sum(dim=0)
         features = tuple(active.argsort(descending=True)[:CLAMPED].tolist())
         defense = Defense((Clamp(sae, features, Set(VALUE), site=site),))
@@ -103,6 +103,22 @@ class LawBench:
         return Law(name, apart <= bound, f"{what} by at most {apart:.1e} of its size; {bound:.0e} allowed")
 
 
+def read(model: Model, prompts: Prompts, site: Site) -> Run:
+    """A pass over whole prompts that reads a site.
+
+    Raises:
+        InputError: the module has no such positions or tokens.
+    """
+    try:
+        with torch.no_grad():
+            return model.run(prompts, read=[site])
+    except IndexError as error:  # of an embedding: no such position, or no such token
+        raise InputError(
+            f"verify: {type(model.module).__name__} fails on prompts of {int(prompts.mask.sum(dim=1).max())} tokens "
+            f"({' '.join(str(error).split()):.120}); its context is shorter, or the tokenizer is another model's"
+        ) from error
+
+
 def _check_width(residual: Tensor, sae: SAE, model: Model) -> None:
     if residual.ndim != 3:
         raise InputError(
@@ -125,7 +141,3 @@ def apart(one: Tensor, other: Tensor) -> float:
 def worst(values: Sequence[Tensor]) -> float:
     """The largest; what is not a number counts as the worst."""
     return float(torch.stack([value.double().max() for value in values]).max())
-
-
-def one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split()):.120}"

@@ -18,6 +18,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+try:  # nnsight puts `save` on every object, after which these classes can no longer be made
+    from anyio.abc import SocketAttribute  # noqa: F401
+    from anyio.streams.file import FileStreamAttribute  # noqa: F401
+    from anyio.streams.tls import TLSAttribute  # noqa: F401
+except ImportError:
+    pass
+
 import nnsight
 import torch
 from einops import einsum, rearrange, repeat

@@ -166,12 +166,9 @@ def told(verdict: Mapping[str, Any]) -> list[tuple[str, str]]:
         if result is None:
             result = "not measured" if row["ours"] is None else "not judged"
         known = "none" if row["ours"] is None else f"{row['ours']:.3g}"
-        lines.append(
-            (
-                result,
-                f"{row['figure']}: published {_published(row)}, ours {known}{_range(row['wilson95'])}{_asked(row)}",
-            )
-        )
+        if row["wilson95"] is not None:
+            known += f" ({_range(row['wilson95'])})"
+        lines.append((result, f"{row['figure']}: published {_published(row)}, ours {known}{_asked(row)}"))
     return lines
 
 
@@ -179,12 +176,14 @@ def _published(row: Mapping[str, Any]) -> str:
     value, n = row["published"], row["n"]
     if n is None:
         return f"{value:.3g}"
-    interval = _range(wilson(round(value * n), n)) if 0 <= value <= 1 else ""
-    return f"{value:.3g} of {n} examples{interval}"
+    if not 0 <= value <= 1:
+        return f"{value:.3g} over {n} examples"
+    hits = round(value * n)
+    return f"{value:.3g} ({hits} of {n}; {_range(wilson(hits, n))})"
 
 
-def _range(bounds: Sequence[float] | None) -> str:
-    return "" if bounds is None else f" (95% interval {bounds[0]:.3g} to {bounds[1]:.3g})"
+def _range(bounds: Sequence[float]) -> str:
+    return f"95% interval {bounds[0]:.3g} to {bounds[1]:.3g}"
 
 
 def _asked(row: Mapping[str, Any]) -> str:

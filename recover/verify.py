@@ -11,7 +11,7 @@ measured once on a few prompts, against a plain forward pass of the module or ag
 `causal`          no position sees a later one
 `start`           a run that starts at the site, with the residual there, gives the logits of a whole one
 `decomposition`   reconstruction and error add up to the residual
-`clamp`           a clamp moves the residual within the span of its features' decoder rows, and an empty one not at all
+`clamp`           a clamp moves the residual within the span of its features' decoder rows, and padding not at all
 `suffix`          the perturbed positions alone give the logits of a whole run with that perturbation
 `blindness`       clamped pre-activations do not see an admissible perturbation
 `gradient`        slopes of the score along a random admissible direction are differences of the score
@@ -33,13 +33,15 @@ import torch
 from torch.nn import functional as F
 
 from recover.activation import JumpReLU
-from recover.law_bench import Law, LawBench
+from recover.fit import measure_fit
+from recover.gates import fit_gates
+from recover.law_bench import Law, LawBench, read
 from recover.laws import LAWS
 from recover.model import Model, Prompts
 from recover.sae import SAE
 from recover.types import InputError, Site, widened
 
-__all__ = ["Law", "Support", "stand_in", "supported", "verify"]
+__all__ = ["Law", "Support", "fitting", "stand_in", "supported", "told", "verify"]
 
 WIDER, FIRING = 4, 0.05
 """A stand-in's features for each dimension of the residual, and the share of tokens on which each of them is active."""
@@ -71,7 +73,7 @@ def verify(model: Model, sae: SAE, prompts: Prompts, site: Site | None = None) -
     """
     place = site or sae.site
     if place is None:
-        raise InputError("verify: the SAE does not say where it reads; give it a site")
+        raise InputError("verify: the SAE does not say where it reads; give the site (`--site`)")
     model.check_site(place)
     bench = LawBench.of(model, sae.to(model.device), place, prompts)
     found = []
@@ -94,11 +96,10 @@ def stand_in(model: Model, prompts: Prompts, site: Site, seed: int = 0) -> SAE:
         seed: of the directions.
 
     Raises:
-        InputError: the model has no such block.
+        InputError: the model has no such block, or fails on the prompts.
     """
     model.check_site(site)
-    with torch.no_grad():
-        residual = widened(model.run(prompts, read=[site]).residuals[site])[prompts.positions > 0]
+    residual = widened(read(model, prompts, site).residuals[site])[prompts.positions > 0]
     d_model = residual.shape[-1]
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randn(WIDER * d_model, d_model, generator=generator).to(residual)
@@ -109,11 +110,29 @@ def stand_in(model: Model, prompts: Prompts, site: Site, seed: int = 0) -> SAE:
     return SAE(directions.mT.contiguous(), bias, directions, center, JumpReLU(thresholds), site, "jumprelu", "0" * 64)
 
 
+def fitting(model: Model, sae: SAE, prompts: Prompts, site: Site) -> list[Support]:
+    """Whether the SAE describes this model at this site, as a check asks of it; one that does not may keep all laws.
+
+    Args:
+        model: of the user's.
+        sae: not one that was drawn at random.
+        prompts: some dozens, of any length.
+        site: where it is used.
+
+    Raises:
+        InputError: the model fails on the longest of the prompts.
+    """
+    read(model, prompts.select(prompts.mask.sum(dim=1).argmax()[None]), site)
+    fit = measure_fit(model, sae.to(model.device), site, prompts, model.batch_size(prompts, sae.d_sae))
+    named = {"fit": "check with this SAE", "site": "SAE at this site"}
+    return [Support(named[gate.name], gate.passed is True, gate.detail) for gate in fit_gates([fit])]
+
+
 def supported(model: Model, laws: list[Law]) -> list[Support]:
     """What of the protocols can be run with this model, by its kind and by the laws that it keeps."""
     by_name = {law.name: law for law in laws}
 
-    def told(protocol: str, needs: tuple[str, ...], how: str, hindrance: str | None = None) -> Support:
+    def of(protocol: str, needs: tuple[str, ...], how: str, hindrance: str | None = None) -> Support:
         broken = ", ".join(name for name in needs if by_name[name].holds is False)
         reason = hindrance or (f"broken: {broken}" if broken else None)
         return Support(protocol, reason is None, reason or how)
@@ -131,16 +150,24 @@ def supported(model: Model, laws: list[Law]) -> list[Support]:
     requests = foreign if chat else "the tokenizer has no chat template, in which requests are asked"
     parts = by_name["components"]
     return [
-        told("search", SEARCH, "for perturbations that no clamped feature sees"),
-        told("prompts in batches", ("batching",), "of unequal length, padded on the left", at_once),
-        told("search with a cache", SEARCH, "a step runs the perturbed positions alone", cached),
-        told("transfer", (*SEARCH, "shared"), "one perturbation for all prompts"),
-        told("whole answers", (*SEARCH, "generation"), generated, foreign),
-        told("task refusal", (*SEARCH, "generation"), "requests in the tokenizer's chat template", requests),
-        told(
+        of("search", SEARCH, "for perturbations that no clamped feature sees"),
+        of("prompts in batches", ("batching",), "of unequal length, padded on the left", at_once),
+        of("search with a cache", SEARCH, "a step runs the perturbed positions alone", cached),
+        of("transfer", (*SEARCH, "shared"), "one perturbation for all prompts"),
+        of("whole answers", (*SEARCH, "generation"), generated, foreign),
+        of("task refusal", (*SEARCH, "generation"), "requests in the tokenizer's chat template", requests),
+        of(
             "heads and MLPs",
             ("components",),
             "what carries a recovery can be attributed to them",
             parts.detail if parts.holds is None else None,
         ),
     ]
+
+
+def told(laws: list[Law], can: list[Support]) -> str:
+    """For a page: each law and whether it holds, and what can be run."""
+    holds = {True: "holds", False: "BROKEN", None: "not applicable"}
+    lines = [f"{law.name:14} {holds[law.holds]:15} {law.detail}" for law in laws]
+    runs = [f"{one.protocol:20} {'yes' if one.runs else 'no':4} {one.reason}" for one in can]
+    return "\n".join(["", *lines, "", "What can be run with this model", *runs])

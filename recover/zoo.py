@@ -175,11 +175,14 @@ def _load_gguf(name: str, file: Path, device: Place, dtype: DType) -> LoadedMode
 def _load(name: str, place: Path | str, source: Source, device: Place, dtype: DType) -> LoadedModel:
     if isinstance(place, Path) and not (place / "config.json").exists():
         raise InputError(f"model {name!r}: the folder has no config.json; give one that save_pretrained wrote")
+    part = ""
     try:
         with quiet():
-            # Tokenizer first: a download that has all the weights is then a complete one (see `recover.hub.cached`).
             _refuse_encoder(name, AutoConfig.from_pretrained(place, trust_remote_code=False))
+            # Before the weights: a download that has all of these is then a complete one (see `recover.hub.cached`).
+            part = "its tokenizer: "
             tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+            part = ""
             module, loading = AutoModelForCausalLM.from_pretrained(
                 place,
                 dtype=getattr(torch, dtype),
@@ -192,7 +195,7 @@ def _load(name: str, place: Path | str, source: Source, device: Place, dtype: DT
     except InputError:
         raise
     except Exception as error:  # whatever the many loaders raise, it is about what the user named
-        raise InputError(f"model {name!r} cannot be loaded ({why(error)})") from error
+        raise InputError(f"model {name!r} cannot be loaded ({part}{why(error)})") from error
     _check_whole(name, loading)
     if source == "hub":
         version = f"revision:{module.config._commit_hash}"

@@ -90,6 +90,23 @@ def test_what_moves_a_clamped_feature_is_back_only_without_a_constraint(analysis
     assert [line[-1] for line in told] == ["-", "0", "-", "6", "-", "-"]
 
 
+def test_published_refusals_stand_under_the_headings(analysis: Any) -> None:
+    refusal = analysis("refusal")
+
+    def told(name: str) -> dict[str, list[str]]:
+        found = analysis("beside").published_rows(load_config(ANALYSES / name), refusal.BESIDE)
+        lines = [refusal.published_line(*one) for one in found.items()]
+        assert {len(line) for line in lines} == {refusal.HEADINGS.index("   floor") + len("   floor")}
+        return {line[:15].strip(): line[15:].split() for line in lines}
+
+    advbench = told("published/refusal_advbench_gemma2.yaml")
+    assert advbench == told("refusal_smollm2.yaml")
+    assert advbench["constrained"] == ["24", "23", "15", "12", "-", "-", "-", "0.131", "-", "0.127"]
+    assert advbench["soft suffix"] == ["24", "24", "-", "-", "-", "-", "-", "0.815", "-", "-"]
+    harmbench = told("published/refusal_harmbench_gemma2.yaml")
+    assert harmbench == {"constrained": ["43", "43", "19", "14", "-", "-", "4.9%", "0.108", "-", "0.102"]}
+
+
 def test_what_is_retained_is_told_by_wording_and_by_fact(analysis: Any) -> None:
     said = analysis("unlearning").retained([(True, True), (True, False), (False, False), (True,)])
     assert "4 of 7 wordings (57.1%)" in said

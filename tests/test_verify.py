@@ -24,8 +24,9 @@ from recover.model import Model, Suffix
 from recover.sae import SAE
 from recover.transfer import Pool
 from recover.types import InputError, Site
-from recover.verify import Law, Support, stand_in, supported, verify
+from recover.verify import Law, Support, fitting, stand_in, supported, verify
 from tests.models import D_MODEL, FAMILIES, OTHERS, VOCAB, left_padded, plain_lm, tiny_lm, token_rows
+from tests.saes import random_sae
 
 ROWS = token_rows([7, 5, 6], seed=3)
 UNLIKE = {"bloom", "mpt", "granite", "falcon", "opt"}
@@ -154,16 +155,34 @@ def test_what_cannot_be_verified_is_refused_in_one_line() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Module 'model")  # nnsight, of a submodule that is called `output`
-def test_an_encoder_that_sees_what_comes_later_is_noticed() -> None:
+@pytest.mark.parametrize("attention", [1.0, 0.03])
+def test_an_encoder_that_sees_what_comes_later_is_noticed(attention: float) -> None:
+    """However little of it reaches the earlier positions."""
     config = transformers.BertConfig(
         vocab_size=VOCAB, hidden_size=D_MODEL, num_hidden_layers=4, num_attention_heads=4, intermediate_size=24
     )
-    model = Model(transformers.BertLMHeadModel(config).eval())
+    module = transformers.BertLMHeadModel(config).eval()
+    for block in module.bert.encoder.layer:
+        block.attention.output.dense.weight.data *= attention
+    model = Model(module)
     found = verify(model, sae(), left_padded(ROWS))
     assert told(found)["causal"] is False
     can = {one.protocol: one for one in supported(model, found)}
     assert can["search"] == Support("search", False, "broken: causal")
     assert not can["transfer"].runs
+
+
+def test_prompts_beyond_a_models_context_are_refused_in_one_line() -> None:
+    """GPT-2 has a vector for each of 64 positions."""
+    model, long = Model(tiny_lm("gpt2")), left_padded(token_rows([70, 5], seed=3))
+    said = r"^verify: GPT2LMHeadModel fails on prompts of 70 tokens \(index out of range .*its context is shorter"
+    for look in (
+        lambda: verify(model, sae(), long),
+        lambda: stand_in(model, long, SITE),
+        lambda: fitting(model, sae(), long, SITE),
+    ):
+        with pytest.raises(InputError, match=said):
+            look()
 
 
 def test_an_encoder_with_a_decoder_is_refused() -> None:
@@ -270,13 +289,31 @@ def test_the_command_tells_of_a_recurrent_model_and_refuses_an_encoder_with_a_de
     assert "it has an encoder and a decoder (t5)" in line
 
 
+def test_of_an_sae_it_says_whether_it_describes_the_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Laws hold of any SAE: of a signed basis, which describes everything, and of one with a longer decoder."""
+    folder = saved(tiny_lm(scale=4.0, max_position_embeddings=512), tmp_path / "llama")
+    signed = torch.cat([torch.eye(D_MODEL), -torch.eye(D_MODEL)], dim=1)
+    for name, scale in (("fits", 1.0), ("other", 3.0)):
+        module = random_sae("standard", d_model=D_MODEL, d_sae=2 * D_MODEL, hook_name=SITE.hook_name)
+        zero = {"b_enc": torch.zeros(2 * D_MODEL), "b_dec": torch.zeros(D_MODEL)}
+        module.load_state_dict({"W_enc": signed, "W_dec": scale * signed.T} | zero)
+        module.save_model(tmp_path / name)
+        assert main(["verify", "--model", folder, "--sae", str(tmp_path / name), "--device", "cpu"]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert [line.split()[1] for line in lines[3:15]] == ["holds"] * 12
+        fits = "yes  the SAE explains 1.000 of the variance at blocks.2.hook_resid_pre"
+        assert lines[17].startswith(f"check with this SAE  {fits if name == 'fits' else 'no   the SAE explains -'}")
+        assert lines[18].startswith("SAE at this site     ")
+    assert "wrong model or wrong hook point?" in lines[17]
+
+
 @pytest.mark.model
 def test_the_command_verifies_smollm2(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", "--model", "smollm2", "--sae", "smollm2-l15"]) == 0
     lines = capsys.readouterr().out.strip().splitlines()
     assert lines[1] == "SAE smollm2-l15 at blocks.15.hook_resid_pre"
     assert [line.split()[1] for line in lines[3:15]] == ["holds"] * 12
-    assert [line[21:24] for line in lines[17:]] == ["yes"] * 7
+    assert [line[21:24] for line in lines[17:]] == ["yes"] * 9
     assert main(["verify", "--model", "nowhere/at/all", "--sae", "smollm2-l15"]) == 2
 
 

@@ -142,7 +142,7 @@ def truncate(folder):
             lambda folder: (folder / "config.json").write_text('{"model_type": "t5"}'),
             "has an encoder and a decoder (t5)",
         ),
-        (lambda folder: (folder / "tokenizer.json").unlink(), "cannot be loaded"),
+        (lambda folder: (folder / "tokenizer.json").unlink(), "cannot be loaded (its tokenizer: "),
     ],
 )
 def test_damaged_folders_are_refused_in_one_line(model, damage, why):
