@@ -12,7 +12,8 @@ of evidence count, and neither rule looks at which task, model or defense it is 
 true        transfer recovers most held-out examples (Wilson lower bound above `most`) and more than shuffled targets do
             (Fisher, p at most `alpha`), under C1 and under C1+; and chance is at most `max_chance`
 false       transfer recovers no more than shuffled targets do, under C1, and the own target is not easier than the
-            placebo (sign test, p above `alpha`): a perturbation of this size writes answers
+            placebo (sign test, p above `alpha`): a perturbation of this size writes answers; not where the held-out
+            examples are so few that a rate of less than `most` may be one of more (Wilson upper bound)
 false       transfer recovers more than shuffled targets do under C1 but not under C1+: the clamp was undone
 false       all examples are asked for one target, and another one is brought about as often on unseen examples by a
             delta that is fitted to it (Fisher, p above `alpha`), or on most of them (Wilson, as above): a linear probe
@@ -192,6 +193,11 @@ def _judged(
             return None, (
                 "unknown: one shared perturbation does no more than chance, and pairs of own and placebo target are "
                 f"too few to compare ({placebo.n})"
+            )
+        if own.rate <= rules.most < (high := wilson(own.hits, own.n)[1]):
+            return None, (
+                f"unknown: one shared perturbation does no more than chance on {own.n} held-out examples, which are "
+                f"too few to tell that from bringing back most (95% interval up to {high:.0%}); give more prompts"
             )
         if p["placebo"] <= rules.alpha:
             return None, (

@@ -44,6 +44,19 @@ def test_pairs_too_few_to_reach_alpha_are_no_evidence_that_the_placebo_is_as_eas
     assert judge(NOTHING, Paired(8, 4, 4, 0, 0, 1.0, 0.64), replace(RULES, alpha=0.02)).specific is False
 
 
+def test_held_out_examples_too_few_to_tell_little_from_most_are_no_evidence_that_nothing_transfers() -> None:
+    """2 of 8: Wilson 95 % ends at 0.591; 2 of 16: at 0.360."""
+    none = TransferEvidence(Reading(2, 8), Reading(1, 8), Reading(2, 24), Reading(0, 24), Reading(0, 800))
+    few = judge(none, AS_EASY, RULES)
+    assert few.specific is None
+    assert (
+        "8 held-out examples, which are too few to tell that from bringing back most (95% interval up to 59%)"
+        in (few.reasons[-1])
+    )
+    assert judge(none, AS_EASY, replace(RULES, most=0.6)).specific is False
+    assert judge(replace(none, own=Reading(2, 16)), AS_EASY, RULES).specific is False
+
+
 def test_what_fails_under_c1_plus_is_an_undone_clamp() -> None:
     finding = judge(replace(SURVIVES, write_orthogonal=Reading(2, 40)), AS_EASY, RULES)
     assert finding.specific is False
