@@ -110,11 +110,8 @@ def _run(config: Config, folder: RunFolder, keep_text: bool, progress: Progress,
             folder.take(unit, given)
     progress("loading", 0, 1)
     with workers.together():
-        if config.device_map is not None and workers.size > 1:
-            raise InputError(
-                "device_map: it spreads one model over all cards, and under torchrun each worker has one of its own; "
-                "use one of the two"
-            )
+        if workers.size > 1:
+            _refuse_a_shared_card(config)
         setting = load_setting(config, keep_text=keep_text, progress=progress)
     progress("loading", 1, 1)
     size = min(workers.gather(setting.batch_size))
@@ -158,6 +155,19 @@ def beside_published(verdict: Mapping[str, Any], config: Config) -> dict[str, An
     if given is None or not given.figures:
         return own
     return own | {"published": compared(verdict, given.known(), given.source)}
+
+
+def _refuse_a_shared_card(config: Config) -> None:
+    """Several workers have a card each, which `torchrun` numbers."""
+    if config.device_map is not None:
+        raise InputError(
+            "device_map: it spreads one model over all cards, and under torchrun each worker has one of its own; use "
+            "one of the two"
+        )
+    if config.device.startswith("cuda:"):
+        raise InputError(
+            f"device: {config.device} is one card, and under torchrun each worker has one of its own; write cuda"
+        )
 
 
 def _expect(folder: RunFolder, state: RunState, config: Config, keep_text: bool) -> None:

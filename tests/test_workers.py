@@ -152,11 +152,24 @@ def arguments(root: Path, out: Path) -> list[str]:
     return ["check", f"{root / 'defense.yaml'}", "--out", f"{out}", "--n", f"{N}", "--batch-size", f"{BATCH}"]
 
 
-def test_a_model_is_spread_over_cards_or_shared_by_workers(root: Path, tmp_path: Path) -> None:
-    config = load_config(root / "defense.yaml", {"device_map": "auto", "device": "auto"})
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"device_map": "auto", "device": "auto"}, "device_map: it spreads one model over all cards"),
+        (
+            {"device": "cuda:0"},
+            "device: cuda:0 is one card, and under torchrun each worker has one of its own; write",
+        ),
+    ],
+)
+def test_workers_have_a_card_each(root: Path, tmp_path: Path, changes: dict[str, str], said: str) -> None:
+    config = load_config(root / "defense.yaml", changes)
     given = in_threads(2, lambda workers: run_check(config, tmp_path / "out", workers=workers))
     assert isinstance(given[0], InputError)
-    assert str(given[0]).startswith("device_map: it spreads one model over all cards")
+    assert str(given[0]).startswith(said)
+
+
+def test_a_model_is_in_one_place(root: Path) -> None:
     with pytest.raises(InputError, match=r"flags: device_map: it says where the model is, and so does device"):
         load_config(root / "defense.yaml", {"device_map": "auto", "device": "cpu"})
 
