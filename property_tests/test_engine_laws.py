@@ -432,7 +432,7 @@ class FolderCase:
                 batch_size=self.batch_size,
                 store=folder,
             )
-            folder.save_records(verdict.records)
+            folder.finish(verdict.records)
         finally:
             folder.close()
         return {k: v for k, v in verdict.to_dict().items() if k != "provenance"}, folder.kept

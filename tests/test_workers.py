@@ -190,6 +190,19 @@ def test_what_a_task_computes_does_not_hang_on_the_cores(
         assert (seen, torch.get_num_threads()) == ([used], 2)
 
 
+@pytest.fixture
+def one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers that are threads load in turn: while transformers loads, it changes its own classes for all threads."""
+    lock, load = threading.Lock(), runner.load_setting
+
+    def in_turn(*given: Any, **named: Any) -> Any:
+        with lock:
+            return load(*given, **named)
+
+    monkeypatch.setattr(runner, "load_setting", in_turn)
+
+
+@pytest.mark.usefixtures("one_at_a_time")
 def test_a_batch_is_what_fits_the_worker_with_least_memory(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -212,6 +225,7 @@ def alone(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.usefixtures("one_at_a_time")
 def test_no_worker_says_that_it_is_done_before_all_is_written(
     root: Path, alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
