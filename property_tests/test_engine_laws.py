@@ -439,7 +439,7 @@ class FolderCase:
 
     def units(self, path: Path) -> dict[str, Any]:
         """What the units on disk hold but for their times, by file."""
-        found = {file.name: json.loads(file.read_text()) for file in (path / UNITS).iterdir()}
+        found = {file.name: json.loads(file.read_text()) for file in (path / UNITS).glob("*.json")}
         for unit in found.values():
             del unit["values"]["seconds"]
         return found
