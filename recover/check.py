@@ -147,7 +147,9 @@ def _account(bench: Bench, ledger: Ledger, neutral: Prompts | None, report: Prog
         ledger.run("fit", None, lambda: [vars(fit) for fit in measure_fits(bench)])
     if neutral is not None and ("utility", 0) in mine:
         ledger.run("utility", None, lambda: asdict(_utility(bench, neutral)))
-    _by_batch(bench, ledger, {"accounting": accounting}, _here(ledger, parts, mine, sizes), report)
+    here = _told_of(ledger, parts, mine)
+    batches = {number: size for number, size in sizes.items() if ("batch", number) in here}
+    _by_batch(bench, ledger, {"accounting": accounting}, batches, report)
 
 
 def _search_and_control(bench: Bench, ledger: Ledger, flips: Mapping[int, int], report: Progress) -> None:
@@ -159,11 +161,11 @@ def _search_and_control(bench: Bench, ledger: Ledger, flips: Mapping[int, int], 
     if not (ledger.finished(["transfer"]) and ledger.values("transfer")["refused"]):
         parts |= {("transfer", fold): _units_of(fold) for fold in range(plan.transfer.folds)}
     mine = ledger.mine(parts)
-    _by_batch(bench, ledger, PHASES, _here(ledger, parts, mine, flips), report)
+    here = _told_of(ledger, parts, mine)
+    _by_batch(bench, ledger, PHASES, {n: count for n, count in flips.items() if ("batch", n) in here}, report)
     if ("health", 0) in mine:
         ledger.run("health", None, lambda: search_health(bench))
-    controls = [part for part in parts if part[0] == "placebo_features"]
-    draws = [part[1] for part in controls if part in mine or ledger.finished(parts[part])]
+    draws = [number for kind, number in sorted(here) if kind == "placebo_features"]
     for done, draw in enumerate(draws):
         report("placebo_features", done, len(draws))
         ledger.run("placebo_features", draw, lambda draw=draw: placebo_features(bench, draw))  # type: ignore[misc]
@@ -173,14 +175,9 @@ def _search_and_control(bench: Bench, ledger: Ledger, flips: Mapping[int, int], 
             _fold(bench, ledger, fold, report)
 
 
-def _here(
-    ledger: Ledger, parts: Mapping[Part, list[str]], mine: set[Part], counts: Mapping[int, int]
-) -> dict[int, int]:
-    """The examples of each batch that this worker tells of: its own, and those that are finished."""
-    parts_here = {number: ("batch", number) for number in counts}
-    return {
-        number: counts[number] for number, part in parts_here.items() if part in mine or ledger.finished(parts[part])
-    }
+def _told_of(ledger: Ledger, parts: Mapping[Part, list[str]], mine: set[Part]) -> set[Part]:
+    """The parts whose progress this worker tells: its own, and those that are finished."""
+    return mine | {part for part, units in parts.items() if ledger.finished(units)}
 
 
 def _by_batch(
