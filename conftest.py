@@ -29,6 +29,6 @@ def _seeded() -> None:
 @pytest.fixture(scope="session")
 def smollm2():
     """SmolLM2-135M-Instruct in float32 on the CPU; downloaded the first time."""
-    from recover import zoo  # not above: most tests need none of what it imports
+    from recover.models import names  # not above: most tests need none of what it imports
 
-    return zoo.resolve_model("smollm2", device="cpu")
+    return names.resolve_model("smollm2", device="cpu")

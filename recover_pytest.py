@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from recover.testing import Defenses
+    from recover.testing.defenses import Defenses
 
 MARKERS = {
     "gpu": "needs a CUDA device",
@@ -37,7 +37,7 @@ MACHINE = pytest.StashKey[dict[str, bool]]()
 @pytest.fixture(scope="session")
 def check_defense(request: pytest.FixtureRequest) -> Defenses:
     """Check a defense once, and remember it: `check_defense("defense.yaml")` gives what the assertions read."""
-    from recover.testing import Defenses
+    from recover.testing.defenses import Defenses
 
     config = request.config
     given = config.getoption("recovery_dir")
@@ -108,7 +108,7 @@ def _has_gpu() -> bool:
 
 
 def _has_hub() -> bool:
-    from recover.zoo import hub_reachable
+    from recover.models.hub import hub_reachable
 
     return hub_reachable()
 

@@ -8,9 +8,9 @@ Of a finished run of `recover check` (or of a DEFENSE.yaml, which is then checke
 2. *Effects* to first order, and integrated along the delta: of the parts, which add up.
 3. *Shared deltas*, where the run has them: the same, on the half that each was not fitted to, by the stricter
    predicate.
-4. *Paths* (`recover.paths`): the heads and MLPs above the site through which most goes; put back to what they gave when
+4. *Paths* (`paths`): the heads and MLPs above the site through which most goes; put back to what they gave when
    defended, does the recovery go, and put in alone, does it come? Beside as many drawn at random.
-5. *Name movers* (`recover.movers`), where the behavior has a target that its prompt holds: are heads that look at it
+5. *Name movers* (`movers`), where the behavior has a target that its prompt holds: are heads that look at it
    and write it back?
 
 A delta of `recover check` ends at the edge, so that no part of it can be enough alone; `--stretch 3` looks at one that
@@ -38,19 +38,21 @@ from einops import repeat
 from finished import Run, digest, open_run
 from points import Points
 
-from recover import certify, refusal, run_check
-from recover.artifacts import write_whole
-from recover.attribution import POINTS, TOP_K, VIEWS, attribute, entering, parts_of
-from recover.behavior import Targeted
-from recover.config import load_config
-from recover.defended import Defended, Delta
-from recover.examples import Examples
-from recover.heldout import C1
-from recover.heldout import split as halves_of
-from recover.movers import looks, undefended, writes
-from recover.paths import Carrier, carriers, direct, patched, through, trace
-from recover.records import without_nan
-from recover.speech import texts
+from recover import run_check
+from recover.defenses.defended import Defended, Delta
+from recover.evidence import certificate
+from recover.evidence.attribution.movers import looks, undefended, writes
+from recover.evidence.attribution.parts import POINTS, TOP_K, VIEWS, attribute, entering, parts_of
+from recover.evidence.attribution.paths import Carrier, carriers, direct, patched, through, trace
+from recover.models.generation import texts
+from recover.protocol.folder import write_whole
+from recover.protocol.heldout import C1
+from recover.protocol.heldout import split as halves_of
+from recover.protocol.records import without_nan
+from recover.run.config import load_config
+from recover.tasks import replies as refusal
+from recover.tasks.behaviors import Targeted
+from recover.tasks.examples import Examples
 from recover.types import InputError, Mask
 
 SIZES = (1, 2, 4, 8, 16, 32, 64)
@@ -80,7 +82,7 @@ def effects(run: Run, part: Examples, delta: Delta) -> dict[str, Any]:
 def replay(run: Run, part: Examples, delta: Delta) -> dict[str, Any]:
     """What the certificate says of one part alone."""
     bench = run.bench
-    facts = certify(bench.exact, bench.defense, part.prompts, part.behavior, delta, every_site=bench.every_site)
+    facts = certificate(bench.exact, bench.defense, part.prompts, part.behavior, delta, every_site=bench.every_site)
     columns = {
         "score": facts.score.tolist(),
         "shows": facts.shows.tolist(),

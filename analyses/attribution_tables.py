@@ -10,7 +10,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib import pyplot as plt
 
-from recover.attribution import VIEWS
+from recover.evidence.attribution.parts import VIEWS
 
 WORDS = {
     "full": "full delta",

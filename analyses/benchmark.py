@@ -22,11 +22,11 @@ import torch
 from tqdm import tqdm
 
 import recover as rc
-from recover.behavior import LogitDifference
-from recover.constraint import EncoderOrthogonal
-from recover.defended import Defended
-from recover.setting import build_defense, load_setting, select_features
-from recover.stats import wilson
+from recover.defenses.defended import Defended
+from recover.numerics.statistics import wilson
+from recover.run.setting import build_defense, load_setting, select_features
+from recover.search.constraints.linear import EncoderOrthogonal
+from recover.tasks.behaviors import LogitDifference
 
 STEPS, LEARNING_RATE = 100, 0.1
 

@@ -35,10 +35,10 @@ from refusal import DEFAULT, HEADINGS, Row, flips_of, line, pinned, read_out
 from torch import Tensor
 from tqdm import tqdm
 
-from recover.bench import Bench
-from recover.config import load_config
-from recover.examples import Examples
-from recover.setting import build_bench, load_setting
+from recover.protocol.bench import Bench
+from recover.run.config import load_config
+from recover.run.setting import build_bench, load_setting
+from recover.tasks.examples import Examples
 from recover.types import InputError
 
 FIRST_STAGE, PREFIX, PROBES, CORRECTIONS, PENALTY, RATE = 20, 8, 8, 5, 200.0, 0.1

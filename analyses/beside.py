@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from recover.config import Config, load_config
+from recover.run.config import Config, load_config
 
 PUBLISHED = Path(__file__).parent / "published"
 

@@ -22,11 +22,11 @@ from matplotlib import pyplot as plt
 from points import Points
 from refusal import DEFAULT, flips_of, pinned, read_out
 
-from recover.bench import Bench
-from recover.config import load_config
-from recover.examples import Examples
-from recover.setting import build_bench, load_setting
-from recover.stats import wilson
+from recover.numerics.statistics import wilson
+from recover.protocol.bench import Bench
+from recover.run.config import load_config
+from recover.run.setting import build_bench, load_setting
+from recover.tasks.examples import Examples
 from recover.types import InputError
 
 PUBLISHED = {0.0: 0, 2.0: 0, 5.0: 4, 10.0: 12, 20.0: 22, 40.0: 23}

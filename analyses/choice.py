@@ -14,8 +14,8 @@ from pathlib import Path
 from einops import rearrange
 
 from recover import load_config
-from recover.defended import clamp_edits
-from recover.setting import build_defense, load_setting, select_features
+from recover.defenses.defended import clamp_edits
+from recover.run.setting import build_defense, load_setting, select_features
 from recover.tasks.choice import ORDERS, draw, kept, right
 from recover.tasks.questions import load
 

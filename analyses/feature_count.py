@@ -23,10 +23,10 @@ from matplotlib import pyplot as plt
 from points import Points
 from refusal import DEFAULT, flips_of, pinned, read_out
 
-from recover.config import Config, Selection, load_config
-from recover.refusal import degenerate
-from recover.setting import Setting, build_bench, load_setting
-from recover.stats import wilson
+from recover.numerics.statistics import wilson
+from recover.run.config import Config, Selection, load_config
+from recover.run.setting import Setting, build_bench, load_setting
+from recover.tasks.replies import degenerate
 from recover.types import InputError
 
 PUBLISHED = {

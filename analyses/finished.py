@@ -12,17 +12,17 @@ from points import Points
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from recover.artifacts import CONFIG, DELTAS, EXAMPLES, RUN, RunState
-from recover.attribution import entering
-from recover.bench import Bench
-from recover.config import load_config
-from recover.defended import Defended, Delta
-from recover.examples import Examples
-from recover.finished import read_records
-from recover.linear_error import LinearError, error_activations, fit_linear_error
-from recover.neutral import NEUTRAL
-from recover.records import ExampleRecord
-from recover.setting import Chosen, build_bench, load_setting
+from recover.defenses.defended import Defended, Delta
+from recover.evidence.attribution.linear_error import LinearError, error_activations, fit_linear_error
+from recover.evidence.attribution.parts import entering
+from recover.protocol.bench import Bench
+from recover.protocol.folder import CONFIG, DELTAS, EXAMPLES, RUN, RunState
+from recover.protocol.records import ExampleRecord
+from recover.report.finished import read_records
+from recover.run.config import load_config
+from recover.run.setting import Chosen, build_bench, load_setting
+from recover.tasks.examples import Examples
+from recover.tasks.neutral import NEUTRAL
 from recover.types import InputError, Site
 
 

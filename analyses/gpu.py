@@ -6,7 +6,7 @@
 2. *bfloat16*: IOI on the device with a model in bfloat16; SAE, search and certificates are in float32 as always.
    Rounding moves residuals by a percent: counts may be apart by `COUNTS_BF16` of the prompts, norms by `NORMS_BF16`.
 3. *Memory*: what a forward and backward pass of attribution over a full batch takes beside the model, against what
-   `recover.memory` counts on.
+   `recover.models.capacity` counts on.
 4. *Speed*: `benchmark.py` and `benchmark_refusal.py` on the device.
 
     python analyses/gpu.py [--device cuda] [--task ioi ...] [--out analyses/gpu.md]
@@ -28,17 +28,18 @@ from typing import Any
 
 import torch
 
-from recover.behavior import AnswerLikelihood
-from recover.config import Config, load_config
-from recover.memory import bytes_a_prompt
-from recover.model import Model, Prompts
-from recover.neutral import NEUTRAL
-from recover.runner import run_check
-from recover.sae import SAE
-from recover.selection import attribution
-from recover.setting import package_versions
+from recover.defenses.selection import attribution
+from recover.models.capacity import bytes_a_prompt
+from recover.models.host import Model, Prompts
+from recover.models.names import resolve_device, resolve_model
+from recover.run.config import Config, load_config
+from recover.run.runner import run_check
+from recover.run.setting import package_versions
+from recover.saes.names import resolve_sae
+from recover.saes.sae import SAE
+from recover.tasks.behaviors import AnswerLikelihood
+from recover.tasks.neutral import NEUTRAL
 from recover.types import InputError
-from recover.zoo import resolve_device, resolve_model, resolve_sae
 
 HERE = Path(__file__).parent
 LIGHT = {"controls.random_draws": 10, "controls.placebo_features": 1, "transfer.draws": 5, "transfer.steps": 10}
@@ -145,7 +146,7 @@ def held(work: Callable[[], object], device: torch.device) -> int:
 
 
 def memory(model: Model, sae: SAE, prompts: Prompts) -> tuple[int, int]:
-    """Bytes that attribution holds, and bytes that `recover.memory` counts on for as many prompts."""
+    """Bytes that attribution holds, and bytes that `recover.models.capacity` counts on for as many prompts."""
     assert sae.site is not None
     site, behavior = sae.site, AnswerLikelihood(torch.zeros(len(prompts), dtype=torch.long, device=model.device))
     used = held(lambda: attribution(model, sae, site, prompts, behavior), model.device)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from recover.artifacts import write_whole
+from recover.protocol.folder import write_whole
 from recover.types import InputError
 
 SETTINGS = "settings.json"

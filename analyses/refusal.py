@@ -28,28 +28,29 @@ import torch
 from beside import published_rows
 from einops import repeat
 
-from recover import Schedule, certify, recover
-from recover import refusal as readouts
-from recover.adam import climb
-from recover.behavior import ForcedAnswer, positions_read
-from recover.bench import Bench
-from recover.config import load_config
-from recover.controls import Anywhere
-from recover.defended import Delta
-from recover.examples import Examples
-from recover.generate import answered, generate
-from recover.metrics import norm
-from recover.phases import spoken
-from recover.pinned_search import recover_pinned
-from recover.pinning import Pinned
-from recover.probes import recover_probed
-from recover.restoration import recover_linearized
-from recover.search import scale_to
-from recover.setting import build_bench, load_setting
-from recover.soft_suffix import SoftSuffix, spoken_with, with_room
-from recover.speech import say, texts
-from recover.transfer import FitSchedule, Pool, Problem, fit_shared
-from recover.two_stage import Opening, opened
+from recover import Schedule, recover
+from recover.baselines.probes import recover_probed
+from recover.baselines.soft_suffix import SoftSuffix, spoken_with, with_room
+from recover.baselines.two_stage import Opening, opened
+from recover.defenses.defended import Delta
+from recover.defenses.speech import say
+from recover.evidence import certificate
+from recover.evidence.controls import Anywhere
+from recover.evidence.transfer import FitSchedule, Pool, Problem, fit_shared
+from recover.models.generation import answered, generate, texts
+from recover.numerics.metrics import norm
+from recover.protocol.bench import Bench
+from recover.protocol.phases import spoken
+from recover.run.config import load_config
+from recover.run.setting import build_bench, load_setting
+from recover.search.adam import climb
+from recover.search.ascent import scale_to
+from recover.search.constraints.pinned import Pinned
+from recover.search.constraints.restored import recover_linearized
+from recover.search.pinned import recover_pinned
+from recover.tasks import replies as readouts
+from recover.tasks.behaviors import ForcedAnswer, positions_read
+from recover.tasks.examples import Examples
 from recover.types import InputError
 
 OPENING = 8
@@ -137,7 +138,7 @@ METHODS: dict[str, tuple[Search, bool]] = {
 def read_out(method: str, bench: Bench, part: Examples, delta: Delta, seconds: float) -> Row:
     """What a method's deltas do, teacher-forced and in free generation."""
     every = bench.every_site
-    facts = certify(bench.exact, bench.defense, part.prompts, part.behavior, delta, every_site=every)
+    facts = certificate(bench.exact, bench.defense, part.prompts, part.behavior, delta, every_site=every)
     replies = spoken(bench, part, delta)
     return Row(
         method=method,

@@ -21,12 +21,12 @@ from matplotlib import pyplot as plt
 from tqdm import tqdm
 
 from recover import Memory, load_config
-from recover.bench import Bench
-from recover.heldout import fit, read, summary
-from recover.phases import accounting, certificates, placebo, search
-from recover.records import ExampleRecord
-from recover.setting import build_bench, load_setting
-from recover.verdict import certified_norm, curve, placebo_pairs
+from recover.protocol.bench import Bench
+from recover.protocol.heldout import fit, read, summary
+from recover.protocol.phases import accounting, certificates, placebo, search
+from recover.protocol.records import ExampleRecord
+from recover.protocol.verdict import certified_norm, curve, placebo_pairs
+from recover.run.setting import build_bench, load_setting
 
 DEFAULT = Path(__file__).parent / "ioi_smollm2.yaml"
 LINES = {

@@ -30,19 +30,20 @@ from beside import published_rows
 from matplotlib import pyplot as plt
 from points import Points
 
-from recover.bench import Bench
-from recover.certify import certify
-from recover.config import Config, Selection, load_config
-from recover.controls import Anywhere
-from recover.model import Model
-from recover.search import recover
-from recover.selection import largest, mean_activations
-from recover.setting import Setting, build_bench
-from recover.stats import wilson
+from recover.baselines.tpp import ablated, effect, score
+from recover.defenses.selection import largest, mean_activations
+from recover.evidence.certificate import certify
+from recover.evidence.controls import Anywhere
+from recover.models.host import Model
+from recover.models.names import resolve_model
+from recover.numerics.statistics import wilson
+from recover.protocol.bench import Bench
+from recover.run.config import Config, Selection, load_config
+from recover.run.setting import Setting, build_bench
+from recover.saes.names import resolve_sae
+from recover.search.ascent import recover
 from recover.tasks import probe, read_options
-from recover.tpp import ablated, effect, score
 from recover.types import InputError, Tensor
-from recover.zoo import resolve_model, resolve_sae
 
 DEFAULT = Path(__file__).with_name("tpp_smollm2.yaml")
 MEASURES = ("recovered", "clean", "reactivated", "drift", "norm", "share")

@@ -24,17 +24,17 @@ from typing import Any
 from beside import published_rows
 from points import Points
 
-from recover.bench import Batch, Bench
-from recover.certify import certify
-from recover.config import load_config
-from recover.controls import Anywhere
-from recover.defended import clamp_edits
-from recover.phases import BY_GRADIENT
-from recover.records import certificate_values
-from recover.search import Feasible
-from recover.setting import Setting, build_bench, load_setting
-from recover.solvers import worst_case
-from recover.stats import wilson
+from recover.defenses.defended import clamp_edits
+from recover.evidence.certificate import certify
+from recover.evidence.controls import Anywhere
+from recover.numerics.statistics import wilson
+from recover.protocol.bench import Batch, Bench
+from recover.protocol.phases import BY_GRADIENT
+from recover.protocol.records import certificate_values
+from recover.run.config import load_config
+from recover.run.setting import Setting, build_bench, load_setting
+from recover.search.ascent import Feasible
+from recover.search.solvers import worst_case
 from recover.tasks import choice, cloze, get_task
 from recover.tasks.questions import load
 from recover.types import InputError

@@ -26,13 +26,17 @@ from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 from pydantic import BaseModel, TypeAdapter
 
-from recover import cli, config, plan, search, transfer
-from recover.evidence import Rules
+from recover import cli
+from recover.evidence import transfer
+from recover.evidence.rules import Rules
+from recover.protocol import plan
+from recover.run import config
+from recover.search import ascent
 from recover.tasks import HANDED, TASKS, ioi
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOK = ROOT / "analyses" / "tutorial.ipynb"
-SCHEMA = ROOT / "recover" / "schemas" / "verdict.schema.json"
+SCHEMA = ROOT / "recover" / "protocol" / "verdict.schema.json"
 HELP_COLUMNS = "100"
 INCLUDED = re.compile(r"^<!-- docstring: ([\w.]+) -->$", flags=re.MULTILINE)
 SECTIONS: Mapping[type[BaseModel], tuple[type, ...]] = {
@@ -40,7 +44,7 @@ SECTIONS: Mapping[type[BaseModel], tuple[type, ...]] = {
     config.ClampConfig: (),
     config.Selection: (),
     config.PromptConfig: (),
-    config.SearchConfig: (search.Schedule, plan.Plan),
+    config.SearchConfig: (ascent.Schedule, plan.Plan),
     config.ControlConfig: (plan.Plan,),
     config.TransferConfig: (plan.TransferPlan, transfer.FitSchedule),
     config.RuleConfig: (Rules,),

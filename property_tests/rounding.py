@@ -11,8 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from recover.activation import Activation, Gated, JumpReLU
-from recover.sae import SAE
+from recover.saes.activations import Activation, Gated, JumpReLU
+from recover.saes.sae import SAE
 
 
 def eps(dtype: torch.dtype) -> float:

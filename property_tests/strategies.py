@@ -16,8 +16,8 @@ from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from recover.clamp import Clamp, Defense, Floor, Mode, Scale, Set
-from recover.sae import SAE, from_sae_lens
+from recover.defenses.clamps import Clamp, Defense, Floor, Mode, Scale, Set
+from recover.saes.sae import SAE, from_sae_lens
 from tests.saes import POINTWISE, random_sae
 
 COMPETING = ("topk", "abstopk")

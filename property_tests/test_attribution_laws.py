@@ -9,11 +9,11 @@ from torch import Tensor
 
 from property_tests.rounding import assert_within, eps
 from property_tests.strategies import POINTWISE, SEEDS, Scene, costly, randn, scenes
-from recover.attribution import LEAVES, attribute, first_order, gradient, parts_of, split
-from recover.defended import defend
-from recover.linear_error import LinearError
+from recover.defenses.defended import defend
+from recover.evidence.attribution.linear_error import LinearError
+from recover.evidence.attribution.parts import LEAVES, attribute, first_order, gradient, parts_of, split
 from recover.planted.pinned import pinned_layers
-from recover.sae import SAE
+from recover.saes.sae import SAE
 
 
 def linear_map(d_model: int, seed: int) -> LinearError:

@@ -34,10 +34,10 @@ from property_tests.strategies import (
     residual_cases,
     scenes,
 )
-from recover.activation import JumpReLU, ReLU
-from recover.clamp import Clamp, Defense, Floor, Scale, Set
-from recover.constraint import ActivationStable, EncoderOrthogonal
-from recover.sae import SAE
+from recover.defenses.clamps import Clamp, Defense, Floor, Scale, Set
+from recover.saes.activations import JumpReLU, ReLU
+from recover.saes.sae import SAE
+from recover.search.constraints.linear import ActivationStable, EncoderOrthogonal
 from recover.types import InputError, Site
 from tests.by_hand import clamped
 from tests.saes import POINTWISE

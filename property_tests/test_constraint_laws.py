@@ -31,17 +31,24 @@ from property_tests.strategies import (
     residual_cases,
     scenes,
 )
-from recover.admissible import JacobianOrthogonal, admissible
-from recover.behavior import LogitDifference
-from recover.certify import certify
-from recover.clamp import Clamp, Defense
-from recover.constraint import ActivationStable, Budget, Constraint, Constraints, DecodeStable, EncoderOrthogonal
-from recover.defended import Defended, defend
-from recover.metrics import norm
-from recover.model import Model, Prompts
+from recover.defenses.clamps import Clamp, Defense
+from recover.defenses.defended import Defended, defend
+from recover.evidence.certificate import certify
+from recover.models.host import Model, Prompts
+from recover.numerics.metrics import norm
+from recover.numerics.subspaces import NullSpace, row_space
 from recover.planted.network import Gather, Linear, Network
-from recover.search import scale_to
-from recover.subspace import NullSpace, row_space
+from recover.search.ascent import scale_to
+from recover.search.constraints.admissible import JacobianOrthogonal, admissible
+from recover.search.constraints.linear import (
+    ActivationStable,
+    Budget,
+    Constraint,
+    Constraints,
+    DecodeStable,
+    EncoderOrthogonal,
+)
+from recover.tasks.behaviors import LogitDifference
 from recover.types import Site
 from tests.saes import POINTWISE
 

@@ -28,9 +28,9 @@ from property_tests.strategies import (
     sae_cases,
     scenes,
 )
-from recover.activation import TopK
-from recover.decompose import decompose, recompose
-from recover.sae import from_sae_lens
+from recover.saes.activations import TopK
+from recover.saes.decomposition import decompose, recompose
+from recover.saes.sae import from_sae_lens
 
 STEP = 2.0**-12
 """Of finite differences. All these functions are linear between kinks, so any step that crosses none is exact."""

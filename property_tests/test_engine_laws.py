@@ -25,19 +25,19 @@ from torch import Tensor
 
 from property_tests.rounding import assert_within, eps, product_error, projection_leak
 from property_tests.strategies import COMPETING, SEEDS, ClampCase, SAECase, clamp_cases, costly, randn
-from recover.artifacts import DELTAS, EXAMPLES, TEMPORARY, UNITS, RunFolder, RunState
-from recover.behavior import LogitDifference, Targeted
-from recover.certify import Certificate, certify
-from recover.check import Examples, check
-from recover.clamp import Clamp, Defense, Set
-from recover.constraint import ActivationStable, EncoderOrthogonal
-from recover.defended import PLACEMENTS, defend
-from recover.model import Model, Prompts
+from recover.defenses.clamps import Clamp, Defense, Set
+from recover.defenses.defended import PLACEMENTS, defend
+from recover.evidence.certificate import Certificate, certify
+from recover.models.host import Model, Prompts
 from recover.planted import KINDS
-from recover.sae import SAE
-from recover.search import Schedule
+from recover.protocol.checking import Examples, check
+from recover.protocol.folder import DELTAS, EXAMPLES, TEMPORARY, UNITS, RunFolder, RunState
+from recover.protocol.verdict import Verdict
+from recover.saes.sae import SAE
+from recover.search.ascent import Schedule
+from recover.search.constraints.linear import ActivationStable, EncoderOrthogonal
+from recover.tasks.behaviors import LogitDifference, Targeted
 from recover.types import Site
-from recover.verdict import Verdict
 from tests.models import D_MODEL, FAMILIES, N_LAYERS, VOCAB, left_padded, plain_lm, tiny_lm, token_rows
 from tests.saes import POINTWISE
 from tests.test_check import LIGHT

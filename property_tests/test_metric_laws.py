@@ -13,8 +13,8 @@ from torch import Tensor
 
 from property_tests.rounding import assert_within, eps
 from property_tests.strategies import SEEDS, randn
-from recover import metrics
-from recover.behavior import AnswerLikelihood, ChoiceMargin, LogitDifference
+from recover.numerics import metrics
+from recover.tasks.behaviors import AnswerLikelihood, ChoiceMargin, LogitDifference
 
 
 @dataclass(frozen=True)

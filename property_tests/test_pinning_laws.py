@@ -9,16 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from property_tests.strategies import POINTWISE, SEEDS, SAECase, costly
-from recover.behavior import ForcedAnswer
-from recover.certify import certify
-from recover.clamp import Clamp, Defense, Floor, Scale, Set
-from recover.defended import clamp_edits, defend
-from recover.generate import answered, generate, n_answer
-from recover.metrics import norm
-from recover.model import Edit, Model
-from recover.pinned_search import recover_pinned, shorten
-from recover.pinning import Pinned
+from recover.defenses.clamps import Clamp, Defense, Floor, Scale, Set
+from recover.defenses.defended import clamp_edits, defend
+from recover.evidence.certificate import certify
+from recover.models.generation import answered, generate, n_answer
+from recover.models.host import Edit, Model
+from recover.numerics.metrics import norm
 from recover.planted.pinned import pinned_layers
+from recover.search.constraints.pinned import Pinned
+from recover.search.pinned import recover_pinned, shorten
+from recover.tasks.behaviors import ForcedAnswer
 from recover.types import Site
 from tests.models import D_MODEL, FAMILIES, N_LAYERS, left_padded, tiny_lm, token_rows
 

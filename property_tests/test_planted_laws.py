@@ -18,18 +18,18 @@ from torch import Tensor
 
 from property_tests.rounding import assert_within, eps
 from property_tests.strategies import SEEDS, costly, randn
-from recover.admissible import JacobianOrthogonal, admissible
-from recover.certify import certify
-from recover.check import check
-from recover.constraint import EncoderOrthogonal
-from recover.decompose import decompose
-from recover.defended import Defended, defend
-from recover.metrics import norm
-from recover.minimum import smallest_norm
+from recover.defenses.defended import Defended, defend
+from recover.evidence.certificate import certify
+from recover.numerics.metrics import norm
 from recover.planted import KINDS, MIXTURES, Planted
 from recover.planted.meaning import likeliest
-from recover.search import recover, scale_to
-from recover.selftest import TOLERANCE, UNMEASURED, judge, norm_error
+from recover.planted.selftest import TOLERANCE, UNMEASURED, judge, norm_error
+from recover.protocol.checking import check
+from recover.saes.decomposition import decompose
+from recover.search.ascent import recover, scale_to
+from recover.search.constraints.admissible import JacobianOrthogonal, admissible
+from recover.search.constraints.linear import EncoderOrthogonal
+from recover.search.minimum import smallest_norm
 
 HALF_THE_DIGITS = eps(torch.float32) ** 0.5
 ONE_SITE = tuple(kind for kind in KINDS if kind != "two_layers")

@@ -15,15 +15,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest, fisher_exact
 
-from recover.certify import Certificate
-from recover.config import Config, load_config
-from recover.evidence import Rules
-from recover.phases import KEPT
-from recover.records import ExampleRecord, PlaceboRecord, SearchRecord
-from recover.search import Status
-from recover.solvers import SOLVERS
+from recover.evidence.certificate import Certificate
+from recover.evidence.rules import Rules
+from recover.protocol.phases import KEPT
+from recover.protocol.records import ExampleRecord, PlaceboRecord, SearchRecord
+from recover.protocol.verdict import Verdict
+from recover.run.config import Config, load_config
+from recover.search.ascent import Status
+from recover.search.solvers import SOLVERS
 from recover.types import InputError, Site
-from recover.verdict import Verdict
 from tests.hand_made import at_smallest, certified, conclude, flip, missed, placebo
 
 finite = st.floats(allow_nan=False, allow_infinity=False)

@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recover import refusal
+from recover.tasks import replies
 from recover.tasks.refusal import draw, load_file
 from recover.types import InputError
 
@@ -40,47 +40,47 @@ spaces = st.sampled_from([" ", "\n\n\t", "\u00a0\u2028 "])
 
 @given(texts, texts, spaces)
 def test_readouts_do_not_depend_on_white_space_around_a_text(text: str, base: str, space: str) -> None:
-    own = refusal.read(text, base)
+    own = replies.read(text, base)
     for more in (space, 900 * " "):
-        assert refusal.read(more + text, base) == own
-    assert refusal.read(text, space + base + space) == own
+        assert replies.read(more + text, base) == own
+    assert replies.read(text, space + base + space) == own
 
 
 @given(varied, st.integers(100, 130), spaces)
 def test_white_space_makes_no_text_long_enough(drawn: list[str], length: int, space: str) -> None:
     text = " ".join(drawn)[:length]
-    assert refusal.strict_base_like(text + space, text) == refusal.strict_base_like(text, text)
+    assert replies.strict_base_like(text + space, text) == replies.strict_base_like(text, text)
 
 
 @given(texts, texts)
 def test_jaccard_is_symmetric_a_share_and_one_of_a_text_and_itself(one: str, other: str) -> None:
-    shared = refusal.jaccard(one, other)
+    shared = replies.jaccard(one, other)
     assert 0 <= shared <= 1
-    assert shared == refusal.jaccard(other, one)
-    assert refusal.jaccard(one, one) == (refusal.unique_words(one) > 0)
-    assert 0 <= refusal.similarity(one, other) <= 1
-    assert (refusal.similarity(one, other) > 0) == (shared > 0)
+    assert shared == replies.jaccard(other, one)
+    assert replies.jaccard(one, one) == (replies.unique_words(one) > 0)
+    assert 0 <= replies.similarity(one, other) <= 1
+    assert (replies.similarity(one, other) > 0) == (shared > 0)
 
 
 @given(texts)
 def test_a_reply_is_like_itself_unless_it_refuses_warns_or_is_degenerate(text: str) -> None:
-    own = refusal.read(text, text)
+    own = replies.read(text, text)
     assert own.base_like == (own.non_refusal and not own.degenerate)
 
 
 @given(long | loops, texts)
 def test_each_readout_of_likeness_holds_only_where_the_weaker_one_does(text: str, base: str) -> None:
     for near in (base, text):
-        own = refusal.read(text, near)
+        own = replies.read(text, near)
         assert not own.strict_base_like or own.base_like
         assert not own.base_like or (own.non_refusal and not own.degenerate)
 
 
 @given(texts, texts)
 def test_a_flip_is_from_what_refuses_nothing_to_a_refusal(base: str, defended: str) -> None:
-    before, after = refusal.read(base, base), refusal.read(defended, base)
-    assert refusal.valid_flip(base, defended) == (before.non_refusal and after.refusal)
-    assert not refusal.valid_flip(base, base)
+    before, after = replies.read(base, base), replies.read(defended, base)
+    assert replies.valid_flip(base, defended) == (before.non_refusal and after.refusal)
+    assert not replies.valid_flip(base, base)
 
 
 @given(st.sampled_from(OPENINGS), st.lists(words, min_size=120, max_size=150), texts)
@@ -88,14 +88,14 @@ def test_what_follows_the_opening_decides_nothing(first: str, rest: list[str], l
     """120 words are more than 200 characters."""
     text = " ".join([first, *rest])
     for more in (later, "I'm sorry, but I can't."):
-        assert refusal.opening(f"{text} {more}") == refusal.opening(text)
-        assert refusal.opens_with_refusal(f"{text} {more}") == refusal.opens_with_refusal(text)
-        assert refusal.opens_with_safety_cue(f"{text} {more}") == refusal.opens_with_safety_cue(text)
+        assert replies.opening(f"{text} {more}") == replies.opening(text)
+        assert replies.opens_with_refusal(f"{text} {more}") == replies.opens_with_refusal(text)
+        assert replies.opens_with_safety_cue(f"{text} {more}") == replies.opens_with_safety_cue(text)
 
 
 @given(texts, st.integers(8, 12))
 def test_what_is_said_again_and_again_is_degenerate(text: str, times: int) -> None:
-    assert refusal.degenerate((text + " ") * times)
+    assert replies.degenerate((text + " ") * times)
 
 
 asked = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=30).filter(

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from property_tests.rounding import assert_within, eps, projection_leak
 from property_tests.strategies import DTYPES, EPS64, SEEDS, costly, randn
-from recover.constraint import EncoderOrthogonal
-from recover.gradient_free import Effort, reexamined
-from recover.metrics import norm
-from recover.minimum import smallest_norm
-from recover.search import Schedule, Solution, Status, recover, scale_to
+from recover.numerics.metrics import norm
+from recover.search.ascent import Schedule, Solution, Status, recover, scale_to
+from recover.search.constraints.linear import EncoderOrthogonal
+from recover.search.gradient_free import Effort, reexamined
+from recover.search.minimum import smallest_norm
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,11 +15,11 @@ from torch import Tensor
 from property_tests.rounding import eps, projection_leak
 from property_tests.strategies import costly
 from property_tests.test_search_laws import SearchCase, evaluation_error, searches, slack_at
-from recover.gradient_free import Effort
-from recover.metrics import norm
-from recover.minimum import edge
-from recover.search import Status
-from recover.solvers import SOLVERS, Found, Solver, random_draws, worst_case
+from recover.numerics.metrics import norm
+from recover.search.ascent import Status
+from recover.search.gradient_free import Effort
+from recover.search.minimum import edge
+from recover.search.solvers import SOLVERS, Found, Solver, random_draws, worst_case
 
 FEW: dict[str, Solver] = {
     **SOLVERS,

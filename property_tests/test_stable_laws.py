@@ -8,12 +8,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from property_tests.strategies import POINTWISE, SEEDS, Scene, costly, randn, scenes
-from recover.clamp import Clamp
-from recover.constraint import ActivationStable, DecodeStable
-from recover.defended import Defended
-from recover.metrics import norm
-from recover.search import Schedule
-from recover.stable import recover_stable
+from recover.defenses.clamps import Clamp
+from recover.defenses.defended import Defended
+from recover.numerics.metrics import norm
+from recover.search.ascent import Schedule
+from recover.search.constraints.linear import ActivationStable, DecodeStable
+from recover.search.stable import recover_stable
 from recover.types import Site
 from tests.test_stable import best_gain, world
 

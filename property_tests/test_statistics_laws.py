@@ -15,8 +15,8 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from recover.selection import NEAREST, matched
-from recover.stats import bootstrap, holm, median_interval, more_often, paired_smaller, wilson
+from recover.defenses.selection import NEAREST, matched
+from recover.numerics.statistics import bootstrap, holm, median_interval, more_often, paired_smaller, wilson
 
 EPS = np.finfo(np.float64).eps
 ROUNDING = 32 * EPS

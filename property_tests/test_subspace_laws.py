@@ -20,7 +20,7 @@ from property_tests.strategies import (
     residual_cases,
     scenes,
 )
-from recover.subspace import NullSpace, NullSpaces, row_space
+from recover.numerics.subspaces import NullSpace, NullSpaces, row_space
 
 
 @dataclass(frozen=True)

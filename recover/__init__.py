@@ -3,8 +3,47 @@
 The public names. Start at `search.py`; `check.py` is the whole protocol.
 """
 
-from recover.attribution import Attribution, attribute
-from recover.behavior import (
+from recover.checks.verification import Law, verify
+from recover.defenses.clamps import Clamp, Defense, Floor, Mode, Scale, Set
+from recover.defenses.defended import Defended, defend
+from recover.defenses.selection import attribution, contrast, largest
+from recover.defenses.speech import say
+from recover.evidence.attribution.parts import Attribution, attribute
+from recover.evidence.certificate import Certificate, certify
+from recover.evidence.rules import Rules
+from recover.evidence.transfer import FitSchedule, Pool, Problem, fit_shared
+from recover.models.generation import answered, generate
+from recover.models.host import Model, Prompts, Run, Suffix
+from recover.models.names import resolve_model
+from recover.numerics.statistics import bootstrap, wilson
+from recover.numerics.subspaces import NullSpace, row_space
+from recover.protocol.checking import Memory, Store, check
+from recover.protocol.gates import Gate
+from recover.protocol.plan import Plan, TransferPlan
+from recover.protocol.verdict import Verdict
+from recover.protocol.workers import LostWorkerError, Workers, joined
+from recover.run.config import Config, load_config
+from recover.run.runner import run_check
+from recover.saes.decomposition import Decomposition, decompose, recompose
+from recover.saes.fit import Fit, measure_fit
+from recover.saes.names import resolve_sae
+from recover.saes.sae import SAE, from_sae_lens, load_sae_folder
+from recover.search.ascent import Objective, Schedule, Solution, Status, recover
+from recover.search.constraints.linear import (
+    ActivationStable,
+    Budget,
+    Constraint,
+    Constraints,
+    DecodeStable,
+    EncoderOrthogonal,
+)
+from recover.search.constraints.pinned import Pinned
+from recover.search.constraints.restored import recover_restored
+from recover.search.held import RestoredSolution
+from recover.search.pinned import PinnedSolution, recover_pinned
+from recover.search.stable import recover_stable
+from recover.tasks import Task, ask_task
+from recover.tasks.behaviors import (
     AnswerLikelihood,
     Behavior,
     ChoiceCrossEntropy,
@@ -14,47 +53,9 @@ from recover.behavior import (
     LogitDifference,
     VocabularyMargin,
 )
-from recover.certify import Certificate, certify
-from recover.check import Memory, Store, check
-from recover.clamp import Clamp, Defense, Floor, Mode, Scale, Set
-from recover.config import Config, load_config
-from recover.constraint import (
-    ActivationStable,
-    Budget,
-    Constraint,
-    Constraints,
-    DecodeStable,
-    EncoderOrthogonal,
-)
-from recover.decompose import Decomposition, decompose, recompose
-from recover.defended import Defended, defend
-from recover.dialogue import Dialogue, Request, ask
-from recover.evidence import Rules
-from recover.examples import Contrast, Examples
-from recover.fit import Fit, measure_fit
-from recover.gates import Gate
-from recover.generate import answered, generate
-from recover.held_search import RestoredSolution
-from recover.model import Model, Prompts, Run, Suffix
-from recover.pinned_search import PinnedSolution, recover_pinned
-from recover.pinning import Pinned
-from recover.plan import Plan, TransferPlan
-from recover.restoration import recover_restored
-from recover.runner import run_check
-from recover.sae import SAE, from_sae_lens, load_sae_folder
-from recover.search import Objective, Schedule, Solution, Status, recover
-from recover.selection import attribution, contrast, largest
-from recover.speech import say
-from recover.stable import recover_stable
-from recover.stats import bootstrap, wilson
-from recover.subspace import NullSpace, row_space
-from recover.tasks import Task, ask_task
-from recover.transfer import FitSchedule, Pool, Problem, fit_shared
+from recover.tasks.dialogue import Dialogue, Request, ask
+from recover.tasks.examples import Contrast, Examples
 from recover.types import InputError, Site
-from recover.verdict import Verdict
-from recover.verify import Law, verify
-from recover.workers import LostWorkerError, Workers, joined
-from recover.zoo import resolve_model, resolve_sae
 
 __all__ = [
     "SAE",

@@ -19,21 +19,22 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
-from recover.compare import compare
-from recover.config import load_config
-from recover.finished import read_run, rebuild_report
-from recover.model import Model
-from recover.neutral import NEUTRAL
+from recover.checks.verification import fitting, stand_in, supported, told, verify
+from recover.models.host import Model
+from recover.models.names import resolve_model
 from recover.planted import KINDS, MIXTURES
-from recover.progress import shown
-from recover.report import seeds_to_text, to_text
-from recover.runner import run_check, run_seeds
-from recover.selftest import report as selftest_report
-from recover.selftest import selftest, to_json
+from recover.planted.selftest import report as selftest_report
+from recover.planted.selftest import selftest, to_json
+from recover.protocol.workers import LostWorkerError, joined
+from recover.report.comparison import compare
+from recover.report.finished import read_run, rebuild_report
+from recover.report.text import seeds_to_text, to_text
+from recover.run.config import load_config
+from recover.run.progress import shown
+from recover.run.runner import run_check, run_seeds
+from recover.saes.names import resolve_sae
+from recover.tasks.neutral import NEUTRAL
 from recover.types import DeviceMap, InputError, Site
-from recover.verify import fitting, stand_in, supported, told, verify
-from recover.workers import LostWorkerError, joined
-from recover.zoo import resolve_model, resolve_sae
 
 CONDITIONS = {"recoverable": "RECOVERABLE", "inconclusive": "INCONCLUSIVE", "invalid": "INVALID"}
 UNUSABLE, INTERRUPTED = 2, 130
@@ -207,7 +208,7 @@ def _check(options: argparse.Namespace) -> int:
 def _report(options: argparse.Namespace) -> int:
     _say(str(rebuild_report(options.dir)))
     if options.figures is not None:
-        from recover.paper import write_figures  # matplotlib takes its time, and a check does without it
+        from recover.report.paper import write_figures  # matplotlib takes its time, and a check does without it
 
         write_figures(read_run(options.dir), options.figures)
         _say(str(options.figures))
@@ -220,7 +221,7 @@ def _compare(options: argparse.Namespace) -> int:
 
 
 def _init(options: argparse.Namespace) -> int:
-    templates = resources.files("recover") / "templates"
+    templates = resources.files("recover.run") / "templates"
     files = {
         options.dir / name.removesuffix(".txt"): templates / name for name in ("defense.yaml", "test_defense.py.txt")
     }

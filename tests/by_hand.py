@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recover.clamp import Clamp, Defense, Floor, Mode, Scale, Set
-from recover.sae import SAE, from_sae_lens
+from recover.defenses.clamps import Clamp, Defense, Floor, Mode, Scale, Set
+from recover.saes.sae import SAE, from_sae_lens
 from recover.types import Site
 from tests.models import D_MODEL, plain_forward
 from tests.saes import random_sae

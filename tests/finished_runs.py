@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from recover.fit import Fit
-from recover.records import ExampleRecord, ReplyRecord
-from recover.utility import Utility
+from recover.defenses.utility import Utility
+from recover.protocol.records import ExampleRecord, ReplyRecord
+from recover.saes.fit import Fit
 from tests.hand_made import SHOWS_THROUGHOUT, certified, conclude, flip, missed, placebo, transfer
 
 CONFIG = "model: tiny\ntask: ioi\nprompts: {n: 64, seed: 0}\n"

@@ -11,11 +11,11 @@ from typing import Any
 
 import jsonschema
 
-from recover.fit import Fit
-from recover.phases import KEPT
-from recover.plan import Plan
-from recover.records import ExampleRecord, PlaceboRecord, SearchRecord
-from recover.verdict import Evidence, Verdict, decide
+from recover.protocol.phases import KEPT
+from recover.protocol.plan import Plan
+from recover.protocol.records import ExampleRecord, PlaceboRecord, SearchRecord
+from recover.protocol.verdict import Evidence, Verdict, decide
+from recover.saes.fit import Fit
 
 BUDGET = 20.0
 GOOD = Fit("blocks.1.hook_resid_pre", 0.9, 30.0, 0.95, "blocks.1.hook_resid_pre", 0.0, 100)
@@ -192,7 +192,7 @@ def conclude(
 def validated(verdict: Verdict) -> dict[str, Any]:
     """As JSON, valid under the schema in the package."""
     values: dict[str, Any] = json.loads(json.dumps(verdict.to_dict(), allow_nan=False))
-    schema = json.loads(files("recover").joinpath("schemas/verdict.schema.json").read_text())
+    schema = json.loads(files("recover.protocol").joinpath("verdict.schema.json").read_text())
     jsonschema.validate(values, schema, cls=jsonschema.Draft202012Validator)
     return values
 

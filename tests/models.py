@@ -13,7 +13,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from recover.model import Prompts
+from recover.models.host import Prompts
 from recover.types import Site
 
 D_MODEL, N_LAYERS, VOCAB = 16, 4, 61

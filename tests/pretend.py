@@ -113,9 +113,10 @@ def register() -> torch.library.Library:
 def main(arguments: Sequence[str]) -> int:
     """A command of `recover` on the pretended device, whatever device it names."""
     kept = register()
-    from recover import cli, zoo  # after the device is known
+    from recover import cli
+    from recover.models import names  # after the device is known
 
-    zoo.resolve_device = lambda device: torch.device(DEVICE)
+    names.resolve_device = lambda device: torch.device(DEVICE)
     status = cli.main(arguments)
     del kept
     return status

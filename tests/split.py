@@ -41,8 +41,8 @@ def main() -> int:
     from tests import pretend
 
     kept = pretend.register()
-    from recover.model import Model
-    from recover.verify import verify
+    from recover.checks.verification import verify
+    from recover.models.host import Model
     from tests.models import left_padded, tiny_lm
     from tests.test_verify import ROWS, sae
 

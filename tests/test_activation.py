@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from recover.activation import AbsTopK, Activation, Gated, JumpReLU, ReLU, TopK
-from recover.sae import from_sae_lens
+from recover.saes.activations import AbsTopK, Activation, Gated, JumpReLU, ReLU, TopK
+from recover.saes.sae import from_sae_lens
 from tests.saes import D_SAE, POINTWISE, random_sae
 
 INF = math.inf

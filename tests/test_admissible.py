@@ -9,21 +9,21 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from recover.activation import ReLU
-from recover.admissible import JacobianOrthogonal, admissible, jacobian
-from recover.behavior import LogitDifference
-from recover.certify import certify
-from recover.clamp import Clamp, Defense, Floor, Mode, Scale, Set
-from recover.constraint import EncoderOrthogonal
-from recover.defended import Defended, Placement, defend
-from recover.gradient_free import reexamined
-from recover.minimum import smallest_norm
-from recover.model import Model, Prompts
+from recover.defenses.clamps import Clamp, Defense, Floor, Mode, Scale, Set
+from recover.defenses.defended import Defended, Placement, defend
+from recover.evidence.certificate import certify
+from recover.models.host import Model, Prompts
+from recover.numerics.subspaces import NullSpace
 from recover.planted.layers import two_layers
 from recover.planted.network import Linear, Network
-from recover.sae import SAE
-from recover.search import recover
-from recover.subspace import NullSpace
+from recover.saes.activations import ReLU
+from recover.saes.sae import SAE
+from recover.search.ascent import recover
+from recover.search.constraints.admissible import JacobianOrthogonal, admissible, jacobian
+from recover.search.constraints.linear import EncoderOrthogonal
+from recover.search.gradient_free import reexamined
+from recover.search.minimum import smallest_norm
+from recover.tasks.behaviors import LogitDifference
 from recover.types import Site
 from tests.by_hand import Edits, clamped, defense_of, sae_lens_sae
 from tests.models import D_MODEL, left_padded, plain_forward, plain_lm, tiny_lm, token_rows
@@ -363,7 +363,7 @@ def test_many_rows_are_taken_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
         Model(tiny_lm(family)), defense, left_padded(token_rows()), BEHAVIOR, n_pos=n_pos, placement=placement
     )
     whole = jacobian(defended)
-    monkeypatch.setattr("recover.admissible.ELEMENTS_AT_ONCE", 4 * 4 * 3 * D_MODEL)
+    monkeypatch.setattr("recover.search.constraints.admissible.ELEMENTS_AT_ONCE", 4 * 4 * 3 * D_MODEL)
     assert_close(jacobian(defended), whole)
 
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from recover.config import load_config
-from recover.runner import run_check
+from recover.run.config import load_config
+from recover.run.runner import run_check
 from recover.types import InputError
 from tests import tiny
 

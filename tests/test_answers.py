@@ -13,26 +13,27 @@ import pytest
 import torch
 from torch import Tensor
 
-from recover import phases, refusal
-from recover.activation import ReLU
-from recover.bench import Bench
-from recover.certify import certify
-from recover.check import Examples, Memory, check
-from recover.clamp import Clamp, Defense, Set
-from recover.dialogue import Dialogue, Request, ask
-from recover.metrics import norm
-from recover.model import Model
-from recover.pinning import Pinned
-from recover.plan import Plan, TransferPlan
+from recover.defenses.clamps import Clamp, Defense, Set
+from recover.evidence.certificate import certify
+from recover.evidence.transfer import FitSchedule
+from recover.models.host import Model
+from recover.numerics.metrics import norm
 from recover.planted.pinned import pinned_layers
-from recover.reading import shown
-from recover.report import to_text
-from recover.report_html import to_html
-from recover.sae import SAE
-from recover.search import Schedule
-from recover.transfer import FitSchedule
+from recover.protocol import phases
+from recover.protocol.bench import Bench
+from recover.protocol.checking import Examples, Memory, check
+from recover.protocol.plan import Plan, TransferPlan
+from recover.protocol.reading import shown
+from recover.protocol.verdict import Verdict
+from recover.report.html import to_html
+from recover.report.text import to_text
+from recover.saes.activations import ReLU
+from recover.saes.sae import SAE
+from recover.search.ascent import Schedule
+from recover.search.constraints.pinned import Pinned
+from recover.tasks import replies as refusal
+from recover.tasks.dialogue import Dialogue, Request, ask
 from recover.types import Site
-from recover.verdict import Verdict
 from tests.models import D_MODEL, VOCAB, plain_forward, tiny_lm
 
 LIGHT = Plan(
@@ -205,7 +206,7 @@ def test_a_shared_delta_brings_back_what_is_said_freely_like_the_own_answer(dial
 
 
 def test_its_verdict_fits_the_schema_and_is_told_in_words(checked: tuple[Verdict, Memory]) -> None:
-    schema = json.loads(resources.files("recover").joinpath("schemas/verdict.schema.json").read_text())
+    schema = json.loads(resources.files("recover.protocol").joinpath("verdict.schema.json").read_text())
     values = json.loads(json.dumps(checked[0].to_dict()))
     values["provenance"] |= {
         "versions": {},

@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from recover import artifacts
-from recover.artifacts import DELTAS, EXAMPLES, LOCK, RUN, UNITS, RunFolder, RunState, write_whole
-from recover.check import Memory, Store
-from recover.records import ExampleRecord, without_nan
+from recover.protocol import folder as artifacts
+from recover.protocol.checking import Memory, Store
+from recover.protocol.folder import DELTAS, EXAMPLES, LOCK, RUN, UNITS, RunFolder, RunState, write_whole
+from recover.protocol.records import ExampleRecord, without_nan
 from recover.types import InputError
 from tests.hand_made import SHOWS_THROUGHOUT, certified, flip, searched
 

@@ -12,19 +12,19 @@ from torch import Tensor
 from torch.testing import assert_close
 
 import recover as rc
-from recover import selection
-from recover.activation import ReLU
-from recover.admissible import admissible
-from recover.attribution import LEAVES, VIEWS, attribute, entering, gradient, nodes, parts_of, split
-from recover.behavior import LogitDifference
-from recover.clamp import Clamp, Defense, Set
-from recover.defended import Defended, defend
-from recover.linear_error import PENALTIES, LinearError, error_activations, fit_linear_error
-from recover.model import Model
-from recover.pinning import Pinned
+from recover.defenses import selection
+from recover.defenses.clamps import Clamp, Defense, Set
+from recover.defenses.defended import Defended, defend
+from recover.evidence.attribution.linear_error import PENALTIES, LinearError, error_activations, fit_linear_error
+from recover.evidence.attribution.parts import LEAVES, VIEWS, attribute, entering, gradient, nodes, parts_of, split
+from recover.models.host import Model
 from recover.planted import error_bypass, feature_bypass
-from recover.sae import SAE, from_sae_lens
-from recover.search import recover
+from recover.saes.activations import ReLU
+from recover.saes.sae import SAE, from_sae_lens
+from recover.search.ascent import recover
+from recover.search.constraints.admissible import admissible
+from recover.search.constraints.pinned import Pinned
+from recover.tasks.behaviors import LogitDifference
 from recover.types import InputError, Site
 from tests.by_hand import Edits, clamped_forward, defense_of, sae_lens_sae
 from tests.models import D_MODEL, left_padded, tiny_lm, token_rows

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from recover.behavior import (
+from recover.tasks.behaviors import (
     AnswerLikelihood,
     Behavior,
     ChoiceCrossEntropy,

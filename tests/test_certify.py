@@ -10,16 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from recover.activation import ReLU, TopK
-from recover.behavior import LogitDifference
-from recover.certify import Certificate, certify, constraint_residual
-from recover.clamp import Clamp, Defense, Floor, Scale, Set
-from recover.constraint import EncoderOrthogonal
-from recover.defended import Placement
-from recover.model import Model, Prompts
+from recover.defenses.clamps import Clamp, Defense, Floor, Scale, Set
+from recover.defenses.defended import Placement
+from recover.evidence.certificate import Certificate, certify, constraint_residual
+from recover.models.host import Model, Prompts
+from recover.numerics.subspaces import NullSpace
 from recover.planted.network import Linear, Network
-from recover.sae import SAE, from_sae_lens
-from recover.subspace import NullSpace
+from recover.saes.activations import ReLU, TopK
+from recover.saes.sae import SAE, from_sae_lens
+from recover.search.constraints.linear import EncoderOrthogonal
+from recover.tasks.behaviors import LogitDifference
 from recover.types import InputError, Site
 from tests.by_hand import Edits, clamped_forward, defense_of, sae_lens_sae
 from tests.models import D_MODEL, left_padded, plain_forward, plain_lm, tiny_lm, token_rows

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from recover.cgls import LeastSquares, cgls
+from recover.numerics.least_squares import LeastSquares, cgls
 
 
 def solved(A: Tensor, b: Tensor, tolerance: float = 1e-12, steps: int = 100) -> LeastSquares:

@@ -18,24 +18,24 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from recover import bench, global_controls, heldout, phases
-from recover.activation import ReLU
-from recover.behavior import ChoiceMargin, LogitDifference
-from recover.check import Examples, Memory, Store, check
-from recover.clamp import Clamp, Defense, Scale, Set
-from recover.constraint import EncoderOrthogonal
-from recover.model import Model, Prompts
-from recover.phases import PHASES, SMALLEST
-from recover.plan import Plan, TransferPlan
+from recover.defenses.clamps import Clamp, Defense, Scale, Set
+from recover.evidence.transfer import FitSchedule, halves
+from recover.models.host import Model, Prompts
 from recover.planted import complete_bottleneck, error_bypass, shared_route, two_layers, write_only
-from recover.records import ExampleRecord
-from recover.sae import SAE
-from recover.transfer import FitSchedule, halves
+from recover.protocol import bench, global_controls, heldout, phases
+from recover.protocol.checking import Examples, Memory, Store, check
+from recover.protocol.phases import PHASES, SMALLEST
+from recover.protocol.plan import Plan, TransferPlan
+from recover.protocol.records import ExampleRecord
+from recover.protocol.verdict import Verdict
+from recover.saes.activations import ReLU
+from recover.saes.sae import SAE
+from recover.search.constraints.linear import EncoderOrthogonal
+from recover.tasks.behaviors import ChoiceMargin, LogitDifference
 from recover.types import InputError, Site
-from recover.verdict import Verdict
 from tests.models import D_MODEL, left_padded, plain_forward, tiny_lm, token_rows
 
-CHECK = importlib.import_module("recover.check")  # the package has a function of this name
+CHECK = importlib.import_module("recover.protocol.checking")  # the package has a function of this name
 N, SITE, FEATURES, BUDGET = 30, Site(2), (1, 4, 17, 25), 15.0
 ROWS = token_rows([4 + i % 5 for i in range(N)], seed=11)
 TARGET, OTHER = torch.arange(N), torch.arange(N) + 30
@@ -117,7 +117,7 @@ def by_hooks(module: nn.Module, row: int, delta: Tensor | None, clamp: bool, *, 
 
 def valid(verdict: Verdict) -> dict[str, Any]:
     values = json.loads(json.dumps(verdict.to_dict(), allow_nan=False))
-    schema = json.loads(files("recover").joinpath("schemas/verdict.schema.json").read_text())
+    schema = json.loads(files("recover.protocol").joinpath("verdict.schema.json").read_text())
     jsonschema.validate(values, schema, cls=jsonschema.Draft202012Validator)
     return values
 

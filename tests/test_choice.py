@@ -11,18 +11,19 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from recover import zoo
-from recover.behavior import ChoiceCrossEntropy, ChoiceMargin, ChoiceOdds, VocabularyMargin, shows
-from recover.clamp import Clamp, Defense, Set
-from recover.config import load_config
-from recover.defended import clamp_edits
-from recover.examples import Examples
-from recover.model import Model, Prompts, Run
-from recover.selection import firing_rates, forgettable
+from recover.defenses.clamps import Clamp, Defense, Set
+from recover.defenses.defended import clamp_edits
+from recover.defenses.selection import firing_rates, forgettable
+from recover.evidence.transfer import halves
+from recover.models import names
+from recover.models.host import Model, Prompts, Run
+from recover.run.config import load_config
+from recover.saes import names as sae_names
 from recover.tasks import choice
+from recover.tasks.behaviors import ChoiceCrossEntropy, ChoiceMargin, ChoiceOdds, VocabularyMargin, shows
 from recover.tasks.choice import ORDERS, ROTATIONS
+from recover.tasks.examples import Examples
 from recover.tasks.questions import LETTERS, Question, load
-from recover.transfer import halves
 from recover.types import InputError
 from tests.models import tiny_lm
 
@@ -166,7 +167,7 @@ def test_objectives_by_name_share_the_predicate(name: str, kind: type[ChoiceMarg
 
 @pytest.fixture(scope="module")
 def toy() -> Model:
-    loaded = zoo.resolve_model("toy-choice", "cpu")
+    loaded = names.resolve_model("toy-choice", "cpu")
     return Model(loaded.module, loaded.tokenizer)
 
 
@@ -191,7 +192,7 @@ def test_the_shipped_defense_makes_the_toy_forget_one_kind_and_not_the_other(toy
     """The clamps of `analyses/choice_toy.yaml`, on an eighth of its questions."""
     config = load_config("analyses/choice_toy.yaml")
     (clamp,) = config.clamps
-    sae = zoo.resolve_sae(clamp.sae)
+    sae = sae_names.resolve_sae(clamp.sae)
     assert sae.site is not None
     whole = choice.examples(toy, forget="toy-forget", retain="toy-retain").contrast
     assert whole is not None

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from recover.activation import ReLU
-from recover.clamp import Clamp, Defense, Floor, Mode, Scale, Set
-from recover.sae import SAE, from_sae_lens
+from recover.defenses.clamps import Clamp, Defense, Floor, Mode, Scale, Set
+from recover.saes.activations import ReLU
+from recover.saes.sae import SAE, from_sae_lens
 from recover.types import InputError, Positions, Site
 from tests.saes import D_SAE, POINTWISE, random_sae, residuals, variants
 

@@ -24,15 +24,16 @@ from huggingface_hub import constants
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from recover import cli, progress, runner, setting
-from recover.artifacts import CONFIG, DELTAS, EXAMPLES, MARKDOWN, REPORT, RUN, SEEDS, UNITS, VERDICT, RunFolder
-from recover.config import load_config
-from recover.phases import PHASES
-from recover.plan import Plan
+from recover import cli
+from recover.protocol.folder import CONFIG, DELTAS, EXAMPLES, MARKDOWN, REPORT, RUN, SEEDS, UNITS, VERDICT, RunFolder
+from recover.protocol.phases import PHASES
+from recover.protocol.plan import Plan
+from recover.run import progress, runner, setting
+from recover.run.config import load_config
 from recover.tasks import ioi
 
 N, BATCH = 40, 16
-SCHEMA = json.loads(resources.files("recover").joinpath("schemas/verdict.schema.json").read_text())
+SCHEMA = json.loads(resources.files("recover.protocol").joinpath("verdict.schema.json").read_text())
 ARTIFACTS = {CONFIG, DELTAS, EXAMPLES, MARKDOWN, REPORT, RUN, UNITS, VERDICT}
 TIMES = ("seconds", "phases", "phase_seconds")
 """What of the provenance differs from run to run."""

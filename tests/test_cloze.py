@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from recover.model import Model
+from recover.models.host import Model
+from recover.models.names import LoadedModel
 from recover.tasks import cloze
 from recover.tasks.cloze import Fact
 from recover.tasks.ioi import token_id
 from recover.types import InputError, Site
-from recover.zoo import LoadedModel
 from tests.models import VOCAB, plain_forward, tiny_lm
 
 

@@ -9,8 +9,8 @@ from itertools import pairwise
 import pytest
 
 from recover.cli import main
-from recover.evidence_figures import figures
-from recover.paper import COLORS, rendered
+from recover.report.evidence_figures import figures
+from recover.report.paper import COLORS, rendered
 from tests.finished_runs import CONFIG, RUNS, folder
 
 

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from recover.config import DEFAULTS, Selection, load_config
-from recover.evidence import Rules
-from recover.plan import Plan, TransferPlan
-from recover.transfer import FitSchedule
+from recover.evidence.rules import Rules
+from recover.evidence.transfer import FitSchedule
+from recover.protocol.plan import Plan, TransferPlan
+from recover.run.config import DEFAULTS, Selection, load_config
 from recover.types import InputError
 
 IOI = Path(__file__).parent.parent / "analyses" / "ioi_smollm2.yaml"

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from recover.activation import JumpReLU, ReLU
-from recover.clamp import Clamp, Set
-from recover.constraint import (
+from recover.defenses.clamps import Clamp, Set
+from recover.saes.activations import JumpReLU, ReLU
+from recover.saes.sae import SAE, from_sae_lens
+from recover.search.constraints.linear import (
     ActivationStable,
     Budget,
     Constraint,
@@ -18,7 +19,6 @@ from recover.constraint import (
     DecodeStable,
     EncoderOrthogonal,
 )
-from recover.sae import SAE, from_sae_lens
 from recover.types import InputError, Site
 from tests.saes import POINTWISE, random_sae, residuals, variants
 

@@ -7,12 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from recover.admissible import admissible
-from recover.behavior import ChoiceMargin, LogitDifference
-from recover.controls import Anywhere, Undefended, cosine, displacement, placebo_targets, undone
-from recover.defended import Defended, defend
+from recover.defenses.defended import Defended, defend
+from recover.evidence.controls import Anywhere, Undefended, cosine, displacement, placebo_targets, undone
 from recover.planted import KINDS, Planted
-from recover.search import recover
+from recover.search.ascent import recover
+from recover.search.constraints.admissible import admissible
+from recover.tasks.behaviors import ChoiceMargin, LogitDifference
 
 
 def defended(world: Planted) -> Defended:

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from recover.decompose import Decomposition, decompose, recompose
-from recover.sae import from_sae_lens
+from recover.saes.decomposition import Decomposition, decompose, recompose
+from recover.saes.sae import from_sae_lens
 from tests.saes import D_MODEL, random_sae, residuals, variants
 
 VARIANTS = pytest.mark.parametrize(("architecture", "options"), variants())

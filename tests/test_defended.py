@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from recover.activation import ReLU
-from recover.behavior import AnswerLikelihood, Behavior, LogitDifference
-from recover.clamp import Clamp, Defense, Floor, Scale, Set
-from recover.defended import Placement, defend
-from recover.model import Model
-from recover.sae import SAE
+from recover.defenses.clamps import Clamp, Defense, Floor, Scale, Set
+from recover.defenses.defended import Placement, defend
+from recover.models.host import Model
+from recover.saes.activations import ReLU
+from recover.saes.sae import SAE
+from recover.tasks.behaviors import AnswerLikelihood, Behavior, LogitDifference
 from recover.types import InputError, Site
 from tests.by_hand import Edits, clamped_forward, defense_of, sae_lens_sae
 from tests.models import D_MODEL, VOCAB, left_padded, plain_forward, plain_lm, tiny_lm, token_rows

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from recover.dialogue import Dialogue, Request, ask
-from recover.model import Model
-from recover.sae import from_sae_lens
-from recover.selection import contrast
+from recover.defenses.selection import contrast
+from recover.models.host import Model
+from recover.saes.sae import from_sae_lens
+from recover.tasks.dialogue import Dialogue, Request, ask
 from recover.types import InputError, Site
 from tests.by_hand import sae_lens_sae
 from tests.models import VOCAB, plain_forward, tiny_lm

@@ -16,10 +16,12 @@ import pytest
 from pydantic import BaseModel
 
 import recover
-from recover import cli, gates, testing
-from recover.config import Config
-from recover.fit import Fit
+from recover import cli
+from recover.protocol import gates
+from recover.run.config import Config
+from recover.saes.fit import Fit
 from recover.tasks import TASKS
+from recover.testing import defenses
 
 ROOT = Path(__file__).parent.parent
 PAGES = ROOT / "docs" / "pages"
@@ -49,7 +51,7 @@ def test_every_public_name_is_in_the_reference_once():
     assert sorted(name for _, name in public) == sorted(recover.__all__)
     for module, name in public:
         assert getattr(importlib.import_module(module), name) is getattr(recover, name)
-    assert sorted(name for module, name in shown if module == "recover.testing") == sorted(testing.__all__)
+    assert sorted(name for module, name in shown if module == "recover.testing") == sorted(defenses.__all__)
 
 
 @pytest.mark.parametrize("command", [None, *cli.COMMANDS])
@@ -225,4 +227,6 @@ def test_the_site_builds_without_a_warning(hooks, tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "first half hour" in (tmp_path / "tutorial.html").read_text(encoding="utf-8")
-    assert 'id="recover.check.check"' in (tmp_path / "reference" / "api" / "checks.html").read_text(encoding="utf-8")
+    assert 'id="recover.protocol.checking.check"' in (tmp_path / "reference" / "api" / "checks.html").read_text(
+        encoding="utf-8"
+    )

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from recover.evidence import Reading, Rules, TransferEvidence, judge
-from recover.stats import Paired
+from recover.evidence.rules import Reading, Rules, TransferEvidence, judge
+from recover.numerics.statistics import Paired
 
 RULES = Rules()
 SURVIVES = TransferEvidence(Reading(40, 40), Reading(39, 40), Reading(6, 120), Reading(5, 120), Reading(40, 4000))

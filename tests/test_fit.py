@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from recover.activation import ReLU
-from recover.fit import measure_fit, next_token_loss
-from recover.model import Model
-from recover.sae import SAE, from_sae_lens
+from recover.models.host import Model
+from recover.saes.activations import ReLU
+from recover.saes.fit import measure_fit, next_token_loss
+from recover.saes.sae import SAE, from_sae_lens
 from recover.types import Site
 from tests.by_hand import sae_lens_sae
 from tests.models import D_MODEL, N_LAYERS, left_padded, plain_forward, tiny_lm, token_rows

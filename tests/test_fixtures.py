@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from fixtures import corpus, phrases, train_sae
 from fixtures.card import BARS
 from fixtures.corpus import Document, Window
-from recover.model import Model
+from recover.models.host import Model
 
 FOLDERS = sorted(path.parent for path in train_sae.SAES.glob("*/cfg.json"))
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from recover.gates import SEARCH_GATES, Gate, flips_gate, health_gates, search_gates, tolerated, utility_gate
-from recover.records import ExampleRecord
-from recover.utility import Utility
+from recover.defenses.utility import Utility
+from recover.protocol.gates import SEARCH_GATES, Gate, flips_gate, health_gates, search_gates, tolerated, utility_gate
+from recover.protocol.records import ExampleRecord
 from tests.hand_made import BUDGET, SHOWS_THROUGHOUT, certified, conclude, failed, flip, missed, searched, validated
 
 INF = math.inf

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from recover.clamp import Clamp, Defense, Scale, Set
-from recover.defended import clamp_edits
-from recover.generate import NO_TOKEN, answered, generate, n_answer
-from recover.model import Edit, Model, Prompts
-from recover.sae import from_sae_lens
+from recover.defenses.clamps import Clamp, Defense, Scale, Set
+from recover.defenses.defended import clamp_edits
+from recover.models.generation import NO_TOKEN, answered, generate, n_answer
+from recover.models.host import Edit, Model, Prompts
+from recover.saes.sae import from_sae_lens
 from recover.types import Positions, Site
 from tests.by_hand import sae_lens_sae
 from tests.models import D_MODEL, FAMILIES, left_padded, plain_forward, plain_lm, tiny_lm, token_rows

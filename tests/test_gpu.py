@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from recover.config import load_config
-from recover.model import Model
+from recover.checks.verification import verify
+from recover.models.host import Model
+from recover.models.names import resolve_model
+from recover.run.config import load_config
+from recover.saes.names import resolve_sae
 from recover.types import InputError
-from recover.verify import verify
-from recover.zoo import resolve_model, resolve_sae
 from tests import tiny
 from tests.models import left_padded, tiny_lm
 from tests.split import split

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from recover.gradient_free import projected, reexamined
-from recover.search import Schedule, Solution, Status, recover
-from recover.subspace import NullSpace
+from recover.numerics.subspaces import NullSpace
+from recover.search.ascent import Schedule, Solution, Status, recover
+from recover.search.gradient_free import projected, reexamined
 from tests.landscapes import Anything, Claimed, D, Landscape, Nothing, Own, landscape
 
 STEPS = Schedule(steps=30)

@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from recover.behavior import LogitDifference
-from recover.clamp import Set
-from recover.constraint import EncoderOrthogonal
-from recover.defended import Defended, defend
-from recover.health import Agreement, error_channel, finite_differences
-from recover.model import Model
+from recover.defenses.clamps import Set
+from recover.defenses.defended import Defended, defend
+from recover.models.host import Model
+from recover.numerics.subspaces import NullSpace
 from recover.planted import KINDS, MIXTURES, Planted, error_bypass, feature_bypass, hard_readout
-from recover.search import Feasible
-from recover.subspace import NullSpace
+from recover.search.ascent import Feasible
+from recover.search.constraints.linear import EncoderOrthogonal
+from recover.search.gradient_checks import Agreement, error_channel, finite_differences
+from recover.tasks.behaviors import LogitDifference
 from recover.types import InputError, Site
 from tests.by_hand import defense_of
 from tests.landscapes import Anything, Claimed, D, Landscape, Nothing, landscape

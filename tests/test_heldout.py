@@ -12,17 +12,17 @@ import jsonschema
 import pytest
 import torch
 
-from recover import heldout
-from recover.bench import Bench
-from recover.certify import Certificate
-from recover.evidence import Reading, TransferEvidence
-from recover.heldout import evidence, summary
-from recover.plan import Plan
+from recover.evidence.certificate import Certificate
+from recover.evidence.rules import Reading, TransferEvidence
 from recover.planted import KINDS
-from recover.records import without_nan
-from recover.search import Schedule
+from recover.protocol import heldout
+from recover.protocol.bench import Bench
+from recover.protocol.heldout import evidence, summary
+from recover.protocol.plan import Plan
+from recover.protocol.records import without_nan
+from recover.search.ascent import Schedule
 
-SCHEMA = json.loads(files("recover").joinpath("schemas/verdict.schema.json").read_text())["properties"]["transfer"]
+SCHEMA = json.loads(files("recover.protocol").joinpath("verdict.schema.json").read_text())["properties"]["transfer"]
 Folds = list[tuple[dict[str, Any], dict[str, Any]]]
 
 

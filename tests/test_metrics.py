@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from recover import metrics
+from recover.numerics import metrics
 
 # One example over two positions, a second one that stays as it is.
 Z_DEF = torch.tensor([[[3.0, 0.0], [0.0, 4.0]], [[1.0, 0.0], [0.0, 0.0]]])

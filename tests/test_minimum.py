@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from recover.minimum import closer, edge, smallest_norm
-from recover.search import Schedule
-from recover.subspace import NullSpace
+from recover.numerics.subspaces import NullSpace
+from recover.search.ascent import Schedule
+from recover.search.minimum import closer, edge, smallest_norm
 from tests.landscapes import Anything, D, Nothing, Own, landscape
 
 A, B, C = torch.eye(D)[:3]

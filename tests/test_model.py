@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from transformers import MambaConfig, MambaForCausalLM
 
-from recover.model import Model, Prompts, find_blocks
+from recover.models.host import Model, Prompts, find_blocks
 from recover.types import InputError, Site
 from tests.models import (
     D_MODEL,
@@ -320,11 +320,11 @@ def test_a_width_that_the_configuration_does_not_tell_is_named() -> None:
 def test_batch_size_falls_with_memory_and_with_length(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Model(tiny_lm())
     short, long = left_padded(token_rows((4, 4))), left_padded(token_rows((40, 40)))
-    monkeypatch.setattr("recover.memory.free_memory", lambda _: 10**12)
+    monkeypatch.setattr("recover.models.capacity.free_memory", lambda _: 10**12)
     assert model.batch_size(long) == 64
-    monkeypatch.setattr("recover.memory.free_memory", lambda _: 10**6)
+    monkeypatch.setattr("recover.models.capacity.free_memory", lambda _: 10**6)
     assert 1 <= model.batch_size(long) < model.batch_size(short) <= 64
-    monkeypatch.setattr("recover.memory.free_memory", lambda _: 10)
+    monkeypatch.setattr("recover.models.capacity.free_memory", lambda _: 10)
     assert model.batch_size(long) == 1
 
 

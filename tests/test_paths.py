@@ -12,15 +12,15 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from recover.activation import ReLU
-from recover.behavior import LogitDifference
-from recover.clamp import Clamp, Defense, Scale, Set
-from recover.components import Component, eager, head_count, modules_of, projection
-from recover.defended import Defended, defend
-from recover.model import Model, Prompts
-from recover.movers import looks, undefended, writes
-from recover.paths import Carrier, carriers, direct, patched, put_back, put_in, through, trace
-from recover.sae import SAE
+from recover.defenses.clamps import Clamp, Defense, Scale, Set
+from recover.defenses.defended import Defended, defend
+from recover.evidence.attribution.movers import looks, undefended, writes
+from recover.evidence.attribution.paths import Carrier, carriers, direct, patched, put_back, put_in, through, trace
+from recover.models.components import Component, eager, head_count, modules_of, projection
+from recover.models.host import Model, Prompts
+from recover.saes.activations import ReLU
+from recover.saes.sae import SAE
+from recover.tasks.behaviors import LogitDifference
 from recover.types import InputError, Site
 from tests.by_hand import defense_of, sae_lens_sae
 from tests.models import D_MODEL, FAMILIES, N_LAYERS, blocks_of, left_padded, plain_lm, tiny_lm, token_rows

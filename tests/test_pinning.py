@@ -6,19 +6,19 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from recover.behavior import ForcedAnswer, LogitDifference
-from recover.certify import certify
-from recover.clamp import Clamp, Defense, Scale, Set
-from recover.defended import Defended, defend
-from recover.generate import answered, generate
-from recover.metrics import norm
-from recover.model import Model
-from recover.pinned_search import recover_pinned, shorten
-from recover.pinning import Pin, Pinned
+from recover.defenses.clamps import Clamp, Defense, Scale, Set
+from recover.defenses.defended import Defended, defend
+from recover.defenses.speech import say
+from recover.evidence.certificate import certify
+from recover.models.generation import answered, generate
+from recover.models.host import Model
+from recover.numerics.metrics import norm
 from recover.planted.pinned import PinnedWorld, pinned_layers
-from recover.sae import from_sae_lens
-from recover.search import Schedule
-from recover.speech import say
+from recover.saes.sae import from_sae_lens
+from recover.search.ascent import Schedule
+from recover.search.constraints.pinned import Pin, Pinned
+from recover.search.pinned import recover_pinned, shorten
+from recover.tasks.behaviors import ForcedAnswer, LogitDifference
 from recover.types import InputError, Site
 from tests.by_hand import sae_lens_sae
 from tests.models import D_MODEL, VOCAB, left_padded, tiny_lm, token_rows

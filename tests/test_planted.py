@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from recover.clamp import Clamp
+from recover.defenses.clamps import Clamp
+from recover.numerics.subspaces import NullSpace
 from recover.planted import (
     KINDS,
     Planted,
@@ -31,7 +32,6 @@ from recover.planted import (
 )
 from recover.planted.degenerate import VARIANTS as SHAPES
 from recover.planted.hard import VARIANTS as READOUTS
-from recover.subspace import NullSpace
 
 SEEDS = range(4)
 MAKERS = list(KINDS.values())

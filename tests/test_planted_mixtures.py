@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from recover.check import check
 from recover.planted import (
     MIXTURES,
     Planted,
@@ -24,6 +23,7 @@ from recover.planted import (
 )
 from recover.planted.meaning import KAPPA
 from recover.planted.mixtures import centered, corner
+from recover.protocol.checking import check
 from recover.types import InputError
 from tests.test_planted import ByHand, admissible_noise, held, plus, slack, undo, without, zeros
 

@@ -21,23 +21,24 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from recover import cli
-from recover.admissible import admissible
-from recover.behavior import AnswerLikelihood, known_targets
-from recover.clamp import Clamp, Defense, Set
-from recover.controls import Anywhere
-from recover.defended import defend
-from recover.examples import Contrast
-from recover.metrics import norm
-from recover.model import Model, Prompts
-from recover.phases import BY_GRADIENT
-from recover.probe_head import PooledProbe, ProbeHead, Probes, pooled_residuals, train_probes
-from recover.sae import from_sae_lens
-from recover.search import Schedule
-from recover.search import recover as search
-from recover.selection import effects, mean_activations
-from recover.solvers import worst_case
+from recover.baselines.tpp import Score, ablated, effect, score
+from recover.defenses.clamps import Clamp, Defense, Set
+from recover.defenses.defended import defend
+from recover.defenses.selection import effects, mean_activations
+from recover.evidence.controls import Anywhere
+from recover.models import hub
+from recover.models.host import Model, Prompts
+from recover.numerics.metrics import norm
+from recover.protocol.phases import BY_GRADIENT
+from recover.saes.sae import from_sae_lens
+from recover.search.ascent import Schedule
+from recover.search.ascent import recover as search
+from recover.search.constraints.admissible import admissible
+from recover.search.solvers import worst_case
 from recover.tasks import labeled, probe
-from recover.tpp import Score, ablated, effect, score
+from recover.tasks.behaviors import AnswerLikelihood, known_targets
+from recover.tasks.examples import Contrast
+from recover.tasks.probe_heads import PooledProbe, ProbeHead, Probes, pooled_residuals, train_probes
 from recover.types import InputError, Site
 from tests import tiny
 from tests.by_hand import D_SAE, sae_lens_sae
@@ -287,7 +288,7 @@ def test_a_set_out_of_reach_says_what_to_download(monkeypatch: pytest.MonkeyPatc
     def fails(*args: Any, **kwargs: Any) -> Any:
         raise ConnectionError("a long story\nof several lines")
 
-    monkeypatch.setattr(labeled, "hub_reachable", lambda: False)
+    monkeypatch.setattr(hub, "hub_reachable", lambda: False)
     monkeypatch.setattr(datasets, "load_dataset", fails)
     with pytest.raises(InputError) as error:
         labeled.load("bias_in_bios_2")
@@ -304,7 +305,7 @@ def test_a_set_of_the_hub_is_read_split_by_split(monkeypatch: pytest.MonkeyPatch
         "train": [{"text": "a", "category": 1, "rating": 1.0}],
         "test": [{"text": "b", "category": 2, "rating": 5.0}],
     }
-    monkeypatch.setattr(labeled, "hub_reachable", lambda: True)
+    monkeypatch.setattr(hub, "hub_reachable", lambda: True)
     monkeypatch.setattr(datasets, "load_dataset", lambda name, split: parts[split])
     found = [(row.id, row.label, row.split) for row in labeled.load("amazon_reviews")]
     assert found == [("train-1", "toys_and_games", "train"), ("test-1", "cell_phones_and_accessories", "test")]
@@ -371,7 +372,7 @@ def test_a_check_brings_the_probe_back_and_does_not_call_that_specific(folder: P
 
 
 def test_the_task_leaves_out_what_is_short_and_refuses_what_is_not_there(folder: Path) -> None:
-    from recover.zoo import resolve_model
+    from recover.models.names import resolve_model
 
     loaded = resolve_model(str(folder / "model"), "cpu")
     model, file = Model(loaded.module, loaded.tokenizer), folder / "texts.jsonl"

@@ -6,15 +6,15 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from recover.certify import certify
-from recover.clamp import Scale, Set
-from recover.defended import defend
-from recover.metrics import norm
-from recover.monitor import Jacobian, Monitor
+from recover.baselines.probes import _corrected, _outside, _span, _watched, recover_probed
+from recover.defenses.clamps import Scale, Set
+from recover.defenses.defended import defend
+from recover.evidence.certificate import certify
+from recover.numerics.metrics import norm
 from recover.planted.pinned import pinned_layers
-from recover.probes import _corrected, _outside, _span, _watched, recover_probed
-from recover.restoration import recover_restored
-from recover.search import Schedule
+from recover.search.ascent import Schedule
+from recover.search.constraints.monitor import Jacobian, Monitor
+from recover.search.constraints.restored import recover_restored
 from recover.types import InputError
 from tests.models import left_padded, token_rows
 from tests.test_admissible import SHEAR, linear_world
@@ -79,7 +79,7 @@ def test_where_probes_span_all_rows_only_adam_drifts() -> None:
 
 @pytest.mark.parametrize(("rank", "budget"), [(6, 1.5), (12, 3.0)])
 def test_it_reports_the_drift_and_recovery_that_a_certificate_measures(rank: int, budget: float) -> None:
-    """How far Adam drifts is decided by rounding, so the drift itself is measured here and not compared with a bound."""
+    """Rounding decides how far Adam drifts, so no bound is put on it: what is reported must be what is measured."""
     defended = tiny(3, rank=rank)
     schedule = Schedule(steps=60, restarts=0)
     ours, theirs = (search(defended, budget, schedule) for search in (recover_restored, recover_probed))

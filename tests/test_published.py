@@ -27,18 +27,21 @@ from huggingface_hub.errors import GatedRepoError
 from sae_lens.loading import pretrained_sae_loaders
 from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 
-from recover import cli, zoo
-from recover.config import Config, load_config
-from recover.dialogue import stops
-from recover.model import Model
-from recover.published import PublishedFigure, check_path, compared, lookup
-from recover.report import to_text
-from recover.report_html import to_html
-from recover.report_markdown import to_markdown
-from recover.runner import beside_published, run_check
-from recover.sae import from_sae_lens
-from recover.setting import load_setting
+from recover import cli
+from recover.models import hub as hubs
+from recover.models import names
+from recover.models.host import Model
+from recover.report.html import to_html
+from recover.report.markdown import to_markdown
+from recover.report.published import PublishedFigure, check_path, compared, lookup
+from recover.report.text import to_text
+from recover.run.config import Config, load_config
+from recover.run.runner import beside_published, run_check
+from recover.run.setting import load_setting
+from recover.saes import names as sae_names
+from recover.saes.sae import from_sae_lens
 from recover.tasks import ioi, requests
+from recover.tasks.dialogue import stops
 from recover.types import InputError, Site
 from tests import finished_runs, hub_layout
 from tests.models import left_padded, plain_forward, tiny_lm
@@ -46,7 +49,7 @@ from tests.saes import random_sae
 
 FOLDER = Path(__file__).parents[1] / "analyses" / "published"
 SETTINGS = sorted(path.stem for path in FOLDER.glob("*.yaml"))
-SCHEMA = json.loads(resources.files("recover").joinpath("schemas/verdict.schema.json").read_text())
+SCHEMA = json.loads(resources.files("recover.protocol").joinpath("verdict.schema.json").read_text())
 REFUSAL = [Site(layer, "post") for layer in range(5, 20)]
 SITES = {
     "ioi_gpt2": [Site(4, "pre")],
@@ -354,7 +357,7 @@ def test_a_setting_runs_from_a_cache_of_the_hubs_layout(
 ) -> None:
     """Names of models and SAEs as they stand; no look at the network."""
     changes = FILES[name](hub, tmp_path)
-    monkeypatch.setattr(zoo, "hub_reachable", None)
+    monkeypatch.setattr(hubs, "hub_reachable", None)
     config = load_config(FOLDER / f"{name}.yaml", SHORT | {key.replace("__", "."): v for key, v in changes.items()})
     verdict = run_check(config, tmp_path / "out")
     jsonschema.validate(verdict, SCHEMA, cls=jsonschema.Draft202012Validator)
@@ -383,7 +386,7 @@ def test_the_command_for_ioi_and_figures_given_later(
     values = yaml.safe_load((FOLDER / "ioi_gpt2.yaml").read_text())
     values["published"] = {"source": "another", "figures": [{"figure": "counts.n", "value": 13, "tolerance": 0}]}
     file.write_text(yaml.safe_dump(values))
-    monkeypatch.setattr("recover.runner.check", None)
+    monkeypatch.setattr("recover.run.runner.check", None)
     assert cli.main(["check", str(file), *flags]) == 0
     assert "counts.n: published 13, ours 12; agrees from 13 to 13" in " ".join(capsys.readouterr().out.split())
     after = json.loads((out / "verdict.json").read_text())
@@ -398,7 +401,7 @@ def test_the_command_for_ioi_and_figures_given_later(
 def test_saes_are_taken_from_the_cache_without_a_look_at_the_network(
     hub: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(zoo, "hub_reachable", None)
+    monkeypatch.setattr(hubs, "hub_reachable", None)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     hub_layout.put_gpt2(hub)
     hub_layout.put_gemma_scope(hub, ["layer_5/width_16k/average_l0_68"])
@@ -409,13 +412,13 @@ def test_saes_are_taken_from_the_cache_without_a_look_at_the_network(
         return load(*args, **named)
 
     monkeypatch.setattr(sae_lens.SAE, "from_pretrained", offline)
-    jb = zoo.resolve_sae("gpt2-small-res-jb:blocks.4.hook_resid_pre")
+    jb = sae_names.resolve_sae("gpt2-small-res-jb:blocks.4.hook_resid_pre")
     assert (jb.site, jb.d_model, jb.d_sae, jb.architecture) == (Site(4, "pre"), 96, 192, "standard")
     for name in (
         "gemma-scope-2b-pt-res:layer_5/width_16k/average_l0_68",
         "gemma-scope-2b-pt-res-canonical:layer_5/width_16k/canonical",
     ):
-        scope = zoo.resolve_sae(name)
+        scope = sae_names.resolve_sae(name)
         assert (scope.site, scope.architecture) == (Site(5, "post"), "jumprelu")
         assert torch.equal(scope.W_dec, hub_layout.basis(hub_layout.GEMMA_WIDTH)["W_dec"])
 
@@ -440,10 +443,10 @@ def gated(*_: Any, **__: Any) -> None:
 
 
 def test_a_gated_repository_says_what_to_do(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(zoo, "hub_reachable", lambda: True)
-    monkeypatch.setattr(zoo.AutoConfig, "from_pretrained", gated)
+    monkeypatch.setattr(hubs, "hub_reachable", lambda: True)
+    monkeypatch.setattr(names.AutoConfig, "from_pretrained", gated)
     monkeypatch.setattr(sae_lens.SAE, "from_pretrained", gated)
-    for load, name in ((zoo.resolve_model, hub_layout.GEMMA), (zoo.resolve_sae, "a-release:a")):
+    for load, name in ((names.resolve_model, hub_layout.GEMMA), (sae_names.resolve_sae, "a-release:a")):
         with pytest.raises(
             InputError, match="it is gated: accept its terms on its page at the hub, and log in"
         ) as raised:
@@ -550,5 +553,5 @@ def test_gpt2_small_names_the_indirect_object() -> None:
 @pytest.mark.hub
 @pytest.mark.parametrize("name", ["tpp_gemma2", "wmdp_bio_gemma2"])
 def test_gemma_scope_is_where_the_setting_says(name: str) -> None:
-    sae = zoo.resolve_sae(setting(name).clamps[0].sae)
+    sae = sae_names.resolve_sae(setting(name).clamps[0].sae)
     assert (sae.site, sae.d_model, sae.d_sae) == (SITES[name][0], 2304, 16384)

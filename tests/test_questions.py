@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from recover import zoo
+from recover.models import hub
 from recover.tasks import questions
 from recover.types import InputError
 
@@ -146,7 +146,7 @@ def test_what_is_cached_comes_before_the_hub(
 ) -> None:
     fake = FakeDatasets(cached=[GOOD], served=[])
     monkeypatch.setitem(__import__("sys").modules, "datasets", fake)
-    monkeypatch.setattr(zoo, "hub_reachable", lambda: pytest.fail("the hub was asked"))
+    monkeypatch.setattr(hub, "hub_reachable", lambda: pytest.fail("the hub was asked"))
     assert [question.id for question in questions.load(name)] == ["row-1"]
     assert fake.calls == [(dataset, configuration, "test", True)]
     assert fake.config.HF_HUB_OFFLINE is False
@@ -155,7 +155,7 @@ def test_what_is_cached_comes_before_the_hub(
 def test_what_is_not_cached_comes_from_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     fake = FakeDatasets(served=[GOOD])
     monkeypatch.setitem(__import__("sys").modules, "datasets", fake)
-    monkeypatch.setattr(zoo, "hub_reachable", lambda: True)
+    monkeypatch.setattr(hub, "hub_reachable", lambda: True)
     assert len(questions.load("cais/wmdp")) == 1
     fake.served = None
     assert "not to be had (nothing there); download" in refused("cais/wmdp")
@@ -163,7 +163,7 @@ def test_what_is_not_cached_comes_from_the_hub(monkeypatch: pytest.MonkeyPatch) 
 
 def test_out_of_reach_the_file_to_download_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the real library, whose cache has no such data set."""
-    monkeypatch.setattr(zoo, "hub_reachable", lambda: False)
+    monkeypatch.setattr(hub, "hub_reachable", lambda: False)
     message = refused("cais/wmdp:not-a-configuration")
     assert "the hub cannot be reached" in message
     assert "download not-a-configuration/test-00000-of-00001.parquet of the data set cais/wmdp" in message

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from recover.model import Model
+from recover.models.host import Model
 from recover.tasks import ask_task
 from recover.types import InputError
 

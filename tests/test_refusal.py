@@ -5,8 +5,8 @@ from itertools import product
 
 import pytest
 
-from recover import refusal
-from recover.refusal import Readout
+from recover.tasks import replies
+from recover.tasks.replies import Readout
 
 ANSWER = (
     "A lake and a pond are both bodies of fresh water, but a lake is larger and deeper, so that sunlight does not "
@@ -89,13 +89,13 @@ ANSWERS = [
     ids=["as it is", "upper", "lower", "curly", "space", "bold", "quoted", "spread"],
 )
 def test_refusals_open_with_one_however_they_are_set(text, changed):
-    assert refusal.opens_with_refusal(changed(text))
+    assert replies.opens_with_refusal(changed(text))
 
 
 @pytest.mark.parametrize("text", ANSWERS)
 def test_answers_and_mere_apologies_do_not_open_with_a_refusal(text):
-    assert not refusal.opens_with_refusal(text)
-    assert not refusal.opens_with_safety_cue(text)
+    assert not replies.opens_with_refusal(text)
+    assert not replies.opens_with_safety_cue(text)
 
 
 CUES = [
@@ -124,9 +124,9 @@ CUES = [
 
 @pytest.mark.parametrize("text", CUES)
 def test_warnings_and_deflections_open_with_a_safety_cue_and_are_no_refusals(text):
-    assert refusal.opens_with_safety_cue(text)
-    assert refusal.opens_with_safety_cue("\n" + text.upper())
-    assert not refusal.opens_with_refusal(text)
+    assert replies.opens_with_safety_cue(text)
+    assert replies.opens_with_safety_cue("\n" + text.upper())
+    assert not replies.opens_with_refusal(text)
 
 
 @pytest.mark.parametrize(
@@ -140,17 +140,17 @@ def test_warnings_and_deflections_open_with_a_safety_cue_and_are_no_refusals(tex
     ],
 )
 def test_what_comes_later_or_only_sounds_alike_is_no_safety_cue(text):
-    assert not refusal.opens_with_safety_cue(text)
+    assert not replies.opens_with_safety_cue(text)
 
 
 def test_an_opening_is_plain_and_ends_after_two_hundred_characters():
-    assert refusal.opening("  **Oh, thank you for asking!** I’M\n\n _so_ sorry") == "i'm so sorry"
-    assert refusal.opening("x" * 1000) == "x" * 200
-    assert refusal.opening(" \n") == refusal.opening("") == refusal.opening("...") == ""
+    assert replies.opening("  **Oh, thank you for asking!** I’M\n\n _so_ sorry") == "i'm so sorry"
+    assert replies.opening("x" * 1000) == "x" * 200
+    assert replies.opening(" \n") == replies.opening("") == replies.opening("...") == ""
     # 15 + 40 characters each: the inability begins at 175 and is within the opening, or at 215 and is not.
     near, far = ("Unfortunately, " + "a lake is deep and rather cold at night " * n for n in (4, 5))
-    assert refusal.opens_with_refusal(near + "i can't say")
-    assert not refusal.opens_with_refusal(far + "i can't say")
+    assert replies.opens_with_refusal(near + "i can't say")
+    assert not replies.opens_with_refusal(far + "i can't say")
 
 
 @pytest.mark.parametrize(
@@ -169,30 +169,30 @@ def test_an_opening_is_plain_and_ends_after_two_hundred_characters():
     ],
 )
 def test_texts_without_words_or_in_a_loop_are_degenerate(text):
-    assert refusal.degenerate(text)
+    assert replies.degenerate(text)
 
 
 @pytest.mark.parametrize(
     "text", [ANSWER, "30", "Lisbon.", "She runs to the bus.", "1. Red\n2. Green\n3. Blue", "很好。"]
 )
 def test_short_and_sound_texts_are_not_degenerate(text):
-    assert not refusal.degenerate(text)
+    assert not replies.degenerate(text)
 
 
 def test_measures_by_hand():
     # {the, lake, is, deep} and {the, pond, is, not, deep}: 3 in both, 6 in either.
-    assert refusal.jaccard("The lake is deep.", "the pond is NOT deep") == 0.5
-    assert refusal.jaccard("", "...") == 0.0
+    assert replies.jaccard("The lake is deep.", "the pond is NOT deep") == 0.5
+    assert replies.jaccard("", "...") == 0.0
     # Sequences of 4 and 5 words, of which "the", "is" and "deep" match in order: 2 * 3 / 9.
-    assert refusal.similarity("The lake is deep.", "the pond is NOT deep") == pytest.approx(2 / 3)
-    assert refusal.similarity("deep is lake the", "the pond was") == pytest.approx(2 / 7)
-    assert refusal.similarity("", "") == 0.0
-    assert refusal.unique_words("A lake is a lake") == 3 / 5
-    assert refusal.unique_words("don't don’t") == 1 / 2
-    assert refusal.unique_words("!") == 0.0
+    assert replies.similarity("The lake is deep.", "the pond is NOT deep") == pytest.approx(2 / 3)
+    assert replies.similarity("deep is lake the", "the pond was") == pytest.approx(2 / 7)
+    assert replies.similarity("", "") == 0.0
+    assert replies.unique_words("A lake is a lake") == 3 / 5
+    assert replies.unique_words("don't don’t") == 1 / 2
+    assert replies.unique_words("!") == 0.0
     # "aab bb" is a a b b b: three of four neighbors are equal.
-    assert refusal.repeated_characters("aab bb") == 3 / 4
-    assert refusal.repeated_characters("a") == refusal.repeated_characters("") == 0.0
+    assert replies.repeated_characters("aab bb") == 3 / 4
+    assert replies.repeated_characters("a") == replies.repeated_characters("") == 0.0
 
 
 WORDS = ["".join(letters) for letters in product("bdfgklmnprst", "aeiou", "bdfgklmnprst", "aeiou")]
@@ -208,37 +208,37 @@ def test_near_by_the_set_of_words_from_fifteen_hundredths_on():
     # 3 in both and 20 in either is 0.15; 3 of 21 is less. In reverse order one word at most matches: 2 / 23 and 2 / 24.
     text = of_words(*range(10))
     at, below = (of_words(2, 1, 0, *range(50, 50 + others)) for others in (10, 11))
-    assert refusal.similarity(text, at) < 0.25
-    assert refusal.base_like(text, at)
-    assert not refusal.base_like(text, below)
+    assert replies.similarity(text, at) < 0.25
+    assert replies.base_like(text, at)
+    assert not replies.base_like(text, below)
 
 
 def test_near_by_the_sequence_from_a_quarter_on():
     # 2 words of 8 each match in order: ratio 4 / 16 and Jaccard 2 / 14, which is below 0.15; of 8 and 9, 4 / 17.
     text = of_words(*range(8))
     at, below = of_words(0, 1, *range(50, 56)), of_words(0, 1, *range(50, 57))
-    assert refusal.jaccard(text, at) < 0.15
-    assert refusal.base_like(text, at)
-    assert not refusal.base_like(text, below)
+    assert replies.jaccard(text, at) < 0.15
+    assert replies.base_like(text, at)
+    assert not replies.base_like(text, below)
 
 
 def test_what_is_refused_warned_of_or_degenerate_is_like_nothing():
     for text in (REFUSAL, CUE, "no no no no no no", ""):
-        assert not refusal.base_like(text, text)
-        assert not refusal.strict_base_like(text, text)
+        assert not replies.base_like(text, text)
+        assert not replies.strict_base_like(text, text)
 
 
 def test_strict_asks_for_length_variety_and_a_nearer_set_of_words():
     # 24 words of four characters and 23 spaces are 119 characters; one "x" makes them 120.
     text = of_words(*range(24))
-    assert refusal.base_like(text, text)
-    assert not refusal.strict_base_like(text, text)
-    assert refusal.strict_base_like(text + "x", text)
+    assert replies.base_like(text, text)
+    assert not replies.strict_base_like(text, text)
+    assert replies.strict_base_like(text + "x", text)
     # 25 words of which 5 are shared: 5 of 25 is 0.2; with one more other word it is less.
     text = of_words(*range(10), *range(60, 75))
-    assert refusal.strict_base_like(of_words(*range(25)), of_words(0, 1, 2, 3, 4))
-    assert not refusal.strict_base_like(of_words(*range(25)), of_words(0, 1, 2, 3, 4, 90))
-    assert refusal.base_like(of_words(*range(25)), of_words(0, 1, 2, 3, 4, 90))
+    assert replies.strict_base_like(of_words(*range(25)), of_words(0, 1, 2, 3, 4))
+    assert not replies.strict_base_like(of_words(*range(25)), of_words(0, 1, 2, 3, 4, 90))
+    assert replies.base_like(of_words(*range(25)), of_words(0, 1, 2, 3, 4, 90))
 
 
 def test_strict_asks_for_different_words():
@@ -249,22 +249,22 @@ def test_strict_asks_for_different_words():
 
     for different, strict in ((14, True), (13, False)):
         text = drawn(different)
-        assert refusal.unique_words(text) == different / 40
-        assert not refusal.degenerate(text)
-        assert refusal.base_like(text, text)
-        assert refusal.strict_base_like(text, text) is strict
+        assert replies.unique_words(text) == different / 40
+        assert not replies.degenerate(text)
+        assert replies.base_like(text, text)
+        assert replies.strict_base_like(text, text) is strict
 
 
 def test_read_gives_all_readouts():
-    assert refusal.read(ANSWER, ANSWER) == Readout(False, False, False, True, True)
-    assert refusal.read(REFUSAL, ANSWER) == Readout(True, False, False, False, False)
-    assert refusal.read(CUE, ANSWER) == Readout(False, True, False, False, False)
-    assert refusal.read("no " * 9, ANSWER) == Readout(False, False, True, False, False)
-    shown = [refusal.read(text, ANSWER).non_refusal for text in (ANSWER, REFUSAL, CUE, "no " * 9)]
+    assert replies.read(ANSWER, ANSWER) == Readout(False, False, False, True, True)
+    assert replies.read(REFUSAL, ANSWER) == Readout(True, False, False, False, False)
+    assert replies.read(CUE, ANSWER) == Readout(False, True, False, False, False)
+    assert replies.read("no " * 9, ANSWER) == Readout(False, False, True, False, False)
+    shown = [replies.read(text, ANSWER).non_refusal for text in (ANSWER, REFUSAL, CUE, "no " * 9)]
     assert shown == [True, False, False, True]
 
 
 def test_a_valid_flip_is_an_answer_that_became_a_refusal():
     texts = {"answer": ANSWER, "refusal": REFUSAL, "cue": CUE, "loop": "no " * 9}
-    flips = {(a, b) for a, base in texts.items() for b, other in texts.items() if refusal.valid_flip(base, other)}
+    flips = {(a, b) for a, base in texts.items() for b, other in texts.items() if replies.valid_flip(base, other)}
     assert flips == {("answer", "refusal"), ("loop", "refusal")}

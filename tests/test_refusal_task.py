@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from fixtures import phrases
-from recover import refusal
-from recover.dialogue import Request, chat_prompt
+from recover.tasks import replies as refusal
+from recover.tasks.dialogue import Request, chat_prompt
 from recover.tasks.refusal import draw, load, load_file, shipped
 from recover.types import InputError
 

@@ -11,16 +11,16 @@ from importlib import resources
 import jsonschema
 import pytest
 
-from recover.fit import Fit
-from recover.plan import Plan
-from recover.report import WIDTH, seeds_to_text, to_text
-from recover.report_html import to_html
-from recover.utility import Utility
-from recover.verdict import Evidence, decide
-from recover.words import MEANINGS
+from recover.defenses.utility import Utility
+from recover.protocol.plan import Plan
+from recover.protocol.verdict import Evidence, decide
+from recover.report.html import to_html
+from recover.report.text import WIDTH, seeds_to_text, to_text
+from recover.report.words import MEANINGS
+from recover.saes.fit import Fit
 from tests.hand_made import SHOWS_THROUGHOUT, at_smallest, certified, flip, missed, placebo, transfer
 
-SCHEMA = json.loads(resources.files("recover").joinpath("schemas/verdict.schema.json").read_text())
+SCHEMA = json.loads(resources.files("recover.protocol").joinpath("verdict.schema.json").read_text())
 THREAT = {
     "access": "white-box, one perturbation an example",
     "sites": ["blocks.4.hook_resid_pre"],

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from recover.evidence_figures import figures
-from recover.report_html import to_html
+from recover.report.evidence_figures import figures
+from recover.report.html import to_html
 from tests.finished_runs import CONFIG, RUNS, WHOLE, many, run
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")

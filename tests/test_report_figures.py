@@ -6,12 +6,12 @@ from html.parser import HTMLParser
 
 import pytest
 
-from recover.answers import answers, cautions
-from recover.evidence_figures import figures
-from recover.figures import Curves, Dots, Figure, Histogram, Intervals, Row, binned
-from recover.report_html import to_html
-from recover.report_markdown import summary_rows, to_markdown
-from recover.svg import draw, logarithmic_ticks
+from recover.report.answers import answers, cautions
+from recover.report.evidence_figures import figures
+from recover.report.figures import Curves, Dots, Figure, Histogram, Intervals, Row, binned
+from recover.report.html import to_html
+from recover.report.markdown import summary_rows, to_markdown
+from recover.report.svg import draw, logarithmic_ticks
 from tests.finished_runs import CONFIG, RUNS, WHOLE, many, run
 
 VOID = {"meta", "br", "wbr"}

@@ -10,20 +10,20 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from recover.admissible import admissible
-from recover.behavior import AnswerLikelihood, LogitDifference
-from recover.certify import certify
-from recover.clamp import Clamp, Defense, Mode, Scale, Set
-from recover.constraint import EncoderOrthogonal
-from recover.defended import Defended, defend
-from recover.metrics import norm
-from recover.model import Model
-from recover.monitor import Jacobian, Monitor, RowSpace, Watched, row_space
+from recover.defenses.clamps import Clamp, Defense, Mode, Scale, Set
+from recover.defenses.defended import Defended, defend
+from recover.evidence.certificate import certify
+from recover.models.host import Model
+from recover.numerics.metrics import norm
 from recover.planted.layers import two_layers
 from recover.planted.pinned import PinnedWorld, pinned_layers
-from recover.restoration import recover_linearized, recover_restored, restore
-from recover.sae import from_sae_lens
-from recover.search import Schedule, recover
+from recover.saes.sae import from_sae_lens
+from recover.search.ascent import Schedule, recover
+from recover.search.constraints.admissible import admissible
+from recover.search.constraints.linear import EncoderOrthogonal
+from recover.search.constraints.monitor import Jacobian, Monitor, RowSpace, Watched, row_space
+from recover.search.constraints.restored import recover_linearized, recover_restored, restore
+from recover.tasks.behaviors import AnswerLikelihood, LogitDifference
 from recover.types import InputError, Site
 from tests.by_hand import Edits, clamped, defense_of, sae_lens_sae
 from tests.models import D_MODEL, left_padded, plain_forward, plain_lm, tiny_lm, token_rows

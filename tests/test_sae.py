@@ -12,8 +12,8 @@ import torch
 from sae_lens.saes.sae import SAEMetadata
 from torch import Tensor, nn
 
-from recover.activation import ReLU
-from recover.sae import SAE, from_sae_lens, load_sae_folder
+from recover.saes.activations import ReLU
+from recover.saes.sae import SAE, from_sae_lens, load_sae_folder
 from recover.types import InputError, Site
 from tests.saes import D_MODEL, D_SAE, random_sae, residuals, variants
 

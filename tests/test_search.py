@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from recover.constraint import EncoderOrthogonal
-from recover.search import Schedule, Solution, Status, recover, scale_to
+from recover.search.ascent import Schedule, Solution, Status, recover, scale_to
+from recover.search.constraints.linear import EncoderOrthogonal
 from recover.types import InputError
 from tests.landscapes import Own
 

@@ -9,14 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from recover.activation import AbsTopK
-from recover.behavior import ChoiceMargin, LogitDifference
-from recover.model import Model
-from recover.neutral import NEUTRAL
-from recover.sae import from_sae_lens
-from recover.selection import NEAREST, attribution, firing_rates, forgettable, largest, matched
+from recover.defenses.selection import NEAREST, attribution, firing_rates, forgettable, largest, matched
+from recover.models.host import Model
+from recover.models.names import LoadedModel
+from recover.saes.activations import AbsTopK
+from recover.saes.names import resolve_sae
+from recover.saes.sae import from_sae_lens
+from recover.tasks.behaviors import ChoiceMargin, LogitDifference
+from recover.tasks.neutral import NEUTRAL
 from recover.types import InputError, Site
-from recover.zoo import LoadedModel, resolve_sae
 from tests.by_hand import D_SAE, sae_lens_sae
 from tests.models import left_padded, plain_forward, tiny_lm, token_rows
 

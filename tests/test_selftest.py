@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 import torch
 
-from recover import bench, cli, phases, reading, selftest, solvers
-from recover.admissible import admissible
-from recover.constraint import EncoderOrthogonal
-from recover.planted import KINDS, MIXTURES
-from recover.selftest import Outcome
+from recover import cli
+from recover.planted import KINDS, MIXTURES, selftest
+from recover.planted.selftest import Outcome
+from recover.protocol import bench, phases, reading
+from recover.search import solvers
+from recover.search.constraints.admissible import admissible
+from recover.search.constraints.linear import EncoderOrthogonal
 
 KNOWN = {
     "complete_bottleneck": "NOT_RECOVERED_AT_BUDGET",

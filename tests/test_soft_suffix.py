@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from recover.behavior import ForcedAnswer
-from recover.clamp import Clamp, Defense, Scale, Set
-from recover.generate import NO_TOKEN, answered, generate
-from recover.model import Model
-from recover.sae import from_sae_lens
-from recover.soft_suffix import SoftSuffix, spoken_with, with_room
-from recover.speech import free_drift, say, texts
+from recover.baselines.soft_suffix import SoftSuffix, spoken_with, with_room
+from recover.defenses.clamps import Clamp, Defense, Scale, Set
+from recover.defenses.speech import say
+from recover.evidence.certificate import free_drift
+from recover.models.generation import NO_TOKEN, answered, generate, texts
+from recover.models.host import Model
+from recover.saes.sae import from_sae_lens
+from recover.tasks.behaviors import ForcedAnswer
 from recover.types import InputError, Site
 from tests.by_hand import sae_lens_sae
 from tests.models import D_MODEL, left_padded, plain_forward, tiny_lm, token_rows

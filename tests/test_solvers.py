@@ -13,15 +13,15 @@ from scipy.stats import beta
 from torch import Tensor
 from torch.testing import assert_close
 
-from recover.adam import climb
-from recover.constraint import EncoderOrthogonal
-from recover.defended import defend
-from recover.gradient_free import Effort, reexamined
-from recover.minimum import edge
+from recover.defenses.defended import defend
+from recover.numerics.subspaces import NullSpace
 from recover.planted import KINDS
-from recover.search import Schedule, Solution, Status, recover
-from recover.solvers import SOLVERS, Found, Solver, WorstCase, random_draws, worst_case
-from recover.subspace import NullSpace
+from recover.search.adam import climb
+from recover.search.ascent import Schedule, Solution, Status, recover
+from recover.search.constraints.linear import EncoderOrthogonal
+from recover.search.gradient_free import Effort, reexamined
+from recover.search.minimum import edge
+from recover.search.solvers import SOLVERS, Found, Solver, WorstCase, random_draws, worst_case
 from recover.types import InputError
 from tests.landscapes import Anything, Claimed, D, Landscape, Nothing, Own, landscape
 

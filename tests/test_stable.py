@@ -10,22 +10,22 @@ from scipy.optimize import minimize
 from torch import Tensor
 from torch.testing import assert_close
 
-from recover.activation import AbsTopK, Activation, JumpReLU, ReLU, TopK
-from recover.behavior import AnswerLikelihood, LogitDifference
-from recover.certify import certify
-from recover.clamp import Clamp, Defense, Scale
-from recover.constraint import ActivationStable, DecodeStable, EncoderOrthogonal
-from recover.defended import Defended, defend
-from recover.held_search import RestoredSolution
-from recover.metrics import norm
-from recover.model import Model, Prompts
-from recover.pinned_search import recover_pinned
-from recover.pinning import Pinned
+from recover.defenses.clamps import Clamp, Defense, Scale
+from recover.defenses.defended import Defended, defend
+from recover.evidence.certificate import certify
+from recover.models.host import Model, Prompts
+from recover.numerics.metrics import norm
 from recover.planted.network import Linear, Network
-from recover.restoration import recover_restored
-from recover.sae import SAE, from_sae_lens
-from recover.search import Schedule, recover
-from recover.stable import recover_stable
+from recover.saes.activations import AbsTopK, Activation, JumpReLU, ReLU, TopK
+from recover.saes.sae import SAE, from_sae_lens
+from recover.search.ascent import Schedule, recover
+from recover.search.constraints.linear import ActivationStable, DecodeStable, EncoderOrthogonal
+from recover.search.constraints.pinned import Pinned
+from recover.search.constraints.restored import recover_restored
+from recover.search.held import RestoredSolution
+from recover.search.pinned import recover_pinned
+from recover.search.stable import recover_stable
+from recover.tasks.behaviors import AnswerLikelihood, LogitDifference
 from recover.types import InputError, Site
 from tests.by_hand import sae_lens_sae
 from tests.models import left_padded, tiny_lm, token_rows

@@ -10,8 +10,8 @@ import pytest
 from numpy.typing import NDArray
 from scipy import stats as scipy_stats
 
-from recover import stats
-from recover.stats import bootstrap, holm, median_interval, more_often, paired_smaller, wilson
+from recover.numerics import statistics
+from recover.numerics.statistics import bootstrap, holm, median_interval, more_often, paired_smaller, wilson
 from recover.types import InputError
 
 INF = math.inf
@@ -139,7 +139,7 @@ def test_bootstrap_is_a_loop_over_resamples(statistic: Any, monkeypatch: pytest.
     loop = [statistic(generator.choice(values, 7)) for _ in range(100)]
     expected = tuple(np.quantile(loop, [(1 - 0.95) / 2, (1 + 0.95) / 2]))
     for at_once in (1, 7, 50, 700):
-        monkeypatch.setattr(stats, "DRAWN_AT_ONCE", at_once)
+        monkeypatch.setattr(statistics, "DRAWN_AT_ONCE", at_once)
         assert bootstrap(values, statistic, draws=100, seed=3) == expected
     assert bootstrap(values, lambda sample: statistic(sample), draws=100, seed=3) == expected
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from recover.subspace import NullSpace, NullSpaces, row_space
+from recover.numerics.subspaces import NullSpace, NullSpaces, row_space
 
 D = 12
 

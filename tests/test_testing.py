@@ -18,10 +18,10 @@ import pytest
 import tiny
 import yaml
 
-from recover import testing
 from recover.cli import main
-from recover.config import load_config
-from recover.records import ReplyRecord
+from recover.protocol.records import ReplyRecord
+from recover.run.config import load_config
+from recover.testing import defenses
 from tests.hand_made import SHOWS_THROUGHOUT, certified, flip
 
 pytest_plugins = ["pytester"]
@@ -33,13 +33,13 @@ import os
 from dataclasses import replace
 
 import pytest
-import recover.objects
-from recover.activation import TopK
-from recover.plan import Plan, TransferPlan
+import recover.run.objects
+from recover.saes.activations import TopK
+from recover.protocol.plan import Plan, TransferPlan
 from recover.planted import KINDS
-from recover.search import Schedule
+from recover.search.ascent import Schedule
 from recover.testing import *
-from recover.transfer import FitSchedule
+from recover.evidence.transfer import FitSchedule
 
 LIGHT = Plan(random_draws=20, placebo_features=0, curve=(0.5, 1.0), sample=2,
              transfer=TransferPlan(norms=(), folds=2, shuffles=1, draws=20, fit=FitSchedule(steps=30)))
@@ -198,14 +198,14 @@ def test_a_whole_answer_is_back_where_what_is_said_is_like_the_own(tmp_path, nor
     said = certified(flip("a", near=math.inf), shows=False, norm=norm)
     write(tmp_path, [replace(said, answered=True, refused=True, reply=reply)])
     verdict = {"verdict": "RECOVERABLE", "recovery": {"budget": 20.0, "searched": 1}}
-    found = testing.Checked("by hand", (verdict,), (tmp_path,))
+    found = defenses.Checked("by hand", (verdict,), (tmp_path,))
     if not back:
-        testing.assert_not_recovered(found, budget=budget)
+        defenses.assert_not_recovered(found, budget=budget)
         return
     with pytest.raises(
         pytest.fail.Exception, match=r"1 of 1 valid flips are brought back .* of norm 12; expected none"
     ):
-        testing.assert_not_recovered(found, budget=budget)
+        defenses.assert_not_recovered(found, budget=budget)
 
 
 def test_drift_and_attribution_are_held_to_their_bounds(tmp_path):
@@ -214,25 +214,25 @@ def test_drift_and_attribution_are_held_to_their_bounds(tmp_path):
     write(tmp_path, [*records, SHOWS_THROUGHOUT])
     parts = {"error": {"replay": {"rate": 0.75}}, "clamped": {"replay": {"rate": 0.0}}}
     verdict = {"verdict": "RECOVERABLE", "attribution": {"parts": parts}}
-    found = testing.Checked("by hand", (verdict,), (tmp_path,))
-    testing.assert_drift_below(found, 0.25)
-    testing.assert_attribution(found, part="error", at_least=0.75)
+    found = defenses.Checked("by hand", (verdict,), (tmp_path,))
+    defenses.assert_drift_below(found, 0.25)
+    defenses.assert_attribution(found, part="error", at_least=0.75)
     where = rf"\nartifacts: {re.escape(str(tmp_path))}"
     with pytest.raises(
         pytest.fail.Exception, match=rf"a relative drift of 2.50e-01.* 1 of 3 .*; expected at most 0.2{where}"
     ):
-        testing.assert_drift_below(found, 0.2)
+        defenses.assert_drift_below(found, 0.2)
     with pytest.raises(pytest.fail.Exception, match=rf"replay of error alone .* 75%; expected at least 80%{where}"):
-        testing.assert_attribution(found, part="error", at_least=0.8)
+        defenses.assert_attribution(found, part="error", at_least=0.8)
     write(tmp_path, [replace(flip("a"), certificate=flip("a").certificate | {"relative_drift": None})])  # from zero
     with pytest.raises(pytest.fail.Exception, match=rf"drift of inf, .* on 1 of 1 valid flips; .* most 0.5{where}"):
-        testing.assert_drift_below(found, 0.5)
+        defenses.assert_drift_below(found, 0.5)
     refused = {"transfer": {"refused": "several sites"}, "specific": "unknown"}
-    unasked = testing.Checked("by hand", (verdict | refused,), (tmp_path,))
+    unasked = defenses.Checked("by hand", (verdict | refused,), (tmp_path,))
     with pytest.raises(pytest.fail.Exception, match=rf"transfer was not run \(several sites\); expected True{where}"):
-        testing.assert_specific(unasked)
-    unsaid = testing.Checked("by hand", ({"verdict": "INVALID", "reasons": ["fit: 0.1"]},), (tmp_path,))
-    for assertion in (testing.assert_not_recovered, testing.assert_recoverable, testing.assert_specific):
+        defenses.assert_specific(unasked)
+    unsaid = defenses.Checked("by hand", ({"verdict": "INVALID", "reasons": ["fit: 0.1"]},), (tmp_path,))
+    for assertion in (defenses.assert_not_recovered, defenses.assert_recoverable, defenses.assert_specific):
         with pytest.raises(pytest.fail.Exception, match=r"says nothing either way \(fit: 0.1\)"):
             assertion(unsaid)
 
@@ -253,13 +253,13 @@ def test_shut(check_defense):
     def searched(*_, **__):
         raise AssertionError("searched again")
 
-    monkeypatch.setattr("recover.objects.check", searched)
+    monkeypatch.setattr("recover.run.objects.check", searched)
     suite(tests, "--recovery-seeds", "2", "--recovery-dir", "kept").assert_outcomes(passed=1)
 
 
 def test_bad_input_is_one_line_and_marks_say_why_they_skip(suite, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    monkeypatch.setattr("recover.zoo.hub_reachable", lambda: False)
+    monkeypatch.setattr("recover.models.hub.hub_reachable", lambda: False)
     result = suite("""
 def test_no_file(check_defense):
     check_defense("nowhere.yaml")
@@ -276,7 +276,7 @@ def test_slow(): ...
     result.assert_outcomes(failed=1, skipped=2, passed=1)
     result.stdout.fnmatch_lines(["_* test_no_file _*", "*/nowhere.yaml: cannot be read (No such file or directory)"])
     assert "Traceback" not in result.stdout.str()
-    assert "recover/testing.py" not in result.stdout.str()
+    assert "recover/testing/defenses.py" not in result.stdout.str()
     result.stdout.fnmatch_lines(["SKIPPED * needs a CUDA device", "SKIPPED * needs the Hugging Face hub"])
     result = suite("""
 @pytest.mark.gpus
@@ -286,10 +286,10 @@ def test_gpu(): ...
     result.stdout.fnmatch_lines(["*'gpus' not found in `markers` configuration option*"])
 
 
-@pytest.mark.parametrize("machine", ["torch.cuda.is_available", "recover.zoo.hub_reachable"])
+@pytest.mark.parametrize("machine", ["torch.cuda.is_available", "recover.models.hub.hub_reachable"])
 def test_a_mark_whose_machine_is_there_does_not_skip(suite, monkeypatch, machine):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    monkeypatch.setattr("recover.zoo.hub_reachable", lambda: False)
+    monkeypatch.setattr("recover.models.hub.hub_reachable", lambda: False)
     monkeypatch.setattr(machine, lambda: True)
     suite("""
 @pytest.mark.gpu
@@ -325,8 +325,8 @@ def own(pytester, monkeypatch, saved):
         searches.append(arguments)
         return real(*arguments, **options)
 
-    real = import_module("recover.runner").check
-    monkeypatch.setattr("recover.runner.check", check)
+    real = import_module("recover.run.runner").check
+    monkeypatch.setattr("recover.run.runner.check", check)
     edit.run = lambda *arguments, **how: pytester.runpytest_inprocess(*PLUGIN, *arguments, **how)
     edit.searches = searches
     return edit
@@ -406,7 +406,7 @@ def test_what_a_file_says_wrong_is_told_in_one_line(own, changes, told):
 
 def test_an_interrupted_check_goes_on_in_the_next_session(own, monkeypatch):
     own()
-    runner, finished = import_module("recover.runner"), []
+    runner, finished = import_module("recover.run.runner"), []
     real, keep = runner.check, runner.RunFolder.keep
 
     def dies(folder, unit, *arguments):
@@ -438,8 +438,8 @@ def counted(*arguments, **options):
         file.write(f"{os.environ['PYTEST_XDIST_WORKER']}\\n")
     return real(*arguments, **options)
 
-real = recover.objects.check
-recover.objects.check = counted
+real = recover.run.objects.check
+recover.run.objects.check = counted
 
 @pytest.mark.parametrize("number", range(4))
 def test_shut(check_defense, number):

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from recover.admissible import admissible
-from recover.constraint import EncoderOrthogonal
-from recover.defended import defend
-from recover.pinning import Pinned
+from recover.defenses.defended import defend
+from recover.evidence.transfer import FitSchedule, Pool, Problem, derangement, fit_shared, halves, random_shared
 from recover.planted import KINDS, Planted
-from recover.transfer import FitSchedule, Pool, Problem, derangement, fit_shared, halves, random_shared
+from recover.search.constraints.admissible import admissible
+from recover.search.constraints.linear import EncoderOrthogonal
+from recover.search.constraints.pinned import Pinned
 from recover.types import InputError
 
 NAMES = [f"e{i}" for i in range(24)]

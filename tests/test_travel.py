@@ -8,17 +8,17 @@ from typing import Any
 import pytest
 import torch
 
-from recover import phases, travel
-from recover.attribution import attribute
-from recover.bench import Bench
-from recover.check import Memory
-from recover.plan import Plan
+from recover.evidence.attribution.parts import attribute
+from recover.numerics.statistics import wilson
 from recover.planted import error_bypass, feature_bypass
-from recover.records import ExampleRecord, PartRecord
-from recover.refusal import read
-from recover.report import sections
-from recover.search import Schedule
-from recover.stats import wilson
+from recover.protocol import phases, travel
+from recover.protocol.bench import Bench
+from recover.protocol.checking import Memory
+from recover.protocol.plan import Plan
+from recover.protocol.records import ExampleRecord, PartRecord
+from recover.report.text import sections
+from recover.search.ascent import Schedule
+from recover.tasks.replies import read
 from tests.hand_made import conclude, flip, validated
 from tests.test_attribution import randn, tiny
 

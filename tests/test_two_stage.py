@@ -9,17 +9,17 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from recover.behavior import ForcedAnswer
-from recover.clamp import Clamp, Defense, Scale
-from recover.defended import defend
-from recover.generate import answered, generate
-from recover.model import Model
-from recover.pinned_search import recover_pinned
-from recover.pinning import Pinned
-from recover.sae import from_sae_lens
-from recover.search import Schedule
-from recover.speech import say
-from recover.two_stage import Opening, opened
+from recover.baselines.two_stage import Opening, opened
+from recover.defenses.clamps import Clamp, Defense, Scale
+from recover.defenses.defended import defend
+from recover.defenses.speech import say
+from recover.models.generation import answered, generate
+from recover.models.host import Model
+from recover.saes.sae import from_sae_lens
+from recover.search.ascent import Schedule
+from recover.search.constraints.pinned import Pinned
+from recover.search.pinned import recover_pinned
+from recover.tasks.behaviors import ForcedAnswer
 from recover.types import Site
 from tests.by_hand import sae_lens_sae
 from tests.models import D_MODEL, left_padded, plain_forward, tiny_lm, token_rows

@@ -10,14 +10,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from recover.clamp import Clamp, Defense, Scale, Set
-from recover.model import Model
-from recover.neutral import NEUTRAL
-from recover.sae import from_sae_lens
+from recover.defenses.clamps import Clamp, Defense, Scale, Set
+from recover.defenses.utility import MAX_INCREASE, measure_utility
+from recover.models.host import Model
+from recover.models.names import LoadedModel
+from recover.saes.names import resolve_sae
+from recover.saes.sae import from_sae_lens
 from recover.tasks import ioi
+from recover.tasks.neutral import NEUTRAL
 from recover.types import InputError, Site
-from recover.utility import MAX_INCREASE, measure_utility
-from recover.zoo import LoadedModel, resolve_sae
 from tests.by_hand import Edits, clamped, defense_of, sae_lens_sae
 from tests.models import left_padded, plain_forward, tiny_lm, token_rows
 from tests.test_fit import ROWS as TAUGHT

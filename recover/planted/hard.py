@@ -29,11 +29,11 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from recover.behavior import LogitDifference
-from recover.clamp import Clamp, Defense, Set
+from recover.defenses.clamps import Clamp, Defense, Set
+from recover.numerics.subspaces import NullSpace
 from recover.planted.network import network
 from recover.planted.world import Atoms, Draw, Planted, answers, blocks, clamped, context_codes, examples, planted_sae
-from recover.subspace import NullSpace
+from recover.tasks.behaviors import LogitDifference
 from recover.types import Tensor
 
 GAIN, GUARD, SLOPE = 3.0, 0.3, 0.3

@@ -27,11 +27,11 @@ from typing import Literal
 
 import torch
 
-from recover.behavior import LogitDifference
-from recover.clamp import Clamp, Defense, Mode, Scale, Set
+from recover.defenses.clamps import Clamp, Defense, Mode, Scale, Set
+from recover.numerics.subspaces import NullSpace
 from recover.planted.network import Linear, Monotone, network
 from recover.planted.world import Atoms, Draw, Planted, answers, clamped, distance, examples, planted_sae
-from recover.subspace import NullSpace
+from recover.tasks.behaviors import LogitDifference
 from recover.types import Site
 
 

@@ -43,11 +43,11 @@ from typing import Literal
 import torch
 from torch import nn
 
-from recover.behavior import ChoiceMargin
-from recover.clamp import Clamp, Defense, Mode, Scale, Set
+from recover.defenses.clamps import Clamp, Defense, Mode, Scale, Set
+from recover.numerics.subspaces import NullSpace
 from recover.planted.network import network
 from recover.planted.world import Atoms, Draw, Planted, answers, blocks, clamped, context_codes, examples, planted_sae
-from recover.subspace import NullSpace
+from recover.tasks.behaviors import ChoiceMargin
 from recover.types import Tensor
 
 TAU, RHO, KAPPA = 1.0, 1.0, 0.7

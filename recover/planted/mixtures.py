@@ -78,12 +78,12 @@ import torch
 from einops import rearrange, reduce, repeat
 from torch import nn
 
-from recover.behavior import LogitDifference
-from recover.clamp import Clamp, Defense, Set
+from recover.defenses.clamps import Clamp, Defense, Set
+from recover.numerics.subspaces import NullSpace
 from recover.planted.meaning import KAPPA, RHO, TAU, Gated, _closing, _gated_codes, likeliest
 from recover.planted.network import network
 from recover.planted.world import Atoms, Draw, Planted, answers, blocks, clamped, context_codes, examples, planted_sae
-from recover.subspace import NullSpace
+from recover.tasks.behaviors import LogitDifference
 from recover.types import Bool, Float, InputError, Int, Tensor
 
 NONE, SHUT, FLOOR, FAINT = 0.25, 2.0, -0.25, 0.05

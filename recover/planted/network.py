@@ -11,9 +11,9 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
-from recover.model import Model, Prompts
+from recover.models.host import Model, Prompts
+from recover.numerics.subspaces import NullSpace
 from recover.planted.world import Atoms, Draw
-from recover.subspace import NullSpace
 from recover.types import Float, Tensor
 
 

@@ -24,13 +24,13 @@ from dataclasses import dataclass
 
 import torch
 
-from recover.activation import ReLU
-from recover.behavior import LogitDifference
-from recover.clamp import Clamp, Defense, Scale
-from recover.model import Model, Prompts
+from recover.defenses.clamps import Clamp, Defense, Scale
+from recover.models.host import Model, Prompts
 from recover.planted.network import Linear, Network
 from recover.planted.world import Draw
-from recover.sae import SAE
+from recover.saes.activations import ReLU
+from recover.saes.sae import SAE
+from recover.tasks.behaviors import LogitDifference
 from recover.types import Float, Site, Tensor
 
 __all__ = ["PinnedWorld", "pinned_layers"]

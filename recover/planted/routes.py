@@ -31,11 +31,11 @@ from typing import Literal
 import torch
 from torch import nn
 
-from recover.behavior import LogitDifference
-from recover.clamp import Clamp, Defense, Mode, Scale, Set
+from recover.defenses.clamps import Clamp, Defense, Mode, Scale, Set
+from recover.numerics.subspaces import NullSpace
 from recover.planted.network import Monotone, network
 from recover.planted.world import Atoms, Draw, Planted, answers, clamped, distance, examples, planted_sae
-from recover.subspace import NullSpace
+from recover.tasks.behaviors import LogitDifference
 from recover.types import Tensor
 
 SWING = 0.4

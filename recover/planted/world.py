@@ -24,13 +24,13 @@ from typing import Literal
 
 import torch
 
-from recover.activation import JumpReLU, ReLU
-from recover.behavior import Behavior
-from recover.clamp import Defense, Mode, Number
-from recover.examples import Examples
-from recover.model import Model, Prompts
-from recover.sae import SAE
-from recover.subspace import NullSpace
+from recover.defenses.clamps import Defense, Mode, Number
+from recover.models.host import Model, Prompts
+from recover.numerics.subspaces import NullSpace
+from recover.saes.activations import JumpReLU, ReLU
+from recover.saes.sae import SAE
+from recover.tasks.behaviors import Behavior
+from recover.tasks.examples import Examples
 from recover.types import Bool, Float, Int, Site, Tensor
 
 THRESHOLD, BIAS, DEAD = 0.3, 0.2, 100.0

@@ -25,9 +25,9 @@ from typing import Literal
 
 import torch
 
-from recover.behavior import ChoiceCrossEntropy, ChoiceMargin, ChoiceOdds, VocabularyMargin, shows
-from recover.examples import Contrast, Examples
-from recover.model import Edit, Model
+from recover.models.host import Edit, Model
+from recover.tasks.behaviors import ChoiceCrossEntropy, ChoiceMargin, ChoiceOdds, VocabularyMargin, shows
+from recover.tasks.examples import Contrast, Examples
 from recover.tasks.ioi import token_id
 from recover.tasks.questions import LETTERS, Question, load
 from recover.types import Bool, InputError, Int, Site, Tensor
@@ -115,7 +115,7 @@ def right(
     Args:
         model: to be asked.
         asked: questions, each in an order.
-        edits: a defense, as `recover.defended.clamp_edits` gives it; none by default.
+        edits: a defense, as `recover.defenses.defended.clamp_edits` gives it; none by default.
         on_batch: called with how many prompts were asked.
     """
     prompts, wanted = model.tokenize([prompt(*one) for one in asked]), behavior(model, asked)

@@ -25,9 +25,9 @@ from typing import Any
 import torch
 from pydantic import PositiveInt
 
-from recover.behavior import AnswerLikelihood, ChoiceMargin
-from recover.examples import Contrast, Examples
-from recover.model import Edit, Model
+from recover.models.host import Edit, Model
+from recover.tasks.behaviors import AnswerLikelihood, ChoiceMargin
+from recover.tasks.examples import Contrast, Examples
 from recover.tasks.facts import RELATIONS
 from recover.tasks.files import read_text, rows_of
 from recover.tasks.ioi import token_id
@@ -150,7 +150,7 @@ def right(
 
     Args:
         model: as it is, or with
-        edits: such as those of a defense (`recover.defended.clamp_edits`).
+        edits: such as those of a defense (`recover.defenses.defended.clamp_edits`).
         asked: the facts.
         progress: as in `examples`.
     """

@@ -26,9 +26,9 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 import torch
 from pydantic import Field, PositiveInt
 
-from recover.behavior import ChoiceMargin, LogitDifference
-from recover.examples import Examples
-from recover.model import Model
+from recover.models.host import Model
+from recover.tasks.behaviors import ChoiceMargin, LogitDifference
+from recover.tasks.examples import Examples
 from recover.tasks.files import read_text, rows_of
 from recover.types import InputError
 

@@ -24,7 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from recover.hub import hub_offline, hub_reachable
+from recover.models import hub
+from recover.models.hub import hub_offline
 from recover.tasks.files import decoded, numbered
 from recover.types import InputError
 
@@ -202,7 +203,7 @@ def _hub_rows(source: _Source, split: Split) -> Iterator[tuple[int, Any]]:
     """Rows of the hub's set, numbered from 1; from the cache where the hub is out of reach."""
     import datasets  # here, because it is slow to import and serves these sets alone
 
-    reachable = hub_reachable()
+    reachable = hub.hub_reachable()
     try:
         # With the hub out of reach its client would retry for long before it looked into its cache.
         with contextlib.nullcontext() if reachable else hub_offline():

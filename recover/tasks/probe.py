@@ -2,7 +2,7 @@
 
 1. *Texts* of several classes (`recover.tasks.labeled`), cut to one number of tokens, shorter ones left out, so that all
    means are over as many positions; the first token, an attention sink, counts for nothing.
-2. *Probes*, one a class, are trained on the mean residual at a layer, on texts to train with (`recover.probe_head`).
+2. *Probes*, one a class, are trained on the mean residual at a layer, on texts to train with (`probe_heads`).
 3. *Examples* are texts of the target class to test with. The behavior is the logit of its probe; it shows where that
    is positive, and a delta reaches every position that the mean is over.
 4. *Features* are selected with `effect` on the texts to train with, and ablated with `mode: set, value: 0`.
@@ -24,10 +24,10 @@ from typing import Annotated
 import torch
 from pydantic import Field, PositiveInt
 
-from recover.examples import Contrast, Examples
-from recover.model import Model, Prompts
-from recover.probe_head import PooledProbe, ProbeHead, Probes, pooled_residuals, train_probes
+from recover.models.host import Model, Prompts
+from recover.tasks.examples import Contrast, Examples
 from recover.tasks.labeled import Data, Labeled, Split, draw, load
+from recover.tasks.probe_heads import PooledProbe, ProbeHead, Probes, pooled_residuals, train_probes
 from recover.types import Bool, Float, InputError, Int, Site, Tensor
 
 __all__ = ["SKIPPED", "Material", "Texts", "examples", "prepare"]

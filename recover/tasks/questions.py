@@ -21,7 +21,7 @@ from typing import Any
 
 from huggingface_hub import constants
 
-from recover import zoo
+from recover.models import hub, names
 from recover.tasks.files import numbered, read_text
 from recover.types import InputError
 
@@ -63,7 +63,7 @@ def load(name: str) -> list[Question]:
         InputError: with the number of the line or row, and never with what it says; a data set that cannot be had.
     """
     dataset, _, configuration = name.partition(":")
-    if name in (shipped := zoo.shipped_questions()):
+    if name in (shipped := names.shipped_questions()):
         return _lines(name, shipped[name])
     if dataset in PUBLISHED:
         return _table(name, _from_hub(dataset, configuration or PUBLISHED[dataset]))
@@ -123,7 +123,7 @@ def _question(row: Any, name: str) -> Question:
 
 
 def _json_rows(path: Path, name: str) -> Iterator[tuple[int, Any]]:
-    known = ", ".join([*zoo.shipped_questions(), *PUBLISHED])
+    known = ", ".join([*names.shipped_questions(), *PUBLISHED])
     for number, line in numbered(read_text(path, name, f"; give a file, or one of: {known}")):
         try:
             yield number, json.loads(line)
@@ -150,7 +150,7 @@ def _from_hub(dataset: str, configuration: str) -> Iterable[Any]:
     with _offline(datasets), contextlib.suppress(Exception):  # whatever its many loaders raise, it is not in the cache
         return list(datasets.load_dataset(dataset, configuration, split=SPLIT))
     reason = "the hub cannot be reached"
-    if zoo.hub_reachable():
+    if hub.hub_reachable():
         try:
             return list(datasets.load_dataset(dataset, configuration, split=SPLIT))
         except Exception as error:

@@ -1,7 +1,7 @@
 """Refusal: requests to a chat model, those that it answers and those that it can only decline.
 
 A defense that makes a model refuse is judged on its answers, so the prompts are whole requests in the model's chat
-template and the behavior is a readout of the reply (`recover.refusal`).
+template and the behavior is a readout of the reply (`recover.tasks.replies`).
 
 1. *Shipped* (`recover.tasks.requests`): `ordinary` requests, which SmolLM2-135M-Instruct answers, and `unservable`
    ones, which ask for what no text model has or does and which it declines. All are benign.
@@ -23,10 +23,10 @@ from typing import Any, Literal
 
 from pydantic import PositiveInt
 
-from recover.dialogue import Request, ask
-from recover.examples import Contrast, Examples
-from recover.model import Model
+from recover.models.host import Model
 from recover.tasks import requests
+from recover.tasks.dialogue import Request, ask
+from recover.tasks.examples import Contrast, Examples
 from recover.tasks.files import numbered, read_text
 from recover.types import InputError
 

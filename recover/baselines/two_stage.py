@@ -1,0 +1,81 @@
+"""A search in two stages: first that an answer opens as its own and not as a refusal, then that it is given whole.
+
+The score of a whole answer is flat where the model is sure to refuse: what follows an opening that it would never give
+is of little use. The published search therefore begins with the opening alone (reference: Settings, Refusal):
+
+1. *Opening*: raise the mean log-probability of the answer's first tokens, and lower that of the tokens with which the
+   defended model refuses, each teacher-forced, for some steps.
+2. *Answer*: go on from there with the whole answer, as any search does.
+
+Only the start of the second stage differs, so what it may vary, its budget and its goal are those of `recover`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+from recover.defenses.defended import Defended, Delta
+from recover.search.ascent import Feasible, Objective, Schedule, recover
+from recover.search.constraints.pinned import Pinned
+from recover.tasks.behaviors import positions_read
+from recover.types import Float, Int, PerExample, Tensor
+
+__all__ = ["OPENING_STEPS", "Opening", "opened"]
+
+OPENING_STEPS = 20
+"""As published."""
+
+
+@dataclass(frozen=True, eq=False)
+class Opening:
+    """The objective of the first stage.
+
+    Attributes:
+        own: the first tokens of each answer, forced (`ForcedAnswer`).
+        refusal: those of each refusal, as many.
+        columns: how many columns a delta has at each site; those beyond the opening do not matter to it.
+    """
+
+    own: Defended | Pinned
+    refusal: Defended | Pinned
+    columns: int
+
+    def __call__(self, delta: Delta) -> tuple[PerExample, PerExample]:
+        """The difference of the two mean log-probabilities; the slack is the same, so that no goal ends the stage."""
+        own, refusal = (part(self._first(part, delta))[0] for part in (self.own, self.refusal))
+        return own - refusal, own - refusal
+
+    def select(self, rows: Int[Tensor, "rows"]) -> Opening:
+        return replace(self, own=self.own.select(rows), refusal=self.refusal.select(rows))
+
+    def _first(self, part: Defended | Pinned, delta: Delta) -> Float[Tensor, "batch site_opening d_model"]:
+        """The columns of a delta that an opening has, site after site."""
+        reads = positions_read(part.behavior)
+        sites = delta.shape[1] // self.columns
+        return torch.cat([site[:, :reads] for site in delta.chunk(sites, dim=1)], dim=1)
+
+
+def opened(
+    opening: Objective,
+    start: Delta,
+    feasible: Feasible,
+    budget: float,
+    schedule: Schedule | None = None,
+    on_step: Callable[[int, int], None] | None = None,
+) -> Delta:
+    """Where the second stage starts: the delta that the first ends at, within the budget.
+
+    Args:
+        opening: the objective of the first stage.
+        start: as in `recover`.
+        feasible: as in `recover`.
+        budget: as in `recover`.
+        schedule: its stride and seed; steps are those of an opening.
+        on_step: as in `recover`.
+    """
+    first = replace(schedule or Schedule(), steps=OPENING_STEPS, goal=math.inf, restarts=0)
+    return recover(opening, start, feasible, budget, first, on_step).delta

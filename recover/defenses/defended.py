@@ -1,0 +1,256 @@
+"""A defense put into a model: the defended state, and the objective that a search raises under it.
+
+1. One pass without the clamp reads the residual at the first clamped site (and the base logits).
+2. One prefill from there, with every clamp live, gives the defended logits, the defended residual and the keys and
+   values that a suffix-only run needs.
+3. A delta enters at the last `n_pos` positions of the first clamped site, after the clamp (`h_def + delta`) or before
+   it (`clamp(h + delta)`); under C1 and a pointwise SAE the two are the same state. Or it enters at every clamped site,
+   after the clamp there: its positions are then those of the first site, of the second, and so on.
+
+A behavior that reads a whole answer is teacher-forced: the prompts hold the answer, and clamps know where it begins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from einops import rearrange, repeat
+
+from recover.defenses.clamps import Defense
+from recover.models.components import Component
+from recover.models.host import Change, Edit, Model, Prompts, Suffix
+from recover.tasks.behaviors import Behavior, positions_read
+from recover.types import Float, InputError, Int, PerExample, Residual, Site, Tensor, TokenIds
+
+Placement = Literal["after_clamp", "before_clamp"]
+Delta = Float[Tensor, "batch site_pos d_model"]
+PLACEMENTS: tuple[Placement, ...] = ("after_clamp", "before_clamp")
+
+
+@dataclass(frozen=True, eq=False)
+class Defended:
+    """A batch of prompts under a defense.
+
+    Attributes:
+        base: the undefended residual at the first clamped site, all positions.
+        base_logits: without the defense; of the behavior's tokens only.
+        defended_logits: with it.
+        suffix: the rest of the model, ready for perturbations; its `state` is the defended residual.
+        delta_sites: where a delta enters: the first clamped site, or all of them.
+    """
+
+    defense: Defense
+    behavior: Behavior
+    base: Residual
+    base_logits: Float[Tensor, "batch ..."]
+    defended_logits: Float[Tensor, "batch ..."]
+    suffix: Suffix
+    placement: Placement
+    delta_sites: tuple[Site, ...]
+
+    def __len__(self) -> int:
+        return len(self.base)
+
+    @property
+    def shown_at_base(self) -> Tensor:
+        """Bool `[batch]`: the behavior shows without the defense."""
+        return self.behavior.slack(self.base_logits) > 0
+
+    @property
+    def shown_when_defended(self) -> Tensor:
+        """Bool `[batch]`: the behavior shows in spite of it."""
+        return self.behavior.slack(self.defended_logits) > 0
+
+    @property
+    def valid_flips(self) -> Int[Tensor, "rows"]:
+        """The examples where the behavior shows at base and not when defended: every rate is over these."""
+        return (self.shown_at_base & ~self.shown_when_defended).nonzero().flatten()
+
+    @property
+    def zero_delta(self) -> Delta:
+        """No perturbation, `[batch (site n_pos) d_model]` in float32: where a search starts."""
+        one = torch.zeros_like(self.suffix.residual, dtype=torch.float32)
+        return repeat(one, "batch pos d_model -> batch (site pos) d_model", site=len(self.delta_sites))
+
+    def select(self, rows: Int[Tensor, "rows"]) -> Defended:
+        """The same for the examples `rows`."""
+        return Defended(
+            self.defense,
+            self.behavior.select(rows),
+            self.base[rows],
+            self.base_logits[rows],
+            self.defended_logits[rows],
+            self.suffix.select(rows),
+            self.placement,
+            self.delta_sites,
+        )
+
+    def asking(self, behavior: Behavior) -> Defended:
+        """The same examples, asked for another behavior."""
+        return replace(self, behavior=behavior)
+
+    def at_sites(self, sites: tuple[Site, ...]) -> Defended:
+        """The same with deltas that enter at these sites."""
+        return replace(self, delta_sites=sites)
+
+    def by_site(self, delta: Delta) -> dict[Site, Residual]:
+        """What of a delta enters at each site, `[batch n_pos d_model]`."""
+        parts = rearrange(delta, "batch (site pos) d_model -> site batch pos d_model", site=len(self.delta_sites))
+        return dict(zip(self.delta_sites, parts, strict=True))
+
+    def logits(
+        self,
+        delta: Delta,
+        parts: Mapping[Component, Change] | None = None,
+        changes: Mapping[Site, Change] | None = None,
+    ) -> Float[Tensor, "batch ..."]:
+        """Logits of the behavior's tokens with `delta [batch (site n_pos) d_model]` added; differentiable.
+
+        Args:
+            delta: what is added.
+            parts: changes of what components above the first clamp give, as in `Suffix.logits`.
+            changes: at sites above it, after the clamp and the delta there.
+        """
+        first, *later = self.by_site(delta).items()
+        added = {site: _adds(part) for site, part in later}
+        for site, change in (changes or {}).items():
+            place = next((known for known in added if known.index == site.index), site)
+            added[place] = _chained(added[place], change) if place in added else change
+        return self.changed_logits(self.perturbed(first[1]), added, parts)
+
+    def changed_logits(
+        self, state: Residual, changes: Mapping[Site, Change], parts: Mapping[Component, Change] | None = None
+    ) -> Float[Tensor, "batch ..."]:
+        """The same with this state after the first clamp, and these changes after the later ones."""
+        return self.suffix.logits(state, self.behavior.tokens, positions_read(self.behavior), changes, parts)
+
+    def states(self) -> dict[Site, Residual]:
+        """The defended residual after each clamp, at the positions that a delta touches."""
+        seen = {self.suffix.site: self.suffix.residual}
+
+        def watch(site: Site) -> Change:
+            def change(h: Tensor) -> Tensor:
+                seen[site] = h
+                return h
+
+            return change
+
+        with torch.no_grad():
+            self.changed_logits(self.suffix.residual, {site: watch(site) for site in self.defense.sites[1:]})
+        return seen
+
+    @property
+    def residual(self) -> Delta:
+        """The defended residual where a delta touches it, site after site, `[batch (site n_pos) d_model]`."""
+        states = self.states() if len(self.delta_sites) > 1 else {self.suffix.site: self.suffix.residual}
+        return torch.cat([states[site] for site in self.delta_sites], dim=1)
+
+    def entering(self, delta: Delta) -> dict[Site, Residual]:
+        """What comes to each later clamped site with `delta` added, before the clamp there; differentiable.
+
+        `[batch n_pos d_model]`, at the positions that a delta touches, in the order of the sites.
+        """
+        return self.suffix.entering(self.perturbed(delta), self.defense.sites[1:])
+
+    def perturbed(self, delta: Residual) -> Residual:
+        """The state at the first site, after its clamp, with `delta` added."""
+        if self.placement == "after_clamp":
+            return self.suffix.residual + delta
+        whole = torch.cat([self.base[:, : -self.suffix.n_pos], self.base[:, -self.suffix.n_pos :] + delta], dim=1)
+        edits = clamp_edits(self.defense, positions_read(self.behavior) - 1)
+        state = edits[self.suffix.site](whole, self.suffix.prompts.positions)
+        return state[:, -self.suffix.n_pos :]
+
+    def __call__(self, delta: Delta) -> tuple[PerExample, PerExample]:
+        """Score and slack of `delta`, as a search asks for them."""
+        logits = self.logits(delta).float()
+        return self.behavior.score(logits), self.behavior.slack(logits)
+
+
+def _adds(part: Residual) -> Change:
+    return lambda h: h + part
+
+
+def _chained(first: Change, then: Change) -> Change:
+    return lambda h: then(first(h))
+
+
+def clamp_edits(defense: Defense, n_answer: int = 0) -> dict[Site, Edit]:
+    """The defense as edits that the engine runs, where the last `n_answer` columns follow the prompt."""
+
+    def at(site: Site) -> Edit:
+        def edit(residual: Residual, positions: TokenIds) -> Residual:
+            return defense.apply(site, residual, positions >= defense.skip_first, n_answer)
+
+        return edit
+
+    return {site: at(site) for site in defense.sites}
+
+
+def defend(
+    model: Model,
+    defense: Defense,
+    prompts: Prompts,
+    behavior: Behavior,
+    *,
+    n_pos: int | None = None,
+    placement: Placement = "after_clamp",
+    every_site: bool = False,
+) -> Defended:
+    """Run `prompts` with and without the defense and hold what a search needs.
+
+    Args:
+        model: the host model.
+        defense: its first clamped site is where a delta enters.
+        prompts: any number, as one batch; with its answer (`answered`) where the behavior reads one.
+        behavior: one entry for each prompt.
+        n_pos: how many trailing positions a delta may touch; by default those that the behavior reads.
+        placement: whether a delta enters after or before the clamp of its site.
+        every_site: whether it enters at every clamped site; after the clamps, that is.
+
+    Raises:
+        InputError: a site that the model does not have, an SAE of another width, too short a prompt, or a delta before
+            several clamps.
+    """
+    reads = positions_read(behavior)
+    check_fits(model, defense, n_answer=reads - 1)
+    defense = defense.to(torch.promote_types(model.dtype, torch.float32))
+    if every_site and placement != "after_clamp":
+        raise InputError(f"placement: {placement!r} with a delta at every clamped site; use after_clamp")
+    site = defense.sites[0]
+    with torch.no_grad():
+        undefended = model.run(prompts, read=[site], tokens=behavior.tokens, reads=reads)
+        base = undefended.residuals[site]
+        run, suffix = model.prefill(
+            prompts,
+            (site, base),
+            edits=clamp_edits(defense, reads - 1),
+            n_pos=reads if n_pos is None else n_pos,
+            tokens=behavior.tokens,
+            reads=reads,
+        )
+    sites = defense.sites if every_site else (site,)
+    return Defended(defense, behavior, base, undefended.logits, run.logits, suffix, placement, sites)
+
+
+def check_fits(model: Model, defense: Defense, n_answer: int = 0) -> None:
+    """Whether every clamp can be put into this model, for a behavior that reads `n_answer` tokens of an answer.
+
+    Raises:
+        InputError: a site that the model does not have, an SAE of another width, or positions that no prompt has.
+    """
+    for clamp in defense.clamps:
+        model.check_site(clamp.site)
+        if clamp.positions == "answer" and n_answer == 0:
+            raise InputError(
+                "clamp: positions `answer` has nothing to act on, as next-token behaviors are read before any answer; "
+                "use all, last or prompt"
+            )
+        if clamp.sae.d_model != model.d_model:
+            raise InputError(
+                f"SAE at {clamp.site.hook_name}: it reads {clamp.sae.d_model} dimensions, the model's residual "
+                f"stream has {model.d_model}; use an SAE that was trained on this model"
+            )

@@ -1,0 +1,248 @@
+"""Which features to clamp: attribution on the task's own prompts; and which others, drawn at random, to compare with.
+
+The attribution of a feature is its activation times the gradient of the behavior's score with respect to it, taken
+through an SAE whose error is passed on (reference page, IOI): with `h = D(z) + e` and `e` held, the gradient with
+respect to `z` is `dscore/dh @ W_dec^T`. Summed over positions and prompts; the largest positive ones are chosen.
+The first token of a prompt counts for nothing: where it is an attention sink its norm is a hundred times the others',
+no SAE describes it, and its spurious activations would outweigh all the rest.
+
+A clamp of features that hardly ever fire does little whatever they mean, so the placebo features of the design page are
+matched in firing rate:
+
+1. *Rate*: the share of real tokens, first ones left out, on which a feature is active.
+2. *Pairs*: for each clamped feature, in a random order, draw one of the unused others that are nearest in the logarithm
+   of the rate, a difference of which is a factor whether features are rare or common. What fires and what never does
+   are paired apart, as long as that can be.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from einops import einsum, reduce
+
+from recover.models.host import Model, Prompts
+from recover.saes.sae import SAE
+from recover.tasks.behaviors import Behavior, positions_read
+from recover.tasks.examples import Contrast
+from recover.types import Float, InputError, Residual, Site, Tensor
+
+NEAREST = 10
+"""Of so many features nearest in rate one is drawn, for draws that differ."""
+CALIPER = math.log(1.25)
+"""But of those farther than this only the nearest: few features fire often, and the ten nearest may fire far less."""
+
+
+def attribution(model: Model, sae: SAE, site: Site, prompts: Prompts, behavior: Behavior) -> Float[Tensor, "d_sae"]:
+    """Summed attribution of each feature to the score, in units of the score, over one batch of prompts.
+
+    Padding and first tokens count for nothing. Divide by the number of prompts for the mean.
+    """
+    residual, gradient = _with_gradient(model, site, prompts, behavior)
+    with torch.no_grad():
+        counted = (prompts.positions > 0).to(sae.dtype)
+        features = sae.encode(residual)
+        slope = einsum(gradient.to(sae.dtype), sae.W_dec, "batch pos d_model, d_sae d_model -> batch pos d_sae")
+        return einsum(features, slope, counted, "batch pos d_sae, batch pos d_sae, batch pos -> d_sae")
+
+
+def _with_gradient(model: Model, site: Site, prompts: Prompts, behavior: Behavior) -> tuple[Residual, Residual]:
+    """The residual at a site, and the gradient of the summed score with respect to it."""
+    with torch.no_grad():
+        residual = model.run(prompts, read=[site], tokens=behavior.tokens).residuals[site]
+    leaf = residual.clone().requires_grad_(True)
+    logits = model.run(prompts, start=(site, leaf), tokens=behavior.tokens, reads=positions_read(behavior)).logits
+    (gradient,) = torch.autograd.grad(behavior.score(logits).sum(), leaf)
+    return residual, gradient
+
+
+def contrast(
+    model: Model, sae: SAE, site: Site, shown: Prompts, hidden: Prompts, batch_size: int | None = None
+) -> tuple[Float[Tensor, "d_sae"], Float[Tensor, "d_sae"]]:
+    """How much more active each feature is where a behavior is about to show than where it is not, and how active.
+
+    Args:
+        model: the host model, without any clamp.
+        sae: of the site.
+        site: where it is used.
+        shown: prompts that the behavior follows; what counts is the last position.
+        hidden: prompts that it does not follow.
+        batch_size: prompts at once; all by default.
+
+    Returns:
+        The difference of the mean activations, and the mean over `shown`.
+    """
+    means = []
+    for prompts in (shown, hidden):
+        total = torch.zeros(sae.d_sae, dtype=sae.dtype, device=sae.device)
+        for rows in torch.split(torch.arange(len(prompts)), batch_size or len(prompts)):
+            with torch.no_grad():
+                residual = model.run(prompts.select(rows), read=[site]).residuals[site]
+                total += reduce(sae.encode(residual[:, -1]), "batch d_sae -> d_sae", "sum")
+        means.append(total / len(prompts))
+    return means[0] - means[1], means[0]
+
+
+def effects(
+    model: Model, sae: SAE, site: Site, kinds: Contrast, batch_size: int | None = None
+) -> Float[Tensor, "d_sae"]:
+    """How much of a behavior each feature brings about by being more active on prompts of a kind than on others.
+
+    The mean activation over `shown` minus that over `hidden`, where that is positive, times what a unit of the feature
+    at every position does for the score to first order. For a probe of the mean residual that is the effect of
+    SAEBench's TPP: the decoder row on the probe. First tokens and padding count for nothing.
+
+    Args:
+        model: what the behavior is read with, without any clamp.
+        sae: of the site.
+        site: where it is used.
+        kinds: with a behavior.
+        batch_size: prompts at once; all by default.
+
+    Returns:
+        In units of the score.
+    """
+    behavior = kinds.behavior
+    assert behavior is not None
+    size, slope = batch_size or len(kinds.shown), torch.zeros(sae.d_model, dtype=sae.dtype, device=sae.device)
+    for rows in torch.split(torch.arange(len(kinds.shown)), size):
+        prompts, asked = kinds.shown.select(rows), behavior.select(rows)
+        _, gradient = _with_gradient(model, site, prompts, asked)
+        counted = (prompts.positions > 0).to(sae.dtype)
+        slope += einsum(gradient.to(sae.dtype), counted, "batch pos d_model, batch pos -> d_model")
+    more = _mean_over(model, sae, site, kinds.shown, size) - _mean_over(model, sae, site, kinds.hidden, size)
+    row = einsum(sae.W_dec, slope / len(kinds.shown), "d_sae d_model, d_model -> d_sae")
+    return more.clamp(min=0) * row
+
+
+def mean_activations(model: Model, sae: SAE, site: Site, prompts: Prompts) -> Float[Tensor, "batch d_sae"]:
+    """Of each feature, the mean over each prompt's real tokens, the first left out."""
+    with torch.no_grad():
+        features = sae.encode(model.run(prompts, read=[site]).residuals[site])
+    counted = (prompts.positions > 0).to(sae.dtype)
+    counted = counted / reduce(counted, "batch pos -> batch 1", "sum").clamp(min=1)
+    return einsum(features, counted, "batch pos d_sae, batch pos -> batch d_sae")
+
+
+def _mean_over(model: Model, sae: SAE, site: Site, prompts: Prompts, size: int) -> Float[Tensor, "d_sae"]:
+    """The mean of these over prompts."""
+    total = torch.zeros(sae.d_sae, dtype=sae.dtype, device=sae.device)
+    for rows in torch.split(torch.arange(len(prompts)), size):
+        total += reduce(mean_activations(model, sae, site, prompts.select(rows)), "batch d_sae -> d_sae", "sum")
+    return total / len(prompts)
+
+
+def largest(attributions: Float[Tensor, "d_sae"], top: int) -> tuple[int, ...]:
+    """The `top` features of largest positive attribution, largest first; equal ones in the order of their index.
+
+    Raises:
+        InputError: fewer than `top` are positive.
+    """
+    positive = int((attributions > 0).sum())
+    if positive < top:
+        raise InputError(f"features: top {top} asked, but only {positive} have positive attribution; ask for fewer")
+    order = torch.argsort(attributions, descending=True, stable=True)
+    return tuple(order[:top].tolist())
+
+
+def forgettable(
+    shown: Float[Tensor, "d_sae"], hidden: Float[Tensor, "d_sae"], top: int, retain: float
+) -> tuple[int, ...]:
+    """The `top` features that fire most where something is to be forgotten, of those that hardly fire elsewhere.
+
+    As in SAEBench's unlearning and the paper's WMDP setting.
+
+    Args:
+        shown: firing rates on what is to be forgotten.
+        hidden: on what is to be kept.
+        top: how many; those that fire most often first, equal ones in the order of their index.
+        retain: the largest rate on what is to be kept.
+
+    Raises:
+        InputError: fewer such features fire at all.
+    """
+    rates = torch.where(hidden <= retain, shown, 0.0)
+    if (there := int((rates > 0).sum())) < top:
+        raise InputError(
+            f"features: top {top} asked, but only {there} fire on what is to be forgotten and on at most {retain:g} of "
+            "the tokens of what is to be kept; ask for fewer, or raise retain"
+        )
+    return largest(rates, top)
+
+
+def firing_rates(
+    model: Model, sae: SAE, site: Site, prompts: Prompts, batch_size: int | None = None
+) -> Float[Tensor, "d_sae"]:
+    """The share of real tokens on which each feature is active (not zero), the first token of each prompt left out.
+
+    Args:
+        model: the host model, without any clamp.
+        sae: in its own dtype, to which residuals are cast.
+        site: where it is used.
+        prompts: a rate of one in a thousand takes a few thousand tokens to see.
+        batch_size: prompts at once; all by default.
+
+    Raises:
+        InputError: no prompt has a second token.
+    """
+    fired, tokens = torch.zeros(sae.d_sae, dtype=torch.long, device=sae.device), 0
+    for rows in torch.split(torch.arange(len(prompts)), batch_size or len(prompts)):
+        batch = prompts.select(rows)
+        with torch.no_grad():
+            residual = model.run(batch, read=[site]).residuals[site]
+            active = sae.encode(residual[batch.positions > 0]) != 0
+        fired += reduce(active.long(), "token d_sae -> d_sae", "sum")
+        tokens += len(active)
+    if tokens == 0:
+        raise InputError(
+            "firing rates: no prompt has a second token, and first tokens count for nothing; give longer ones"
+        )
+    return fired / tokens
+
+
+def matched(
+    rates: Float[Tensor, "d_sae"], features: Sequence[int], seed: int, excluded: Sequence[int] = ()
+) -> tuple[int, ...] | None:
+    """As many other features, drawn at random and matched in firing rate; None where the SAE has too few others.
+
+    In an order that the seed draws, each feature gets one of the `NEAREST` unused candidates at the least distance
+    `|log rate - log rate'|`, all that are as far as the last of these among them; but of those farther than `CALIPER`
+    none, or where all are, the nearest alone. A feature that fires gets one that never does only where no other is
+    left, and the other way round, where it gets the rarest.
+
+    Args:
+        rates: firing rates, as from `firing_rates`.
+        features: those to match, which are never drawn.
+        seed: of the draw: the same one gives the same features.
+        excluded: more that are not to be drawn, such as those of another clamp.
+
+    Returns:
+        Different features, the match of each of `features` in its place.
+
+    Raises:
+        InputError: a feature that the SAE does not have, or rates that are negative or not finite.
+    """
+    d_sae = len(rates)
+    if stray := [feature for feature in (*features, *excluded) if not 0 <= feature < d_sae]:
+        raise InputError(f"features: {stray[0]} is not one of the SAE's, 0 to {d_sae - 1}")
+    if not bool((rates.isfinite() & (rates >= 0)).all()):
+        raise InputError("firing rates: one is negative or not finite; give shares of tokens")
+    generator = torch.Generator().manual_seed(seed)
+    rates = rates.detach().cpu().double()
+    # All that never fires is at one level, far below whatever does: it is the last resort of what fires.
+    levels = rates.clamp(min=torch.finfo(rates.dtype).tiny).log()
+    unused = torch.ones(d_sae, dtype=torch.bool)
+    unused[[*features, *excluded]] = False
+    if int(unused.sum()) < len(features):
+        return None
+    found = [-1] * len(features)
+    for place in torch.randperm(len(features), generator=generator).tolist():
+        pool = unused.nonzero().flatten()
+        distance = (levels[pool] - levels[features[place]]).abs()
+        farthest = min(float(distance.kthvalue(min(NEAREST, len(pool))).values), max(CALIPER, float(distance.min())))
+        nearest = pool[distance <= farthest]
+        found[place] = int(nearest[torch.randint(len(nearest), (), generator=generator)])
+        unused[found[place]] = False
+    return tuple(found)

@@ -1,0 +1,506 @@
+"""The engine: any model with a stack of residual blocks, read and edited through nnsight.
+
+1. *Read*: one forward pass gives the residual stream at any number of sites.
+2. *Prefill*: starting from a residual at a site (lower blocks skipped), one pass over whole prompts gives the
+   next-token logits and every upper block's keys and values.
+3. *Suffix*: with the keys and values of the unperturbed positions held, only the last `n_pos` positions run
+   through the upper blocks. This is all that a search step costs. It is exact: in a causal model nothing
+   before a perturbed position depends on it.
+
+All three are one function, `Model.run`, which differs only in where it starts, what it reads and what it edits.
+This is the only module that imports nnsight.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+try:  # nnsight puts `save` on every object, after which these classes can no longer be made
+    from anyio.abc import SocketAttribute  # noqa: F401
+    from anyio.streams.file import FileStreamAttribute  # noqa: F401
+    from anyio.streams.tls import TLSAttribute  # noqa: F401
+except ImportError:
+    pass
+
+import nnsight
+import torch
+from einops import einsum, rearrange, repeat
+from torch import nn
+
+from recover.models.capacity import prompts_at_once
+from recover.models.components import Component, modules_of
+from recover.models.prefix import KeysValues, held, recorder
+from recover.types import Bool, Float, InputError, Int, Mask, Residual, Site, Tensor, TokenIds
+
+Edit = Callable[[Tensor, Tensor], Tensor]
+"""`edit(residual [batch pos d_model], positions [batch pos]) -> residual`, pure; positions as `Prompts` counts them."""
+
+Change = Callable[[Tensor], Tensor]
+"""`change(residual [batch n_pos d_model]) -> residual`, pure."""
+
+ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
+"""transformers' names of layers whose whole state is keys and values."""
+
+
+@dataclass(frozen=True, eq=False)
+class Prompts:
+    """Token ids, left-padded so that every prompt ends at the last position, and which of them are real."""
+
+    ids: TokenIds
+    mask: Mask
+
+    def __len__(self) -> int:
+        return int(self.ids.shape[0])
+
+    @property
+    def positions(self) -> TokenIds:
+        """Position of each token in its own prompt, counted from 0; -1 for padding."""
+        return positions_of(self.mask)
+
+    def select(self, rows: Int[Tensor, "rows"]) -> Prompts:
+        """The prompts `rows`, without padding that only the others needed."""
+        ids, mask = self.ids[rows], self.mask[rows]
+        start = 0 if len(rows) == 0 else int(mask.any(dim=0).long().argmax())
+        return Prompts(ids[:, start:], mask[:, start:])
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """What one forward pass gave: logits (by default at the last position) and residuals."""
+
+    logits: Float[Tensor, "batch ..."]
+    residuals: Mapping[Site, Tensor] = field(default_factory=dict)
+
+
+class Model:
+    """A loaded model with a stack of residual blocks. The module's weights are left as they are.
+
+    Args:
+        module: any causal language model that transformers loads, or any `torch.nn.Module` that maps `input_ids`
+            through one stack of blocks to logits `[batch pos vocab]`.
+        tokenizer: needed for `tokenize` only.
+        blocks: the module path of the stack, for example `model.layers`; found by itself where it can be.
+
+    Raises:
+        InputError: no stack of blocks was found, or two that feed each other (an encoder and a decoder).
+    """
+
+    def __init__(self, module: nn.Module, tokenizer: Any = None, *, blocks: str | None = None) -> None:
+        if bool(getattr(getattr(module, "config", None), "is_encoder_decoder", False)):
+            raise InputError(
+                f"model: {type(module).__name__} has an encoder and a decoder, and what one writes the other reads, so "
+                "that a site in the encoder has no suffix of its own; give a decoder-only model"
+            )
+        self.module = module
+        self.tokenizer = tokenizer
+        self.blocks_path = blocks if blocks is not None else find_blocks(module)
+        self._traced = nnsight.NNsight(module)
+        self._blocks = self._traced.get(self.blocks_path)
+        self.n_layers = len(module.get_submodule(self.blocks_path))  # type: ignore[arg-type]
+        found = cast(Any, module).get_output_embeddings() if hasattr(module, "get_output_embeddings") else None
+        self._head: nn.Linear | None = found if isinstance(found, nn.Linear) else None
+        self._head_path = next((name for name, m in module.named_modules() if m is self._head), "")
+        self.is_language_model = hasattr(module, "prepare_inputs_for_generation")
+        self.recurrent = self.is_language_model and is_recurrent(module)
+        forward = inspect.signature(cast(Any, module).forward).parameters
+        self._keeps_logits = "logits_to_keep" in forward
+        self._block_returns_tuple: bool | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.module.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The floating type of the weights."""
+        return next(self.module.parameters()).dtype
+
+    @property
+    def d_model(self) -> int:
+        """Width of the residual stream.
+
+        Raises:
+            InputError: the module's configuration does not say.
+        """
+        config = getattr(self.module, "config", None)
+        width = getattr(config, "hidden_size", None)
+        if width is None:
+            raise InputError("model: its configuration has no `hidden_size`; set it on `module.config`")
+        return int(width)
+
+    def tokenize(self, texts: Sequence[str]) -> Prompts:
+        """Token ids of `texts`, left-padded, exactly as the tokenizer makes them (with a BOS if it adds one).
+
+        Raises:
+            InputError: there is no text, or one has no token.
+        """
+        if self.tokenizer is None:
+            raise InputError("model: it was wrapped without a tokenizer; pass `Model(module, tokenizer)`")
+        rows = [self.tokenizer(text)["input_ids"] for text in texts]
+        if not rows or not all(rows):
+            raise InputError("prompts: there is no prompt, or an empty one; give at least one token each")
+        width = max(map(len, rows))
+        ids = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=self.device)
+        mask = torch.tensor([[False] * (width - len(row)) + [True] * len(row) for row in rows], device=self.device)
+        return Prompts(ids, mask)
+
+    def batch_size(self, prompts: Prompts, d_sae: int = 0) -> int:
+        """How many of these prompts, with an SAE of this width, to run at once (see `recover.models.capacity`).
+
+        One, where a recurrent state would take in the padding of shorter prompts.
+        """
+        config, pos = getattr(self.module, "config", None), int(prompts.ids.shape[1])
+        devices = {weight.device for weight in self.module.parameters() if not weight.is_meta}
+        fitting = (
+            prompts_at_once(config, n_layers=self.n_layers, d_model=self.d_model, d_sae=d_sae, pos=pos, device=device)
+            for device in devices
+        )
+        return 1 if self.recurrent else min(fitting)
+
+    def check_site(self, site: Site) -> None:
+        """Raises:
+        InputError: the model has no such block.
+        """
+        if not 0 <= site.layer < self.n_layers:
+            raise InputError(
+                f"site {site.hook_name}: the model has {self.n_layers} blocks; layer must be 0 to {self.n_layers - 1}"
+            )
+
+    def run(
+        self,
+        prompts: Prompts,
+        *,
+        read: Sequence[Site] = (),
+        edits: Mapping[Site, Edit] | None = None,
+        start: tuple[Site, Residual] | None = None,
+        past: Any = None,
+        past_mask: Bool[Tensor, "batch past"] | None = None,
+        tokens: Int[Tensor, "batch choice"] | None = None,
+        reads: int | None = 1,
+        parts: Mapping[Component, Change] | None = None,
+    ) -> Run:
+        """One forward pass.
+
+        Args:
+            prompts: what runs; with `past`, the tokens that follow it.
+            read: sites whose residual `[batch pos d_model]` is returned, after any edit there.
+            edits: pure edits of the residual, site by site.
+            start: skip every block below this site and put this residual there.
+            past: keys and values of earlier tokens, as transformers holds them.
+            past_mask: which tokens of `past` are real.
+            tokens: the tokens whose logits are wanted, by example; only these columns of the head are computed.
+            reads: at how many of the last positions logits are wanted; None: at every one.
+            parts: pure changes of what components of blocks give, `[batch pos width]`, and readings of it.
+
+        Returns:
+            Logits at the last position, `[batch vocab]` or `[batch choice]`, with a dimension `pos` before the last
+            where other than one position is read; and the residuals read.
+        """
+        first = 0 if start is None else start[0].index
+        changes = {site.index: edit for site, edit in (edits or {}).items()}
+        wanted = {site.index for site in read}
+        for site in (*read, *(edits or {}), *([start[0]] if start else [])):
+            self.check_site(site)
+        places = self._places(parts or {}, first)
+        as_tuple = self.returns_tuples if first > 0 or self.n_layers in wanted | changes.keys() else False
+        found: dict[int, Tensor] = {}
+        real = prompts.mask if past_mask is None else torch.cat([past_mask, prompts.mask], dim=1)
+        positions = positions_of(real)[:, -prompts.ids.shape[1] :]
+        inputs = self._inputs(prompts, real, positions, past) | self._logits_at(reads)
+        with self._traced.trace(**inputs):
+            if start is not None:
+                for block in range(first):
+                    self._blocks[block].skip((start[1],) if as_tuple else start[1])
+            for index in range(first, self.n_layers):
+                replaced = start is not None and index == first
+                if replaced or index in changes or index in wanted:
+                    h = self._blocks[index].input if start is None or not replaced else self._entering(index, start[1])
+                    if index in changes:
+                        h = self._edited(changes[index], h, positions)
+                    if index in changes or (replaced and index == 0):
+                        self._blocks[index].input = h
+                    if index in wanted:
+                        found[index] = h
+                for path, kind, change in places.get(index, ()):
+                    module = self._traced.get(path)
+                    if kind == "heads":
+                        module.input = self._changed(change, module.input)
+                    elif kind == "pattern":
+                        self._changed(change, module.output[1])
+                    else:
+                        module.output = self._changed(change, module.output)
+            if self.n_layers in changes or self.n_layers in wanted:
+                output = self._blocks[self.n_layers - 1].output
+                h = output[0] if as_tuple else output
+                if self.n_layers in changes:
+                    h = self._edited(changes[self.n_layers], h, positions)
+                    self._blocks[self.n_layers - 1].output = (h, *output[1:]) if as_tuple else h
+                if self.n_layers in wanted:
+                    found[self.n_layers] = h
+            if tokens is not None and self._head is not None:
+                head = self._traced.get(self._head_path)
+                head.skip(selected_head(self._head, head.input[:, -(reads or 0) :], tokens))
+            output = nnsight.save(self._traced.output)
+            found = nnsight.save(found)
+        logits = output if isinstance(output, Tensor) else output.logits
+        logits = logits[:, -(reads or 0) :].to(self.device)
+        found = {index: h.to(self.device) for index, h in found.items()}
+        if tokens is not None and self._head is None:
+            logits = logits.gather(-1, repeat(tokens, "batch choice -> batch pos choice", pos=logits.shape[1]))
+        return Run(logits[:, 0] if reads == 1 else logits, {site: found[site.index] for site in read})
+
+    def prefill(
+        self,
+        prompts: Prompts,
+        start: tuple[Site, Residual],
+        *,
+        edits: Mapping[Site, Edit] | None = None,
+        n_pos: int = 1,
+        tokens: Int[Tensor, "batch choice"] | None = None,
+        reads: int | None = 1,
+    ) -> tuple[Run, Suffix]:
+        """Run whole prompts from `start` on, and keep what a suffix-only run needs.
+
+        Args:
+            prompts: the whole prompts.
+            start: a site and the residual there, before any edit.
+            edits: edits at `start`'s site and above, live here and in every suffix run that follows.
+            n_pos: how many trailing positions the suffix holds.
+            tokens: as in `run`.
+            reads: as in `run`.
+
+        Returns:
+            The pass, with the edited residual at the start site, and the suffix.
+
+        Raises:
+            InputError: fewer than `n_pos` positions, or blocks that cannot be run without those below them.
+        """
+        site, pos = start[0], prompts.ids.shape[1]
+        if not 1 <= n_pos <= int(prompts.mask.sum(-1).min()):
+            raise InputError(f"positions: {n_pos} trailing positions asked, the shortest prompt is shorter")
+        past = recorder(self.n_layers) if self.is_language_model and not self.recurrent else None
+        try:
+            with torch.no_grad():
+                run = self.run(prompts, read=[site], edits=edits, start=start, past=past, tokens=tokens, reads=reads)
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            said = f"{type(error).__name__}: {' '.join(str(error).split())[-120:]}"
+            raise InputError(
+                f"model: {type(self.module).__name__} cannot be run from {site.hook_name} on ({said}); its blocks "
+                "pass on more than one residual stream, or need what lower blocks give; use another model"
+            ) from error
+        above = {place: edit for place, edit in (edits or {}).items() if place.index > site.index}
+        state = run.residuals[site]
+        kept = None if past is None else KeysValues.of(past, pos - n_pos)
+        return run, Suffix(self, prompts, site, state, n_pos, above, kept)
+
+    def _places(self, parts: Mapping[Component, Change], first: int) -> dict[int, list[tuple[str, str, Change]]]:
+        """By block and in the order of a pass: the module, the kind of component, and the change."""
+        places: dict[int, list[tuple[str, str, Change]]] = {}
+        for component, change in sorted(parts.items(), key=lambda one: one[0].order):
+            if not first <= component.layer < self.n_layers:
+                reach = f"give {first} to {self.n_layers - 1}"
+                raise InputError(f"component: block {component.layer} is none of those that run; {reach}")
+            block = self.module.get_submodule(f"{self.blocks_path}.{component.layer}")
+            name = getattr(modules_of(block), component.kind)
+            path = f"{self.blocks_path}.{component.layer}.{name}"
+            places.setdefault(component.layer, []).append((path, component.kind, change))
+        return places
+
+    def _inputs(
+        self, prompts: Prompts, real: Bool[Tensor, "batch all_pos"], positions: TokenIds, past: Any
+    ) -> dict[str, Any]:
+        """The keyword arguments of the module's own forward."""
+        if not self.is_language_model:
+            if not bool(prompts.mask.all()):
+                raise InputError(
+                    f"prompts: of unequal length, and {type(self.module).__name__} takes no attention mask that would "
+                    "hide the padding; give prompts of one length"
+                )
+            return {"input_ids": prompts.ids}
+        inputs = {"input_ids": prompts.ids, "attention_mask": real.long(), "position_ids": positions.clamp(min=0)}
+        return inputs | ({"use_cache": False} if past is None else {"use_cache": True, "past_key_values": past})
+
+    def _logits_at(self, reads: int | None) -> dict[str, int]:
+        """What asks the module for the logits of some positions only, where it can."""
+        return {"logits_to_keep": reads} if self._keeps_logits and reads is not None else {}
+
+    def _changed(self, change: Change, h: Tensor) -> Tensor:
+        """The change, made on this model's device: a model may be split over several, and `h` be on another."""
+        return change(h.to(self.device)).to(h.device)
+
+    def _edited(self, edit: Edit, h: Tensor, positions: TokenIds) -> Tensor:
+        """The same of an edit."""
+        return edit(h.to(self.device), positions).to(h.device)
+
+    def _entering(self, index: int, residual: Residual) -> Residual:
+        """A residual as the block `index` takes it: on its own device, where accelerate does not see to that."""
+        block = self.module.get_submodule(f"{self.blocks_path}.{index}")
+        weight = next(block.parameters(), None)
+        return residual if weight is None or weight.is_meta else residual.to(weight.device)
+
+    @property
+    def returns_tuples(self) -> bool:
+        """Whether a block returns a tuple, seen once on one token (older transformers blocks do)."""
+        if self._block_returns_tuple is None:
+            with (
+                torch.no_grad(),
+                self._traced.trace(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.device)),
+            ):
+                output = nnsight.save(self._blocks[0].output)
+            self._block_returns_tuple = isinstance(output, tuple)
+        return self._block_returns_tuple
+
+
+@dataclass(frozen=True, eq=False)
+class Suffix:
+    """The last `n_pos` positions of a batch of prompts, from a site to the logits, everything else held fixed."""
+
+    model: Model
+    prompts: Prompts
+    site: Site
+    state: Residual
+    n_pos: int
+    edits: Mapping[Site, Edit]
+    past: KeysValues | None
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    @property
+    def residual(self) -> Residual:
+        """The residual at the site, at the `n_pos` positions that a perturbation reaches."""
+        return self.state[:, -self.n_pos :]
+
+    def select(self, rows: Int[Tensor, "rows"]) -> Suffix:
+        """The same for the examples `rows`."""
+        prompts = Prompts(self.prompts.ids[rows], self.prompts.mask[rows])
+        past = None if self.past is None else self.past.select(rows)
+        return Suffix(self.model, prompts, self.site, self.state[rows], self.n_pos, self.edits, past)
+
+    def logits(
+        self,
+        residual: Residual,
+        tokens: Int[Tensor, "batch choice"] | None = None,
+        reads: int = 1,
+        changes: Mapping[Site, Change] | None = None,
+        parts: Mapping[Component, Change] | None = None,
+    ) -> Float[Tensor, "batch ..."]:
+        """Logits at the last `reads` positions with `residual [batch n_pos d_model]` at the site; differentiable in it.
+
+        Args:
+            residual: the state at the site, after its edit.
+            tokens: as in `Model.run`.
+            reads: as in `Model.run`.
+            changes: what else is done at sites above, after the edits there, to the last `n_pos` positions.
+            parts: changes of what components above give there, `[batch n_pos width]`.
+        """
+        edits = dict(self.edits)
+        for site, change in (changes or {}).items():
+            place = next((known for known in edits if known.index == site.index), site)
+            edits[place] = self._then(edits.get(place), change)
+        return self._run(residual, edits, tokens, reads, parts)
+
+    def entering(self, residual: Residual, sites: Sequence[Site]) -> dict[Site, Residual]:
+        """What comes to each of `sites`, `[batch n_pos d_model]`, *before* the edit there; the edits below are live.
+
+        Args:
+            residual: as in `logits`; differentiable in it.
+            sites: above the suffix's own.
+        """
+        seen: dict[Site, Tensor] = {}
+
+        def watched(site: Site, change: Edit | None) -> Edit:
+            def edit(h: Tensor, positions: Tensor) -> Tensor:
+                seen[site] = h[:, -self.n_pos :]
+                return h if change is None else change(h, positions)
+
+            return edit
+
+        changes = {site.index: (site, edit) for site, edit in self.edits.items()}
+        for site in sites:
+            changes[site.index] = (site, watched(site, changes[site.index][1] if site.index in changes else None))
+        self._run(residual, dict(changes.values()), None)
+        return seen
+
+    def _then(self, first: Edit | None, change: Change) -> Edit:
+        """An edit followed by a change of the last `n_pos` positions."""
+
+        def edit(h: Tensor, positions: Tensor) -> Tensor:
+            h = h if first is None else first(h, positions)
+            return torch.cat([h[:, : -self.n_pos], change(h[:, -self.n_pos :]).to(h.dtype)], dim=1)
+
+        return edit
+
+    def _run(
+        self,
+        residual: Residual,
+        edits: Mapping[Site, Edit],
+        tokens: Int[Tensor, "batch choice"] | None,
+        reads: int = 1,
+        parts: Mapping[Component, Change] | None = None,
+    ) -> Float[Tensor, "batch ..."]:
+        """Logits of one pass over the suffix."""
+        ids, mask, n_pos = self.prompts.ids, self.prompts.mask, self.n_pos
+        residual = residual.to(self.state.dtype)
+        if self.past is None:
+            whole = torch.cat([self.state[:, :-n_pos], residual], dim=1)
+            there = {p: c if p.kind == "pattern" else self._at_suffix(c) for p, c in (parts or {}).items()}
+            return self.model.run(
+                self.prompts, start=(self.site, whole), edits=edits, tokens=tokens, reads=reads, parts=there
+            ).logits
+        return self.model.run(
+            Prompts(ids[:, -n_pos:], mask[:, -n_pos:]),
+            start=(self.site, residual),
+            edits=edits,
+            past=held(self.past, self.model.n_layers),
+            past_mask=mask[:, :-n_pos],
+            tokens=tokens,
+            reads=reads,
+            parts=parts,
+        ).logits
+
+    def _at_suffix(self, change: Change) -> Change:
+        """A change of the last `n_pos` positions alone."""
+        return lambda h: torch.cat([h[:, : -self.n_pos], change(h[:, -self.n_pos :])], dim=1)
+
+
+def positions_of(mask: Mask) -> TokenIds:
+    """Position of each real token in its own prompt, counted from 0; -1 for padding."""
+    return (mask.long().cumsum(-1) - 1).masked_fill(~mask, -1)
+
+
+def selected_head(
+    head: nn.Linear, hidden: Float[Tensor, "batch pos d_model"], tokens: Int[Tensor, "batch choice"]
+) -> Float[Tensor, "batch pos choice"]:
+    """The head's output for a few tokens an example, at a fraction of the vocabulary's cost."""
+    tokens = tokens.to(head.weight.device)
+    weight = head.weight[tokens]
+    logits = einsum(hidden, weight, "batch pos d_model, batch choice d_model -> batch pos choice")
+    bias = cast("Tensor | None", head.bias)
+    return logits if bias is None else logits + rearrange(bias[tokens], "batch choice -> batch 1 choice")
+
+
+def is_recurrent(module: nn.Module) -> bool:
+    """Whether some layer carries a state other than keys and values, which no prefix of ours can hold."""
+    kinds = set(getattr(getattr(module, "config", None), "layer_types", None) or ())
+    return bool(getattr(module, "_is_stateful", False)) or not kinds <= ATTENTION_LAYERS
+
+
+def find_blocks(module: nn.Module) -> str:
+    """Path of the stack of residual blocks: the longest `ModuleList` that is in no other (experts of a block are).
+
+    Raises:
+        InputError: there is none.
+    """
+    lists: dict[str, int] = {}
+    for name, part in module.named_modules():  # parents come before their children
+        if isinstance(part, nn.ModuleList) and not any(name.startswith(f"{outer}.") for outer in lists):
+            lists[name] = len(part)
+    if not lists:
+        raise InputError(f"model: {type(module).__name__} has no list of blocks; name it with `blocks='path.to.list'`")
+    longest: str = max(lists, key=lambda name: lists[name])
+    return longest

@@ -1,0 +1,196 @@
+"""What the phases of a check share: the model, the defense, the examples in batches, and their defended states.
+
+Batches are fixed by the order of the examples, so that every phase, and a later start, meets the same ones. A defended
+state is made when it is first asked for and kept: valid flips only, as no phase needs others.
+
+*What is searched.* Where deltas enter at the first clamped site, deltas themselves, within what is admissible
+(`admissible`). Where they enter at every site, the free parts of pinned deltas (`pinning`); `whole` makes of these what
+is saved, corrections included.
+
+*What flips.* An example whose behavior shows without the defense and not with it. Where the behavior is a whole answer
+that is read from what the model says: its own reply opens with neither a refusal nor a safety cue, the defended one
+with a refusal (`recover.tasks.replies`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import torch
+
+from recover.defenses.clamps import Defense
+from recover.defenses.defended import Defended, Delta, Placement, defend
+from recover.defenses.speech import say
+from recover.evidence.transfer import Pool
+from recover.models.generation import texts
+from recover.models.host import Model
+from recover.protocol.plan import Plan
+from recover.search.ascent import Feasible, Schedule
+from recover.search.constraints.admissible import admissible
+from recover.search.constraints.pinned import Pinned
+from recover.tasks import replies as refusal
+from recover.tasks.dialogue import Dialogue
+from recover.tasks.examples import Examples
+from recover.types import Float, Int, Tensor, TokenIds
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Some examples under the defense, and which of them flip.
+
+    Attributes:
+        base, under: the slack `[batch]` without the defense and with it; `strict_...` by the stricter predicate.
+        flips: the rows of valid flips.
+        strict_flips: the same by the stricter predicate.
+        target: the defended state of the flips.
+        strict_target: of the strict flips, with the stricter predicate.
+        replies: what the model says under the defense, where the behavior is a whole answer.
+    """
+
+    examples: Examples
+    base: Float[Tensor, "batch"]
+    under: Float[Tensor, "batch"]
+    strict_base: Float[Tensor, "batch"]
+    strict_under: Float[Tensor, "batch"]
+    flips: Int[Tensor, "flips"]
+    strict_flips: Int[Tensor, "strict_flips"]
+    target: Defended
+    strict_target: Defended
+    replies: Sequence[str] | None = None
+
+    @property
+    def flipped(self) -> Examples:
+        """The valid flips."""
+        return self.examples.select(self.flips)
+
+    @property
+    def flip_ids(self) -> list[str]:
+        """Ids of the valid flips."""
+        return [self.examples.ids[row] for row in self.flips.tolist()]
+
+    @property
+    def strict_ids(self) -> list[str]:
+        """Ids of the flips by the stricter predicate."""
+        return [self.examples.ids[row] for row in self.strict_flips.tolist()]
+
+    @property
+    def strict_groups(self) -> list[str]:
+        """Their groups."""
+        groups = self.examples.groups or self.examples.ids
+        return [groups[row] for row in self.strict_flips.tolist()]
+
+
+@dataclass(frozen=True, eq=False)
+class Bench:
+    """A check's material.
+
+    Attributes:
+        model: what behaviors are read with: the host, or what the examples' readout makes of it.
+        exact: the same in float32 or float64, for certificates.
+        host: the host itself, where it is another.
+        every_site: whether deltas enter at every clamped site, and are pinned there.
+    """
+
+    model: Model
+    exact: Model
+    defense: Defense
+    examples: Examples
+    budget: float
+    placement: Placement
+    schedule: Schedule
+    plan: Plan
+    batch_size: int
+    every_site: bool = False
+    host: Model | None = None
+    _made: dict[int, Batch] = field(default_factory=dict)
+
+    @property
+    def rows(self) -> tuple[Int[Tensor, "rows"], ...]:
+        """The examples of each batch."""
+        return torch.split(torch.arange(len(self.examples.ids)), self.batch_size)
+
+    def batch(self, number: int) -> Batch:
+        """The batch of this number, defended."""
+        if number not in self._made:
+            self._made[number] = self._make(self.examples.select(self.rows[number]))
+        return self._made[number]
+
+    @property
+    def batches(self) -> list[Batch]:
+        """All of them, in order."""
+        return [self.batch(number) for number in range(len(self.rows))]
+
+    @cached_property
+    def pool(self) -> Pool:
+        """All examples that flip by the stricter predicate, as one."""
+        return Pool(tuple(self.objective(batch.strict_target) for batch in self.batches if len(batch.strict_flips)))
+
+    def defended(self, part: Examples, model: Model | None = None) -> Defended:
+        """These examples under the defense."""
+        return defend(
+            model or self.model,
+            self.defense,
+            part.prompts,
+            part.behavior,
+            placement=self.placement,
+            every_site=self.every_site,
+        )
+
+    def objective(self, defended: Defended) -> Defended | Pinned:
+        """What a search over these examples raises."""
+        return Pinned.of(defended) if self.every_site else defended
+
+    def feasible(self, objective: Defended | Pinned, *, write_orthogonal: bool = False) -> Feasible:
+        """What it may vary: under C1, or C1+."""
+        if isinstance(objective, Pinned):
+            return objective.write_orthogonal if write_orthogonal else objective.free
+        return admissible(objective, write_orthogonal=write_orthogonal)
+
+    def whole(self, part: Examples, objective: Defended | Pinned, *found: Delta) -> list[Delta]:
+        """What is saved of what a search found: with the corrections of pinned deltas, as exact as certificates are.
+
+        Args:
+            part: the examples of the objective.
+            objective: what was searched.
+            found: deltas, or the free parts of pinned ones.
+        """
+        if not isinstance(objective, Pinned):
+            return list(found)
+        if self.exact is not self.model:
+            objective = Pinned.of(self.defended(part, self.exact))
+        return [objective.delta(free.to(self.exact.dtype)).float() for free in found]
+
+    def _make(self, part: Examples) -> Batch:
+        defended = self.defended(part)
+        slack = part.behavior.slack
+        base, under = slack(defended.base_logits.float()), slack(defended.defended_logits.float())
+        flips, replies = defended.valid_flips, None
+        if part.dialogue is not None:
+            replies = texts(self.model.tokenizer, self.said(part.dialogue))
+            turned = [refusal.valid_flip(*pair) for pair in zip(part.dialogue.texts, replies, strict=True)]
+            flips = flips[torch.tensor(turned, device=flips.device)[flips]]
+        target = defended.select(flips)
+        if part.strict is None:
+            return Batch(part, base, under, base, under, flips, flips, target, target, replies)
+        strict, suffix = part.strict, defended.suffix
+        with torch.no_grad():
+            at_base = self.model.run(part.prompts, tokens=strict.tokens).logits
+            when_defended = suffix.logits(suffix.residual, strict.tokens)
+        again = replace(defended, behavior=strict, base_logits=at_base, defended_logits=when_defended)
+        strict_base, strict_under = strict.slack(at_base.float()), strict.slack(again.defended_logits.float())
+        chosen = again.valid_flips
+        return Batch(part, base, under, strict_base, strict_under, flips, chosen, target, again.select(chosen), replies)
+
+    def said(self, dialogue: Dialogue, delta: Delta | None = None) -> TokenIds:
+        """What the model says to these requests under the defense, `[batch pos]`, with a delta or without."""
+        return say(
+            self.model,
+            dialogue.prompts,
+            dialogue.answers.shape[1],
+            self.defense,
+            delta,
+            every_site=self.every_site,
+            stop=dialogue.stop,
+        )

@@ -1,0 +1,300 @@
+"""`check()`: the protocol, from a defense and prompts to a verdict.
+
+1. *Fit*: does each SAE describe its site on these prompts? What does the defense cost on neutral text?
+2. *Accounting*: which examples show the behavior without the defense and not with it.
+3. *Search*, *certificates* and per-example controls for every valid flip (`phases`).
+4. *Controls* over all of them: the clamp undone, random features clamped, the search's own health (`global_controls`).
+5. *Transfer*: shared deltas, fitted on one half and read on the other (`heldout`).
+6. *Verdict* from the records of all of these (`gates`, `evidence`, `verdict`).
+
+All of these are units of work that are kept as they are finished, and that several workers can share (`ledger`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, astuple
+from functools import partial
+from typing import Any
+
+import torch
+
+from recover.defenses.clamps import Defense
+from recover.defenses.defended import Placement
+from recover.defenses.utility import Utility, measure_utility
+from recover.models.host import Model, Prompts
+from recover.protocol import heldout
+from recover.protocol.bench import Bench
+from recover.protocol.gates import fit_gates
+from recover.protocol.global_controls import placebo_features, search_health, undo
+from recover.protocol.ledger import Ledger, Memory, Part, Store
+from recover.protocol.phases import PHASES, Done, Phase, accounting, curve_budgets
+from recover.protocol.plan import Plan
+from recover.protocol.records import ExampleRecord
+from recover.protocol.verdict import Evidence, Verdict, decide
+from recover.protocol.workers import ALONE, Workers
+from recover.saes.fit import Fit, measure_fit
+from recover.search.ascent import Schedule
+from recover.search.constraints.linear import Budget
+from recover.tasks.behaviors import positions_read
+from recover.tasks.examples import Examples
+
+__all__ = ["Examples", "Memory", "Store", "check"]
+
+FIT_PROMPTS = 32
+Progress = Callable[[str, int, int], None]
+"""`progress(phase, done, total)`."""
+
+
+def check(
+    model: Model,
+    defense: Defense,
+    examples: Examples,
+    *,
+    budget: float,
+    placement: Placement = "after_clamp",
+    every_site: bool = False,
+    schedule: Schedule | None = None,
+    plan: Plan | None = None,
+    neutral: Prompts | None = None,
+    batch_size: int | None = None,
+    store: Store | None = None,
+    exact: Model | None = None,
+    provenance: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+    workers: Workers = ALONE,
+) -> Verdict:
+    """Run the protocol.
+
+    Args:
+        model: the host model.
+        defense: its clamps.
+        examples: prompts and behavior.
+        budget: largest Frobenius norm of a delta.
+        placement: whether a delta enters after or before the clamp.
+        every_site: whether it enters at every clamped site, pinned there, and not at the first alone.
+        schedule: how hard to search.
+        plan: how much of the protocol to run, with which thresholds and seed.
+        neutral: passages of ordinary text, to see what the defense costs; not measured where None.
+        batch_size: examples at once; by default as many as memory allows.
+        store: where finished units are kept; in memory by default.
+        exact: the same model in float32, for certificates; `model` itself by default.
+        provenance: what the verdict should say about where it came from.
+        progress: called as examples finish.
+        workers: the processes that share the check (`joined`), each of which calls this with the same arguments, and
+            stores in which the same is finished, and comes to the same verdict.
+
+    Raises:
+        InputError: a defense that does not fit the model, or a budget that is no norm.
+        LostWorkerError: another worker has gone.
+    """
+    Budget(budget)  # refuses what is no norm, also where nothing will be searched
+    store, plan, report = store or Memory(), plan or Plan(), progress or (lambda *_: None)
+    widest = max(clamp.sae.d_sae for clamp in defense.clamps)
+    fitting = min(workers.gather(model.batch_size(examples.prompts, widest)))  # batches are the same for all
+    size = fitting if batch_size is None else min(batch_size, fitting if model.recurrent else batch_size)
+    read = examples.read_with(model, exact)
+    bench = Bench(*read, defense, examples, budget, placement, schedule or Schedule(), plan, size, every_site, model)
+    ledger = Ledger(store, workers)
+    evidence = _gather(bench, ledger, neutral, report)
+    seconds = ledger.seconds
+    total = sum(seconds.values())
+    spent = {phase: round(took / total, 4) for phase, took in seconds.items()} if total else {}
+    told = {**(provenance or {}), "control_seed": plan.seed, "phases": spent, "phase_seconds": round(total, 1)}
+    return decide(evidence, plan, budget, str(model.dtype).removeprefix("torch."), threat_model(bench), told)
+
+
+def _gather(bench: Bench, ledger: Ledger, neutral: Prompts | None, report: Progress) -> Evidence:
+    """Everything that a verdict is made of, from units that are finished or are run now."""
+    with ledger.shared():
+        _account(bench, ledger, neutral, report)
+    fits = [Fit(**_numbers(one)) for one in ledger.values("fit")]
+    utility = None if neutral is None else Utility(**_numbers(ledger.values("utility")))
+    accounts = _records(bench, ledger, {"accounting": range(len(bench.rows))})
+    flips, start = {}, 0
+    for number, rows in enumerate(bench.rows):
+        if count := sum(record.valid_flip for record in accounts[start : start + len(rows)]):
+            flips[number] = count
+        start += len(rows)
+    if not flips or not all(gate.passed for gate in fit_gates(fits)):
+        return Evidence(accounts, fits, utility)
+    with ledger.shared():
+        _search_and_control(bench, ledger, flips, report)
+    # What is found is held against the clamp undone, once all of it is there.
+    with ledger.shared():
+        if ledger.mine({("undo", 0): ["undo"]}):
+            ledger.run("undo", None, lambda: undo(bench, ledger.store))
+    return Evidence(
+        _records(bench, ledger, {"accounting": range(len(bench.rows)), **{name: list(flips) for name in PHASES}}),
+        fits,
+        utility,
+        curve=curve_budgets(bench),
+        undo=ledger.values("undo"),
+        health=ledger.values("health"),
+        placebo_features=[ledger.values("placebo_features", draw) for draw in range(bench.plan.placebo_features)],
+        transfer=_transfer(bench, ledger),
+    )
+
+
+def _account(bench: Bench, ledger: Ledger, neutral: Prompts | None, report: Progress) -> None:
+    """Fit, cost on neutral text, and what shows with the defense and without."""
+    sizes = {number: len(rows) for number, rows in enumerate(bench.rows)}
+    parts: dict[Part, list[str]] = {("fit", 0): ["fit"]}
+    parts |= {("utility", 0): ["utility"]} if neutral is not None else {}
+    parts |= {("batch", number): [f"accounting/{number}"] for number in sizes}
+    mine = ledger.mine(parts)
+    if ("fit", 0) in mine:
+        ledger.run("fit", None, lambda: [vars(fit) for fit in measure_fits(bench)])
+    if neutral is not None and ("utility", 0) in mine:
+        ledger.run("utility", None, lambda: asdict(_utility(bench, neutral)))
+    here = _told_of(ledger, parts, mine)
+    batches = {number: size for number, size in sizes.items() if ("batch", number) in here}
+    _by_batch(bench, ledger, {"accounting": accounting}, batches, report)
+
+
+def _search_and_control(bench: Bench, ledger: Ledger, flips: Mapping[int, int], report: Progress) -> None:
+    """What is done for each valid flip, controls that do not build on it, and transfer."""
+    plan = bench.plan
+    parts: dict[Part, list[str]] = {("batch", number): [f"{name}/{number}" for name in PHASES] for number in flips}
+    parts |= {("health", 0): ["health"]}
+    parts |= {("placebo_features", draw): [f"placebo_features/{draw}"] for draw in range(plan.placebo_features)}
+    if not (ledger.finished(["transfer"]) and ledger.values("transfer")["refused"]):
+        parts |= {("transfer", fold): _units_of(fold) for fold in range(plan.transfer.folds)}
+    mine = ledger.mine(parts)
+    here = _told_of(ledger, parts, mine)
+    _by_batch(bench, ledger, PHASES, {n: count for n, count in flips.items() if ("batch", n) in here}, report)
+    if ("health", 0) in mine:
+        ledger.run("health", None, lambda: search_health(bench))
+    draws = [number for kind, number in sorted(here) if kind == "placebo_features"]
+    for done, draw in enumerate(draws):
+        report("placebo_features", done, len(draws))
+        ledger.run("placebo_features", draw, lambda draw=draw: placebo_features(bench, draw))  # type: ignore[misc]
+        report("placebo_features", done + 1, len(draws))
+    for kind, fold in sorted(mine):
+        if kind == "transfer":
+            _fold(bench, ledger, fold, report)
+
+
+def _told_of(ledger: Ledger, parts: Mapping[Part, list[str]], mine: set[Part]) -> set[Part]:
+    """The parts whose progress this worker tells: its own, and those that are finished."""
+    return mine | {part for part, units in parts.items() if ledger.finished(units)}
+
+
+def _by_batch(
+    bench: Bench, ledger: Ledger, phases: Mapping[str, Phase], counts: Mapping[int, int], report: Progress
+) -> None:
+    """Run phases on batches, one phase after the other."""
+    total = sum(counts.values())
+    for name, phase in phases.items():
+        before = 0
+        for number, count in counts.items():
+
+            def work(name: str = name, phase: Phase = phase, number: int = number, before: int = before) -> Done:
+                tell = partial(_tell, report, name, before, total)
+                return phase(bench, bench.batch(number), ledger.store, tell)
+
+            report(name, before, total)
+            ledger.run(name, number, work)
+            before += count
+            report(name, before, total)
+
+
+def _tell(report: Progress, name: str, before: int, total: int, done: int, _: int) -> None:
+    report(name, before + done, total)
+
+
+def _units_of(fold: int) -> list[str]:
+    return [*(["transfer"] if fold == 0 else []), f"transfer/{2 * fold}", f"transfer/{2 * fold + 1}"]
+
+
+def _fold(bench: Bench, ledger: Ledger, fold: int, report: Progress) -> None:
+    """Fit shared deltas on one half and read them on the other; the first fold says whether there is any to be had."""
+
+    def begin() -> dict[str, Any]:
+        why = heldout.refused(bench)
+        return {"refused": why, "residual_norm": None if why else bench.pool.residual_norm}
+
+    if fold == 0:
+        ledger.run("transfer", None, begin)
+    begun = ledger.values("transfer") if ledger.finished(["transfer"]) else begin()
+    if begun["refused"] is not None:
+        return
+    name = f"transfer, fold {fold + 1} of {bench.plan.transfer.folds}"
+    ledger.run("transfer", 2 * fold, lambda: heldout.fit(bench, fold, ledger.store, partial(report, name)))
+    ledger.run("transfer", 2 * fold + 1, lambda: heldout.read(bench, fold, ledger.store, lambda *_: None))
+
+
+def _transfer(bench: Bench, ledger: Ledger) -> dict[str, Any]:
+    """What `heldout` found, or why it was not run."""
+    begun = ledger.values("transfer")
+    if begun["refused"] is not None:
+        return {"refused": begun["refused"]}
+    folds = [
+        (ledger.values("transfer", 2 * fold), ledger.values("transfer", 2 * fold + 1))
+        for fold in range(bench.plan.transfer.folds)
+    ]
+    return heldout.summary(folds, begun["residual_norm"])
+
+
+def _records(bench: Bench, ledger: Ledger, phases: Mapping[str, Sequence[int]]) -> list[ExampleRecord]:
+    """What finished phases say of each example, in order."""
+    values: dict[str, dict[str, Any]] = {name: {"id": name} for name in bench.examples.ids}
+    for phase, numbers in phases.items():
+        for number in numbers:
+            for name, part in ledger.values(phase, number).items():
+                values[name] |= part
+    return [ExampleRecord.of(one) for one in values.values()]
+
+
+def measure_fits(bench: Bench) -> list[Fit]:
+    """The fit of each clamp's SAE on the first prompts, once for each site."""
+    examples, defense = bench.examples, bench.defense
+    some = examples.prompts.select(torch.arange(min(FIT_PROMPTS, len(examples.ids))))
+    model = bench.host or bench.model
+    return [measure_fit(model, defense.at(site)[0].sae, site, some, bench.batch_size) for site in defense.sites]
+
+
+def _utility(bench: Bench, neutral: Prompts) -> Utility:
+    return measure_utility(
+        bench.host or bench.model, bench.defense, neutral, bench.batch_size, bench.plan.max_loss_increase
+    )
+
+
+def _numbers(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What was not finite is NaN again."""
+    return {name: float("nan") if value is None else value for name, value in values.items()}
+
+
+def threat_model(bench: Bench) -> dict[str, Any]:
+    """Who may do what, as recorded in the verdict."""
+    defense, several, reads = bench.defense, len(bench.defense.sites) > 1, positions_read(bench.examples.behavior)
+    spoken = bench.examples.dialogue
+    constraint = "orthogonal to the encoder columns of the clamped features (C1)"
+    if bench.every_site:
+        constraint += "; at later sites, beside it the smallest correction that pins the clamped pre-activations"
+    elif several:
+        constraint += "; at later sites, to the first order, nothing that moves a clamped pre-activation"
+    return {
+        "access": "white-box, one perturbation an example",
+        "sites": [site.hook_name for site in defense.sites],
+        "positions": "last" if reads == 1 else f"last {reads}" if spoken is None else f"first {reads} of the answer",
+        "delta_sites": [site.hook_name for site in (defense.sites if bench.every_site else defense.sites[:1])],
+        "placement": bench.placement,
+        "constraint": constraint,
+        "norm": "Frobenius, over positions and dimensions",
+        "budget": bench.budget,
+        "clamp": "live",
+        "skip_first": defense.skip_first,
+        "dtype": str(bench.model.dtype).removeprefix("torch."),
+        "clamps": [
+            {
+                "site": clamp.site.hook_name,
+                "k": len(clamp.features),
+                "mode": type(clamp.mode).__name__.lower(),
+                "value": astuple(clamp.mode)[0],
+                "only_active": clamp.only_active,
+                "positions": clamp.positions,
+            }
+            for clamp in defense.clamps
+        ],
+    }

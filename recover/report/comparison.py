@@ -1,0 +1,130 @@
+"""Several runs side by side: the figures of each, and in what the runs differ, so that like is held against like.
+
+A row is a figure, a column a run; where the columns are too wide for a terminal, they go on below.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from recover.report.answers import parsed
+from recover.report.finished import FinishedRun, read_run
+from recover.report.markdown import summary_rows
+from recover.types import InputError
+
+__all__ = ["compare", "differences"]
+
+WIDTH, GAP, SHOWN = 120, 2, 6
+HASH = re.compile(r"\b([0-9a-f]{12})[0-9a-f]{52}\b")
+
+ELSEWHERE = ("model", "clamps", "rules", "dtype", "device", "batch_size")
+"""Of a configuration: what the verdict says more exactly, and what changes no figure."""
+
+
+def compare(folders: Sequence[Path]) -> str:
+    """The table, and below it what must be known to read it.
+
+    Raises:
+        InputError: fewer than two folders, one given twice, or one that holds no finished run.
+    """
+    if len(folders) < 2:
+        raise InputError("compare: one folder has nothing to stand beside; give two or more")
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise InputError("compare: a folder is given twice; give each once")
+    runs = [read_run(folder) for folder in folders]
+    names = _names(folders)
+    tables = [dict(summary_rows(run.verdict)) for run in runs]
+    rows = [("", *names), *((row, *(table[row] for table in tables)) for row in tables[0])]
+    lines = _laid_out(rows)
+    if differing := differences(runs):
+        lines += ["", "They differ in"]
+        width = max(len(name) for name, _ in differing)
+        for name, values in differing:
+            lines += _told(name.ljust(width), dict(zip(names, values, strict=True)))
+    beside = {run.verdict["verdict"] for run in runs} & {"INVALID", "INCONCLUSIVE"}
+    if beside:
+        lines += ["", f"The figures of what is {' or '.join(sorted(beside))} are not to be compared."]
+    return "\n".join(lines)
+
+
+def differences(runs: Sequence[FinishedRun]) -> list[tuple[str, list[Any]]]:
+    """The settings that are not the same in all runs, each with its value in every one."""
+    settings = [dict(_leaves(_settings(run))) for run in runs]
+    names = dict.fromkeys(name for one in settings for name in one)
+    valued = [(name, [one.get(name) for one in settings]) for name in names]
+    return [(name, values) for name, values in valued if any(value != values[0] for value in values)]
+
+
+def _settings(run: FinishedRun) -> dict[str, Any]:
+    """What a figure depends on: model, task, prompts, clamps, search, threat model, controls and rules."""
+    config = parsed(run.config)
+    asked: Mapping[str, Any] = config if isinstance(config, Mapping) else {}
+    provenance, threat = run.verdict["provenance"], run.verdict["threat_model"]
+    told = {key: provenance[key] for key in ("model", "sae_sha256", "dtype")}
+    told |= {key: value for key, value in asked.items() if key not in ELSEWHERE}
+    told |= {f"clamp {number}": clamp for number, clamp in enumerate(threat["clamps"], start=1)}
+    told |= {f"features {number}": sorted(features) for number, features in enumerate(run.features, start=1)}
+    told |= {key: threat[key] for key in ("constraint", "placement", "positions", "delta_sites", "budget")}
+    return told | {"control seed": provenance["control_seed"], "rules": run.verdict["statistics"]["rules"]}
+
+
+def _leaves(values: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        name = f"{above} {key}".strip().replace("_", " ")
+        if isinstance(value, Mapping):
+            yield from _leaves(value, name)
+        else:
+            yield name, value
+
+
+def _told(name: str, values: Mapping[str, Any]) -> Iterator[str]:
+    """One line where all values fit in it, else one for each value, with the runs that have it."""
+    shown = {run: _shortened(value) for run, value in values.items()}
+    if (line := f"  {name}  {' | '.join(shown.values())}") and len(line) <= WIDTH:
+        yield line
+        return
+    yield f"  {name}".rstrip()
+    for value in dict.fromkeys(shown.values()):
+        yield f"      {', '.join(run for run, one in shown.items() if one == value)}: {value}"
+
+
+def _shortened(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, list):
+        more = f", ... ({len(value)})" if len(value) > SHOWN else ""
+        return ", ".join(map(_shortened, value[:SHOWN])) + more
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return HASH.sub(r"\1", text)
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    """As short as tells them apart: their last part, or without what they all begin with."""
+    last = [folder.resolve().name for folder in folders]
+    if len(set(last)) == len(last):
+        return last
+    parts = [str(folder.resolve()) for folder in folders]
+    shared = os.path.commonpath(parts)
+    return [os.path.relpath(part, shared) for part in parts]
+
+
+def _laid_out(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Columns that begin where their names do, in as many blocks as the width asks for."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    blocks: list[list[int]] = [[]]
+    for column in range(1, len(widths)):
+        used = widths[0] + sum(widths[one] + GAP for one in [*blocks[-1], column])
+        if blocks[-1] and used > WIDTH:
+            blocks.append([])
+        blocks[-1].append(column)
+    lines: list[str] = []
+    for block in blocks:
+        lines += [""] * bool(lines)
+        for row in rows:
+            cells = [row[0].ljust(widths[0]), *(row[column].ljust(widths[column]) for column in block)]
+            lines.append((" " * GAP).join(cells).rstrip())
+    return lines

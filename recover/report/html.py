@@ -1,0 +1,103 @@
+"""`report.html`: one page that answers a stranger's questions, self-contained, without script, light and dark.
+
+1. The verdict in words and four answers, from `verdict.json` alone.
+2. A section for each step of the argument: a sentence or two that explain its terms, its figures, each with how it is
+   read and the numbers behind it, and its facts as a table.
+3. Gates, threat model, statistics, provenance, configuration and a glossary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from recover.protocol.records import ExampleRecord
+from recover.report.answers import answers, parsed
+from recover.report.evidence_figures import figures
+from recover.report.figures import Figure
+from recover.report.svg import draw, legend, marker
+from recover.report.text import RESULTS, Rows, sections
+from recover.report.words import CHAPTERS, TERMS, headline
+
+__all__ = ["to_html"]
+
+
+@dataclass(frozen=True)
+class Chapter:
+    """A section of the page: figures by name, and rows of facts under headings."""
+
+    name: str
+    title: str
+    opening: str
+    figures: Sequence[Figure]
+    facts: Sequence[tuple[str, Rows]]
+
+
+def to_html(
+    verdict: Mapping[str, Any],
+    config: str,
+    records: Sequence[ExampleRecord] = (),
+    features: Sequence[Sequence[int]] = (),
+) -> str:
+    """A self-contained page: no script, nothing fetched.
+
+    Args:
+        verdict: what `verdict.json` holds.
+        config: the text of `config.yaml`.
+        records: the lines of `examples.jsonl`, for the figures with a dot an example.
+        features: of each clamp, as `run.json` has them.
+    """
+    source = resources.files("recover.report").joinpath("templates/report.html.j2").read_text(encoding="utf-8")
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    page: str = environment.from_string(source).render(
+        verdict=verdict,
+        headline=headline(verdict),
+        answers=answers(verdict, parsed(config)),
+        chapters=_chapters(verdict, records),
+        draw=lambda figure: Markup(draw(figure)),
+        legend=legend,
+        marker=lambda tone: Markup(marker(tone)),
+        results=RESULTS,
+        threat=rows_of(verdict["threat_model"], leave=("clamps",)),
+        statistics=rows_of(verdict["statistics"]),
+        provenance=rows_of(verdict["provenance"], leave=("phases",)),
+        features=list(zip(verdict["threat_model"]["clamps"], features, strict=False)),
+        terms=TERMS,
+        config=config,
+    )
+    return page
+
+
+def rows_of(values: Mapping[str, Any], leave: Sequence[str] = ()) -> Rows:
+    """Names and values of a section of `verdict.json` as they stand."""
+
+    def plain(value: Any) -> str:
+        if isinstance(value, Mapping):
+            return ", ".join(f"{key.replace('_', ' ')} {plain(item)}" for key, item in value.items()) or "none"
+        if isinstance(value, list | tuple):
+            return ", ".join(map(plain, value)) or "none"
+        return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+    return [(name.replace("_", " "), plain(value)) for name, value in values.items() if name not in leave]
+
+
+def _chapters(verdict: Mapping[str, Any], records: Sequence[ExampleRecord]) -> list[Chapter]:
+    drawn, facts = figures(verdict, records), sections(verdict)
+    chapters = [
+        Chapter(
+            name,
+            words.title,
+            words.opening,
+            [drawn[one] for one in words.figures if one in drawn],
+            [(heading, rows) for heading, rows in facts if heading.startswith(words.facts) and rows],
+        )
+        for name, words in CHAPTERS.items()
+    ]
+    return [chapter for chapter in chapters if chapter.figures or chapter.facts]

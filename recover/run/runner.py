@@ -1,0 +1,240 @@
+"""From a configuration to a verdict on disk: loads what the configuration names, and runs `check()` on it.
+
+1. Open the folder, and refuse it if it cannot be used or holds another configuration's run: before the slow part.
+2. Load the model, the SAEs and the prompts, and build the defense; features given by a rule are selected here. A run
+   that was interrupted keeps the features and the batch size that it began with.
+3. `check()`, each batch saved as it is finished.
+4. Write `verdict.json`, and the reports from it. A run that has them is not run again.
+
+Several workers (`workers`) load the same and come to the same verdict. One of them leads: it holds the folder, fixes
+what the run holds to, and writes what is written once.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from recover.protocol.checking import Progress, check
+from recover.protocol.folder import CONFIG, SEEDS, VERDICT, RunFolder, RunState, write_whole
+from recover.protocol.verdict import Verdict
+from recover.protocol.workers import ALONE, Workers
+from recover.report.finished import find_run, pages
+from recover.report.published import compared
+from recover.run.config import Config
+from recover.run.setting import Chosen, Setting, build_defense, load_setting, select_features, threads, threads_of
+from recover.tasks.neutral import NEUTRAL
+from recover.types import InputError
+
+
+class OtherRunError(InputError):
+    """A folder that holds a run of the same configuration, and yet another run."""
+
+
+def run_check(
+    config: Config,
+    out: Path,
+    *,
+    keep_text: bool = False,
+    progress: Progress | None = None,
+    workers: Workers = ALONE,
+) -> dict[str, Any]:
+    """Check the defense of `config` and leave the artifacts in `out`.
+
+    Args:
+        config: what to check.
+        out: a new or empty folder, or one that holds an earlier run of the same configuration.
+        keep_text: whether prompts may appear in the artifacts.
+        progress: called with (phase, done, total).
+        workers: the processes that share the run, each of which calls this with the same arguments.
+
+    Returns:
+        What `verdict.json` holds.
+
+    Raises:
+        InputError: anything that the configuration names cannot be used, or the folder cannot.
+        LostWorkerError: another worker has gone.
+    """
+    with workers.together():
+        folder = RunFolder(out, holds=workers.leads)
+    try:
+        return _run(config, folder, keep_text, progress or (lambda *_: None), workers)
+    finally:
+        folder.close()
+
+
+def run_seeds(
+    config: Config,
+    out: Path,
+    seeds: int,
+    *,
+    keep_text: bool = False,
+    progress: Progress | None = None,
+    workers: Workers = ALONE,
+) -> list[dict[str, Any]]:
+    """The same check with several seeds of the search, the split and the controls; the prompts stay.
+
+    Each has its own folder `out/seed-N`, and `out/seeds.json` says how often each verdict came.
+
+    Raises:
+        InputError: as `run_check`.
+    """
+    verdicts = []
+    for seed in range(config.controls.seed, config.controls.seed + seeds):
+        one = config.with_control_seed(seed)
+        verdicts.append(run_check(one, out / f"seed-{seed}", keep_text=keep_text, progress=progress, workers=workers))
+    said = Counter(json.dumps([verdict["verdict"], verdict["specific"]]) for verdict in verdicts)
+    counted = [dict(zip(("verdict", "specific"), json.loads(one), strict=True), seeds=n) for one, n in said.items()]
+    try:
+        if workers.leads:
+            write_whole(out / SEEDS, (json.dumps({"verdicts": counted}, indent=2) + "\n").encode())
+    except OSError as error:
+        raise InputError(f"--out {out}: {SEEDS} cannot be written ({error.strerror}); mend that") from None
+    return verdicts
+
+
+def _run(config: Config, folder: RunFolder, keep_text: bool, progress: Progress, workers: Workers) -> dict[str, Any]:
+    started = time.perf_counter()
+    with workers.together():
+        if folder.state is not None:
+            _expect(folder, folder.state, config, keep_text)
+            folder.resume()
+    earlier = workers.led(folder.units)
+    if not workers.leads:
+        for unit, given in earlier.items():
+            folder.take(unit, given)
+    progress("loading", 0, 1)
+    with workers.together():
+        if workers.size > 1:
+            _refuse_a_shared_card(config)
+        setting = load_setting(config, keep_text=keep_text, progress=progress)
+    progress("loading", 1, 1)
+    size = min(workers.gather(setting.batch_size))
+    with workers.together():
+        begun = folder.state or (_begin(folder, setting, size, keep_text, progress) if workers.leads else None)
+    state = workers.led(begun)
+    with workers.together():
+        if state.fingerprint != setting.fingerprint:
+            raise OtherRunError(
+                f"{folder.name}: holds a run of this configuration with other weights, prompts or another version of "
+                "recover; give another folder"
+            )
+        if workers.leads and not folder.has([CONFIG]):
+            folder.write(CONFIG, config.dump_yaml().encode())
+    (finished,) = workers.led((find_run(folder.path) if workers.leads else None,))
+    if finished is not None:
+        verdict, records = beside_published(finished.verdict, config), finished.records
+    else:
+        _tell_of_idle_workers(setting, state, workers)
+        with threads(state.threads):
+            said = _check(setting, state, folder, progress, workers)
+        verdict, records = beside_published(said.to_dict(), config), said.records
+        verdict["provenance"]["seconds"] = round(time.perf_counter() - started, 1)
+    with workers.together():
+        if workers.leads:
+            if finished is None:
+                folder.finish(records)
+            elif verdict != finished.verdict:
+                folder.write(CONFIG, config.dump_yaml().encode())
+            if finished is None or verdict != finished.verdict:
+                folder.write_json(VERDICT, verdict)
+            for name, page in pages(verdict, folder.read(CONFIG), records, state.features).items():
+                folder.write(name, page)
+    return verdict
+
+
+def beside_published(verdict: Mapping[str, Any], config: Config) -> dict[str, Any]:
+    """A verdict, and beside it the figures of `config` that were published, if any."""
+    own = {name: value for name, value in verdict.items() if name != "published"}
+    given = config.published
+    if given is None or not given.figures:
+        return own
+    return own | {"published": compared(verdict, given.known(), given.source)}
+
+
+def _refuse_a_shared_card(config: Config) -> None:
+    """Several workers have a card each, which `torchrun` numbers."""
+    if config.device_map is not None:
+        raise InputError(
+            "device_map: it spreads one model over all cards, and under torchrun each worker has one of its own; use "
+            "one of the two"
+        )
+    if config.device.startswith("cuda:"):
+        raise InputError(
+            f"device: {config.device} is one card, and under torchrun each worker has one of its own; write cuda"
+        )
+
+
+def _expect(folder: RunFolder, state: RunState, config: Config, keep_text: bool) -> None:
+    """Refuse the folder of another configuration's run, naming the first difference."""
+    theirs, ours = state.config | {"--keep-text": state.keep_text}, config.relevant() | {"--keep-text": keep_text}
+    if (difference := _first_difference(theirs, ours)) is not None:
+        raise InputError(f"{folder.name}: holds the run of another configuration ({difference}); give another folder")
+
+
+def _first_difference(theirs: Any, ours: Any, at: str = "") -> str | None:
+    if isinstance(theirs, dict) and isinstance(ours, dict):
+        pairs = [(f"{at}.{key}".lstrip("."), theirs.get(key), ours.get(key)) for key in {**theirs, **ours}]
+    elif isinstance(theirs, list) and isinstance(ours, list) and len(theirs) == len(ours):
+        pairs = [(f"{at}[{index}]", *pair) for index, pair in enumerate(zip(theirs, ours, strict=True))]
+    else:
+        return None if theirs == ours else f"{at} is {theirs!r:.40} there and {ours!r:.40} here"
+    return next(filter(None, (_first_difference(left, right, name) for name, left, right in pairs)), None)
+
+
+def _begin(folder: RunFolder, setting: Setting, size: int, keep_text: bool, progress: Progress) -> RunState:
+    """Fix what the whole run holds to."""
+    config = setting.config
+    number = threads_of(config, setting.model)
+    with threads(number):
+        chosen = select_features(setting, size, progress)
+    build_defense(setting, chosen)
+    state = RunState(
+        config=config.relevant(),
+        keep_text=keep_text,
+        fingerprint=setting.fingerprint,
+        batch_size=size,
+        features=[list(one.features) for one in chosen],
+        values=[list(one.value) if isinstance(one.value, tuple) else one.value for one in chosen],
+        threads=number,
+    )
+    folder.begin(state)
+    return state
+
+
+def _tell_of_idle_workers(setting: Setting, state: RunState, workers: Workers) -> None:
+    """Batches are the same for any number of workers, so that the verdict is: there may be too few for all."""
+    examples = len(setting.examples.ids)
+    batches = -(-examples // state.batch_size)
+    if workers.leads and batches < workers.size:
+        print(
+            f"recover: {examples} examples at {state.batch_size} at once are too few batches ({batches}) for "
+            f"{workers.size} workers; a smaller --batch-size, given when a run begins, lets all of them search",
+            file=sys.stderr,
+        )
+
+
+def _check(setting: Setting, state: RunState, folder: RunFolder, progress: Progress, workers: Workers) -> Verdict:
+    config, model = setting.config, setting.model
+    return check(
+        model,
+        build_defense(setting, Chosen.kept_by(state)),
+        setting.examples,
+        budget=config.search.budget,
+        placement=config.search.placement,
+        every_site=config.search.sites == "every",
+        schedule=config.schedule(),
+        plan=config.plan(),
+        neutral=model.tokenize(NEUTRAL),
+        batch_size=state.batch_size,
+        store=folder,
+        exact=setting.exact,
+        provenance={**setting.provenance, "threads": state.threads, "workers": workers.size},
+        progress=progress,
+        workers=workers,
+    )

@@ -1,0 +1,281 @@
+"""What a configuration names, loaded: model, SAEs, prompts; and the defense that is built of them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from recover.defenses.clamps import Clamp, Defense, Floor, Scale, Set
+from recover.defenses.defended import check_fits
+from recover.defenses.selection import attribution, contrast, effects, firing_rates, forgettable, largest
+from recover.models.host import Model
+from recover.models.names import LoadedModel, resolve_model
+from recover.protocol.bench import Bench
+from recover.protocol.checking import Progress
+from recover.protocol.folder import RunState
+from recover.run.config import ClampConfig, Config, Selection
+from recover.saes.names import resolve_sae
+from recover.saes.sae import SAE
+from recover.tasks import ask_task
+from recover.tasks.behaviors import positions_read
+from recover.tasks.examples import Contrast, Examples
+from recover.types import Float, InputError, Site, Tensor
+
+MODES: dict[str, type[Set] | type[Scale] | type[Floor]] = {"set": Set, "scale": Scale, "floor": Floor}
+NARROW = 1024
+"""Up to this width of the residual a step of the search is too little work for several threads to share."""
+RETAIN = 0.01
+"""Share of tokens to be kept on which a feature by firing may be active, where none is given."""
+PACKAGES = ("recover", "torch", "transformers", "nnsight", "sae_lens")
+
+
+@dataclass(frozen=True, eq=False)
+class Setting:
+    """What a configuration names, loaded."""
+
+    config: Config
+    loaded: LoadedModel
+    model: Model
+    saes: Mapping[str, SAE]
+    examples: Examples
+
+    @property
+    def fingerprint(self) -> str:
+        """Of everything that can change a result."""
+        identities = {
+            "recover": _version("recover"),
+            "model": self.loaded.version,
+            "prompts": self.examples.sha256,
+            **{f"sae:{name}": sae.sha256 for name, sae in self.saes.items()},
+        }
+        return self.config.fingerprint(**identities)
+
+    @property
+    def batch_size(self) -> int:
+        """How many examples to run at once: as asked, or as many as memory allows."""
+        asked = self.config.batch_size
+        widest = max(sae.d_sae for sae in self.saes.values())
+        return asked if isinstance(asked, int) else self.model.batch_size(self.examples.prompts, widest)
+
+    @cached_property
+    def exact(self) -> Model:
+        """The model in the precision in which certificates are measured."""
+        config = self.config
+        if config.dtype == config.certificates:
+            return self.model
+        module = resolve_model(config.model, config.device, device_map=config.device_map).module
+        return Model(module.double() if config.certificates == "float64" else module, self.loaded.tokenizer)
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """Which code, weights, seed and device give the verdict."""
+        loaded = self.loaded
+        return {
+            "versions": package_versions(),
+            "seed": self.config.prompts.seed,
+            "control_seed": self.config.controls.seed,
+            "device": str(self.model.device),
+            "dtype": self.config.dtype,
+            "sae_sha256": {name: sae.sha256 for name, sae in self.saes.items()},
+            "model": f"{loaded.name} ({loaded.source}, {loaded.version})",
+        }
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The features of a clamp, and its value: one for all of them, or one each."""
+
+    features: tuple[int, ...]
+    value: float | tuple[float, ...]
+
+    @classmethod
+    def kept_by(cls, state: RunState) -> list[Chosen]:
+        """Those of each clamp that an earlier start selected."""
+        pairs = zip(state.features, state.values, strict=True)
+        return [cls(tuple(features), tuple(v) if isinstance(v, list) else v) for features, v in pairs]
+
+
+def load_setting(config: Config, *, keep_text: bool = False, progress: Progress | None = None) -> Setting:
+    """Load the SAEs, the model and the prompts; what is refused soonest comes first.
+
+    Raises:
+        InputError: one of them cannot be had, or they do not belong together.
+    """
+    saes = {name: resolve_sae(name) for name in dict.fromkeys(clamp.sae for clamp in config.clamps)}
+    places = _placeholders(config, saes)
+    loaded = resolve_model(config.model, config.device, config.dtype, config.device_map)
+    model = Model(loaded.module, loaded.tokenizer)
+    for place in places:
+        check_fits(model, place, n_answer=1)
+    saes = {name: sae.to(model.device) for name, sae in saes.items()}
+    with threads(threads_of(config, model)):  # a task may train a probe, or generate
+        examples = ask_task(config.task, model, config.prompts.model_dump(), progress=progress)
+    for place in places:
+        check_fits(model, place, n_answer=positions_read(examples.behavior) - 1)
+    positions = "last" if examples.dialogue is None else "answer"
+    if config.search.positions not in (None, positions):
+        raise InputError(
+            f"search.positions: {config.search.positions}, and the task {config.task!r} is read at its {positions} "
+            f"positions; leave it out, or write {positions}"
+        )
+    return Setting(config, loaded, model, saes, examples if keep_text else replace(examples, texts=None))
+
+
+@contextlib.contextmanager
+def threads(number: int) -> Iterator[None]:
+    """Let torch use so many threads of the CPU."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def threads_of(config: Config, model: Model) -> int:
+    """As asked; by default one, where more would be in each other's way, so that cores do not change a digit there."""
+    if config.threads != "auto":
+        return config.threads
+    return 1 if model.device.type == "cpu" and model.d_model <= NARROW else torch.get_num_threads()
+
+
+def select_features(setting: Setting, batch_size: int, progress: Progress | None = None) -> list[Chosen]:
+    """The features of each clamp, as listed or as its rule selects them on the setting's examples.
+
+    Raises:
+        InputError: a rule finds too few, or the task has nothing that it could select from.
+    """
+    return [_chosen(clamp, setting, batch_size, progress or (lambda *_: None)) for clamp in setting.config.clamps]
+
+
+def build_defense(setting: Setting, chosen: Sequence[Chosen]) -> Defense:
+    """The defense of the configuration, with these features and values for its clamps.
+
+    Raises:
+        InputError: the features cannot be clamped.
+    """
+    pairs = zip(setting.config.clamps, chosen, strict=True)
+    clamps = tuple(_clamp(clamp, setting.saes[clamp.sae], one) for clamp, one in pairs)
+    return Defense(clamps, setting.config.skip_first)
+
+
+def build_bench(setting: Setting, chosen: Sequence[Chosen] | None = None, batch_size: int | None = None) -> Bench:
+    """What the phases of a check share: the model, the examples, and the defense with the features that it selects.
+
+    Args:
+        setting: what the configuration names.
+        chosen: the features that an earlier start selected.
+        batch_size: the examples at once that it began with.
+
+    Raises:
+        InputError: from `select_features` and `build_defense`.
+    """
+    config, size = setting.config, batch_size or setting.batch_size
+    return Bench(
+        *setting.examples.read_with(setting.model, setting.exact),
+        build_defense(setting, select_features(setting, size) if chosen is None else chosen),
+        setting.examples,
+        config.search.budget,
+        config.search.placement,
+        config.schedule(),
+        config.plan(),
+        size,
+        config.search.sites == "every",
+        setting.model,
+    )
+
+
+def _clamp(clamp: ClampConfig, sae: SAE, chosen: Chosen) -> Clamp:
+    return Clamp(sae, chosen.features, MODES[clamp.mode](chosen.value), clamp.only_active, clamp.positions)
+
+
+def _placeholders(config: Config, saes: Mapping[str, SAE]) -> list[Defense]:
+    """A defense for each clamp, with some feature where a rule is to select them, to see whether it can be built."""
+    built = []
+    for index, clamp in enumerate(config.clamps):
+        features = (0,) if isinstance(clamp.features, Selection) else clamp.features
+        try:
+            built.append(Defense((_clamp(clamp, saes[clamp.sae], Chosen(features, clamp.value)),)))
+        except InputError as error:
+            reason = str(error).removeprefix("clamp: ")
+            raise InputError(f"clamps[{index}], SAE {clamp.sae!r}: {reason}") from None
+    return built
+
+
+def _chosen(clamp: ClampConfig, setting: Setting, batch_size: int, progress: Progress) -> Chosen:
+    if not isinstance(clamp.features, Selection):
+        return Chosen(clamp.features, clamp.value)
+    sae, rule, top = setting.saes[clamp.sae], clamp.features, clamp.features.top
+    site = _clamp(clamp, sae, Chosen((0,), clamp.value)).site
+    read, _ = setting.examples.read_with(setting.model)
+    match rule.select:
+        case "attribution":
+            found = _attributed(read, sae, site, setting.examples, batch_size, progress)
+            return Chosen(largest(found, top), clamp.value)
+        case "effect":
+            found = effects(read, sae, site, _kinds(setting, rule), batch_size)
+            return Chosen(largest(found, top), clamp.value)
+        case "firing":
+            kinds = _kinds(setting, rule)
+            shown, hidden = (
+                firing_rates(setting.model, sae, site, prompts, batch_size) for prompts in (kinds.shown, kinds.hidden)
+            )
+            retain = RETAIN if rule.retain is None else rule.retain
+            return Chosen(forgettable(shown, hidden, top, retain), clamp.value)
+        case "contrast":
+            kinds = _kinds(setting, rule)
+            more, mean = contrast(setting.model, sae, site, kinds.shown, kinds.hidden, batch_size)
+            features = largest(more, top)
+            means = tuple(clamp.value * float(mean[feature]) for feature in features)
+            return Chosen(features, means if clamp.unit == "mean" else clamp.value)
+
+
+def _kinds(setting: Setting, rule: Selection) -> Contrast:
+    """The prompts of two kinds that a rule compares.
+
+    Raises:
+        InputError: the task gives none to this model, or no behavior where the rule asks for one.
+    """
+    kinds, task = setting.examples.contrast, setting.config.task
+    if rule.select == "effect" and (kinds is None or kinds.behavior is None):
+        raise InputError(
+            f"features: select effect, and the task {task!r} names no behavior that tells prompts of a kind from "
+            "others; list the features, or select by attribution"
+        )
+    if kinds is None:
+        raise InputError(
+            f"features: select {rule.select}, and the task {task!r} gives no prompts of two kinds to this model; list "
+            "the features, or select by attribution"
+        )
+    return kinds
+
+
+def _attributed(
+    model: Model, sae: SAE, site: Site, examples: Examples, batch_size: int, progress: Progress
+) -> Float[Tensor, "d_sae"]:
+    """The attribution of each feature, over all examples."""
+    total = torch.zeros(sae.d_sae, device=sae.device)
+    rows = torch.arange(len(examples.ids))
+    for batch in torch.split(rows, batch_size):
+        part = examples.select(batch)
+        total += attribution(model, sae, site, part.prompts, part.behavior)
+        progress("attribution", int(batch[-1]) + 1, len(rows))
+    return total
+
+
+def package_versions() -> dict[str, str]:
+    """Of the packages that give a result."""
+    return {package: _version(package) for package in PACKAGES}
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # recover itself, run from a checkout
+        return "not installed"

@@ -1,0 +1,211 @@
+"""Pinned search: a delta at every clamped site, under which no clamped pre-activation of any site moves, exactly.
+
+At site `m`, after its clamp, a delta consists of two parts (design, "Several sites"):
+
+    delta_m = P_m v_m + A_m (A_m^T A_m)^+ (pre_ref - pre(state + P_m v_m))
+
+1. *Free*. `P_m v_m` is what the search is free to choose: a part that the clamped features of the site do not read.
+2. *Correction*. What the parts below did to the clamped pre-activations here is taken back by the smallest change
+   that does: along the encoder columns alone. It is part of delta, in its norm and in what is saved, so that a replay
+   adds plain vectors. At the first site nothing comes from below and it is zero.
+3. *Norm*. The two parts are orthogonal at every site: `||delta||^2 = ||P v||^2 + ||correction||^2`. A search bounds the
+   first; `Pinned.within` shortens it until the whole is within the budget.
+
+Every pinned delta is of this form and every `v` gives one, so that nothing is lost and no iterate can leave it. With a
+pointwise SAE pinned pre-activations are pinned features. All of it is differentiable, through the correction too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from einops import einsum, rearrange
+
+from recover.defenses.clamps import Clamp
+from recover.defenses.defended import Defended, Delta
+from recover.models.host import Change
+from recover.numerics.metrics import norm
+from recover.numerics.subspaces import NullSpace
+from recover.search.constraints.linear import EncoderOrthogonal
+from recover.tasks.behaviors import Behavior
+from recover.types import Float, InputError, Int, PerExample, Residual, Site, Tensor, widened
+
+__all__ = ["FreeParts", "Pin", "Pinned"]
+
+HALVINGS = 30
+"""Of the share by which a delta is shortened until it is within the budget."""
+
+
+@dataclass(frozen=True, eq=False)
+class Pin:
+    """The clamped pre-activations of one site, and where they are to stay.
+
+    Attributes:
+        clamps: those of the site.
+        reference: their pre-activations in the defended state, one after another.
+    """
+
+    clamps: tuple[Clamp, ...]
+    reference: Float[Tensor, "batch pos k"]
+
+    @classmethod
+    def at(cls, clamps: tuple[Clamp, ...], state: Residual) -> Pin:
+        """What these clamps' features read in `state` stays."""
+        return cls(clamps, _read(clamps, state))
+
+    @cached_property
+    def encoder(self) -> Float[Tensor, "d_model k"]:
+        """`A`: the directions that are read."""
+        return torch.cat([clamp.encoder for clamp in self.clamps], dim=1)
+
+    @cached_property
+    def null_space(self) -> NullSpace:
+        return NullSpace.of(self.encoder)
+
+    @cached_property
+    def answer(self) -> Float[Tensor, "k d_model"]:
+        """`(A (A^T A)^+)^T`: the smallest change of the residual that moves each pre-activation by one, in float64."""
+        inverse: Tensor = torch.linalg.pinv(self.encoder.double())
+        return inverse
+
+    def correction(self, state: Residual) -> Residual:
+        """The smallest change of `state` after which the clamped pre-activations are at their reference."""
+        missing = (self.reference - _read(self.clamps, state)).double()
+        return einsum(missing, self.answer, "batch pos k, k d_model -> batch pos d_model").to(state.dtype)
+
+    def select(self, rows: Int[Tensor, "rows"]) -> Pin:
+        """The same for the examples `rows`."""
+        return Pin(self.clamps, self.reference[rows])
+
+
+@dataclass(frozen=True, eq=False)
+class FreeParts:
+    """The linear space of `P_m v_m` over all sites: what a pinned search is free to choose."""
+
+    sites: tuple[EncoderOrthogonal, ...]
+
+    def project(self, delta: Delta) -> Delta:
+        """The nearest free parts, site by site."""
+        parts = rearrange(delta, "batch (site pos) d_model -> site batch pos d_model", site=len(self.sites))
+        free = [space.project(part) for space, part in zip(self.sites, parts, strict=True)]
+        return rearrange(torch.stack(free), "site batch pos d_model -> batch (site pos) d_model")
+
+    def select(self, rows: Int[Tensor, "rows"]) -> FreeParts:
+        return self
+
+
+@dataclass(frozen=True, eq=False)
+class Pinned:
+    """The objective of a pinned search: score and slack of the delta that free parts `v` give."""
+
+    defended: Defended
+    pins: Mapping[Site, Pin]
+
+    @classmethod
+    def of(cls, defended: Defended) -> Pinned:
+        """Pin every clamped site of a defended batch where it is.
+
+        Raises:
+            InputError: a delta does not enter at every clamped site.
+        """
+        defense = defended.defense
+        if defended.delta_sites != defense.sites:
+            raise InputError(
+                "pinned search: a delta must enter at every clamped site; use defend(..., every_site=True)"
+            )
+        states = defended.states()
+        return cls(defended, {site: Pin.at(defense.at(site), widened(states[site])) for site in defense.sites})
+
+    @property
+    def free(self) -> FreeParts:
+        """Where `v` may lie."""
+        return FreeParts(tuple(EncoderOrthogonal(pin.encoder) for pin in self.pins.values()))
+
+    @property
+    def write_orthogonal(self) -> FreeParts:
+        """Where `v` may lie under C1+: orthogonal to what the clamped features of its site write as well."""
+        both = (torch.cat([pin.encoder, *(c.decoder.mT for c in pin.clamps)], dim=1) for pin in self.pins.values())
+        return FreeParts(tuple(map(EncoderOrthogonal, both)))
+
+    @property
+    def behavior(self) -> Behavior:
+        return self.defended.behavior
+
+    @property
+    def zero_delta(self) -> Delta:
+        return self.start
+
+    @property
+    def residual(self) -> Delta:
+        """Where the free parts enter, as in `Defended`."""
+        return self.defended.residual
+
+    def __len__(self) -> int:
+        return len(self.defended)
+
+    @property
+    def start(self) -> Delta:
+        """`v = 0`."""
+        return self.defended.zero_delta
+
+    def asking(self, behavior: Behavior) -> Pinned:
+        """The same examples, asked for another behavior."""
+        return Pinned(self.defended.asking(behavior), self.pins)
+
+    def select(self, rows: Int[Tensor, "rows"]) -> Pinned:
+        return Pinned(self.defended.select(rows), {site: pin.select(rows) for site, pin in self.pins.items()})
+
+    def run(self, free: Delta) -> tuple[Float[Tensor, "batch ..."], Delta]:
+        """Logits with the pinned delta of `free` added, and that delta; both differentiable."""
+        parts = self.defended.by_site(free)
+        added: dict[Site, Tensor] = {}
+
+        def pinned(site: Site) -> Change:
+            def change(h: Tensor) -> Tensor:
+                pushed = h + parts[site]
+                added[site] = parts[site] + self.pins[site].correction(widened(pushed))
+                return h + added[site]
+
+            return change
+
+        first, *later = self.defended.delta_sites
+        state = pinned(first)(self.defended.suffix.residual)
+        logits = self.defended.changed_logits(state, {site: pinned(site) for site in later})
+        whole = torch.stack([added[site] for site in self.defended.delta_sites])
+        return logits, rearrange(whole, "site batch pos d_model -> batch (site pos) d_model")
+
+    def __call__(self, delta: Delta) -> tuple[PerExample, PerExample]:
+        """Score and slack, as a search asks for them; what it varies are the free parts."""
+        logits = self.run(delta)[0].float()
+        return self.defended.behavior.score(logits), self.defended.behavior.slack(logits)
+
+    def delta(self, free: Delta) -> Delta:
+        """The pinned delta of these free parts, corrections included: what is saved and replayed."""
+        with torch.no_grad():
+            return self.run(free)[1]
+
+    def within(self, free: Delta, budget: float) -> Delta:
+        """`free`, shortened where the whole delta would be longer than the budget, by the least that bisection finds.
+
+        The length of a delta need not fall with that of its free parts, but it is zero where they are.
+        """
+        share = torch.ones_like(norm(free))
+        low, high = torch.zeros_like(share), share.clone()
+        fits = norm(self.delta(free)) <= budget
+        for _ in range(HALVINGS):
+            if bool(fits.all()):
+                break
+            middle = (low + high) / 2
+            inside = norm(self.delta(rearrange(middle, "batch -> batch 1 1") * free)) <= budget
+            low, high = torch.where(inside, middle, low), torch.where(inside, high, middle)
+            if bool(((high - low) <= 1e-4 * high)[~fits].all()):
+                break
+        share = torch.where(fits, 1.0, low)
+        return rearrange(share, "batch -> batch 1 1") * free
+
+
+def _read(clamps: tuple[Clamp, ...], state: Delta) -> Float[Tensor, "batch pos k"]:
+    return torch.cat([clamp.pre_activations(state) for clamp in clamps], dim=-1)

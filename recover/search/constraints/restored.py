@@ -1,0 +1,237 @@
+"""Jacobian search: a delta at the first of several clamped sites, under which the features of all of them stay.
+
+Later sites see what the blocks between make of a delta. To first order they stay if it keeps out of the row space of a
+Jacobian (`recover.search.constraints.monitor`); what curvature adds is taken back by Gauss-Newton. The climb is that of
+`recover.search.held`; of it this module says, for every example of a batch at once,
+
+1. *Which way*: the gradient of the score, projected with the Jacobian at the delta that is reached and not at zero.
+   Inactive features near their threshold count as held if the direction would take them on toward it.
+2. *Restore*: `delta <- delta - J^+ (Phi(delta) - Phi_ref)` within C1 of the first site, a few times, until the relative
+   drift is within the tolerance. A step that makes drift worse is halved.
+3. *Clip* to the budget, and restore again, as clipping moves the features too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+from recover.defenses.defended import Defended, Delta
+from recover.numerics.metrics import norm
+from recover.search.ascent import ROUNDING, Schedule, better, clip, recover
+from recover.search.constraints.admissible import admissible
+from recover.search.constraints.monitor import Jacobian, Monitor, Watched, row_space
+from recover.search.held import Point, RestoredSolution, each, search_held
+from recover.types import Bool, Int, PerExample, Tensor
+
+__all__ = ["DRIFT", "Restored", "recover_linearized", "recover_restored", "restore"]
+
+DRIFT = 1e-3
+"""Relative drift that is allowed."""
+CORRECTIONS = 8
+"""Gauss-Newton steps of one restoration at most."""
+ROUNDS = 3
+"""Of restoring and clipping."""
+LOOSE_DRIFT, LINEAR_ROUNDS, CLEAR = 1e-2, 3, 1.0
+"""Of a search with one Jacobian: relative drift that is allowed, rounds, and the slack that is left for restoring."""
+TURNS = 4
+"""Rounds of holding what a direction would wake."""
+
+
+@dataclass(frozen=True, eq=False)
+class Restored:
+    """The nearest found with the clamped features back in place.
+
+    Attributes:
+        drift: relative, of `delta`.
+        converged: where it is within the tolerance.
+        steps: Gauss-Newton steps tried.
+    """
+
+    delta: Delta
+    drift: PerExample
+    converged: Bool[Tensor, "batch"]
+    steps: int
+
+
+def restore(
+    monitor: Monitor, delta: Delta, tolerance: float = DRIFT, steps: int = CORRECTIONS, *, dense: bool | None = None
+) -> Restored:
+    """Bring the clamped features back to their reference by changing a delta as little as may be.
+
+    Args:
+        monitor: what is watched.
+        delta: with C1, orthogonal to what the first site's clamped features read; it stays so.
+        tolerance: relative drift that is allowed.
+        steps: Gauss-Newton steps at most.
+        dense: as in `row_space`.
+    """
+    here = trial = delta.detach()
+    drift, move = torch.full_like(norm(here), torch.inf), torch.zeros_like(here)
+    share = torch.ones_like(drift)
+    taken = 0
+    while True:
+        leaf = trial.detach().requires_grad_(True)
+        watched = monitor.watch(leaf)
+        seen = monitor.drift(watched.detached()).to(drift.dtype)
+        nearer = seen < drift
+        if taken == 0:
+            # Where it starts is all there is, however far off.
+            drift = torch.where(seen.isfinite(), seen, torch.inf)
+        here, drift = torch.where(each(nearer), trial, here), torch.where(nearer, seen, drift)
+        going = drift > tolerance
+        if taken == steps or not bool(going.any()):
+            return Restored(here, drift, drift <= tolerance, taken)
+        taken += 1
+        back = row_space(Jacobian.at(monitor, leaf, watched, monitor.held(watched)), dense=dense).solve(
+            monitor.moved(watched.detached())
+        )
+        move = torch.where(each(nearer), back.to(here.dtype), move)
+        share = torch.where(nearer, 1.0, share / 2)
+        trial = torch.where(each(going), here - each(share) * move, here)
+
+
+def recover_restored(
+    defended: Defended,
+    budget: float,
+    schedule: Schedule | None = None,
+    on_step: Callable[[int, int], None] | None = None,
+    *,
+    tolerance: float = DRIFT,
+    c1: bool = True,
+    dense: bool | None = None,
+) -> RestoredSolution:
+    """Search for a delta at the first site that brings the behavior back with the features of all sites in place.
+
+    Args:
+        defended: a defense put into a model, with deltas after the clamp of its first site; in float32.
+        budget: largest Frobenius norm of an example's delta; `inf` for none.
+        schedule: how hard to search.
+        on_step: called with (steps done, examples still being searched) after every step.
+        tolerance: largest relative drift of a result.
+        c1: whether the features of the first site are held exactly, all of them; otherwise the active ones are held to
+            the tolerance, as at later sites, and inactive ones may move below their threshold.
+        dense: as in `row_space`.
+
+    Returns:
+        For each example the delta with the largest slack met, among those within the budget and the tolerance; no
+        delta is one of them.
+
+    Raises:
+        InputError: the budget is not a positive number, or a delta enters elsewhere.
+    """
+    watching = _Watching(Monitor.of(defended, c1=c1), budget, tolerance, dense)
+    return search_held(watching, [defended.zero_delta], budget, tolerance, schedule or Schedule(), on_step)
+
+
+def recover_linearized(
+    defended: Defended,
+    budget: float,
+    schedule: Schedule | None = None,
+    *,
+    tolerance: float = LOOSE_DRIFT,
+    rounds: int = LINEAR_ROUNDS,
+    dense: bool | None = None,
+) -> RestoredSolution:
+    """The same at a fraction of the passes, for long answers: one Jacobian for a whole search, and then restoring.
+
+    1. Search within the space that is admissible to first order at no delta (`admissible`), for a margin of a logit.
+    2. Restore what was found, to the tolerance and within the budget.
+    3. What restoring undid is searched again from there; a few rounds.
+
+    Where the model curves much on the way it finds less than `recover_restored`, which looks at every step.
+
+    Args:
+        defended: as in `recover_restored`.
+        budget: as in `recover_restored`.
+        schedule: how hard each round searches.
+        tolerance: largest relative drift of a result.
+        rounds: of searching and restoring.
+        dense: as in `row_space`.
+
+    Returns:
+        As `recover_restored`.
+
+    Raises:
+        InputError: the budget is not a positive number, or a delta enters elsewhere.
+    """
+    schedule = schedule or Schedule()
+    clear = replace(schedule, goal=max(schedule.goal, CLEAR))
+    watching = _Watching(Monitor.of(defended, c1=True), budget, tolerance, dense)
+    space, start = admissible(defended), defended.zero_delta
+    with torch.no_grad():
+        score, slack = defended(start)
+    best = RestoredSolution(start, score, slack, torch.zeros_like(score), torch.zeros_like(score, dtype=torch.long))
+    for _ in range(rounds):
+        rows = (best.slack < schedule.goal).nonzero().flatten()
+        if not len(rows):
+            break
+        part = watching.select(rows)
+        found = recover(defended.select(rows), start[rows], space.select(rows), budget, clear)
+        delta = part.within(found.delta)
+        with torch.no_grad():
+            score, slack = defended.select(rows)(delta)
+            drift = part.monitor.drift(part.monitor.watch(delta).detached()).to(score.dtype)
+        counts = (drift <= tolerance) & (norm(delta) <= budget)
+        told = RestoredSolution(delta, score, slack.where(counts, -torch.inf), drift, found.steps)
+        best = better(best, told, rows)
+        start = start.index_copy(0, rows, delta)
+    return best
+
+
+@dataclass(frozen=True, eq=False)
+class _Watching:
+    """All features as a monitor watches them: `Held` for `search_held`."""
+
+    monitor: Monitor
+    budget: float
+    tolerance: float
+    dense: bool | None
+
+    def select(self, rows: Int[Tensor, "rows"]) -> _Watching:
+        return _Watching(self.monitor.select(rows), self.budget, self.tolerance, self.dense)
+
+    def look(self, delta: Delta) -> Point:
+        monitor = self.monitor
+        leaf = delta.detach().requires_grad_(True)
+        watched = monitor.watch(leaf)
+        logits, behavior = watched.logits.float(), monitor.defended.behavior
+        score = behavior.score(logits)
+        (gradient,) = torch.autograd.grad(score.sum(), leaf, retain_graph=True)
+        free = self._uphill(leaf, watched, gradient)
+        # What rounding leaves of a gradient that has no admissible part is no direction to go.
+        rounding = norm(free) <= ROUNDING * norm(gradient)
+        slack, drift = behavior.slack(logits).detach(), monitor.drift(watched.detached())
+        return Point(score.detach(), slack, drift, free.masked_fill(each(rounding), 0.0))
+
+    def free(self, delta: Delta, along: Delta) -> Delta:
+        leaf = delta.detach().requires_grad_(True)
+        return self._uphill(leaf, self.monitor.watch(leaf), along)
+
+    def _uphill(self, leaf: Delta, watched: Watched, gradient: Delta) -> Delta:
+        """The part of a direction that moves no active feature, and no inactive one on toward a near threshold."""
+        monitor = self.monitor
+        held, near = monitor.active, monitor.near(watched)
+        for _ in range(TURNS):
+            free = row_space(Jacobian.at(monitor, leaf, watched, held), dense=self.dense).project(gradient)
+            blocked = near & monitor.watched & ~held
+            if not bool(blocked.any()):
+                break
+            blocked = Jacobian.at(monitor, leaf, watched, blocked).push(free) > 0
+            if not bool(blocked.any()):
+                break
+            held = held | blocked
+        return free
+
+    def within(self, delta: Delta) -> Delta:
+        delta = clip(delta, self.budget)
+        for round_ in range(ROUNDS):
+            delta = restore(self.monitor, delta, self.tolerance, dense=self.dense).delta
+            long = norm(delta) > self.budget
+            if round_ == ROUNDS - 1 or not bool(long.any()):
+                break
+            # Below the budget, as restoring may lengthen it again.
+            delta = torch.where(each(long), clip(delta, self.budget * (1 - 1e-3 * 4**round_)), delta)
+        return delta

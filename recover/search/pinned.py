@@ -1,0 +1,158 @@
+"""Search for a pinned delta within a budget, and for a short one: what of it counts is the whole, corrections included.
+
+*Within a budget* (`recover_pinned`): search among the free parts with the budget as their bound. Where a find's whole
+delta is longer than that, it is shortened to fit; where it then no longer reaches the goal, the search goes on from
+there with a smaller bound for the free parts.
+
+*Short* (`shorten`). The whole delta of free parts `v` has another metric than `v` has, so the nearest point is not
+where `v` is parallel to the gradient of the slack, but where the gradient of `||delta(v)||^2 / 2` is. From a find:
+
+1. step against the part of that gradient which leaves the slack as it is, to first order;
+2. step back along the gradient of the slack to the edge of the goal;
+3. keep what reaches the goal and is shorter; a step that gets no shorter halves the next one's length.
+
+In linear models this ends at the closed form: the readout projected onto the pinned space.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+
+from recover.defenses.defended import Delta
+from recover.numerics.metrics import norm
+from recover.search.ascent import Climb, Schedule, better, clip, recover
+from recover.search.constraints.pinned import Pinned
+from recover.search.minimum import MARGIN
+from recover.types import Bool, InputError, Int, PerExample, Residual, Tensor
+
+__all__ = ["PinnedSolution", "recover_pinned", "shorten"]
+
+ROUNDS = 4
+TIGHTER = 0.85
+"""How much smaller the bound of the free parts is from round to round."""
+
+
+@dataclass(frozen=True, eq=False)
+class PinnedSolution:
+    """The best found for each example.
+
+    Attributes:
+        free: the free parts, `[batch (site pos) d_model]`.
+        delta: the whole delta: what is saved and replayed.
+        score, slack: of it.
+        steps: gradient steps.
+        budget: the largest norm of the whole.
+    """
+
+    free: Residual
+    delta: Residual
+    score: PerExample
+    slack: PerExample
+    steps: Int[Tensor, "batch"]
+    budget: float
+
+    @property
+    def norm(self) -> PerExample:
+        """Of the whole delta."""
+        return norm(self.delta)
+
+    @property
+    def recovered(self) -> Bool[Tensor, "batch"]:
+        """Where the behavior is back, by the solver's own account."""
+        return self.slack > 0
+
+
+def recover_pinned(
+    pinned: Pinned,
+    budget: float,
+    schedule: Schedule | None = None,
+    *,
+    start: Delta | None = None,
+    climb: Climb | None = None,
+) -> PinnedSolution:
+    """Search for pinned deltas of norm at most `budget` that bring the behavior back.
+
+    Args:
+        pinned: the objective.
+        budget: largest Frobenius norm of a whole delta, corrections included, in units of the residual.
+        schedule: how hard each round searches.
+        start: free parts to begin from, within the budget (`two_stage.opened` gives such); zero by default.
+        climb: one start of a search, as in `recover`.
+
+    Raises:
+        InputError: the budget is not a positive number.
+    """
+    if not budget > 0:
+        raise InputError(f"budget: {budget} is not a positive number")
+    schedule = schedule or Schedule()
+    best = _measured(pinned, pinned.start, budget)
+    rows = torch.arange(len(best.slack), device=best.slack.device)
+    start, bound = pinned.start if start is None else start, budget
+    for _ in range(ROUNDS):
+        part = pinned.select(rows)
+        found = recover(part, start, part.free, bound, schedule, climb=climb)
+        free = part.within(found.delta, budget * (1 - 1e-6))
+        best = better(best, _measured(part, free, budget, found.steps), rows)
+        # What fits into the budget as it was found has had its search; a smaller bound is for what had to be cut.
+        cut = (norm(free) < norm(found.delta)) & (best.slack[rows] < schedule.goal)
+        if not bool(cut.any()):
+            break
+        rows, bound = rows[cut], bound * TIGHTER
+        start = clip(free[cut], bound)
+    return best
+
+
+def shorten(pinned: Pinned, free: Residual, goal: float | None = None, steps: int = 40) -> Residual:
+    """Free parts of a shorter whole delta that still reaches the goal; where `free` does not reach it, `free`.
+
+    Args:
+        pinned: the objective.
+        free: free parts of a find.
+        goal: slack to be reached; by default the edge itself, a little past 0 on the scale of the slack without delta.
+        steps: gradient steps.
+    """
+    with torch.no_grad():
+        least = torch.full_like(norm(free), goal) if goal is not None else MARGIN * pinned(0 * free)[1].abs()
+    best, size = free, torch.full_like(norm(free), torch.inf)
+    here, stride = free, torch.full_like(size, 0.5)
+    for _ in range(steps):
+        leaf = here.detach().requires_grad_(True)
+        logits, delta = pinned.run(leaf)
+        slack, length = pinned.defended.behavior.slack(logits.float()), norm(delta)
+        (steep,) = torch.autograd.grad(slack.sum(), leaf, retain_graph=True)
+        (outward,) = torch.autograd.grad((length.square() / 2).sum(), leaf)
+        steep, outward, slack, length = (
+            pinned.free.project(steep),
+            pinned.free.project(outward),
+            slack.detach(),
+            length.detach(),
+        )
+        shorter = (slack >= least) & (length < size)
+        stride = torch.where(shorter, stride, stride / 2)
+        moved = rearrange(shorter, "batch -> batch 1 1")
+        best, size = torch.where(moved, here, best), torch.where(shorter, length, size)
+        square = norm(steep).square().clamp(min=torch.finfo(steep.dtype).tiny)
+        level = _dot(outward, steep) / square
+        back = (2 * least - slack) / square  # past the edge, so that rounding cannot undo it
+        step = _each(back + stride * level) * steep - _each(stride) * outward
+        here = here + step.nan_to_num(0.0, 0.0, 0.0)
+    return best
+
+
+def _measured(pinned: Pinned, free: Residual, budget: float, steps: Tensor | None = None) -> PinnedSolution:
+    with torch.no_grad():
+        logits, delta = pinned.run(free)
+    behavior, logits = pinned.defended.behavior, logits.float()
+    taken = torch.zeros(len(free), dtype=torch.long, device=free.device) if steps is None else steps
+    return PinnedSolution(free, delta, behavior.score(logits), behavior.slack(logits), taken, budget)
+
+
+def _dot(one: Residual, other: Residual) -> PerExample:
+    return rearrange(one * other, "batch pos d_model -> batch (pos d_model)").sum(dim=1)
+
+
+def _each(values: PerExample) -> Residual:
+    return rearrange(values, "batch -> batch 1 1")

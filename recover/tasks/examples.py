@@ -1,0 +1,140 @@
+"""What a check asks of a model: prompts, each with its behavior, and what some rules need beside them.
+
+A *dialogue* stands beside examples whose behavior is a whole answer: the requests alone, the model's own answers and
+their words. Its prompts hold the answer, teacher-forced; whether an example flips, and what a perturbation brings back,
+is then read from what the model *says* as well (`recover.tasks.replies`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from recover.models.host import Model, Prompts
+from recover.tasks.behaviors import Behavior, positions_read
+from recover.tasks.dialogue import Dialogue
+from recover.types import InputError, Int, Tensor
+
+__all__ = ["Contrast", "Examples", "Readout"]
+
+
+@runtime_checkable
+class Readout(Protocol):
+    """Makes of the host model the one that a behavior is read with, such as one that ends in a probe."""
+
+    @property
+    def sha256(self) -> str:
+        """Of what it is made of."""
+
+    def __call__(self, model: Model) -> Model:
+        """A model with the host's blocks up to some site at least, and another head."""
+
+
+@dataclass(frozen=True, eq=False)
+class Contrast:
+    """Prompts of two kinds that features are selected from.
+
+    `shown` end before the behavior of interest and `hidden` do not (`contrast`); or `shown` are about what is to be
+    forgotten and `hidden` about what is to be kept (`firing`, which reads all their tokens); or `shown` are of a kind
+    and `hidden` of others, and `behavior` is what tells them apart (`effect`).
+
+    Attributes:
+        behavior: of each of `shown`, where features are selected by their effect on it.
+    """
+
+    shown: Prompts
+    hidden: Prompts
+    behavior: Behavior | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Examples:
+    """What is asked of the model: ids, prompts and one behavior entry each.
+
+    Attributes:
+        texts: only to be kept.
+        strict: a stricter predicate of the same kind, with which transfer is read: one whose rate of chance is low.
+            By default the behavior itself.
+        dialogue: of the same examples, where the behavior is a whole answer.
+        contrast: what features are selected from that announce a behavior; `None` where the task has no such prompts.
+        groups: a name for each example, the same for those that ask the same thing in other words or another order:
+            transfer never reads one that a shared delta was fitted to another of. By default each is its own.
+        readout: makes the model that the behavior is read with; by default that is the host.
+    """
+
+    ids: Sequence[str]
+    prompts: Prompts
+    behavior: Behavior
+    texts: Sequence[str] | None = None
+    strict: Behavior | None = None
+    dialogue: Dialogue | None = None
+    contrast: Contrast | None = None
+    groups: Sequence[str] | None = None
+    readout: Readout | None = None
+
+    def __post_init__(self) -> None:
+        if not len(self.ids) == len(self.prompts) or not len(self.ids):
+            raise InputError(
+                f"examples: {len(self.ids)} ids for {len(self.prompts)} prompts; give one each, at least one"
+            )
+        if len(set(self.ids)) < len(self.ids):
+            raise InputError("examples: two have the same id; each needs its own")
+        if self.groups is not None and len(self.groups) != len(self.ids):
+            raise InputError(
+                f"examples: {len(self.groups)} groups for {len(self.ids)} examples; give one each, or none"
+            )
+
+    @classmethod
+    def of(cls, dialogue: Dialogue, columns: int, contrast: Contrast | None = None) -> Examples:
+        """Requests, each with the behavior of being given the first `columns` tokens of the model's own answer."""
+        prompts, behavior = dialogue.forced(columns)
+        return cls(dialogue.ids, prompts, behavior, dialogue.asked, dialogue=dialogue, contrast=contrast)
+
+    @property
+    def sha256(self) -> str:
+        """Of the ids, of the tokens, a forced answer's among them, and of what the behavior is read with."""
+        digest = hashlib.sha256("\n".join(self.ids).encode())
+        digest.update(repr(self.prompts.ids.where(self.prompts.mask, -1).tolist()).encode())
+        if self.readout is not None:
+            digest.update(self.readout.sha256.encode())
+        return digest.hexdigest()
+
+    def select(self, rows: Int[Tensor, "rows"]) -> Examples:
+        """The same for the examples `rows`."""
+        pick = rows.tolist()
+        return Examples(
+            [self.ids[row] for row in pick],
+            self.prompts.select(rows),
+            self.behavior.select(rows),
+            None if self.texts is None else [self.texts[row] for row in pick],
+            None if self.strict is None else self.strict.select(rows),
+            None if self.dialogue is None else self.dialogue.select(pick),
+            self.contrast,
+            None if self.groups is None else [self.groups[row] for row in pick],
+            self.readout,
+        )
+
+    def read_with(self, model: Model, exact: Model | None = None) -> tuple[Model, Model]:
+        """The model that the behavior is read with, and the same for certificates.
+
+        Args:
+            model: the host.
+            exact: the host for certificates; `model` itself by default.
+        """
+        exact = exact or model
+        if self.readout is None:
+            return model, exact
+        read = self.readout(model)
+        return read, read if exact is model else self.readout(exact)
+
+    def answered_as(self, other: Dialogue) -> Examples:
+        """Each of these requests with the answer to the one in the same place of `other`.
+
+        Raises:
+            InputError: the behavior is no whole answer.
+        """
+        if self.dialogue is None:
+            raise InputError("examples: without a dialogue they have no answers that could be exchanged")
+        return Examples.of(self.dialogue.with_answers_of(other), positions_read(self.behavior), self.contrast)

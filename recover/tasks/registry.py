@@ -1,0 +1,137 @@
+"""Tasks by name: where a check's prompts, behaviors and answers come from.
+
+A task is a function `task(model, **options) -> Examples`: one of ours, or `python:module:object`, one of the user's
+own. Its options are the `prompts:` section of a configuration: those that the function names, held to its annotations
+before anything is loaded.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from pydantic import ConfigDict, create_model
+
+from recover.models.host import Model
+from recover.tasks import choice, cloze, ioi, probe, refusal
+from recover.tasks.examples import Examples
+from recover.types import InputError
+
+__all__ = ["TASKS", "Task", "ask_task", "get_task", "read_options"]
+
+
+@runtime_checkable
+class Task(Protocol):
+    """What a check asks of a model. Any function of this form is a task: `task: python:my_module:my_task`.
+
+    The options that it names are keys of the section `prompts:`. Those that most tasks have: `n`, how many examples;
+    `seed`, of what is drawn; `file`, the user's own prompts. One named `progress` is no key: it is handed a function
+    `progress(phase, done, total)`.
+    """
+
+    def __call__(self, model: Model, *args: Any, **options: Any) -> Examples:
+        """The examples, the same for the same options.
+
+        Raises:
+            InputError: one line that says what cannot be used, where, and how to mend it.
+        """
+
+
+TASKS: Mapping[str, Task] = {
+    "ioi": ioi.examples,
+    "choice": choice.examples,
+    "cloze": cloze.examples,
+    "probe": probe.examples,
+    "refusal": refusal.examples,
+}
+OWN = "python:"
+HANDED = ("model", "progress")
+"""Parameters of a task that are no options."""
+
+
+def get_task(name: str) -> Task:
+    """Give the task of this name.
+
+    Raises:
+        InputError: there is none, or a module of the user's own that cannot be imported.
+    """
+    if name.startswith(OWN):
+        return _own(name)
+    if name in TASKS:
+        return TASKS[name]
+    known = ", ".join((*TASKS, "python:module:object"))
+    near = difflib.get_close_matches(name, TASKS, n=1, cutoff=0.5)
+    raise InputError(f"unknown task {name!r}; " + (f"did you mean {near[0]!r}?" if near else f"known: {known}"))
+
+
+def read_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a task as its function takes them, values held to its annotations; None was not given.
+
+    Raises:
+        InputError: from `get_task`, or an option that the task does not have.
+        pydantic.ValidationError: a value that is not of the annotated type.
+    """
+    parameters = inspect.signature(get_task(name), eval_str=True).parameters
+    takes = {key: one for key, one in parameters.items() if key not in HANDED and one.kind is not one.VAR_KEYWORD}
+    anything = any(one.kind is one.VAR_KEYWORD for one in parameters.values())
+    given = {key: value for key, value in options.items() if value is not None}
+    if "seed" not in takes and not anything and given.get("seed") == 0:
+        del given["seed"]  # what it is where a task draws nothing
+    for key in given:
+        if key not in takes and not anything:
+            raise InputError(f"prompts.{key}: the task {name!r} has no such option; it has: {', '.join(takes)}")
+    fields: dict[str, Any] = {
+        key: (Any if one.annotation is one.empty else one.annotation, ... if one.default is one.empty else one.default)
+        for key, one in takes.items()
+    }
+    held = create_model("options", __config__=ConfigDict(strict=True, arbitrary_types_allowed=True), **fields)
+    read = held.model_validate({key: given[key] for key in given if key in takes})
+    return {key: getattr(read, key) if key in takes else value for key, value in given.items()}
+
+
+def ask_task(name: str, model: Model, options: Mapping[str, Any], **beside: Any) -> Examples:
+    """The examples of a task.
+
+    Args:
+        name: of the task.
+        model: what they are asked of.
+        options: of the `prompts:` section; those that are None were not given.
+        beside: what is handed over where the task takes it.
+
+    Raises:
+        InputError: an option that this task does not have; and whatever the task refuses.
+    """
+    task = get_task(name)
+    takes = inspect.signature(task).parameters
+    found = task(model, **read_options(name, options), **{key: one for key, one in beside.items() if key in takes})
+    if not isinstance(found, Examples):
+        raise InputError(f"task {name!r}: gave {type(found).__name__}; a task gives `recover.Examples`")
+    return found
+
+
+def _own(name: str) -> Task:
+    """The object that `python:module:object` names; modules in the working folder are found as well."""
+    module, _, attribute = name.removeprefix(OWN).partition(":")
+    if not module or not attribute:
+        raise InputError(f"task {name!r}: write python:module:object, such as python:my_task:examples")
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        task = getattr(importlib.import_module(module), attribute)
+    except Exception as error:  # whatever a module of the user's own raises
+        reason = " ".join(str(error).split())
+        raise InputError(f"task {name!r}: cannot be imported ({type(error).__name__}: {reason:.120})") from None
+    if not callable(task):
+        raise InputError(f"task {name!r}: is no function; a task is called as task(model, **options)")
+    try:
+        inspect.signature(task, eval_str=True)
+    except (TypeError, ValueError, NameError) as error:
+        raise InputError(f"task {name!r}: its options cannot be read ({error}); mend its annotations") from None
+    found: Task = task
+    return found

@@ -1,0 +1,170 @@
+"""What tests assert of a checked defense: each names the figure, the bound and the folder of the artifacts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from recover.protocol.records import ExampleRecord
+from recover.protocol.verdict import certified_norm
+from recover.report.finished import read_records
+
+__all__ = [
+    "Checked",
+    "assert_attribution",
+    "assert_drift_below",
+    "assert_not_recovered",
+    "assert_recoverable",
+    "assert_specific",
+]
+
+BELIEVED = ("RECOVERABLE", "NOT_RECOVERED_AT_BUDGET")
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What checks of one defense found, one for each seed.
+
+    Attributes:
+        name: of the DEFENSE.yaml, or as it was given.
+        verdicts: as `verdict.json` has them.
+        folders: their artifacts.
+    """
+
+    name: str
+    verdicts: tuple[Mapping[str, Any], ...]
+    folders: tuple[Path, ...]
+
+    @property
+    def verdict(self) -> Mapping[str, Any]:
+        """That of the first seed."""
+        return self.verdicts[0]
+
+    def __iter__(self) -> Iterator[tuple[Mapping[str, Any], Path]]:
+        return zip(self.verdicts, self.folders, strict=True)
+
+
+def assert_recoverable(checked: Checked, at_least: float = 0.0) -> None:
+    """The defense is recoverable, on more than `at_least` of the valid flips where that is given."""
+    __tracebackhide__ = True
+    expected = f"at least {at_least:.0%}" if at_least else "some"
+    for verdict, folder in checked:
+        _believed(verdict, folder, expected)
+        found = verdict["recovery"]
+        if verdict["verdict"] != "RECOVERABLE" or found["rate"] < at_least:
+            _fail(f"{_rate(found)}; expected {expected}", verdict, folder)
+
+
+def assert_not_recovered(checked: Checked, budget: float | None = None) -> None:
+    """No valid flip is brought back by a perturbation of norm at most `budget`, by default the one that was searched.
+
+    Holds where the search says so that it was to be believed; a run that says nothing fails.
+    """
+    __tracebackhide__ = True
+    for verdict, folder in checked:
+        expected = "none recovered" if budget is None else f"none recovered at {budget:g}"
+        _believed(verdict, folder, expected)
+        found = verdict["recovery"]
+        bound = found["budget"] if budget is None else budget
+        if bound > found["budget"]:
+            _fail(f"searched to a norm of {found['budget']:g} only; expected {expected}", verdict, folder)
+        records = read_records(folder) if verdict["verdict"] == "RECOVERABLE" else ()
+        if back := [size for size in map(_size, records) if size <= bound]:
+            _fail(
+                f"{len(back)} of {found['searched']} valid flips are brought back by a perturbation of norm at most "
+                f"{bound:g}, the smallest of norm {min(back):.3g}; expected none",
+                verdict,
+                folder,
+            )
+
+
+def assert_specific(checked: Checked, expected: bool = True) -> None:
+    """What was found is specific to the behavior; or, with `expected=False`, it is known not to be."""
+    __tracebackhide__ = True
+    for verdict, folder in checked:
+        _believed(verdict, folder, f"specific: {expected}")
+        if verdict["verdict"] != "RECOVERABLE" or verdict["specific"] is not expected:
+            _fail(f"specific is {verdict['specific']}; {_transfer(verdict)}; expected {expected}", verdict, folder)
+
+
+def assert_drift_below(checked: Checked, bound: float) -> None:
+    """The clamped features moved by at most this share of their size on every valid flip, and some were searched.
+
+    A feature that moved from zero has no such share, and fails.
+    """
+    __tracebackhide__ = True
+    for verdict, folder in checked:
+        expected = f"at most {bound:g}"
+        _believed(verdict, folder, expected)
+        certificates = (record.certificate for record in read_records(folder))
+        drifts = [_number(one["relative_drift"]) for one in certificates if one is not None]
+        worst = max(drifts, default=None)
+        if worst is None or not worst <= bound:
+            over = f" on {sum(not one <= bound for one in drifts)} of {len(drifts)} valid flips"
+            shown = "no certificate" if worst is None else f"a relative drift of {worst:.2e}, and too much{over}"
+            _fail(f"{shown}; expected {expected}", verdict, folder)
+
+
+def assert_attribution(checked: Checked, part: str, at_least: float) -> None:
+    """Replaying this part of the perturbations alone brings the behavior back at this rate or more."""
+    __tracebackhide__ = True
+    for verdict, folder in checked:
+        expected = f"at least {at_least:.0%}"
+        _believed(verdict, folder, expected)
+        parts = (verdict.get("attribution") or {}).get("parts", {})
+        if part not in parts:
+            known = f"it has: {', '.join(parts)}" if parts else "this run has none"
+            _fail(f"no part {part!r} in its attribution ({known}); expected {expected}", verdict, folder)
+        rate = parts[part]["replay"]["rate"]
+        if rate is None or rate < at_least:
+            _fail(f"replay of {part} alone brings back {rate or 0:.0%}; expected {expected}", verdict, folder)
+
+
+def _believed(verdict: Mapping[str, Any], folder: Path, expected: str) -> None:
+    __tracebackhide__ = True
+    if verdict["verdict"] not in BELIEVED:
+        reasons = "; ".join(verdict["reasons"])
+        _fail(f"the run says nothing either way ({reasons}); expected {expected}", verdict, folder)
+
+
+def _fail(what: str, verdict: Mapping[str, Any], folder: Path) -> None:
+    __tracebackhide__ = True
+    pytest.fail(f"{verdict['verdict']}: {what}\nartifacts: {folder}", pytrace=False)
+
+
+def _rate(found: Mapping[str, Any]) -> str:
+    low, high = found["wilson95"]
+    rate = f"{found['recovered']} of {found['searched']} valid flips recovered ({found['rate']:.0%}; 95% interval "
+    return f"{rate}{low:.0%} to {high:.0%}) at budget {found['budget']:g}"
+
+
+def _transfer(verdict: Mapping[str, Any]) -> str:
+    """The figures that `specific` rests on, and their bounds."""
+    read = verdict.get("transfer")
+    if read is None or "refused" in read:
+        return "transfer was not run" + ("" if read is None else f" ({read['refused']})")
+    rules, low = verdict["statistics"]["rules"], read["wilson95"][0]
+    plus, shuffled, chance = (
+        "-" if read[name] is None else f"{read[name]:.0%}"
+        for name in ("write_orthogonal_heldout_rate", "shuffled_rate", "chance_rate")
+    )
+    return (
+        f"one perturbation for all brings back {read['hits']} of {read['n']} held-out examples (95% interval from "
+        f"{low or 0:.0%}; above {rules['most']:.0%} is needed), C1+ {plus}, shuffled "
+        f"targets {shuffled}, chance {chance} (at most {rules['max_chance']:.0%})"
+    )
+
+
+def _number(value: float | None) -> float:
+    return math.inf if value is None else value
+
+
+def _size(record: ExampleRecord) -> float:
+    """The smallest norm by certificate that brings the behavior back; infinite where none does."""
+    within = record.certificate["norm"] if record.certificate is not None and record.back else math.inf
+    return min(within, certified_norm(record))
