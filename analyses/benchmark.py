@@ -102,7 +102,7 @@ def ours(
 ) -> torch.Tensor:
     """All prompts at once, lower layers, prefix and accounting included."""
     target = rc.defend(model, defense, prompts, behavior)
-    return rc.recover(target, target.zero_delta, constraint, budget).delta
+    return rc.find_perturbation(target, target.zero_delta, constraint, budget).delta
 
 
 def now(device: torch.device) -> float:

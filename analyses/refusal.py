@@ -28,8 +28,8 @@ import torch
 from beside import published_rows
 from einops import repeat
 
-from recover import Schedule, recover
-from recover.baselines.probes import recover_probed
+from recover import Schedule, find_perturbation
+from recover.baselines.probes import find_probed
 from recover.baselines.soft_suffix import SoftSuffix, spoken_with, with_room
 from recover.baselines.two_stage import Opening, opened
 from recover.defenses.defended import Delta
@@ -46,8 +46,8 @@ from recover.run.setting import build_bench, load_setting
 from recover.search.adam import climb
 from recover.search.ascent import scale_to
 from recover.search.constraints.pinned import Pinned
-from recover.search.constraints.restored import recover_linearized
-from recover.search.pinned import recover_pinned
+from recover.search.constraints.restored import find_linearized
+from recover.search.pinned import find_pinned
 from recover.tasks import replies as readouts
 from recover.tasks.behaviors import ForcedAnswer, positions_read
 from recover.tasks.examples import Examples
@@ -91,13 +91,13 @@ def flips_of(bench: Bench) -> Examples | None:
 def unconstrained(bench: Bench, part: Examples, schedule: Schedule) -> Delta:
     """A delta at every site, with nothing held."""
     target = bench.defended(part)
-    return recover(target, target.zero_delta, Anywhere(), bench.budget, schedule).delta
+    return find_perturbation(target, target.zero_delta, Anywhere(), bench.budget, schedule).delta
 
 
 def pinned(bench: Bench, part: Examples, schedule: Schedule) -> Delta:
     """A delta at every site under which no clamped pre-activation moves."""
     target = Pinned.of(bench.defended(part))
-    return bench.whole(part, target, recover_pinned(target, bench.budget, schedule).free)[0]
+    return bench.whole(part, target, find_pinned(target, bench.budget, schedule).free)[0]
 
 
 def two_stage(bench: Bench, part: Examples, schedule: Schedule) -> Delta:
@@ -112,17 +112,17 @@ def two_stage(bench: Bench, part: Examples, schedule: Schedule) -> Delta:
     target = Pinned.of(bench.defended(part))
     opening = Opening(*pins, columns=positions_read(part.behavior))
     start = opened(opening, target.start, target.free, bench.budget, schedule)
-    return bench.whole(part, target, recover_pinned(target, bench.budget, schedule, start=start).free)[0]
+    return bench.whole(part, target, find_pinned(target, bench.budget, schedule, start=start).free)[0]
 
 
 def jacobian(bench: Bench, part: Examples, schedule: Schedule) -> Delta:
     """A delta at the first site, the features of all sites restored."""
-    return recover_linearized(bench.defended(part), bench.budget, schedule).delta
+    return find_linearized(bench.defended(part), bench.budget, schedule).delta
 
 
 def probes(bench: Bench, part: Examples, schedule: Schedule) -> Delta:
     """The published baseline: a delta at the first site, the row space guessed from 8 random probes."""
-    return recover_probed(bench.defended(part), bench.budget, schedule).delta
+    return find_probed(bench.defended(part), bench.budget, schedule).delta
 
 
 METHODS: dict[str, tuple[Search, bool]] = {
@@ -170,7 +170,7 @@ def soft_suffix(bench: Bench, part: Examples, schedule: Schedule, vectors: int =
     assert dialogue is not None
     started = time.perf_counter()
     soft = SoftSuffix.of(model, defense, part.prompts, part.behavior, n=vectors)
-    found = recover(soft, soft.start, Anywhere(), bench.budget, schedule, climb=climb)
+    found = find_perturbation(soft, soft.start, Anywhere(), bench.budget, schedule, climb=climb)
     seconds = time.perf_counter() - started
     room = with_room(dialogue.prompts, vectors)
     said = generate(model, room, dialogue.answers.shape[1], spoken_with(defense, found.delta), stop=dialogue.stop)

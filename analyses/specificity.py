@@ -20,7 +20,7 @@ import matplotlib as mpl
 from matplotlib import pyplot as plt
 from tqdm import tqdm
 
-from recover import Memory, load_config
+from recover import InMemoryStore, load_config
 from recover.protocol.bench import Bench
 from recover.protocol.heldout import fit, read, summary
 from recover.protocol.phases import accounting, certificates, placebo, search
@@ -45,7 +45,7 @@ def bench_of(defense_file: Path, n: int) -> Bench:
     return build_bench(setting)
 
 
-def per_example(bench: Bench, store: Memory) -> list[ExampleRecord]:
+def per_example(bench: Bench, store: InMemoryStore) -> list[ExampleRecord]:
     """Each valid flip searched toward its own answer and toward the placebo's, and certified."""
     values: dict[str, dict[str, Any]] = {name: {"id": name} for name in bench.examples.ids}
     for batch in tqdm(bench.batches, desc="per example"):
@@ -58,7 +58,7 @@ def per_example(bench: Bench, store: Memory) -> list[ExampleRecord]:
     return [ExampleRecord.of(one) for one in values.values()]
 
 
-def transfer(bench: Bench, store: Memory) -> dict[str, Any]:
+def transfer(bench: Bench, store: InMemoryStore) -> dict[str, Any]:
     """Shared perturbations, fitted on either half and read on the other."""
     folds = []
     for fold in range(bench.plan.transfer.folds):
@@ -133,7 +133,7 @@ def main() -> None:
     parser.add_argument("--figure", type=Path, default=Path("specificity.svg"), help="where to save the figure")
     parser.add_argument("--json", type=Path, help="where to save the figures behind it")
     options = parser.parse_args()
-    bench, store = bench_of(options.defense, options.n), Memory()
+    bench, store = bench_of(options.defense, options.n), InMemoryStore()
     records, shared = per_example(bench, store), transfer(bench, store)
     print(table(bench, records, shared))
     figure(bench, records, shared, options.figure)

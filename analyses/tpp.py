@@ -41,7 +41,7 @@ from recover.protocol.bench import Bench
 from recover.run.config import Config, Selection, load_config
 from recover.run.setting import Setting, build_bench
 from recover.saes.names import resolve_sae
-from recover.search.ascent import recover
+from recover.search.ascent import find_perturbation
 from recover.tasks import probe, read_options
 from recover.types import InputError, Tensor
 
@@ -149,7 +149,7 @@ def _measured(bench: Bench, way: str, budget: float) -> dict[str, Any]:
             continue
         target = batch.target
         space = Anywhere() if way == "unconstrained" else bench.feasible(target)
-        delta = recover(target, target.zero_delta, space, budget, bench.schedule).delta
+        delta = find_perturbation(target, target.zero_delta, space, budget, bench.schedule).delta
         part = batch.flipped
         facts = certify(bench.exact, bench.defense, part.prompts, part.behavior, delta, bench.placement)
         values = {

@@ -17,7 +17,7 @@ from recover.models.host import Edit, Model
 from recover.numerics.metrics import norm
 from recover.planted.pinned import pinned_layers
 from recover.search.constraints.pinned import Pinned
-from recover.search.pinned import recover_pinned, shorten
+from recover.search.pinned import find_pinned, shorten
 from recover.tasks.behaviors import ForcedAnswer
 from recover.types import Site
 from tests.models import D_MODEL, FAMILIES, N_LAYERS, left_padded, tiny_lm, token_rows
@@ -97,7 +97,7 @@ def test_the_shortest_pinned_delta_is_the_closed_form(seed: int, n_sites: int, w
     k = data.draw(st.integers(2, width // 2))
     world = pinned_layers(seed, n_sites=n_sites, d_model=width, k=k, d_sae=k + 5, n_prompts=3)
     pinned = Pinned.of(defend(world.model, world.defense, world.prompts, world.behavior, every_site=True))
-    found = recover_pinned(pinned, 4 * float(world.smallest_norm.max()))
+    found = find_pinned(pinned, 4 * float(world.smallest_norm.max()))
     assert bool(found.recovered.all())
     short = norm(pinned.delta(shorten(pinned, found.free, steps=150)))
     assert bool((short >= 0.999 * world.smallest_norm).all())

@@ -26,10 +26,10 @@ from recover.planted.meaning import likeliest
 from recover.planted.selftest import TOLERANCE, UNMEASURED, judge, norm_error
 from recover.protocol.checking import check
 from recover.saes.decomposition import decompose
-from recover.search.ascent import recover, scale_to
+from recover.search.ascent import find_perturbation, scale_to
 from recover.search.constraints.admissible import JacobianOrthogonal, admissible
 from recover.search.constraints.linear import EncoderOrthogonal
-from recover.search.minimum import smallest_norm
+from recover.search.minimum import smallest_perturbation
 
 HALF_THE_DIGITS = eps(torch.float32) ** 0.5
 ONE_SITE = tuple(kind for kind in KINDS if kind != "two_layers")
@@ -184,12 +184,12 @@ def test_a_budget_just_below_the_smallest_norm_recovers_nothing_and_one_just_abo
     world, defended = case.world, case.defended
     assert world.smallest_norm is not None
     short, long = float(world.smallest_norm.min()), float(world.smallest_norm.max())
-    below = recover(defended, defended.zero_delta, case.feasible, min(0.97 * short, 50.0))
+    below = find_perturbation(defended, defended.zero_delta, case.feasible, min(0.97 * short, 50.0))
     assert not below.recovered.any()
     if world.smallest_norm.isfinite().all():
         with torch.no_grad():
             slope = (defended(defended.zero_delta)[1] / world.smallest_norm).abs().min()
-        above = recover(defended, defended.zero_delta, case.feasible, 1.03 * long + 0.1 / float(slope))
+        above = find_perturbation(defended, defended.zero_delta, case.feasible, 1.03 * long + 0.1 / float(slope))
         assert above.recovered.all()
         assert (norm(above.delta) >= 0.99 * world.smallest_norm).all()
 
@@ -199,7 +199,7 @@ def test_a_budget_just_below_the_smallest_norm_recovers_nothing_and_one_just_abo
 def test_the_smallest_norm_that_is_measured_is_the_closed_form(case: PlantedCase) -> None:
     world, defended = case.world, case.defended
     assert world.smallest_norm is not None
-    found = smallest_norm(defended, defended.zero_delta, case.feasible)
+    found = smallest_perturbation(defended, defended.zero_delta, case.feasible)
     finite = world.smallest_norm.isfinite()
     assert torch.equal(found.norm.isfinite(), finite)
     assert_within(found.norm[finite], world.smallest_norm[finite], 0.01 * world.smallest_norm[finite].double())
@@ -210,7 +210,7 @@ def test_the_smallest_norm_that_is_measured_is_the_closed_form(case: PlantedCase
 def test_what_recovers_lies_where_it_was_planted(case: PlantedCase) -> None:
     """Of the smallest delta, only the part in the error, or only the part in features, is seen by the readout."""
     world, defended = case.world, case.defended
-    delta = smallest_norm(defended, defended.zero_delta, case.feasible).delta
+    delta = smallest_perturbation(defended, defended.zero_delta, case.feasible).delta
     sae = world.defense.clamps[0].sae
     h = defended.suffix.residual
     before, after = decompose(sae, h), decompose(sae, h + delta)
@@ -250,7 +250,7 @@ def test_where_only_writing_is_left_a_shared_delta_gives_all_prompts_one_answer(
     # Of the tokens in one order: the behavior names each prompt's own answer first.
     logits = defended.defended_logits.gather(1, world.examples.behavior.tokens.argsort(dim=1))  # type: ignore[union-attr]
     assert_within(logits, logits[:1].expand_as(logits), spread)
-    found = smallest_norm(defended, defended.zero_delta, case.feasible)
+    found = smallest_perturbation(defended, defended.zero_delta, case.feasible)
     longer = scale_to(found.delta, 1.02 * found.norm)
     target = world.examples.behavior.target  # type: ignore[attr-defined]
     for row in range(case.n_prompts):
@@ -259,7 +259,7 @@ def test_where_only_writing_is_left_a_shared_delta_gives_all_prompts_one_answer(
         assert (slack > 0).tolist() == (target == target[row]).tolist()
     for answer in range(case.n_answers):
         asked = replace(defended, behavior=likeliest(torch.full_like(target, answer), case.n_answers + 1))
-        dear = smallest_norm(asked, asked.zero_delta, case.feasible).norm
+        dear = smallest_perturbation(asked, asked.zero_delta, case.feasible).norm
         assert_within(dear, world.smallest_norm, 0.01 * world.smallest_norm.double())
 
 
@@ -269,8 +269,8 @@ def test_an_undone_clamp_cannot_be_undone_at_right_angles_to_what_was_written(ca
     """Under C1+ no search at any multiple of the budget recovers."""
     world, defended = case.world, case.defended
     strict = admissible(defended, write_orthogonal=True)
-    assert not recover(defended, defended.zero_delta, strict, times * world.budget).recovered.any()
-    assert recover(defended, defended.zero_delta, case.feasible, world.budget).recovered.any()
+    assert not find_perturbation(defended, defended.zero_delta, strict, times * world.budget).recovered.any()
+    assert find_perturbation(defended, defended.zero_delta, case.feasible, world.budget).recovered.any()
 
 
 @costly(8)

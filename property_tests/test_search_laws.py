@@ -13,10 +13,10 @@ from torch import Tensor
 from property_tests.rounding import assert_within, eps, projection_leak
 from property_tests.strategies import DTYPES, EPS64, SEEDS, costly, randn
 from recover.numerics.metrics import norm
-from recover.search.ascent import Schedule, Solution, Status, recover, scale_to
+from recover.search.ascent import Schedule, Solution, Status, find_perturbation, scale_to
 from recover.search.constraints.linear import EncoderOrthogonal
 from recover.search.gradient_free import Effort, reexamined
-from recover.search.minimum import smallest_norm
+from recover.search.minimum import smallest_perturbation
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +94,7 @@ class SearchCase:
 
     def run(self, **changes: object) -> Solution:
         case = replace(self, **changes)  # type: ignore[arg-type]
-        return recover(case.landscape(), case.start(), case.feasible, case.budget, case.schedule)
+        return find_perturbation(case.landscape(), case.start(), case.feasible, case.budget, case.schedule)
 
 
 @st.composite
@@ -144,7 +144,7 @@ def evaluation_error(case: SearchCase, delta: Tensor) -> float:
 def test_every_delta_ever_tried_is_admissible_and_within_the_budget(case: SearchCase) -> None:
     """Steps and restarts included, and the result is one of them or the start."""
     landscape = case.landscape()
-    found = recover(landscape, case.start(), case.feasible, case.budget, case.schedule)
+    found = find_perturbation(landscape, case.start(), case.feasible, case.budget, case.schedule)
     tried = torch.stack([*landscape.seen, *found.delta])
     assert (norm(tried).double() <= case.budget).all()
     A = case.feasible.directions.double()
@@ -177,7 +177,7 @@ def test_a_larger_budget_from_what_the_smaller_one_found_is_never_worse(case: Se
     """For any objective: the feasible sets are nested, so a search may go on from the smaller budget's best."""
     assume(math.isfinite(case.budget))
     small = case.run()
-    large = recover(case.landscape(), small.delta, case.feasible, factor * case.budget, case.schedule)
+    large = find_perturbation(case.landscape(), small.delta, case.feasible, factor * case.budget, case.schedule)
     known = small.slack.isfinite()
     error = evaluation_error(case, small.delta)
     assert (large.slack[known] >= small.slack[known] - error).all()
@@ -254,7 +254,9 @@ def test_a_batch_is_its_examples_one_by_one(case: SearchCase) -> None:
     assume(not_on_an_edge(together, case))
     for row in range(case.batch):
         rows = torch.tensor([row])
-        alone = recover(case.landscape().select(rows), case.start()[rows], case.feasible, case.budget, case.schedule)
+        alone = find_perturbation(
+            case.landscape().select(rows), case.start()[rows], case.feasible, case.budget, case.schedule
+        )
         assert_same_search(together, alone, [row])
 
 
@@ -263,7 +265,9 @@ def test_the_order_of_examples_does_not_matter(case: SearchCase, seed: int) -> N
     together = case.run()
     assume(not_on_an_edge(together, case))
     order = torch.randperm(case.batch, generator=torch.Generator().manual_seed(seed))
-    shuffled = recover(case.landscape().select(order), case.start()[order], case.feasible, case.budget, case.schedule)
+    shuffled = find_perturbation(
+        case.landscape().select(order), case.start()[order], case.feasible, case.budget, case.schedule
+    )
     assert_same_search(together, shuffled, order.tolist())
 
 
@@ -273,7 +277,9 @@ def test_the_unit_of_the_residual_does_not_matter(case: SearchCase, power: int) 
     assume(math.isfinite(case.budget))
     unit = 2.0**power
     one = case.run()
-    other = recover(case.landscape(1 / unit), case.start() * unit, case.feasible, case.budget * unit, case.schedule)
+    other = find_perturbation(
+        case.landscape(1 / unit), case.start() * unit, case.feasible, case.budget * unit, case.schedule
+    )
     assert torch.equal(other.delta, one.delta * unit)
     assert torch.equal(other.slack, one.slack)
     assert (other.status, other.steps.tolist()) == (one.status, one.steps.tolist())
@@ -319,7 +325,7 @@ def test_the_smallest_norm_of_a_linear_score_is_its_closed_form(case: SearchCase
     assume(case.columns < case.d_model)
     slopes = norm(case.feasible.project(case.landscape().rows.reshape(case.start().shape))).double()
     assume(bool((slopes > 1e-2).all()))
-    found = smallest_norm(case.landscape(), case.start(), case.feasible, case.schedule)
+    found = smallest_perturbation(case.landscape(), case.start(), case.feasible, case.schedule)
     expected = case.offset / slopes if case.offset > 0 else torch.zeros_like(slopes)
     # A behavior with a slack of 0 does not show, and nothing need be added for it to be at its edge; beyond that the
     # goal lies 1e-4 of the slack past the edge, and 16 halvings of the ray come within 2^-16 of the first delta.
@@ -327,7 +333,7 @@ def test_the_smallest_norm_of_a_linear_score_is_its_closed_form(case: SearchCase
     assert_within(found.norm, expected, 2e-4 * expected + 2.0**-15 * (2 * expected + goal) + 1e-30)
     assert_within(norm(found.delta), found.norm.double(), 4 * eps(found.norm.dtype) * found.norm.double())
     held = EncoderOrthogonal(torch.eye(case.d_model, dtype=DTYPES[case.dtype]))
-    nothing = smallest_norm(case.landscape(), case.start(), held, case.schedule)
+    nothing = smallest_perturbation(case.landscape(), case.start(), held, case.schedule)
     unreachable = torch.tensor(case.offset >= 0).expand(case.batch)
     assert torch.equal(nothing.norm == torch.inf, unreachable & (expected > 0))
 
@@ -337,7 +343,7 @@ def test_the_smallest_norm_of_a_linear_score_is_its_closed_form(case: SearchCase
 def test_a_smallest_norm_is_no_longer_than_what_a_search_found_and_reaches_the_edge(case: SearchCase) -> None:
     case = replace(case, started=False)
     found = case.run()
-    smallest = smallest_norm(case.landscape(), case.start(), case.feasible, case.schedule)
+    smallest = smallest_perturbation(case.landscape(), case.start(), case.feasible, case.schedule)
     reached = smallest.norm.isfinite()
     assert (reached | ~found.recovered).all()
     rounding = 1 + 8 * eps(found.delta.dtype)

@@ -13,7 +13,7 @@ from recover.defenses.defended import Defended
 from recover.numerics.metrics import norm
 from recover.search.ascent import Schedule
 from recover.search.constraints.linear import ActivationStable, DecodeStable
-from recover.search.stable import recover_stable
+from recover.search.stable import find_stable
 from recover.types import Site
 from tests.test_stable import best_gain, world
 
@@ -36,7 +36,7 @@ def test_a_stable_search_keeps_tolerance_and_budget_and_never_does_worse_than_no
     defended, _ = placed(scene, seed)
     (clamp,) = defended.defense.clamps
     kind = DecodeStable if c3 else ActivationStable
-    found = recover_stable(defended, kind, budget, Schedule(steps=8, restarts=1), tolerance=1e-3)
+    found = find_stable(defended, kind, budget, Schedule(steps=8, restarts=1), tolerance=1e-3)
     h_def = defended.suffix.residual
     kept = clamp.reference(h_def) @ clamp.decoder if c3 else clamp.reference(h_def)
     # What is written is summed in another order here, so that nothing may be a rounding of it.
@@ -58,7 +58,7 @@ def test_a_linear_score_is_raised_as_far_as_quadratic_programming_finds(
     defended, along = placed(scene, seed)
     (clamp,) = defended.defense.clamps
     kind = DecodeStable if c3 else ActivationStable
-    found = recover_stable(defended, kind, budget, Schedule(goal=1e6, steps=60, restarts=0))
+    found = find_stable(defended, kind, budget, Schedule(goal=1e6, steps=60, restarts=0))
     gained = found.slack - defended.behavior.slack(defended.defended_logits)
     h_def = defended.suffix.residual
     awake, gap = clamp.reference(h_def)[:, 0] != 0, (clamp.threshold - clamp.pre_activations(h_def))[:, 0]

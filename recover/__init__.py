@@ -17,7 +17,7 @@ from recover.models.host import Model, Prompts, Run, Suffix
 from recover.models.names import resolve_model
 from recover.numerics.statistics import bootstrap, wilson
 from recover.numerics.subspaces import NullSpace, row_space
-from recover.protocol.checking import Memory, Store, check
+from recover.protocol.checking import InMemoryStore, Store, check
 from recover.protocol.gates import Gate
 from recover.protocol.plan import Plan, TransferPlan
 from recover.protocol.verdict import Verdict
@@ -28,7 +28,7 @@ from recover.saes.decomposition import Decomposition, decompose, recompose
 from recover.saes.fit import Fit, measure_fit
 from recover.saes.names import resolve_sae
 from recover.saes.sae import SAE, from_sae_lens, load_sae_folder
-from recover.search.ascent import Objective, Schedule, Solution, Status, recover
+from recover.search.ascent import Objective, Schedule, Solution, Status, find_perturbation
 from recover.search.constraints.linear import (
     ActivationStable,
     Budget,
@@ -38,10 +38,10 @@ from recover.search.constraints.linear import (
     EncoderOrthogonal,
 )
 from recover.search.constraints.pinned import Pinned
-from recover.search.constraints.restored import recover_restored
+from recover.search.constraints.restored import find_restored
 from recover.search.held import RestoredSolution
-from recover.search.pinned import PinnedSolution, recover_pinned
-from recover.search.stable import recover_stable
+from recover.search.pinned import PinnedSolution, find_pinned
+from recover.search.stable import find_stable
 from recover.tasks import Task, ask_task
 from recover.tasks.behaviors import (
     AnswerLikelihood,
@@ -85,11 +85,11 @@ __all__ = [
     "Floor",
     "ForcedAnswer",
     "Gate",
+    "InMemoryStore",
     "InputError",
     "Law",
     "LogitDifference",
     "LostWorkerError",
-    "Memory",
     "Mode",
     "Model",
     "NullSpace",
@@ -128,6 +128,10 @@ __all__ = [
     "contrast",
     "decompose",
     "defend",
+    "find_perturbation",
+    "find_pinned",
+    "find_restored",
+    "find_stable",
     "fit_shared",
     "from_sae_lens",
     "generate",
@@ -137,10 +141,6 @@ __all__ = [
     "load_sae_folder",
     "measure_fit",
     "recompose",
-    "recover",
-    "recover_pinned",
-    "recover_restored",
-    "recover_stable",
     "resolve_model",
     "resolve_sae",
     "row_space",

@@ -24,7 +24,7 @@ from recover.models.host import Model
 from recover.models.names import resolve_model
 from recover.planted import KINDS, MIXTURES
 from recover.planted.selftest import report as selftest_report
-from recover.planted.selftest import selftest, to_json
+from recover.planted.selftest import run_selftest, to_json
 from recover.protocol.workers import LostWorkerError, joined
 from recover.report.comparison import compare
 from recover.report.finished import read_run, rebuild_report
@@ -244,7 +244,7 @@ def _selftest(options: argparse.Namespace) -> int:
         raise InputError(f"--json {options.json}: there is no folder {options.json.parent}; make it first")
     with shown() as progress:
         kinds = (*KINDS, *MIXTURES) if options.mixtures else tuple(KINDS)
-        outcomes = selftest(range(options.seeds), kinds, progress=progress)
+        outcomes = run_selftest(range(options.seeds), kinds, progress=progress)
     if options.json is not None:
         try:
             options.json.write_text(json.dumps(to_json(outcomes), indent=1, allow_nan=False) + "\n", encoding="utf-8")

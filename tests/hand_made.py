@@ -14,7 +14,7 @@ import jsonschema
 from recover.protocol.phases import KEPT
 from recover.protocol.plan import Plan
 from recover.protocol.records import ExampleRecord, PlaceboRecord, SearchRecord
-from recover.protocol.verdict import Evidence, Verdict, decide
+from recover.protocol.verdict import Gathered, Verdict, decide
 from recover.saes.fit import Fit
 
 BUDGET = 20.0
@@ -185,7 +185,7 @@ def conclude(
     **evidence: Any,
 ) -> Verdict:
     """The verdict that these records, and what else is given of the evidence, bear."""
-    gathered = Evidence(list(records), fits or [GOOD], **{"utility": None} | evidence)
+    gathered = Gathered(list(records), fits or [GOOD], **{"utility": None} | evidence)
     return decide(gathered, plan or Plan(), BUDGET, dtype, THREAT, provenance)
 
 

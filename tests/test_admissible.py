@@ -18,11 +18,11 @@ from recover.planted.layers import two_layers
 from recover.planted.network import Linear, Network
 from recover.saes.activations import ReLU
 from recover.saes.sae import SAE
-from recover.search.ascent import recover
+from recover.search.ascent import find_perturbation
 from recover.search.constraints.admissible import JacobianOrthogonal, admissible, jacobian
 from recover.search.constraints.linear import EncoderOrthogonal
 from recover.search.gradient_free import reexamined
-from recover.search.minimum import smallest_norm
+from recover.search.minimum import smallest_perturbation
 from recover.tasks.behaviors import LogitDifference
 from recover.types import Site
 from tests.by_hand import Edits, clamped, defense_of, sae_lens_sae
@@ -399,12 +399,12 @@ def test_two_planted_layers_are_recovered_with_every_feature_held(seed: int) -> 
     prompts, behavior = world.examples.prompts, world.examples.behavior
     defended = defended_worlds(world)
     space = admissible(defended)
-    found = recover(defended, defended.zero_delta, space, world.budget)
+    found = find_perturbation(defended, defended.zero_delta, space, world.budget)
     found = reexamined(defended, found, space, world.budget)
     facts = certify(world.model, world.defense, prompts, behavior, found.delta)
     assert facts.shows.all()
     assert facts.held.all()
-    smallest = smallest_norm(defended, defended.zero_delta, space)
+    smallest = smallest_perturbation(defended, defended.zero_delta, space)
     assert world.smallest_norm is not None
     assert_close(smallest.norm, world.smallest_norm, rtol=0.01, atol=0)
     assert certify(world.model, world.defense, prompts, behavior, smallest.delta).held.all()
@@ -415,7 +415,7 @@ def test_c1_at_the_first_of_two_layers_alone_is_caught_by_the_certificate(seed: 
     world = two_layers(seed)
     defended = defended_worlds(world)
     first = EncoderOrthogonal.of(*world.defense.at(world.defense.sites[0]))
-    found = recover(defended, defended.zero_delta, first, world.budget)
+    found = find_perturbation(defended, defended.zero_delta, first, world.budget)
     facts = certify(world.model, world.defense, world.examples.prompts, world.examples.behavior, found.delta)
     assert (facts.constraint_residual < 1e-6).all()
     assert not facts.held.any()

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from recover.protocol import folder as artifacts
-from recover.protocol.checking import Memory, Store
+from recover.protocol.checking import InMemoryStore, Store
 from recover.protocol.folder import DELTAS, EXAMPLES, LOCK, RUN, UNITS, RunFolder, RunState, write_whole
 from recover.protocol.records import ExampleRecord, without_nan
 from recover.types import InputError
@@ -116,7 +116,7 @@ def test_a_worker_knows_what_another_finished(opened):
 
 
 def test_what_was_kept_cannot_be_changed_from_outside(opened):
-    for store in (opened(), Memory()):
+    for store in (opened(), InMemoryStore()):
         assert isinstance(store, Store)
         if isinstance(store, RunFolder):
             store.begin(STATE)
@@ -128,7 +128,7 @@ def test_what_was_kept_cannot_be_changed_from_outside(opened):
 
 
 def test_a_number_that_is_not_finite_is_no_value_of_a_unit(opened):
-    for store in (opened(), Memory()):
+    for store in (opened(), InMemoryStore()):
         if isinstance(store, RunFolder):
             store.begin(STATE)
         with pytest.raises(ValueError, match="not JSON compliant"):

@@ -21,7 +21,7 @@ from recover.models.host import Model
 from recover.planted import error_bypass, feature_bypass
 from recover.saes.activations import ReLU
 from recover.saes.sae import SAE, from_sae_lens
-from recover.search.ascent import recover
+from recover.search.ascent import find_perturbation
 from recover.search.constraints.admissible import admissible
 from recover.search.constraints.pinned import Pinned
 from recover.tasks.behaviors import LogitDifference
@@ -119,7 +119,7 @@ def test_the_effect_is_where_the_bypass_was_planted(kind: Any) -> None:
     for seed in range(20):
         world = kind(seed)
         defended = defend(world.model, world.defense, world.examples.prompts, world.examples.behavior)
-        solved = recover(defended, defended.zero_delta, admissible(defended), world.budget)
+        solved = find_perturbation(defended, defended.zero_delta, admissible(defended), world.budget)
         assert bool(solved.recovered.all())
         found = attribute(defended, solved.delta)
         place, elsewhere = ("error", "free") if world.bypass == "error" else ("free", "error")

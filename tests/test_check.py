@@ -23,7 +23,7 @@ from recover.evidence.transfer import FitSchedule, halves
 from recover.models.host import Model, Prompts
 from recover.planted import complete_bottleneck, error_bypass, shared_route, two_layers, write_only
 from recover.protocol import bench, global_controls, heldout, phases
-from recover.protocol.checking import Examples, Memory, Store, check
+from recover.protocol.checking import Examples, InMemoryStore, Store, check
 from recover.protocol.phases import PHASES, SMALLEST
 from recover.protocol.plan import Plan, TransferPlan
 from recover.protocol.records import ExampleRecord
@@ -128,7 +128,7 @@ def timeless(verdict: Verdict) -> dict[str, Any]:
     return values | {"provenance": {k: v for k, v in values["provenance"].items() if k not in TIMES}}
 
 
-def units(store: Memory) -> dict[str, Any]:
+def units(store: InMemoryStore) -> dict[str, Any]:
     """What was kept of each unit but how long it took."""
     return {unit: json.loads(text)["values"] for unit, text in store.units.items()}
 
@@ -138,20 +138,20 @@ def failed(verdict: Verdict) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def finished() -> tuple[Verdict, Memory]:
+def finished() -> tuple[Verdict, InMemoryStore]:
     """On the tiny model, in two batches, with a stricter predicate and neutral text."""
-    store = Memory()
+    store = InMemoryStore()
     strict = replace(examples(), strict=ChoiceMargin(TARGET, OTHERS))
     return run(store=store, batch_size=16, examples=strict, neutral=written(tiny_lm())), store
 
 
 @pytest.fixture(scope="module")
-def small() -> tuple[Verdict, Memory]:
-    store = Memory()
+def small() -> tuple[Verdict, InMemoryStore]:
+    store = InMemoryStore()
     return run_small(store=store), store
 
 
-def test_a_defense_that_can_be_undone_is_recoverable(finished: tuple[Verdict, Memory]) -> None:
+def test_a_defense_that_can_be_undone_is_recoverable(finished: tuple[Verdict, InMemoryStore]) -> None:
     verdict, store = finished
     values = valid(verdict)
     assert (values["verdict"], values["specific"]) == ("RECOVERABLE", "unknown")
@@ -197,7 +197,7 @@ def test_a_defense_that_can_be_undone_is_recoverable(finished: tuple[Verdict, Me
         assert (point["budget"], point["rate"]) == (budget, sum(norm <= budget for norm in closest) / len(closest))
 
 
-def test_a_stricter_predicate_is_counted_beside_the_own(finished: tuple[Verdict, Memory]) -> None:
+def test_a_stricter_predicate_is_counted_beside_the_own(finished: tuple[Verdict, InMemoryStore]) -> None:
     """The target above three others: what transfer is read with, and not what is searched."""
     verdict, module = finished[0], tiny_lm()
     base, under = ([by_hooks(module, row, None, clamp, strict=True) for row in range(N)] for clamp in (False, True))
@@ -209,7 +209,7 @@ def test_a_stricter_predicate_is_counted_beside_the_own(finished: tuple[Verdict,
     assert verdict.recovery["searched"] == verdict.counts["valid_flips"]
 
 
-def test_shared_deltas_are_read_on_the_other_half_alone(finished: tuple[Verdict, Memory]) -> None:
+def test_shared_deltas_are_read_on_the_other_half_alone(finished: tuple[Verdict, InMemoryStore]) -> None:
     """Every one that was fitted, by hooks."""
     verdict, store = finished
     flips = [int(record.id[1:]) for record in verdict.records if record.strict_flip]
@@ -246,7 +246,7 @@ def test_a_tiny_budget_recovers_nothing() -> None:
     assert not any("no admissible perturbation that was drawn" in reason for reason in verdict.reasons)
 
 
-def test_both_placements_say_the_same_of_a_pointwise_sae(small: tuple[Verdict, Memory]) -> None:
+def test_both_placements_say_the_same_of_a_pointwise_sae(small: tuple[Verdict, InMemoryStore]) -> None:
     verdict = run_small(placement="before_clamp")
     assert valid(small[0])["threat_model"]["placement"] == "after_clamp"
     assert valid(verdict)["threat_model"]["placement"] == "before_clamp"
@@ -260,7 +260,7 @@ def test_both_placements_say_the_same_of_a_pointwise_sae(small: tuple[Verdict, M
 def test_an_sae_that_does_not_fit_is_invalid_and_nothing_is_searched() -> None:
     sae = signed_basis()
     wrong = replace(sae, W_dec=sae.W_dec.roll(3, dims=0).contiguous())
-    store = Memory()
+    store = InMemoryStore()
     verdict = run(defense=Defense((Clamp(wrong, FEATURES, Set(20.0), only_active=False),)), store=store)
     assert valid(verdict)["verdict"] == "INVALID"
     assert "fit" in failed(verdict)
@@ -278,7 +278,7 @@ def test_a_clamp_that_suppresses_nothing_is_invalid() -> None:
 @pytest.mark.parametrize("kind", [complete_bottleneck, error_bypass])
 def test_random_features_that_the_behavior_does_not_need_are_invalid(kind: Callable[..., Any], seed: int) -> None:
     """The readout reads none of those that are left; it is not the search that says so, but that nothing flips."""
-    world, store = kind(seed), Memory()
+    world, store = kind(seed), InMemoryStore()
     (clamp,) = world.defense.clamps
     left = sorted(set(range(clamp.sae.d_sae)) - set(clamp.features))
     chosen = random.Random(seed).sample(left, len(clamp.features))
@@ -300,7 +300,7 @@ def test_random_features_that_the_behavior_does_not_need_are_invalid(kind: Calla
     assert list(store.units) == ["fit", "accounting/0"]
 
 
-def test_a_clamp_that_breaks_ordinary_text_is_said_to(finished: tuple[Verdict, Memory]) -> None:
+def test_a_clamp_that_breaks_ordinary_text_is_said_to(finished: tuple[Verdict, InMemoryStore]) -> None:
     """In the gates and in the reasons, beside a verdict that stays."""
     values, (gate,) = valid(finished[0]), [gate for gate in finished[0].gates if gate.name == "utility"]
     assert values["verdict"] == "RECOVERABLE"
@@ -327,7 +327,7 @@ def test_how_much_text_may_suffer_is_for_the_plan_to_say() -> None:
     assert any("breaks ordinary text" in reason for reason in strict.reasons)
 
 
-def test_without_neutral_text_its_gate_is_not_run(small: tuple[Verdict, Memory]) -> None:
+def test_without_neutral_text_its_gate_is_not_run(small: tuple[Verdict, InMemoryStore]) -> None:
     (gate,) = [gate for gate in small[0].gates if gate.name == "utility"]
     assert (gate.passed, gate.detail) == (None, "no neutral text was given")
     assert small[0].fit["utility"] is None
@@ -350,7 +350,7 @@ def test_a_constraint_that_was_not_kept_is_inconclusive(monkeypatch: pytest.Monk
 def test_a_constraint_that_leaves_no_direction_is_an_answer_and_said() -> None:
     """The first half of the features already read every direction."""
     basis = Defense((Clamp(signed_basis(), range(D_MODEL), Set(5.0), only_active=False, positions="last"),))
-    store = Memory()
+    store = InMemoryStore()
     verdict = run(defense=basis, store=store)
     assert valid(verdict)["verdict"] == "NOT_RECOVERED_AT_BUDGET"
     assert any("nothing is admissible" in reason for reason in verdict.reasons)
@@ -363,7 +363,7 @@ def test_a_constraint_that_leaves_no_direction_is_an_answer_and_said() -> None:
 
 def test_a_defense_over_two_layers_is_checked_as_one() -> None:
     """Held at both by the certificate, at the norm that the construction implies; transfer says why it was not run."""
-    world, store = two_layers(0, n_prompts=6), Memory()
+    world, store = two_layers(0, n_prompts=6), InMemoryStore()
     verdict = check(
         world.model,
         world.defense,
@@ -399,10 +399,10 @@ class KilledError(Exception):
     pass
 
 
-class Dying(Memory):
+class Dying(InMemoryStore):
     """What an earlier start left; dies at its first `keep`, before it or after it."""
 
-    def __init__(self, earlier: Memory, after: bool) -> None:
+    def __init__(self, earlier: InMemoryStore, after: bool) -> None:
         super().__init__()
         self.units, self.deltas, self.after = dict(earlier.units), dict(earlier.deltas), after
 
@@ -435,10 +435,10 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
 
 def test_a_run_that_dies_at_every_keep_ends_like_an_uninterrupted_one(
-    small: tuple[Verdict, Memory], computed: Counter[str]
+    small: tuple[Verdict, InMemoryStore], computed: Counter[str]
 ) -> None:
     """Each start finishes one unit, or dies just before: two starts a unit, and no unit is worked on again."""
-    whole, store = small[1], Memory()
+    whole, store = small[1], InMemoryStore()
     assert len(whole.units) == 31
     for done, unit in enumerate(whole.units):
         for after in (False, True):
@@ -446,7 +446,7 @@ def test_a_run_that_dies_at_every_keep_ends_like_an_uninterrupted_one(
             with pytest.raises(KilledError):
                 run_small(store=store)
             assert list(store.units) == list(whole.units)[: done + after], unit
-    last = Memory()
+    last = InMemoryStore()
     last.units, last.deltas = store.units, store.deltas
     verdict = run_small(store=last)
     assert timeless(verdict) == timeless(small[0])
@@ -458,7 +458,9 @@ def test_a_run_that_dies_at_every_keep_ends_like_an_uninterrupted_one(
     assert set(computed.values()) == {2}
 
 
-def test_a_finished_run_recomputes_nothing(small: tuple[Verdict, Memory], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_finished_run_recomputes_nothing(
+    small: tuple[Verdict, InMemoryStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("computed again")
 
@@ -478,7 +480,7 @@ def test_a_finished_run_recomputes_nothing(small: tuple[Verdict, Memory], monkey
 
 
 def test_the_certificate_is_of_the_delta_as_the_store_reads_it_back() -> None:
-    class Halving(Memory):
+    class Halving(InMemoryStore):
         def delta(self, name: str) -> Tensor:
             return super().delta(name) / 2
 
@@ -496,12 +498,14 @@ def test_the_certificate_is_of_the_delta_as_the_store_reads_it_back() -> None:
         assert fit["norm"] == pytest.approx(float(store.deltas[name].norm()) / 2, rel=1e-5)
 
 
-def test_records_survive_their_lines(finished: tuple[Verdict, Memory], small: tuple[Verdict, Memory]) -> None:
+def test_records_survive_their_lines(
+    finished: tuple[Verdict, InMemoryStore], small: tuple[Verdict, InMemoryStore]
+) -> None:
     for record in (*finished[0].records, *small[0].records):
         assert ExampleRecord.from_json(record.to_json()) == record
 
 
-def test_texts_are_kept_only_where_given(small: tuple[Verdict, Memory]) -> None:
+def test_texts_are_kept_only_where_given(small: tuple[Verdict, InMemoryStore]) -> None:
     world = write_only(0, n_prompts=12)
     texts = [f"text {i}" for i in range(12)]
     given = Examples(world.examples.ids, world.examples.prompts, world.examples.behavior, texts)
@@ -511,7 +515,7 @@ def test_texts_are_kept_only_where_given(small: tuple[Verdict, Memory]) -> None:
     assert {record.text for record in small[0].records} == {None}
 
 
-def test_batches_of_another_size_say_the_same(small: tuple[Verdict, Memory]) -> None:
+def test_batches_of_another_size_say_the_same(small: tuple[Verdict, InMemoryStore]) -> None:
     verdict = run_small(batch_size=12)
     assert verdict.counts == small[0].counts
     assert verdict.recovery["recovered"] == small[0].recovery["recovered"]
@@ -521,7 +525,7 @@ def test_batches_of_another_size_say_the_same(small: tuple[Verdict, Memory]) -> 
 def test_the_whole_protocol_by_its_default_plan() -> None:
     """Every part is run, and as much of it as the plan says; the finding is what the construction implies."""
     world = shared_route(0)
-    store = Memory()
+    store = InMemoryStore()
     verdict = check(world.model, world.defense, world.examples, budget=world.budget, store=store, provenance=PROVENANCE)
     values, plan, n = valid(verdict), Plan(), len(world.examples.ids)
     assert (values["verdict"], values["specific"], failed(verdict)) == ("RECOVERABLE", True, [])
@@ -546,8 +550,8 @@ def test_the_whole_protocol_by_its_default_plan() -> None:
     assert values["statistics"]["comparisons"] == 4
 
 
-def test_another_seed_draws_another_split_and_other_controls(small: tuple[Verdict, Memory]) -> None:
-    store = Memory()
+def test_another_seed_draws_another_split_and_other_controls(small: tuple[Verdict, InMemoryStore]) -> None:
+    store = InMemoryStore()
     verdict = run_small(plan=replace(LIGHT, seed=1), store=store)
     assert (small[0].provenance["control_seed"], verdict.provenance["control_seed"]) == (0, 1)
     assert verdict.counts == small[0].counts
@@ -560,8 +564,8 @@ def test_another_seed_draws_another_split_and_other_controls(small: tuple[Verdic
 # What is told of a run
 
 
-def test_progress_is_told_phase_by_phase_to_the_end(small: tuple[Verdict, Memory]) -> None:
-    for store in (Memory(), small[1]):  # a new run, and one that is finished already
+def test_progress_is_told_phase_by_phase_to_the_end(small: tuple[Verdict, InMemoryStore]) -> None:
+    for store in (InMemoryStore(), small[1]):  # a new run, and one that is finished already
         told: list[tuple[str, int, int]] = []
         run_small(progress=lambda *args, told=told: told.append(args), store=store)
         by_phase = {phase: [(done, total) for name, done, total in told if name == phase] for phase, *_ in told}
@@ -580,7 +584,7 @@ def test_progress_is_told_phase_by_phase_to_the_end(small: tuple[Verdict, Memory
             assert by_phase[fit] == [(step, 10) for step in range(1, 11)]
 
 
-def test_the_time_of_each_phase_is_told_as_a_share(small: tuple[Verdict, Memory]) -> None:
+def test_the_time_of_each_phase_is_told_as_a_share(small: tuple[Verdict, InMemoryStore]) -> None:
     spent = small[0].provenance["phases"]
     assert list(spent) == ["fit", "accounting", *PHASES, "undo", "health", "placebo_features", "transfer"]
     assert sum(spent.values()) == pytest.approx(1, abs=1e-4 * len(spent))

@@ -9,7 +9,7 @@ from itertools import pairwise
 import pytest
 
 from recover.cli import main
-from recover.report.evidence_figures import figures
+from recover.report.evidence_figures import figures_of
 from recover.report.paper import COLORS, rendered
 from tests.finished_runs import CONFIG, RUNS, folder
 
@@ -110,7 +110,7 @@ def test_reports_are_rebuilt_with_what_the_folder_holds(runs, capsys):
     page = runs["strong"] / "report.html"
     assert (status, out) == (0, f"{page}\n")
     source = page.read_text()
-    assert source.count("<figure ") == len(figures(*RUNS["RECOVERABLE"]))
+    assert source.count("<figure ") == len(figures_of(*RUNS["RECOVERABLE"]))
     assert "<p>3, 17</p>" in source
     assert (runs["strong"] / "report.md").read_text().startswith("## recover: RECOVERABLE\n")
     for name in ("examples.jsonl", "run.json"):  # an old copy may lack them: its report has less
@@ -123,7 +123,7 @@ def test_figures_for_a_paper(runs, tmp_path, capsys):
     out = tmp_path / "figures" / "paper"
     status, said, _ = call(capsys, "report", runs["strong"], "--figures", out)
     assert (status, said.splitlines()[1]) == (0, str(out))
-    drawn = figures(*RUNS["RECOVERABLE"])
+    drawn = figures_of(*RUNS["RECOVERABLE"])
     files = {f"{name}.{suffix}" for name in drawn for suffix in ("pdf", "png", "csv")} | {"summary.csv"}
     assert {path.name for path in out.iterdir()} == files
     for name, figure in drawn.items():
@@ -135,7 +135,7 @@ def test_figures_for_a_paper(runs, tmp_path, capsys):
 @pytest.mark.parametrize("name", ["rates", "norms", "budget", "margins"])
 def test_text_in_a_figure_stays_text_and_the_file_is_the_same_every_time(name):
     """Fonts are embedded as TrueType (fonttype 42), whose letters can be searched and edited; Type 3 draws them."""
-    figure = figures(*RUNS["RECOVERABLE"])[name]
+    figure = figures_of(*RUNS["RECOVERABLE"])[name]
     page = rendered(figure)["pdf"]
     assert b"/TrueType" in page or b"/CIDFontType2" in page
     assert b"/Type3" not in page

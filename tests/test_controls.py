@@ -10,7 +10,7 @@ import torch
 from recover.defenses.defended import Defended, defend
 from recover.evidence.controls import Anywhere, Undefended, cosine, displacement, placebo_targets, undone
 from recover.planted import KINDS, Planted
-from recover.search.ascent import recover
+from recover.search.ascent import find_perturbation
 from recover.search.constraints.admissible import admissible
 from recover.tasks.behaviors import ChoiceMargin, LogitDifference
 
@@ -91,7 +91,7 @@ def test_with_the_clamp_off_zero_is_a_way_back() -> None:
     torch.testing.assert_close(slack, base, atol=1e-4, rtol=1e-4)
     # From where the clamp put the state the behavior is gone, and a search comes back.
     assert bool((off(start)[1] <= 0).all())
-    found = recover(off, start, Anywhere(), float(start.flatten(1).norm(dim=1).max()) * 1.001)
+    found = find_perturbation(off, start, Anywhere(), float(start.flatten(1).norm(dim=1).max()) * 1.001)
     assert bool((found.slack > 0).all())
     some = off.select(torch.tensor([3, 5]))
     torch.testing.assert_close(some(start[[3, 5]])[0], off(start)[0][[3, 5]], atol=1e-5, rtol=1e-5)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from recover.numerics.subspaces import NullSpace
-from recover.search.ascent import Schedule, Solution, Status, recover
+from recover.search.ascent import Schedule, Solution, Status, find_perturbation
 from recover.search.gradient_free import projected, reexamined
 from tests.landscapes import Anything, Claimed, D, Landscape, Nothing, Own, landscape
 
@@ -19,7 +19,7 @@ STEPS = Schedule(steps=30)
 
 def second(objective: Landscape, budget: float, feasible: Any = None) -> tuple[Solution, Solution]:
     feasible = feasible or Anything()
-    first = recover(objective, objective.zero, feasible, budget, STEPS)
+    first = find_perturbation(objective, objective.zero, feasible, budget, STEPS)
     return first, reexamined(objective, first, feasible, budget, STEPS)
 
 

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from recover.numerics.subspaces import NullSpace
 from recover.search.ascent import Schedule
-from recover.search.minimum import closer, edge, smallest_norm
+from recover.search.minimum import closer, edge, smallest_perturbation
 from tests.landscapes import Anything, D, Nothing, Own, landscape
 
 A, B, C = torch.eye(D)[:3]
@@ -32,7 +32,7 @@ def test_the_nearest_point_of_a_smooth_edge(slack: Any, norm: Any) -> None:
     """Parabola: on `x = at - 0.2 y^2` the squared distance to 0 is least at `y = 0` as long as `at <= 2.5`."""
     numbers = (0.3, 1.0, 2.0)
     world = landscape(slack, *numbers)
-    found = smallest_norm(world, world.zero, Anything())
+    found = smallest_perturbation(world, world.zero, Anything())
     assert_close(found.norm, torch.tensor([norm(at) for at in numbers]), rtol=2e-3, atol=0)
     assert_close(found.delta.flatten(1).norm(dim=1), found.norm)
     assert (world(found.delta)[1] > 0).all()
@@ -41,7 +41,7 @@ def test_the_nearest_point_of_a_smooth_edge(slack: Any, norm: Any) -> None:
 def test_within_a_constraint() -> None:
     """Of the normal (1, 1, 1) the constraint leaves (0, 1, 1): `x.u = at` is met at `at / sqrt 2`."""
     world = landscape(lambda x, at: x @ (A + B + C) - at, 1.0, 3.0)
-    found = smallest_norm(world, world.zero, NullSpace.of(A[:, None]))
+    found = smallest_perturbation(world, world.zero, NullSpace.of(A[:, None]))
     assert_close(found.norm, torch.tensor([1.0, 3.0]) / 2**0.5, rtol=1e-3, atol=0)
     assert found.delta[:, 0, 0].abs().max() < 1e-6
 
@@ -51,7 +51,7 @@ def test_within_constraints_that_differ() -> None:
     world = landscape(lambda x, at: x @ (A + B + C) - at, 1.0, 3.0, 3.0, 2.0, 5.0)
     axes = torch.eye(D)
     held = (axes[:0], axes[:1], axes[1:2], axes[1:3])
-    found = smallest_norm(world, world.zero, Own((Nothing(), *(NullSpace.of(some.T) for some in held))))
+    found = smallest_perturbation(world, world.zero, Own((Nothing(), *(NullSpace.of(some.T) for some in held))))
     assert_close(found.norm, torch.tensor([torch.inf, 3 / 3**0.5, 3 / 2**0.5, 2 / 2**0.5, 5.0]), rtol=1e-3, atol=0)
     assert not found.delta[0].any()
     for delta, some in zip(found.delta[1:], held, strict=True):
@@ -61,22 +61,22 @@ def test_within_constraints_that_differ() -> None:
 def test_a_corner_is_not_missed_by_much() -> None:
     """Both halves are needed: the nearest point is (1, 1), where the edge has no normal."""
     world = landscape(lambda x, at: torch.minimum(x @ A, x @ B) - at, 1.0)
-    found = smallest_norm(world, world.zero, Anything())
+    found = smallest_perturbation(world, world.zero, Anything())
     assert_close(found.norm, torch.tensor([2**0.5]), rtol=0.01, atol=0)
 
 
 def test_what_cannot_be_reached_is_infinite() -> None:
     world = landscape(lambda x, at: torch.tanh(x @ A) - at, 0.5, 2.0)
-    found = smallest_norm(world, world.zero, Anything())
+    found = smallest_perturbation(world, world.zero, Anything())
     assert_close(found.norm, torch.tensor([math.atanh(0.5), math.inf]), rtol=2e-3, atol=0)
     assert not found.delta[1].any()
-    closed = smallest_norm(world, world.zero, Nothing())
+    closed = smallest_perturbation(world, world.zero, Nothing())
     assert torch.isinf(closed.norm).all()
 
 
 def test_what_shows_already_needs_nothing() -> None:
     world = landscape(lambda x, at: x @ A - at, -1.0, 1.0)
-    found = smallest_norm(world, world.zero, Anything())
+    found = smallest_perturbation(world, world.zero, Anything())
     assert_close(found.norm, torch.tensor([0.0, 1.0]), rtol=1e-3, atol=0)
     assert not found.delta[0].any()
 
@@ -93,7 +93,7 @@ def test_a_score_that_leads_astray_is_not_the_only_guide() -> None:
         def select(self, rows: torch.Tensor) -> Astray:
             return self
 
-    found = smallest_norm(Astray(), Astray.zero, Anything(), Schedule(steps=30))
+    found = smallest_perturbation(Astray(), Astray.zero, Anything(), Schedule(steps=30))
     assert_close(found.norm, torch.ones(1), rtol=1e-3, atol=0)
 
 

@@ -17,7 +17,7 @@ from recover.planted.pinned import PinnedWorld, pinned_layers
 from recover.saes.sae import from_sae_lens
 from recover.search.ascent import Schedule
 from recover.search.constraints.pinned import Pin, Pinned
-from recover.search.pinned import recover_pinned, shorten
+from recover.search.pinned import find_pinned, shorten
 from recover.tasks.behaviors import ForcedAnswer, LogitDifference
 from recover.types import InputError, Site
 from tests.by_hand import sae_lens_sae
@@ -47,7 +47,7 @@ def test_live_scales_at_several_layers_are_solved_to_closed_form(n_sites: int, s
     defended = defended_of(world)
     assert defended.valid_flips.tolist() == list(range(len(world.prompts)))
     pinned, budget = Pinned.of(defended), 3 * float(world.smallest_norm.max())
-    found = recover_pinned(pinned, budget)
+    found = find_pinned(pinned, budget)
     assert bool((found.norm <= budget).all() & (found.slack > 0).all())
     short = pinned.delta(shorten(pinned, found.free, steps=150))
     assert_close(norm(short), world.smallest_norm, rtol=0.005, atol=0)
@@ -63,7 +63,7 @@ def test_nothing_shorter_recovers() -> None:
     """The closed form is a bound: 1 % below it no pinned delta of a careful search shows the behavior."""
     world = pinned_layers(3, n_sites=3)
     pinned = Pinned.of(defended_of(world))
-    found = recover_pinned(pinned, 0.99 * float(world.smallest_norm.min()))
+    found = find_pinned(pinned, 0.99 * float(world.smallest_norm.min()))
     assert not bool(found.recovered.any())
 
 
@@ -129,7 +129,7 @@ def test_examples_do_not_see_each_other() -> None:
     world = pinned_layers(5, n_sites=2)
     pinned, rows = Pinned.of(defended_of(world)), torch.tensor([4, 1])
     budget = 2 * float(world.smallest_norm.max())
-    together, some = recover_pinned(pinned, budget), recover_pinned(pinned.select(rows), budget)
+    together, some = find_pinned(pinned, budget), find_pinned(pinned.select(rows), budget)
     assert_close(some.delta, together.delta[rows], atol=1e-4, rtol=1e-4)
 
 
@@ -142,7 +142,7 @@ def test_an_answer_is_brought_back_token_for_token_in_free_generation() -> None:
     assert bool(changed.any())
     behavior = ForcedAnswer(answer)
     pinned = Pinned.of(defend(model, defense, answered(prompts, answer), behavior, every_site=True))
-    found = recover_pinned(pinned, 60.0, Schedule(steps=200))
+    found = find_pinned(pinned, 60.0, Schedule(steps=200))
     back = found.recovered
     assert bool(back[changed].any())
     free = say(model, prompts, steps, defense, found.delta, every_site=True)
@@ -156,7 +156,7 @@ def test_pinning_needs_a_delta_at_every_site() -> None:
     with pytest.raises(InputError, match="placement"):
         defend(world.model, world.defense, world.prompts, world.behavior, placement="before_clamp", every_site=True)
     with pytest.raises(InputError, match="budget"):
-        recover_pinned(Pinned.of(defended_of(world)), 0.0)
+        find_pinned(Pinned.of(defended_of(world)), 0.0)
 
 
 def test_a_forced_answer_reads_every_token() -> None:

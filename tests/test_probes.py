@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from recover.baselines.probes import _corrected, _outside, _span, _watched, recover_probed
+from recover.baselines.probes import _corrected, _outside, _span, _watched, find_probed
 from recover.defenses.clamps import Scale, Set
 from recover.defenses.defended import defend
 from recover.evidence.certificate import certify
@@ -14,7 +14,7 @@ from recover.numerics.metrics import norm
 from recover.planted.pinned import pinned_layers
 from recover.search.ascent import Schedule
 from recover.search.constraints.monitor import Jacobian, Monitor
-from recover.search.constraints.restored import recover_restored
+from recover.search.constraints.restored import find_restored
 from recover.types import InputError
 from tests.models import left_padded, token_rows
 from tests.test_admissible import SHEAR, linear_world
@@ -71,7 +71,7 @@ def test_where_probes_span_all_rows_only_adam_drifts() -> None:
     world = pinned_layers(0, n_sites=2)
     defended = defend(world.model, world.defense, world.prompts, world.behavior)
     budget = 3 * float(world.smallest_norm.max())
-    bare, corrected = (recover_probed(defended, budget, Schedule(steps=40), corrections=n, rate=0.3) for n in (0, 5))
+    bare, corrected = (find_probed(defended, budget, Schedule(steps=40), corrections=n, rate=0.3) for n in (0, 5))
     assert bool(bare.recovered.any())
     assert float(corrected.drift.max()) < 0.5 * float(bare.drift.max())
     assert bool((norm(corrected.delta) <= budget).all())
@@ -82,7 +82,7 @@ def test_it_reports_the_drift_and_recovery_that_a_certificate_measures(rank: int
     """Rounding decides how far Adam drifts, so no bound is put on it: what is reported must be what is measured."""
     defended = tiny(3, rank=rank)
     schedule = Schedule(steps=60, restarts=0)
-    ours, theirs = (search(defended, budget, schedule) for search in (recover_restored, recover_probed))
+    ours, theirs = (search(defended, budget, schedule) for search in (find_restored, find_probed))
     assert float(ours.drift.max()) <= 1e-3
     facts = certify(defended.suffix.model, defended.defense, left_padded(token_rows()), defended.behavior, theirs.delta)
     assert_close(theirs.drift, facts.relative_drift, rtol=1e-2, atol=1e-4)
@@ -94,11 +94,11 @@ def test_examples_do_not_see_each_other() -> None:
     """In a linear world: elsewhere Adam makes whole steps of the rounding of a coordinate that counts for nothing."""
     world, rows = pinned_layers(2, n_sites=2), torch.tensor([3, 1])
     defended = defend(world.model, world.defense, world.prompts, world.behavior)
-    together, some = (recover_probed(one, 2.0, Schedule(steps=6)) for one in (defended, defended.select(rows)))
+    together, some = (find_probed(one, 2.0, Schedule(steps=6)) for one in (defended, defended.select(rows)))
     assert_close(some.slack, together.slack[rows], atol=1e-3, rtol=1e-3)
 
 
 def test_a_budget_that_is_none_is_refused() -> None:
     defended = linear_world(SHEAR, clamps=((1, 0, Set(0.0)), (2, 1, Scale(2.0))))
     with pytest.raises(InputError, match="budget"):
-        recover_probed(defended, -1.0)
+        find_probed(defended, -1.0)

@@ -6,7 +6,7 @@ from itertools import product
 import pytest
 
 from recover.tasks import replies
-from recover.tasks.replies import Readout
+from recover.tasks.replies import ReplyReading
 
 ANSWER = (
     "A lake and a pond are both bodies of fresh water, but a lake is larger and deeper, so that sunlight does not "
@@ -256,10 +256,10 @@ def test_strict_asks_for_different_words():
 
 
 def test_read_gives_all_readouts():
-    assert replies.read(ANSWER, ANSWER) == Readout(False, False, False, True, True)
-    assert replies.read(REFUSAL, ANSWER) == Readout(True, False, False, False, False)
-    assert replies.read(CUE, ANSWER) == Readout(False, True, False, False, False)
-    assert replies.read("no " * 9, ANSWER) == Readout(False, False, True, False, False)
+    assert replies.read(ANSWER, ANSWER) == ReplyReading(False, False, False, True, True)
+    assert replies.read(REFUSAL, ANSWER) == ReplyReading(True, False, False, False, False)
+    assert replies.read(CUE, ANSWER) == ReplyReading(False, True, False, False, False)
+    assert replies.read("no " * 9, ANSWER) == ReplyReading(False, False, True, False, False)
     shown = [replies.read(text, ANSWER).non_refusal for text in (ANSWER, REFUSAL, CUE, "no " * 9)]
     assert shown == [True, False, False, True]
 

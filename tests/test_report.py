@@ -13,7 +13,7 @@ import pytest
 
 from recover.defenses.utility import Utility
 from recover.protocol.plan import Plan
-from recover.protocol.verdict import Evidence, decide
+from recover.protocol.verdict import Gathered, decide
 from recover.report.html import to_html
 from recover.report.text import WIDTH, seeds_to_text, to_text
 from recover.report.words import MEANINGS
@@ -85,7 +85,7 @@ def records(recovered=3, flips=4, n=10, **changes):
 
 def make(rows=None, explained=0.875, better_by=0.0, evidence=None, **changes):
     fit = Fit("blocks.4.hook_resid_pre", explained, 31.5, 0.95, "blocks.4.hook_resid_pre", better_by, 512)
-    gathered = Evidence(records() if rows is None else rows, [fit], **{"utility": None} | (evidence or {}))
+    gathered = Gathered(records() if rows is None else rows, [fit], **{"utility": None} | (evidence or {}))
     verdict = decide(gathered, Plan(), 20.0, "float32", THREAT, PROVENANCE).to_dict()
     jsonschema.validate(verdict, SCHEMA, cls=jsonschema.Draft202012Validator)
     return verdict | changes

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from recover.report.evidence_figures import figures
+from recover.report.evidence_figures import figures_of
 from recover.report.html import to_html
 from tests.finished_runs import CONFIG, RUNS, WHOLE, many, run
 
@@ -86,7 +86,7 @@ def test_figures_are_drawn_and_nothing_overflows(tmp_path, name, width):
     found = seen(tmp_path, to_html(verdict, CONFIG, records, [(3, 17)]), width)
     assert found["wide"] == []
     assert found["scroll"] <= width
-    assert {one["id"] for one in found["marks"]} == set(figures(verdict, records))
+    assert {one["id"] for one in found["marks"]} == set(figures_of(verdict, records))
     for one in found["marks"]:
         assert one["drawn"] > 0, one
         assert one["inside"], one

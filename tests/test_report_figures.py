@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 import pytest
 
 from recover.report.answers import answers, cautions
-from recover.report.evidence_figures import figures
+from recover.report.evidence_figures import figures_of
 from recover.report.figures import Curves, Dots, Figure, Histogram, Intervals, Row, binned
 from recover.report.html import to_html
 from recover.report.markdown import summary_rows, to_markdown
@@ -15,7 +15,7 @@ from recover.report.svg import draw, logarithmic_ticks
 from tests.finished_runs import CONFIG, RUNS, WHOLE, many, run
 
 VOID = {"meta", "br", "wbr"}
-DRAWN = {name: figures(*made) for name, made in RUNS.items()}
+DRAWN = {name: figures_of(*made) for name, made in RUNS.items()}
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -111,7 +111,7 @@ def test_what_was_not_run_is_not_drawn(name, drawn):
 
 
 def test_without_records_what_the_verdict_says_is_drawn():
-    assert set(figures(RUNS["RECOVERABLE"][0])) == set(DRAWN["RECOVERABLE"]) - {"norms", "drift", "margins"}
+    assert set(figures_of(RUNS["RECOVERABLE"][0])) == set(DRAWN["RECOVERABLE"]) - {"norms", "drift", "margins"}
 
 
 def test_histogram_by_hand():

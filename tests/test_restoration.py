@@ -18,11 +18,11 @@ from recover.numerics.metrics import norm
 from recover.planted.layers import two_layers
 from recover.planted.pinned import PinnedWorld, pinned_layers
 from recover.saes.sae import from_sae_lens
-from recover.search.ascent import Schedule, recover
+from recover.search.ascent import Schedule, find_perturbation
 from recover.search.constraints.admissible import admissible
 from recover.search.constraints.linear import EncoderOrthogonal
-from recover.search.constraints.monitor import Jacobian, Monitor, RowSpace, Watched, row_space
-from recover.search.constraints.restored import recover_linearized, recover_restored, restore
+from recover.search.constraints.monitor import Jacobian, Monitor, RowSpace, Watched, jacobian_row_space
+from recover.search.constraints.restored import find_linearized, find_restored, restore
 from recover.tasks.behaviors import AnswerLikelihood, LogitDifference
 from recover.types import InputError, Site
 from tests.by_hand import Edits, clamped, defense_of, sae_lens_sae
@@ -134,7 +134,7 @@ def test_projection_and_way_back_are_those_of_the_pseudo_inverse(dense: bool) ->
     defended = wide()
     monitor = Monitor.of(defended)
     jacobian, watched = at(monitor, 0.2 * normal(defended.zero_delta))
-    space: RowSpace = row_space(jacobian, dense=dense, tolerance=1e-11)
+    space: RowSpace = jacobian_row_space(jacobian, dense=dense, tolerance=1e-11)
     table = jacobian.table()
     assert table.shape[1] == 18
     assert int(torch.linalg.matrix_rank(table).min()) == 18
@@ -160,7 +160,7 @@ def test_in_float32_the_stated_tolerance_is_kept() -> None:
     gain = torch.linalg.matrix_norm(jacobian.table(), ord=2)
     v = normal(defended.zero_delta, 3)
     for dense in (True, False):
-        free = row_space(jacobian, dense=dense).project(v)
+        free = jacobian_row_space(jacobian, dense=dense).project(v)
         assert bool((norm(jacobian.push(free)) <= 2e-5 * gain * norm(free)).all())
         assert float((norm(free) / norm(v)).min()) > 0.1
 
@@ -183,9 +183,11 @@ def test_one_site_is_c1() -> None:
     monitor, v = Monitor.of(defended), normal(defended.zero_delta).float()
     jacobian, _ = at(monitor, torch.zeros_like(v))
     expected = EncoderOrthogonal.of(*defended.defense.clamps).project(v)
-    assert_close(row_space(jacobian).project(v), expected)
-    found = recover_restored(defended, 5.0, Schedule(steps=10, restarts=0))
-    plain = recover(defended, defended.zero_delta, EncoderOrthogonal.of(*defended.defense.clamps), 5.0, Schedule(10))
+    assert_close(jacobian_row_space(jacobian).project(v), expected)
+    found = find_restored(defended, 5.0, Schedule(steps=10, restarts=0))
+    plain = find_perturbation(
+        defended, defended.zero_delta, EncoderOrthogonal.of(*defended.defense.clamps), 5.0, Schedule(10)
+    )
     assert_close(found.slack[plain.recovered], plain.slack[plain.recovered], rtol=1e-3, atol=1e-3)
 
 
@@ -262,7 +264,7 @@ def test_linear_worlds_are_solved_to_closed_form(seed: int, n_sites: int, c1: bo
     steep, gap = readout(world).norm(dim=1).float(), -world.behavior.slack(defended.defended_logits)
     smallest = gap / steep
     budget = float(smallest.median())
-    found = recover_restored(defended, budget, Schedule(goal=1e6, steps=30), c1=c1)
+    found = find_restored(defended, budget, Schedule(goal=1e6, steps=30), c1=c1)
     assert_close(found.slack, budget * steep - gap, rtol=1e-3, atol=1e-3 * float(gap.max()))
     assert float(found.drift.max()) < 1e-5
     assert bool((norm(found.delta) <= budget).all())
@@ -270,9 +272,9 @@ def test_linear_worlds_are_solved_to_closed_form(seed: int, n_sites: int, c1: bo
     assert bool(facts.held.all())
     assert_close(facts.slack, found.slack, rtol=1e-3, atol=1e-3)
     # A hundredth below the smallest norm of all nothing is found, a hundredth above the largest everything.
-    none = recover_restored(defended, 0.99 * float(smallest.min()), c1=c1)
+    none = find_restored(defended, 0.99 * float(smallest.min()), c1=c1)
     assert not bool(none.recovered.any())
-    whole = recover_restored(defended, 1.01 * float(smallest.max()), Schedule(goal=1e-4), c1=c1)
+    whole = find_restored(defended, 1.01 * float(smallest.max()), Schedule(goal=1e-4), c1=c1)
     assert bool(whole.recovered.all())
 
 
@@ -281,7 +283,7 @@ def test_two_planted_layers_are_recovered_within_their_budget(seed: int) -> None
     world = two_layers(seed)
     prompts, behavior = world.examples.prompts, world.examples.behavior
     defended = defend(world.model, world.defense, prompts, behavior)
-    found = recover_restored(defended, world.budget)
+    found = find_restored(defended, world.budget)
     facts = certify(world.model, world.defense, prompts, behavior, found.delta)
     assert bool(facts.shows.all())
     assert float(facts.drift.max()) < 1e-4
@@ -293,7 +295,7 @@ def test_with_one_jacobian_two_planted_layers_are_recovered_too(seed: int) -> No
     world = two_layers(seed)
     prompts, behavior = world.examples.prompts, world.examples.behavior
     defended = defend(world.model, world.defense, prompts, behavior)
-    found = recover_linearized(defended, world.budget)
+    found = find_linearized(defended, world.budget)
     facts = certify(world.model, world.defense, prompts, behavior, found.delta)
     assert bool(facts.shows.all())
     assert float(facts.drift.max()) < 1e-4
@@ -304,17 +306,17 @@ def test_with_one_jacobian_two_planted_layers_are_recovered_too(seed: int) -> No
 def test_one_jacobian_and_restoring_is_enough_for_a_curved_model(n_sites: int) -> None:
     """It drifts less than the space of first order alone, and within what is allowed."""
     defended, budget = tiny(n_sites, rank=6), 1.5
-    found = recover_linearized(defended, budget)
+    found = find_linearized(defended, budget)
     facts = certify(defended.suffix.model, defended.defense, left_padded(token_rows()), defended.behavior, found.delta)
     assert torch.equal(facts.shows, found.recovered)
     assert int(facts.shows.sum()) >= 3
     assert bool((facts.relative_drift <= 1.1e-2).all())
     assert_close(found.drift, facts.relative_drift, rtol=0.1, atol=2e-5)
     assert bool((facts.norm <= budget).all())
-    first = recover(defended, defended.zero_delta, admissible(defended), budget, Schedule(goal=1.0))
+    first = find_perturbation(defended, defended.zero_delta, admissible(defended), budget, Schedule(goal=1.0))
     alone = certify(defended.suffix.model, defended.defense, left_padded(token_rows()), defended.behavior, first.delta)
     assert bool((found.drift < alone.relative_drift).all())
-    hopeless = recover_linearized(defended, 1e-6)
+    hopeless = find_linearized(defended, 1e-6)
     assert not bool(hopeless.recovered.any())
     assert bool((hopeless.drift <= 1e-2).all())
 
@@ -331,7 +333,7 @@ def test_an_inactive_feature_is_free_up_to_its_threshold() -> None:
     behavior = LogitDifference(torch.tensor([0, 0]), torch.tensor([1, 2]))
     defended = defend(model, Defense(clamps), defended.suffix.prompts, behavior)
     start = behavior.slack(defended.defended_logits)
-    found = recover_restored(defended, 50.0, Schedule(goal=1e6))
+    found = find_restored(defended, 50.0, Schedule(goal=1e6))
     gained = found.slack - start
     assert float(gained.max()) <= 2.0
     assert float(gained.min()) > 0.75 * 2.0
@@ -343,8 +345,8 @@ def test_restoration_holds_what_a_first_order_projection_lets_drift(n_sites: int
     """Live clamps that scale, three positions; drift measured in whole passes that know of no search."""
     defended, budget = tiny(n_sites, rank=6), 1.5
     assert not bool(defended.shown_when_defended.any())
-    found = recover_restored(defended, budget)
-    first = recover(defended, defended.zero_delta, admissible(defended), budget)
+    found = find_restored(defended, budget)
+    first = find_perturbation(defended, defended.zero_delta, admissible(defended), budget)
     ours, theirs = (
         certify(defended.suffix.model, defended.defense, left_padded(token_rows()), defended.behavior, delta)
         for delta in (found.delta, first.delta)
@@ -356,20 +358,20 @@ def test_restoration_holds_what_a_first_order_projection_lets_drift(n_sites: int
     assert bool((ours.norm <= budget).all())
     assert float(ours.constraint_residual.max()) < 1e-6
     # Stored or not, the same is found.
-    iterated = recover_restored(defended, budget, dense=False)
+    iterated = find_restored(defended, budget, dense=False)
     assert_close(iterated.slack, found.slack, rtol=1e-2, atol=1e-2)
 
 
 def test_examples_do_not_see_each_other() -> None:
     defended, rows = tiny(2), torch.tensor([3, 1])
-    together, some = (recover_restored(one, 4.0, Schedule(steps=20)) for one in (defended, defended.select(rows)))
+    together, some = (find_restored(one, 4.0, Schedule(steps=20)) for one in (defended, defended.select(rows)))
     assert_close(some.slack, together.slack[rows], atol=1e-3, rtol=1e-3)
 
 
 def test_an_impossible_search_gives_the_start_back() -> None:
     """A budget that reaches nothing: slack as defended, no drift."""
     defended = tiny()
-    found = recover_restored(defended, 1e-6, Schedule(steps=3))
+    found = find_restored(defended, 1e-6, Schedule(steps=3))
     assert_close(found.slack, defended.behavior.slack(defended.defended_logits), atol=1e-3, rtol=1e-3)
     assert not bool(found.recovered.any())
 
@@ -379,6 +381,6 @@ def test_what_it_cannot_do_is_refused() -> None:
     with pytest.raises(InputError, match="every_site"):
         Monitor.of(defend(model, defense, prompts, BEHAVIOR, every_site=True))
     with pytest.raises(InputError, match="after the clamp"):
-        recover_restored(defend(model, defense, prompts, BEHAVIOR, placement="before_clamp"), 1.0)
+        find_restored(defend(model, defense, prompts, BEHAVIOR, placement="before_clamp"), 1.0)
     with pytest.raises(InputError, match="budget"):
-        recover_restored(defend(model, defense, prompts, BEHAVIOR), 0.0)
+        find_restored(defend(model, defense, prompts, BEHAVIOR), 0.0)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from recover.search.ascent import Schedule, Solution, Status, recover, scale_to
+from recover.search.ascent import Schedule, Solution, Status, find_perturbation, scale_to
 from recover.search.constraints.linear import EncoderOrthogonal
 from recover.types import InputError
 from tests.landscapes import Own
@@ -90,7 +90,7 @@ UNREACHABLE = Schedule(goal=1e6, restarts=0)
 
 def test_a_linear_score_is_raised_to_its_closed_form_maximum() -> None:
     rows, budget = linear_rows(4, offset=100.0), 3.0
-    found = recover(Landscape(linear, rows), origin(4), C1, budget, UNREACHABLE)
+    found = find_perturbation(Landscape(linear, rows), origin(4), C1, budget, UNREACHABLE)
     slope = projected_gradient(rows)
     assert_close(found.delta, budget * slope / length(slope)[:, None, None], atol=1e-4, rtol=0)
     assert_close(found.score, budget * length(slope) - 100.0, atol=1e-3, rtol=0)
@@ -101,7 +101,7 @@ def test_a_linear_score_is_raised_to_its_closed_form_maximum() -> None:
 @pytest.mark.parametrize("budget", [50.0, math.inf])
 def test_a_linear_threshold_is_crossed_with_hardly_more_than_the_smallest_norm(budget: float) -> None:
     rows, offset = linear_rows(4, offset=2.0), 2.0
-    found = recover(Landscape(linear, rows), origin(4), C1, budget)
+    found = find_perturbation(Landscape(linear, rows), origin(4), C1, budget)
     smallest = offset / length(projected_gradient(rows))
     assert found.recovered.all()
     assert (length(found.delta) >= smallest).all()
@@ -114,7 +114,7 @@ def test_one_example_out_of_reach_does_not_stop_the_others() -> None:
     rows, budget = linear_rows(6, offset=0.0), 2.0
     best = budget * length(projected_gradient(rows))
     rows[:, -1] = best + torch.tensor([-0.5, 0.5, -0.5, 0.5, 0.1, -0.1])
-    found = recover(Landscape(linear, rows), origin(6), C1, budget)
+    found = find_perturbation(Landscape(linear, rows), origin(6), C1, budget)
     assert found.recovered.tolist() == [True, False, True, False, False, True]
     assert [s is Status.RECOVERED for s in found.status] == found.recovered.tolist()
 
@@ -129,7 +129,7 @@ def quadratic(delta: Tensor, rows: Tensor) -> Tensor:
 def test_a_concave_quadratic_is_raised_to_its_maximum_in_the_null_space() -> None:
     target = draw(3, POS * D, seed=4)
     schedule = Schedule(goal=1e6, steps=200, restarts=0, still=1e-6)
-    found = recover(Landscape(quadratic, target), origin(3), C1, 100.0, schedule)
+    found = find_perturbation(Landscape(quadratic, target), origin(3), C1, 100.0, schedule)
     # On a basis N of the null space: (N^T H N) v = N^T H t.
     values, vectors = torch.linalg.eigh(P)
     free = torch.block_diag(*[vectors[:, values > 0.5]] * POS)
@@ -147,7 +147,7 @@ def test_a_round_hill_inside_the_ball_is_climbed_from_the_origin() -> None:
         return 1 - (delta.flatten(1) - rows).square().sum(dim=1)
 
     target = scale_to(C1.project(draw(5, POS, D, seed=3)), 4.0).flatten(1)
-    found = recover(Landscape(hill, target), origin(5), C1, 20.0)
+    found = find_perturbation(Landscape(hill, target), origin(5), C1, 20.0)
     assert found.recovered.all()
     assert (length(found.delta) >= 3.0).all()
 
@@ -162,7 +162,7 @@ def bumps(delta: Tensor, rows: Tensor) -> Tensor:
 @pytest.mark.parametrize("function", [bumps, quadratic], ids=["bumps", "quadratic"])
 def test_every_delta_ever_tried_is_admissible_and_within_the_budget(function: Callable[..., Tensor]) -> None:
     budget, landscape = 1.5, Landscape(function, draw(6, POS * D, seed=5))
-    found = recover(landscape, origin(6), C1, budget, Schedule(goal=1.9, restarts=2))
+    found = find_perturbation(landscape, origin(6), C1, budget, Schedule(goal=1.9, restarts=2))
     tried = torch.stack(landscape.seen)
     assert len(tried) > 50
     assert (length(tried) <= budget).all()
@@ -177,7 +177,7 @@ def test_the_result_is_the_best_point_met_and_never_worse_than_the_start() -> No
     start = scale_to(C1.project(draw(8, POS, D, seed=7)), 1.0)
     for steps in (0, 1, 3, 40):
         landscape = Landscape(bumps, rows)
-        found = recover(landscape, start, C1, 1.5, Schedule(steps=steps, goal=1e6, restarts=0))
+        found = find_perturbation(landscape, start, C1, 1.5, Schedule(steps=steps, goal=1e6, restarts=0))
         assert (found.score >= bumps(start, rows)).all()
         assert_close(found.score, bumps(found.delta, rows))
         assert_close(found.slack, found.score)
@@ -190,14 +190,14 @@ def test_each_example_keeps_to_its_own_space_and_gets_what_it_gets_alone() -> No
     spaces = tuple(EncoderOrthogonal(draw(D, K + row % 3, seed=20 + row)) for row in range(12))
     schedule, rows = Schedule(goal=1.8, restarts=2), draw(12, POS * D, seed=8)
     landscape = Landscape(bumps, rows)
-    found = recover(landscape, origin(12), Own(spaces), 2.5, schedule)
+    found = find_perturbation(landscape, origin(12), Own(spaces), 2.5, schedule)
     assert 3 <= int(found.recovered.sum()) <= 9
     assert len(set(landscape.sizes)) > 4
     for row, space in enumerate(spaces):
         here = found.delta[row : row + 1]
         assert space.violation(here) <= 1e-5
         assert spaces[row - 1].violation(here) > 0.1
-        alone = recover(Landscape(bumps, rows[row : row + 1]), origin(1), space, 2.5, schedule)
+        alone = find_perturbation(Landscape(bumps, rows[row : row + 1]), origin(1), space, 2.5, schedule)
         assert alone.status[0] is found.status[row]
         assert_close(alone.delta, here, atol=1e-4, rtol=1e-4)
 
@@ -205,7 +205,7 @@ def test_each_example_keeps_to_its_own_space_and_gets_what_it_gets_alone() -> No
 def test_a_solved_start_is_returned_as_it_is() -> None:
     rows = linear_rows(2, offset=-1.0)
     landscape = Landscape(linear, rows)
-    found = recover(landscape, origin(2), C1, 1.0)
+    found = find_perturbation(landscape, origin(2), C1, 1.0)
     assert found.delta.abs().max() == 0
     assert found.status == (Status.RECOVERED,) * 2
     assert found.steps.tolist() == [0, 0]
@@ -216,14 +216,14 @@ def test_examples_that_are_done_are_not_evaluated_again() -> None:
     rows = linear_rows(4, offset=2.0)
     rows[3, -1] = -1.0
     landscape = Landscape(linear, rows)
-    recover(landscape, origin(4), C1, 20.0)
+    find_perturbation(landscape, origin(4), C1, 20.0)
     assert landscape.sizes == [4, 3]
 
 
 def test_slack_and_not_score_says_when_to_stop() -> None:
     rows = linear_rows(3, offset=0.0)
     landscape = Landscape(linear, rows, slack_of=lambda score: score - 7.0)
-    found = recover(landscape, origin(3), C1, 50.0)
+    found = find_perturbation(landscape, origin(3), C1, 50.0)
     assert (found.slack >= Schedule().goal).all()
     assert_close(found.score, found.slack + 7.0)
 
@@ -238,28 +238,28 @@ def test_a_slack_that_must_fall_before_it_rises_is_no_obstacle() -> None:
         return delta[:, 0, 0]
 
     landscape = Landscape(first_entry, torch.zeros(1, 1), slack_of=slack_of)
-    found = recover(landscape, origin(1), Anything(), 20.0, Schedule(restarts=0))
+    found = find_perturbation(landscape, origin(1), Anything(), 20.0, Schedule(restarts=0))
     assert found.status == (Status.RECOVERED,)
     stopped = Landscape(first_entry, torch.zeros(1, 1), slack_of=slack_of)
-    best = recover(stopped, origin(1), Anything(), 20.0, Schedule(restarts=0, steps=1))
+    best = find_perturbation(stopped, origin(1), Anything(), 20.0, Schedule(restarts=0, steps=1))
     assert best.slack.item() == -1  # the best of what was met, not the last
     assert best.delta.abs().max() == 0
 
 
 def test_a_zero_gradient_ends_with_its_name() -> None:
     flat = Landscape(lambda delta, rows: (delta * 0).sum(dim=(1, 2)) - 1.0, torch.zeros(3, 1))
-    found = recover(flat, origin(3), C1, 1.0)
+    found = find_perturbation(flat, origin(3), C1, 1.0)
     assert found.status == (Status.NO_GRADIENT,) * 3
     blind = torch.cat([(A[:, 0] @ torch.eye(D)).repeat(POS), torch.tensor([5.0])])[None]
     assert projected_gradient(blind).abs().max() < 1e-5
     exact = EncoderOrthogonal(torch.eye(D)[:, :4])
     seen_only = torch.cat([torch.eye(D)[2].repeat(POS), torch.tensor([5.0])])[None]
-    assert recover(Landscape(linear, seen_only), origin(1), exact, 9.0).status == (Status.NO_GRADIENT,)
+    assert find_perturbation(Landscape(linear, seen_only), origin(1), exact, 9.0).status == (Status.NO_GRADIENT,)
 
 
 def test_a_constraint_that_leaves_nothing_ends_with_its_name() -> None:
     whole = EncoderOrthogonal(draw(D, D + 3, seed=2))
-    found = recover(Landscape(linear, linear_rows(2, offset=1.0)), origin(2), whole, 9.0)
+    found = find_perturbation(Landscape(linear, linear_rows(2, offset=1.0)), origin(2), whole, 9.0)
     assert found.status == (Status.NO_GRADIENT,) * 2
     assert found.delta.abs().max() == 0
 
@@ -268,7 +268,7 @@ def test_a_constraint_that_leaves_nothing_ends_with_its_name() -> None:
 def test_scores_that_are_not_finite_end_with_their_name_and_leave_the_others(bad: float) -> None:
     rows = linear_rows(3, offset=1.0)
     rows[1, -1] = bad
-    found = recover(Landscape(linear, rows), origin(3), C1, 9.0)
+    found = find_perturbation(Landscape(linear, rows), origin(3), C1, 9.0)
     assert found.status == (Status.RECOVERED, Status.NON_FINITE, Status.RECOVERED)
     assert found.delta[1].abs().max() == 0
     assert found.delta.isfinite().all()
@@ -277,7 +277,7 @@ def test_scores_that_are_not_finite_end_with_their_name_and_leave_the_others(bad
 def test_a_gradient_that_is_not_finite_is_not_followed() -> None:
     """`sqrt(|x|)` is finite at 0, its slope is not."""
     root = Landscape(lambda delta, rows: delta.flatten(1).norm(dim=1).sqrt() - 1, torch.zeros(2, 1))
-    found = recover(root, origin(2), Anything(), 9.0, Schedule(restarts=0))
+    found = find_perturbation(root, origin(2), Anything(), 9.0, Schedule(restarts=0))
     assert found.status == (Status.NON_FINITE,) * 2
     assert found.delta.isfinite().all()
 
@@ -289,7 +289,7 @@ def test_a_cliff_beyond_a_good_point_is_backed_away_from() -> None:
         x = delta[:, 0, 0]
         return torch.where(x < 4.0, x * (1 + x) - 9, torch.nan)
 
-    found = recover(Landscape(cliff, torch.zeros(1, 1)), origin(1), Anything(), 20.0, Schedule(restarts=0))
+    found = find_perturbation(Landscape(cliff, torch.zeros(1, 1)), origin(1), Anything(), 20.0, Schedule(restarts=0))
     assert found.status == (Status.RECOVERED,)
     assert 2.54 < found.delta[0, 0, 0] < 4.0
 
@@ -301,13 +301,13 @@ def test_a_plateau_beyond_a_good_point_is_backed_away_from() -> None:
         x = delta[:, 0, 0]
         return torch.where(x < 4.0, x * (1 + x) - 9, -20.0)
 
-    found = recover(Landscape(plateau, torch.zeros(1, 1)), origin(1), Anything(), 20.0, Schedule(restarts=0))
+    found = find_perturbation(Landscape(plateau, torch.zeros(1, 1)), origin(1), Anything(), 20.0, Schedule(restarts=0))
     assert found.status == (Status.RECOVERED,)
 
 
 def solve(rows: Tensor, budget: float = 2.5, **schedule: float) -> Solution:
     settings = {"goal": 1.6, "restarts": 2, **schedule}
-    return recover(Landscape(bumps, rows), origin(len(rows)), C1, budget, Schedule(**settings))  # type: ignore[arg-type]
+    return find_perturbation(Landscape(bumps, rows), origin(len(rows)), C1, budget, Schedule(**settings))  # type: ignore[arg-type]
 
 
 ROWS = draw(16, POS * D, seed=8)
@@ -360,7 +360,7 @@ def test_a_larger_budget_never_recovers_fewer(function: Callable[..., Tensor]) -
     rates = []
     for budget in (0.2, 0.5, 1.0, 1.5, 2.0, 3.0, 6.0, 50.0, math.inf):
         landscape = Landscape(function, rows, slack_of=slack_of)
-        recovered = recover(landscape, origin(12), C1, budget, Schedule(restarts=0)).recovered
+        recovered = find_perturbation(landscape, origin(12), C1, budget, Schedule(restarts=0)).recovered
         assert (recovered | ~before).all(), budget
         before = recovered
         rates.append(int(recovered.sum()))
@@ -369,7 +369,7 @@ def test_a_larger_budget_never_recovers_fewer(function: Callable[..., Tensor]) -
 
 def test_no_budget_at_all_reaches_far_goals() -> None:
     rows = linear_rows(3, offset=1e4)
-    found = recover(Landscape(linear, rows), origin(3), C1, math.inf)
+    found = find_perturbation(Landscape(linear, rows), origin(3), C1, math.inf)
     assert found.recovered.all()
     assert_close(length(found.delta), 1e4 / length(projected_gradient(rows)), atol=0, rtol=1e-3)
 
@@ -377,13 +377,15 @@ def test_no_budget_at_all_reaches_far_goals() -> None:
 @pytest.mark.parametrize("budget", [0.0, -1.0, math.nan])
 def test_a_budget_that_is_not_positive_is_refused(budget: float) -> None:
     with pytest.raises(InputError, match="budget"):
-        recover(Landscape(linear, linear_rows(1, 1.0)), origin(1), C1, budget)
+        find_perturbation(Landscape(linear, linear_rows(1, 1.0)), origin(1), C1, budget)
 
 
 def test_on_step_tells_steps_and_what_is_left() -> None:
     rows, told = linear_rows(4, offset=2.0), []
     rows[3, -1] = 1e4
-    recover(Landscape(linear, rows), origin(4), C1, 20.0, Schedule(restarts=0), lambda *args: told.append(args))
+    find_perturbation(
+        Landscape(linear, rows), origin(4), C1, 20.0, Schedule(restarts=0), lambda *args: told.append(args)
+    )
     assert told[:2] == [(0, 4), (1, 1)]
     assert [step for step, _ in told] == list(range(len(told)))
 

@@ -36,7 +36,7 @@ WORLDS = (*KINDS, *MIXTURES)
 
 @pytest.fixture(scope="module")
 def outcomes() -> list[Outcome]:
-    return selftest.selftest(range(2), WORLDS, processes=2)
+    return selftest.run_selftest(range(2), WORLDS, processes=2)
 
 
 def test_every_kind_is_judged_and_none_is_missed(outcomes: list[Outcome]) -> None:
@@ -52,7 +52,7 @@ def test_every_kind_is_judged_and_none_is_missed(outcomes: list[Outcome]) -> Non
 
 @pytest.mark.parametrize("kind", ["complete_bottleneck", "write_only", "two_layers", "weak_predicate"])
 def test_worlds_judged_side_by_side_are_judged_as_one_by_one(kind: str, outcomes: list[Outcome]) -> None:
-    alone = selftest.selftest(range(2), [kind], processes=1)
+    alone = selftest.run_selftest(range(2), [kind], processes=1)
     assert [replace(one, seconds=0.0) for one in alone] == [
         replace(one, seconds=0.0) for one in outcomes if one.kind == kind
     ]
@@ -70,11 +70,11 @@ def test_other_processes_are_started_where_there_are_worlds_enough_for_them(monk
     monkeypatch.setattr(selftest, "_judges", judges)
     monkeypatch.setattr(selftest, "cores", lambda: 3)
     told: list[tuple[str, int, int]] = []
-    found = selftest.selftest(range(4), WORLDS[:10], lambda *args: told.append(args))
+    found = selftest.run_selftest(range(4), WORLDS[:10], lambda *args: told.append(args))
     assert [(one.kind, one.seed) for one in found] == [(kind, seed) for kind in WORLDS[:10] for seed in range(4)]
     assert told == [("planted worlds", done, 40) for done in range(1, 41)]
-    selftest.selftest(range(4), WORLDS[:9])
-    assert {one.kind for one in selftest.selftest(range(4), processes=7)} == set(KINDS)
+    selftest.run_selftest(range(4), WORLDS[:9])
+    assert {one.kind for one in selftest.run_selftest(range(4), processes=7)} == set(KINDS)
     assert started == [3, 1, 7]
 
 
@@ -201,7 +201,7 @@ def test_a_broken_checker_is_noticed(
     kind: str, breakage: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     breakage(monkeypatch)
-    found = selftest.selftest([3], [kind])
+    found = selftest.run_selftest([3], [kind])
     assert [one.miss for one in found] == [True]
     assert f"MISS {kind}" in selftest.report(found)
 
@@ -210,13 +210,15 @@ def test_without_the_second_opinion_hard_readouts_are_lied_about(monkeypatch: py
     """Neither a look without gradients at what failed, nor random draws beside what follows them."""
     monkeypatch.setattr(solvers, "reexamined", lambda _, solution, *__, **___: solution)
     monkeypatch.setattr(phases, "random_draws", lambda *arguments, draws: solvers.ascent(*arguments))
-    assert any(one.given == "NOT_RECOVERED_AT_BUDGET" and one.miss for one in selftest.selftest([2], ["hard_readout"]))
+    assert any(
+        one.given == "NOT_RECOVERED_AT_BUDGET" and one.miss for one in selftest.run_selftest([2], ["hard_readout"])
+    )
 
 
 def test_threads_are_given_back() -> None:
     threads = torch.get_num_threads()
     told: list[tuple[str, int, int]] = []
-    selftest.selftest([0], ["complete_bottleneck"], lambda *args: told.append(args))
+    selftest.run_selftest([0], ["complete_bottleneck"], lambda *args: told.append(args))
     assert torch.get_num_threads() == threads
     assert told == [("planted worlds", 1, 1)]
 

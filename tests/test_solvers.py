@@ -17,7 +17,7 @@ from recover.defenses.defended import defend
 from recover.numerics.subspaces import NullSpace
 from recover.planted import KINDS
 from recover.search.adam import climb
-from recover.search.ascent import Schedule, Solution, Status, recover
+from recover.search.ascent import Schedule, Solution, Status, find_perturbation
 from recover.search.constraints.linear import EncoderOrthogonal
 from recover.search.gradient_free import Effort, reexamined
 from recover.search.minimum import edge
@@ -94,7 +94,9 @@ def test_each_solver_keeps_to_directions_that_are_not_those_of_coordinates(name:
 def test_adam_is_another_way_up() -> None:
     world = landscape(half_space, 0.5, 1.0)
     by_adam = SOLVERS["adam"](world, world.zero, Anything(), 1.0, SCHEDULE).within
-    assert torch.equal(by_adam.delta, recover(world, world.zero, Anything(), 1.0, SCHEDULE, climb=climb).delta)
+    assert torch.equal(
+        by_adam.delta, find_perturbation(world, world.zero, Anything(), 1.0, SCHEDULE, climb=climb).delta
+    )
     assert not torch.equal(by_adam.steps, SOLVERS["ascent"](world, world.zero, Anything(), 1.0, SCHEDULE).within.steps)
 
 
@@ -204,7 +206,7 @@ def test_what_another_solver_found_is_turned_closer() -> None:
 
 def test_the_delta_within_the_budget_is_the_first_solvers_and_clear_of_the_edge() -> None:
     world = landscape(half_space, 0.5, 1.0)
-    found, first = worst(world, 1.0), recover(world, world.zero, Anything(), 1.0, SCHEDULE)
+    found, first = worst(world, 1.0), find_perturbation(world, world.zero, Anything(), 1.0, SCHEDULE)
     assert torch.equal(found.delta, first.delta)
     assert (found.slack >= SCHEDULE.goal).all()
     assert (found.steps > first.steps).all()  # those of Adam are counted too
@@ -280,7 +282,7 @@ def test_a_draw_may_solve_what_gradients_cannot_begin() -> None:
     """The slack at zero is not a number, so nothing is known of an edge; within the budget the behavior is back."""
     nowhere = landscape(lambda x, at: x @ A - at + 0 / x.norm(dim=1), 0.5)
     schedule = Schedule(restarts=0)
-    assert recover(nowhere, nowhere.zero, Anything(), 1.0, schedule).status == (Status.NON_FINITE,)
+    assert find_perturbation(nowhere, nowhere.zero, Anything(), 1.0, schedule).status == (Status.NON_FINITE,)
     found = worst_case(nowhere, nowhere.zero, Anything(), 1.0, schedule)
     assert found.status == (Status.RECOVERED,)
     assert found.slack >= schedule.goal
@@ -297,7 +299,7 @@ def test_an_infinite_slack_is_no_success() -> None:
 def test_draws_are_held_against_a_gradient_that_leads_astray() -> None:
     """Stairs along `x_0`, of which the gradient sees but a faint slope along `x_1`; two probes see nothing of them."""
     stairs = landscape(lambda x, at: torch.floor(2 * x[:, 0]) / 2 - at + 1e-3 * x[:, 1], 50.0)
-    first = recover(stairs, stairs.zero, Anything(), 2.0, replace(SCHEDULE, restarts=0))
+    first = find_perturbation(stairs, stairs.zero, Anything(), 2.0, replace(SCHEDULE, restarts=0))
     few = Effort(draws=2)
     drawn = Solution(2 * A[None, None], *stairs(2 * A[None, None]), torch.zeros(1).long(), (Status.EXHAUSTED,))
     alone = reexamined(stairs, first, Anything(), 2.0, SCHEDULE, few)
@@ -375,7 +377,7 @@ def test_adam_retires_what_reached_the_goal() -> None:
 
 
 def recover_with_adam(objective: Any, budget: float) -> Solution:
-    return recover(objective, objective.zero, Anything(), budget, Schedule(restarts=0), climb=climb)
+    return find_perturbation(objective, objective.zero, Anything(), budget, Schedule(restarts=0), climb=climb)
 
 
 def test_adam_tells_what_stopped_it() -> None:

@@ -18,13 +18,13 @@ from recover.numerics.metrics import norm
 from recover.planted.network import Linear, Network
 from recover.saes.activations import AbsTopK, Activation, JumpReLU, ReLU, TopK
 from recover.saes.sae import SAE, from_sae_lens
-from recover.search.ascent import Schedule, recover
+from recover.search.ascent import Schedule, find_perturbation
 from recover.search.constraints.linear import ActivationStable, DecodeStable, EncoderOrthogonal
 from recover.search.constraints.pinned import Pinned
-from recover.search.constraints.restored import recover_restored
+from recover.search.constraints.restored import find_restored
 from recover.search.held import RestoredSolution
-from recover.search.pinned import recover_pinned
-from recover.search.stable import recover_stable
+from recover.search.pinned import find_pinned
+from recover.search.stable import find_stable
 from recover.tasks.behaviors import AnswerLikelihood, LogitDifference
 from recover.types import InputError, Site
 from tests.by_hand import sae_lens_sae
@@ -65,7 +65,7 @@ def reads_axes(*features: int, activation: Activation | None = None, site: int =
 
 def gains(defended: Defended, kind: Any, budget: float, schedule: Schedule = FAR) -> tuple[Tensor, RestoredSolution]:
     """How much slack is gained, with what a result promises looked at afresh."""
-    found = recover_stable(defended, kind, budget, schedule)
+    found = find_stable(defended, kind, budget, schedule)
     prompts, every = defended.suffix.prompts, len(defended.delta_sites) > 1
     facts = certify(defended.suffix.model, defended.defense, prompts, defended.behavior, found.delta, every_site=every)
     drift = facts.relative_drift if kind is ActivationStable else _relative(facts.decode_drift, defended)
@@ -104,7 +104,9 @@ def test_an_inactive_feature_moves_up_to_its_threshold_where_c1_admits_nothing(
     """A pre-activation of -2, read twofold: axis 0 may rise by 1, or by 2.5 to a threshold of 3."""
     clamp = reads_axes(0, activation=activation)
     defended = world(one(-1.0, 0.0, 0.0, 0.0), one(3.0, 0.0, 0.0, 0.0), clamp)
-    assert recover(defended, defended.zero_delta, EncoderOrthogonal.of(clamp), 10.0).delta.count_nonzero() == 0
+    assert (
+        find_perturbation(defended, defended.zero_delta, EncoderOrthogonal.of(clamp), 10.0).delta.count_nonzero() == 0
+    )
     gained, found = gains(defended, kind, 10.0)
     assert_nearly(gained, 3 * room)
     assert found.drift.count_nonzero() == 0
@@ -123,7 +125,7 @@ def test_active_features_stay_and_inactive_ones_stop_at_their_thresholds() -> No
     rest = ((2.5**2 - 0.5**2) / 2) ** 0.5
     assert_nearly(gained, 1 + 2 * rest)
     assert_close(found.delta[0, 0], torch.tensor([0.0, 0.5, rest, rest]), rtol=2e-3, atol=1e-3)
-    under_c1 = recover(defended, defended.zero_delta, EncoderOrthogonal.of(clamp), 2.5, FAR)
+    under_c1 = find_perturbation(defended, defended.zero_delta, EncoderOrthogonal.of(clamp), 2.5, FAR)
     start = defended.behavior.slack(defended.defended_logits)
     assert_close(under_c1.slack - start, torch.tensor([2.5 * 2**0.5]))
 
@@ -156,7 +158,7 @@ def test_competing_features_are_not_pushed_out_where_c1_pushes_them(kind: Any, m
     h, along = one(3.0, 2.0, 1.0, 0.0), one(0.0, 0.0, 1.0, 0.0)
     clamp = reads_axes(1, activation=make(2))
     defended = world(h, along, clamp)
-    under_c1 = recover(defended, defended.zero_delta, EncoderOrthogonal.of(clamp), 1.3, FAR)
+    under_c1 = find_perturbation(defended, defended.zero_delta, EncoderOrthogonal.of(clamp), 1.3, FAR)
     assert_close(kind(clamp, h[:, None]).violation(under_c1.delta), torch.tensor([4.0]))
     assert_nearly(gains(defended, kind, 1.3)[0], 1.0)
     # An inactive one stays out. It may come up to feature 1, and that one make room: d2 = 1 + d1 of length 1.3.
@@ -247,7 +249,7 @@ def test_in_a_model_it_gains_what_c1_does_and_more(architecture: str, kind: Any)
     defended, budget = tiny(architecture), 2.0 if architecture == "topk" else 0.6
     (clamp,) = defended.defense.clamps
     gained, found = gains(defended, kind, budget)
-    under_c1 = recover(defended, defended.zero_delta, EncoderOrthogonal.of(clamp), budget, FAR)
+    under_c1 = find_perturbation(defended, defended.zero_delta, EncoderOrthogonal.of(clamp), budget, FAR)
     if clamp.sae.pointwise:
         assert bool((found.slack >= under_c1.slack - 1e-3).all())
         assert float((found.slack - under_c1.slack).max()) > 0.1
@@ -262,7 +264,7 @@ def test_it_gains_more_in_all_than_a_search_that_turns_aside_before_thresholds(s
     """`recover_restored` without C1 brings features back a fifth of the way, and does not follow the sphere."""
     defended, schedule = tiny("standard", sites), Schedule(goal=1e6, steps=40, restarts=0)
     gained, _ = gains(defended, ActivationStable, 0.6, schedule)
-    aside = recover_restored(defended, 0.6, schedule, tolerance=1e-4, c1=False)
+    aside = find_restored(defended, 0.6, schedule, tolerance=1e-4, c1=False)
     assert float(gained.sum()) > float((aside.slack - defended.behavior.slack(defended.defended_logits)).sum())
 
 
@@ -279,9 +281,9 @@ def test_at_several_sites_it_gains_what_holding_all_of_them_does_and_more(
     defended, budget = tiny("standard", sites, every=every), 0.6
     _, found = gains(defended, kind, budget)
     if every:
-        stricter = recover_pinned(Pinned.of(defended), budget, FAR).slack
+        stricter = find_pinned(Pinned.of(defended), budget, FAR).slack
     else:
-        stricter = recover_restored(defended, budget, FAR, tolerance=1e-4).slack
+        stricter = find_restored(defended, budget, FAR, tolerance=1e-4).slack
     assert bool((found.slack >= stricter - 1e-3).all())
     assert float((found.slack - stricter).max()) > 0.1
 
@@ -290,17 +292,15 @@ def test_examples_do_not_see_each_other() -> None:
     h = torch.tensor([[4.0, -0.5, 0.0, 0.0], [1.0, 3.0, -2.0, 0.0], [-1.0, -1.0, 0.0, 2.0]])
     along = torch.tensor([[1.0, 2.0, 1.0, 1.0], [0.0, -1.0, 3.0, 0.5], [2.0, 1.0, 0.5, 0.0]])
     clamp = reads_axes(0, 1, 2)
-    together = recover_stable(world(h, along, clamp), ActivationStable, 5.0, FAR)
+    together = find_stable(world(h, along, clamp), ActivationStable, 5.0, FAR)
     for row in range(3):
-        alone = recover_stable(world(h[[row]], along[[row]], clamp), ActivationStable, 5.0, FAR)
+        alone = find_stable(world(h[[row]], along[[row]], clamp), ActivationStable, 5.0, FAR)
         assert_close(alone.delta, together.delta[[row]], rtol=1e-5, atol=1e-5)
         assert torch.equal(alone.steps, together.steps[[row]])
     defended = tiny("standard", (1, 2))
-    together = recover_stable(defended, ActivationStable, 0.6, Schedule(steps=10, restarts=0))
+    together = find_stable(defended, ActivationStable, 0.6, Schedule(steps=10, restarts=0))
     for row in (3, 1):
-        alone = recover_stable(
-            defended.select(torch.tensor([row])), ActivationStable, 0.6, Schedule(steps=10, restarts=0)
-        )
+        alone = find_stable(defended.select(torch.tensor([row])), ActivationStable, 0.6, Schedule(steps=10, restarts=0))
         assert_close(alone.slack, together.slack[[row]], rtol=1e-3, atol=1e-3)
 
 
@@ -308,8 +308,8 @@ def test_what_c1_recovers_is_left_at_that() -> None:
     defended = world(one(4.0, -0.5, 0.0, 0.0), one(1.0, 2.0, 1.0, 1.0), reads_axes(0, 1))
     gap = -defended.behavior.slack(defended.defended_logits)
     schedule = Schedule(goal=0.5 - float(gap))
-    found = recover_stable(defended, ActivationStable, 2.5, schedule)
-    under_c1 = recover_restored(defended, 2.5, schedule, tolerance=1e-4)
+    found = find_stable(defended, ActivationStable, 2.5, schedule)
+    under_c1 = find_restored(defended, 2.5, schedule, tolerance=1e-4)
     assert_close(found.delta, under_c1.delta)
 
 
@@ -325,9 +325,9 @@ def test_what_cannot_be_asked_is_refused() -> None:
     defended = tiny("standard")
     for budget, tolerance in ((0.0, 1e-4), (1.0, 0.0)):
         with pytest.raises(InputError, match="not a positive number"):
-            recover_stable(defended, ActivationStable, budget, tolerance=tolerance)
+            find_stable(defended, ActivationStable, budget, tolerance=tolerance)
     before = defend(
         defended.suffix.model, defended.defense, defended.suffix.prompts, defended.behavior, placement="before_clamp"
     )
     with pytest.raises(InputError, match="after the clamp"):
-        recover_stable(before, ActivationStable, 1.0)
+        find_stable(before, ActivationStable, 1.0)

@@ -13,7 +13,7 @@ from recover.numerics.statistics import wilson
 from recover.planted import error_bypass, feature_bypass
 from recover.protocol import phases, travel
 from recover.protocol.bench import Bench
-from recover.protocol.checking import Memory
+from recover.protocol.checking import InMemoryStore
 from recover.protocol.plan import Plan
 from recover.protocol.records import ExampleRecord, PartRecord
 from recover.report.text import sections
@@ -113,7 +113,7 @@ def test_values_of_parts_are_those_of_the_attribution() -> None:
 
 @pytest.mark.parametrize("kind", [error_bypass, feature_bypass], ids=lambda kind: kind.__name__)
 def test_the_phase_says_where_the_bypass_of_a_planted_world_is(kind: Any) -> None:
-    world, store = kind(3), Memory()
+    world, store = kind(3), InMemoryStore()
     bench = Bench(
         world.model, world.model, world.defense, world.examples, world.budget, "after_clamp", Schedule(), Plan(), 64
     )

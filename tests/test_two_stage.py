@@ -18,7 +18,7 @@ from recover.models.host import Model
 from recover.saes.sae import from_sae_lens
 from recover.search.ascent import Schedule
 from recover.search.constraints.pinned import Pinned
-from recover.search.pinned import recover_pinned
+from recover.search.pinned import find_pinned
 from recover.tasks.behaviors import ForcedAnswer
 from recover.types import Site
 from tests.by_hand import sae_lens_sae
@@ -83,9 +83,9 @@ def test_a_search_goes_on_from_a_better_opening(answers: tuple[Tensor, Tensor]) 
     assert bool(changed.any())
     with torch.no_grad():
         assert bool((objective(start)[0] > objective(target.start)[0])[changed].all())
-    found = recover_pinned(target, BUDGET, Schedule(steps=100), start=start)
-    alone = recover_pinned(target, BUDGET, Schedule(steps=1, restarts=0))
+    found = find_pinned(target, BUDGET, Schedule(steps=100), start=start)
+    alone = find_pinned(target, BUDGET, Schedule(steps=1, restarts=0))
     assert int(found.recovered.sum()) >= int(alone.recovered.sum())
     assert bool((found.norm <= BUDGET).all())
-    unopened = recover_pinned(target, BUDGET, Schedule(steps=1, restarts=0), start=start)
+    unopened = find_pinned(target, BUDGET, Schedule(steps=1, restarts=0), start=start)
     assert not torch.equal(unopened.free, replace(alone).free)

@@ -22,7 +22,7 @@ import torch
 
 from recover.cli import main
 from recover.protocol.folder import DELTAS, EXAMPLES, RUN, UNITS, VERDICT, RunFolder
-from recover.protocol.ledger import Ledger, Memory, Part
+from recover.protocol.ledger import InMemoryStore, Ledger, Part
 from recover.protocol.phases import Done
 from recover.protocol.workers import ALONE, Workers
 from recover.run import runner, setting
@@ -72,7 +72,7 @@ PARTS: dict[Part, list[str]] = {("batch", number): [f"search/{number}"] for numb
 
 def test_what_is_left_is_dealt_out_and_nothing_twice() -> None:
     for size in (1, 2, 3, 7):
-        store = Memory()
+        store = InMemoryStore()
         store.keep("search/1", {}, {})
         shares = [Ledger(store, Workers(rank, size)).mine(PARTS) for rank in range(size)]
         assert sorted(part for share in shares for part in share) == [("batch", number) for number in (0, 2, 3, 4)]
@@ -82,8 +82,8 @@ def test_what_is_left_is_dealt_out_and_nothing_twice() -> None:
 def test_each_learns_what_the_others_finished() -> None:
     ran: list[int] = []
 
-    def work(workers: Workers) -> Memory:
-        store = Memory()
+    def work(workers: Workers) -> InMemoryStore:
+        store = InMemoryStore()
         ledger = Ledger(store, workers)
         with ledger.shared():
             for _, number in sorted(ledger.mine(PARTS)):
@@ -100,7 +100,7 @@ def test_each_learns_what_the_others_finished() -> None:
         return store
 
     stores = in_threads(2, work)
-    assert all(isinstance(store, Memory) for store in stores)
+    assert all(isinstance(store, InMemoryStore) for store in stores)
     assert sorted(ran) == list(range(5))
     assert stores[0].units == {name: stores[1].units[name] for name in stores[0].units}
 
@@ -120,7 +120,7 @@ def test_of_what_stops_one_worker_one_tells_and_none_goes_on(refused: int) -> No
 
 @pytest.mark.parametrize("refused", [0, 1, 2])
 def test_what_stops_one_in_a_stage_is_told_when_the_others_are_done(refused: int) -> None:
-    stores = [Memory(), Memory(), Memory()]
+    stores = [InMemoryStore(), InMemoryStore(), InMemoryStore()]
 
     def work(workers: Workers) -> None:
         ledger = Ledger(stores[workers.rank], workers)

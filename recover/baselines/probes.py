@@ -27,13 +27,13 @@ from recover.search.constraints.monitor import Jacobian, Monitor, Watched
 from recover.search.held import RestoredSolution
 from recover.types import Float, InputError, Tensor
 
-__all__ = ["recover_probed"]
+__all__ = ["find_probed"]
 
 PROBES, CORRECTIONS, RATE = 8, 5, 0.1
 MOMENTUM, MEMORY, FLOOR = 0.9, 0.999, 1e-8
 
 
-def recover_probed(
+def find_probed(
     defended: Defended,
     budget: float,
     schedule: Schedule | None = None,

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from recover.defenses.defended import Defended, Delta
-from recover.search.ascent import Feasible, Objective, Schedule, recover
+from recover.search.ascent import Feasible, Objective, Schedule, find_perturbation
 from recover.search.constraints.pinned import Pinned
 from recover.tasks.behaviors import positions_read
 from recover.types import Float, Int, PerExample, Tensor
@@ -78,4 +78,4 @@ def opened(
         on_step: as in `recover`.
     """
     first = replace(schedule or Schedule(), steps=OPENING_STEPS, goal=math.inf, restarts=0)
-    return recover(opening, start, feasible, budget, first, on_step).delta
+    return find_perturbation(opening, start, feasible, budget, first, on_step).delta

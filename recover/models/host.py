@@ -32,7 +32,7 @@ from torch import nn
 
 from recover.models.capacity import prompts_at_once
 from recover.models.components import Component, modules_of
-from recover.models.prefix import KeysValues, held, recorder
+from recover.models.prefix import KeysValues, recorder, stored
 from recover.types import Bool, Float, InputError, Int, Mask, Residual, Site, Tensor, TokenIds
 
 Edit = Callable[[Tensor, Tensor], Tensor]
@@ -456,7 +456,7 @@ class Suffix:
             Prompts(ids[:, -n_pos:], mask[:, -n_pos:]),
             start=(self.site, residual),
             edits=edits,
-            past=held(self.past, self.model.n_layers),
+            past=stored(self.past, self.model.n_layers),
             past_mask=mask[:, :-n_pos],
             tokens=tokens,
             reads=reads,

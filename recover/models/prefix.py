@@ -42,7 +42,7 @@ def _rows(kept: Tensor, rows: Int[Tensor, "rows"]) -> Tensor:
     return kept[rows.to(kept.device)]
 
 
-class HeldLayer(DynamicLayer):
+class StoredLayer(DynamicLayer):
     """A layer whose past is fixed: `update` returns past and new, and keeps the past.
 
     A layer below the start of a suffix is never run; it has no keys, but must tell its length like the others.
@@ -70,7 +70,7 @@ def recorder(n_layers: int) -> Cache:
     return Cache(layers=[DynamicLayer() for _ in range(n_layers)])
 
 
-def held(past: KeysValues, n_layers: int) -> Cache:
+def stored(past: KeysValues, n_layers: int) -> Cache:
     """The prefix as a cache that can be used any number of times."""
     layers = past.layers + (None,) * (n_layers - len(past.layers))
-    return Cache(layers=[HeldLayer(pair, past.length) for pair in layers])
+    return Cache(layers=[StoredLayer(pair, past.length) for pair in layers])

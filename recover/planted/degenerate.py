@@ -29,7 +29,7 @@ from torch import nn
 from recover.defenses.clamps import Clamp, Defense, Set
 from recover.numerics.subspaces import NullSpace
 from recover.planted.meaning import WithNone
-from recover.planted.network import Monotone, network
+from recover.planted.network import Monotone, build_network
 from recover.planted.world import DEAD, SITE, THRESHOLD, Atoms, Draw, Planted, answers, distance, examples
 from recover.saes.activations import JumpReLU
 from recover.saes.sae import SAE
@@ -99,7 +99,7 @@ def degenerate_geometry(
     codes[:, n_answers:features] = draw.uniform(1.0, 3.0, n_prompts, n_context) * on
 
     copies = atoms.W[:, features:]
-    model, prompts = network(
+    model, prompts = build_network(
         draw,
         atoms,
         codes,

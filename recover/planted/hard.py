@@ -31,7 +31,7 @@ from torch import nn
 
 from recover.defenses.clamps import Clamp, Defense, Set
 from recover.numerics.subspaces import NullSpace
-from recover.planted.network import network
+from recover.planted.network import build_network
 from recover.planted.world import Atoms, Draw, Planted, answers, blocks, clamped, context_codes, examples, planted_sae
 from recover.tasks.behaviors import LogitDifference
 from recover.types import Tensor
@@ -107,7 +107,7 @@ def hard_readout(
     after = clamped(codes[rows, target], mode, architecture, only_active=True)
     sae, where = planted_sae(draw, T[:features], atoms.W[:, :features], d_sae, architecture=architecture)
     read = atoms.W[:, :n_answers] + gamma * atoms.W[:, features:-1]
-    model, prompts = network(
+    model, prompts = build_network(
         draw,
         atoms,
         codes,

@@ -29,7 +29,7 @@ import torch
 
 from recover.defenses.clamps import Clamp, Defense, Mode, Scale, Set
 from recover.numerics.subspaces import NullSpace
-from recover.planted.network import Linear, Monotone, network
+from recover.planted.network import Linear, Monotone, build_network
 from recover.planted.world import Atoms, Draw, Planted, answers, clamped, distance, examples, planted_sae
 from recover.tasks.behaviors import LogitDifference
 from recover.types import Site
@@ -80,7 +80,7 @@ def two_layers(
         after.append(clamped(codes[rows, part.start + target], mode, kind, only_active=True))
 
     U = second.W[:, a.start : a.stop] + gamma1 * second.W[:, b.start : b.stop] + gamma2 * second.W[:, c.start : c.stop]
-    model, prompts = network(
+    model, prompts = build_network(
         draw,
         first,
         codes,

@@ -45,7 +45,7 @@ from torch import nn
 
 from recover.defenses.clamps import Clamp, Defense, Mode, Scale, Set
 from recover.numerics.subspaces import NullSpace
-from recover.planted.network import network
+from recover.planted.network import build_network
 from recover.planted.world import Atoms, Draw, Planted, answers, blocks, clamped, context_codes, examples, planted_sae
 from recover.tasks.behaviors import ChoiceMargin
 from recover.types import Tensor
@@ -94,7 +94,7 @@ def write_only(
     codes[torch.arange(n_prompts), target] = draw.uniform(2.0, 4.0, n_prompts)
     gamma, v = draw.number(0.5, 2.0), draw.number(1.0, 3.0)
     sae, where = planted_sae(draw, atoms.T[:features], atoms.W[:, :features], d_sae)
-    model, prompts = network(
+    model, prompts = build_network(
         draw,
         atoms,
         codes,
@@ -149,7 +149,7 @@ def shared_route(
     sae, where = planted_sae(draw, T[:known], atoms.W[:, :known], d_sae, architecture=architecture)
     gate = atoms.W[:, :k].mean(dim=1) + gamma * atoms.W[:, route]
     needed = TAU - 1 / RHO - after.mean(dim=1) - gamma * codes[:, route]
-    model, prompts = network(
+    model, prompts = build_network(
         draw,
         atoms,
         codes,
@@ -220,7 +220,7 @@ def undone_clamp(
     else:
         U, f, shared = phi.T / KAPPA, WithNone(1.0), None
         smallest = KAPPA * (1 - after[torch.arange(n_prompts), target])
-    model, prompts = network(
+    model, prompts = build_network(
         draw,
         atoms,
         codes,

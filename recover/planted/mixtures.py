@@ -81,7 +81,7 @@ from torch import nn
 from recover.defenses.clamps import Clamp, Defense, Set
 from recover.numerics.subspaces import NullSpace
 from recover.planted.meaning import KAPPA, RHO, TAU, Gated, _closing, _gated_codes, likeliest
-from recover.planted.network import network
+from recover.planted.network import build_network
 from recover.planted.world import Atoms, Draw, Planted, answers, blocks, clamped, context_codes, examples, planted_sae
 from recover.tasks.behaviors import LogitDifference
 from recover.types import Bool, Float, InputError, Int, Tensor
@@ -176,7 +176,7 @@ def half_erased(
     e = atoms.W[:, x + 1 :]
     gate = atoms.W[:, :k].mean(dim=1) + gamma * atoms.W[:, x]
     U = torch.cat([atoms.W[:, copies:known], (atoms.W[:, a.start : a.stop] + epsilon * e) / 2, gate[:, None]], dim=1)
-    model, prompts = network(
+    model, prompts = build_network(
         draw,
         atoms,
         codes,
@@ -249,7 +249,7 @@ def partly_erased(
     sae, where = planted_sae(draw, T[:x], atoms.W[:, :x], d_sae)
     gate = atoms.W[:, :k].mean(dim=1) + gamma * atoms.W[:, x]
     U = torch.cat([zeta * atoms.W[:, x + 1 :], atoms.W[:, a.start : a.stop], gate[:, None]], dim=1)
-    model, prompts = network(
+    model, prompts = build_network(
         draw, atoms, codes, context, U, Sorted(), n_out=n_answers + 1, vocab=vocab, length=length, depth=depth
     )
     together = 1 + NONE - value - gamma * codes[:, x]
@@ -312,7 +312,7 @@ def some_routes(
     sae, where = planted_sae(draw, T[:known], atoms.W[:, :known], d_sae, architecture=architecture)
     gate = atoms.W[:, :k].mean(dim=1) + gamma * atoms.W[:, x]
     U = torch.cat([atoms.W[:, context.stop : x], gate[:, None], atoms.W[:, k : k + 1]], dim=1)
-    model, prompts = network(
+    model, prompts = build_network(
         draw, atoms, codes, context, U, TwiceGated(), n_out=n_answers + 1, vocab=vocab, length=length, depth=depth
     )
     opens = -(after / gamma + codes[:, x])
@@ -366,7 +366,7 @@ def undone_and_route(
     decoders = torch.cat([T[:k] + KAPPA * phi, T[k:known]])
     sae, where = planted_sae(draw, decoders, atoms.W[:, :known], d_sae, architecture=architecture)
     u = phi.mean(dim=0) / KAPPA + gamma * T[x]
-    model, prompts = network(
+    model, prompts = build_network(
         draw,
         atoms,
         codes,
@@ -430,7 +430,7 @@ def weak_predicate(
     codes[torch.arange(n_prompts), features + other] = beta
     sae, where = planted_sae(draw, T[:features], atoms.W[:, :features], d_sae)
     U = atoms.W[:, :n_answers] + gamma * atoms.W[:, features:]
-    model, prompts = network(
+    model, prompts = build_network(
         draw, atoms, codes, context, U, WithPrior(prior), n_out=n_answers + 1, vocab=vocab, length=length, depth=depth
     )
     around = 1.3 / gamma * (prior.mean() - prior) @ T[features:]

@@ -52,7 +52,7 @@ class Linear(nn.Module):
         return h @ self.J.T
 
 
-class Readout(nn.Module):
+class ReadoutBlock(nn.Module):
     """Overwrites the coordinates along `out` with `f(U^T h)`, whatever was there."""
 
     def __init__(self, U: Float[Tensor, "d_model n"], f: nn.Module, out: Float[Tensor, "d_model m"]) -> None:
@@ -111,7 +111,7 @@ class Monotone(nn.Module):
         return y
 
 
-def network(
+def build_network(
     draw: Draw,
     atoms: Atoms,
     codes: Float[Tensor, "batch n"],
@@ -151,7 +151,7 @@ def network(
         N = torch.linalg.qr(unread.T).Q if len(unread) else torch.zeros(d_model, 1, dtype=torch.float64)
         blocks.append(Elsewhere(0.5 * N[:, : max(1, d_model // 4)]))
         unread = unread.roll(1, dims=0)
-    blocks.append(Readout(U, f, out))
+    blocks.append(ReadoutBlock(U, f, out))
     head, bias = torch.zeros(vocab, d_model), torch.full((vocab,), -6.0)
     head[:n_out], bias[:n_out] = out.T.float(), 0.0
     module = Network(z @ atoms.T, blocks, head, bias).eval().requires_grad_(False)

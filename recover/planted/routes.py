@@ -33,7 +33,7 @@ from torch import nn
 
 from recover.defenses.clamps import Clamp, Defense, Mode, Scale, Set
 from recover.numerics.subspaces import NullSpace
-from recover.planted.network import Monotone, network
+from recover.planted.network import Monotone, build_network
 from recover.planted.world import Atoms, Draw, Planted, answers, clamped, distance, examples, planted_sae
 from recover.tasks.behaviors import LogitDifference
 from recover.types import Tensor
@@ -75,7 +75,7 @@ def complete_bottleneck(
     mode, architecture = _clamp(draw)
     sae, where = planted_sae(draw, atoms.T, atoms.W, d_sae, architecture=architecture)
     held = [*range(n_answers), *range(n_answers, n_answers + min(extra, n_context))]
-    model, prompts = network(
+    model, prompts = build_network(
         draw,
         atoms,
         codes,
@@ -174,7 +174,7 @@ def _bypass(
     sae, where = planted_sae(draw, atoms.T[:sae_atoms], atoms.W[:, :sae_atoms], d_sae, architecture=architecture)
     held = [*range(n_answers), *range(n_answers, n_answers + min(extra, n_context))]
     copies = atoms.W[:, first_copy:]
-    model, prompts = network(
+    model, prompts = build_network(
         draw,
         atoms,
         codes,

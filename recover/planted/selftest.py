@@ -65,7 +65,7 @@ class Outcome:
         return not self.right or not (self.norm_error is None or self.norm_error <= TOLERANCE)
 
 
-def selftest(
+def run_selftest(
     seeds: Iterable[int],
     kinds: Sequence[str] = tuple(KINDS),
     progress: Callable[[str, int, int], None] | None = None,

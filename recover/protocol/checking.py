@@ -27,11 +27,11 @@ from recover.protocol import heldout
 from recover.protocol.bench import Bench
 from recover.protocol.gates import fit_gates
 from recover.protocol.global_controls import placebo_features, search_health, undo
-from recover.protocol.ledger import Ledger, Memory, Part, Store
+from recover.protocol.ledger import InMemoryStore, Ledger, Part, Store
 from recover.protocol.phases import PHASES, Done, Phase, accounting, curve_budgets
 from recover.protocol.plan import Plan
 from recover.protocol.records import ExampleRecord
-from recover.protocol.verdict import Evidence, Verdict, decide
+from recover.protocol.verdict import Gathered, Verdict, decide
 from recover.protocol.workers import ALONE, Workers
 from recover.saes.fit import Fit, measure_fit
 from recover.search.ascent import Schedule
@@ -39,7 +39,7 @@ from recover.search.constraints.linear import Budget
 from recover.tasks.behaviors import positions_read
 from recover.tasks.examples import Examples
 
-__all__ = ["Examples", "Memory", "Store", "check"]
+__all__ = ["Examples", "InMemoryStore", "Store", "check"]
 
 FIT_PROMPTS = 32
 Progress = Callable[[str, int, int], None]
@@ -89,7 +89,7 @@ def check(
         LostWorkerError: another worker has gone.
     """
     Budget(budget)  # refuses what is no norm, also where nothing will be searched
-    store, plan, report = store or Memory(), plan or Plan(), progress or (lambda *_: None)
+    store, plan, report = store or InMemoryStore(), plan or Plan(), progress or (lambda *_: None)
     widest = max(clamp.sae.d_sae for clamp in defense.clamps)
     fitting = min(workers.gather(model.batch_size(examples.prompts, widest)))  # batches are the same for all
     size = fitting if batch_size is None else min(batch_size, fitting if model.recurrent else batch_size)
@@ -104,7 +104,7 @@ def check(
     return decide(evidence, plan, budget, str(model.dtype).removeprefix("torch."), threat_model(bench), told)
 
 
-def _gather(bench: Bench, ledger: Ledger, neutral: Prompts | None, report: Progress) -> Evidence:
+def _gather(bench: Bench, ledger: Ledger, neutral: Prompts | None, report: Progress) -> Gathered:
     """Everything that a verdict is made of, from units that are finished or are run now."""
     with ledger.shared():
         _account(bench, ledger, neutral, report)
@@ -117,14 +117,14 @@ def _gather(bench: Bench, ledger: Ledger, neutral: Prompts | None, report: Progr
             flips[number] = count
         start += len(rows)
     if not flips or not all(gate.passed for gate in fit_gates(fits)):
-        return Evidence(accounts, fits, utility)
+        return Gathered(accounts, fits, utility)
     with ledger.shared():
         _search_and_control(bench, ledger, flips, report)
     # What is found is held against the clamp undone, once all of it is there.
     with ledger.shared():
         if ledger.mine({("undo", 0): ["undo"]}):
             ledger.run("undo", None, lambda: undo(bench, ledger.store))
-    return Evidence(
+    return Gathered(
         _records(bench, ledger, {"accounting": range(len(bench.rows)), **{name: list(flips) for name in PHASES}}),
         fits,
         utility,

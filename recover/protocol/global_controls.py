@@ -15,7 +15,7 @@ from recover.evidence.transfer import halves
 from recover.numerics.metrics import norm
 from recover.protocol.bench import Batch, Bench
 from recover.protocol.phases import Deltas
-from recover.search.ascent import recover
+from recover.search.ascent import find_perturbation
 from recover.search.constraints.admissible import admissible
 from recover.search.gradient_checks import error_channel, finite_differences
 from recover.types import Tensor
@@ -77,7 +77,7 @@ def placebo_features(bench: Bench, draw: int) -> dict[str, Any]:
         suppressed += len(batch.flips)
         if len(batch.flips):
             target = other.objective(batch.target)
-            found = recover(target, target.zero_delta, other.feasible(target), bench.budget, bench.schedule)
+            found = find_perturbation(target, target.zero_delta, other.feasible(target), bench.budget, bench.schedule)
             recovered += int(found.recovered.sum())
     return {"suppressed": suppressed, "base": base, "recovered": recovered}
 

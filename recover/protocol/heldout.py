@@ -40,7 +40,7 @@ C1, C1_PLUS, SHUFFLED = "c1", "c1_plus", "shuffled"
 
 
 @dataclass(frozen=True)
-class Fit:
+class FoldFit:
     """One fit: what it is of, its budget, and which of several."""
 
     kind: str
@@ -179,7 +179,7 @@ def read(bench: Bench, fold: int, deltas: Deltas, report: Callable[[int, int], N
 
 
 def _dealt(
-    bench: Bench, half: Pool, rows: Int[Tensor, "rows"], fold: int, fits: Sequence[Fit], saved: Tensor
+    bench: Bench, half: Pool, rows: Int[Tensor, "rows"], fold: int, fits: Sequence[FoldFit], saved: Tensor
 ) -> dict[int, int]:
     """For each fit to shuffled targets, how often examples show a target that was dealt to them at random."""
     hits = {}
@@ -305,11 +305,11 @@ def evidence(transfer: dict[str, Any]) -> TransferEvidence:
     return TransferEvidence(**readings, one_for_all=transfer.get("one_for_all", False))
 
 
-def _fits(bench: Bench, targeted: bool) -> list[Fit]:
+def _fits(bench: Bench, targeted: bool) -> list[FoldFit]:
     levels, shuffles = budgets(bench), bench.plan.transfer.shuffles if targeted else 0
-    own = [Fit(kind, budget, 0) for kind in (C1, C1_PLUS) for budget in levels]
-    few = [Fit(SHUFFLED, budget, 0) for budget in levels[:-1] if shuffles]
-    return own + few + [Fit(SHUFFLED, levels[-1], draw) for draw in range(shuffles)]
+    own = [FoldFit(kind, budget, 0) for kind in (C1, C1_PLUS) for budget in levels]
+    few = [FoldFit(SHUFFLED, budget, 0) for budget in levels[:-1] if shuffles]
+    return own + few + [FoldFit(SHUFFLED, levels[-1], draw) for draw in range(shuffles)]
 
 
 def _largest(values: Sequence[float | None]) -> float:

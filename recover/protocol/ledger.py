@@ -22,7 +22,7 @@ from recover.protocol.records import without_nan
 from recover.protocol.workers import ALONE, Workers
 from recover.types import Tensor
 
-__all__ = ["Ledger", "Memory", "Part", "Store"]
+__all__ = ["InMemoryStore", "Ledger", "Part", "Store"]
 
 Part = tuple[str, int]
 """Units that one worker runs in order, such as `("batch", 3)`."""
@@ -48,7 +48,7 @@ class Store(Protocol):
         """A unit that another worker finished, from what its store gave."""
 
 
-class Memory:
+class InMemoryStore:
     """A store that lasts as long as the object."""
 
     def __init__(self) -> None:

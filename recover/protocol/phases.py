@@ -32,7 +32,7 @@ from recover.models.generation import texts
 from recover.protocol import travel
 from recover.protocol.bench import Batch, Bench
 from recover.protocol.records import certificate_values, search_values, without_nan
-from recover.search.ascent import recover
+from recover.search.ascent import find_perturbation
 from recover.search.constraints.pinned import Pinned
 from recover.search.gradient_free import reexamined
 from recover.search.pinned import shorten
@@ -143,7 +143,7 @@ def attribution(bench: Bench, batch: Batch, deltas: Deltas, report: Report) -> D
     return Done(_by_id(batch, "attribution", travel.part_values(parts, said)))
 
 
-def _read_replies(bench: Bench, part: Examples, delta: Delta) -> list[refusal.Readout]:
+def _read_replies(bench: Bench, part: Examples, delta: Delta) -> list[refusal.ReplyReading]:
     assert part.dialogue is not None
     replies = texts(bench.model.tokenizer, bench.said(part.dialogue, delta))
     return [refusal.read(reply, base) for reply, base in zip(replies, part.dialogue.texts, strict=True)]
@@ -222,10 +222,10 @@ def budgets(bench: Bench, batch: Batch, deltas: Deltas, report: Report) -> Done:
     target, goal = bench.objective(batch.target), bench.schedule.goal
     feasible, schedule = bench.feasible(target), bench.schedule
     reached = {
-        budget: (recover(target, target.zero_delta, feasible, budget, schedule).slack >= goal).tolist()
+        budget: (find_perturbation(target, target.zero_delta, feasible, budget, schedule).slack >= goal).tolist()
         for budget in curve_budgets(bench)
     }
-    longer = recover(
+    longer = find_perturbation(
         target, target.zero_delta, feasible, bench.budget, replace(schedule, steps=2 * schedule.steps)
     ).slack
     return Done(
@@ -244,7 +244,7 @@ def undefended(bench: Bench, batch: Batch, deltas: Deltas, report: Report) -> Do
     target = batch.target.at_sites(bench.defense.sites[:1])
     objective, start = Undefended.of(target), displacement(target)
     reach = longest(start) * (1 + 1e-3)
-    found = recover(objective, start, Anywhere(), reach, bench.schedule)
+    found = find_perturbation(objective, start, Anywhere(), reach, bench.schedule)
     found = reexamined(objective, found, Anywhere(), reach, bench.schedule)
     back = (found.slack > 0).tolist()
     return Done({example: {"undefended": back[row]} for row, example in enumerate(batch.flip_ids)})

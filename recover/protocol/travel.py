@@ -14,7 +14,7 @@ from typing import Any
 from recover.evidence.attribution.parts import TOP_K, Attribution
 from recover.numerics.statistics import wilson
 from recover.protocol.records import ExampleRecord, PartRecord, without_nan
-from recover.tasks.replies import Readout
+from recover.tasks.replies import ReplyReading
 
 PARTS = ("full", "error", "free", "top_k", "clamped")
 SAID = ("error", "free", "clamped")
@@ -24,7 +24,7 @@ POINTS = 4
 
 
 def part_values(
-    found: Attribution, said: Mapping[str, Sequence[Readout]] | None = None
+    found: Attribution, said: Mapping[str, Sequence[ReplyReading]] | None = None
 ) -> list[dict[str, dict[str, Any]]]:
     """A `PartRecord` for each part of each example of a batch; with how what is said under some parts reads."""
     columns = {

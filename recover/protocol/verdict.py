@@ -45,7 +45,7 @@ Searched = Sequence[ExampleRecord]
 
 
 @dataclass(frozen=True)
-class Evidence:
+class Gathered:
     """All that a verdict is made of; what was not run is None or empty.
 
     Attributes:
@@ -105,7 +105,7 @@ class Verdict:
 
 
 def decide(
-    evidence: Evidence,
+    evidence: Gathered,
     plan: Plan,
     budget: float,
     dtype: str,
@@ -169,7 +169,7 @@ def decide(
 
 
 def _gates(
-    evidence: Evidence, plan: Plan, accounting: Mapping[str, int], budget: float, dtype: str
+    evidence: Gathered, plan: Plan, accounting: Mapping[str, int], budget: float, dtype: str
 ) -> tuple[Gate, ...]:
     gates = [*fit_gates(evidence.fits), flips_gate(accounting)]
     gates.append(utility_gate(evidence.utility, plan.max_loss_increase))
@@ -351,7 +351,7 @@ def placebo_features(draws: Sequence[Mapping[str, Any]]) -> dict[str, Any] | Non
 
 
 def _controls(
-    evidence: Evidence,
+    evidence: Gathered,
     searched: Searched,
     pairs: Paired | None,
     features: Mapping[str, Any] | None,
@@ -391,7 +391,7 @@ def _controls(
     }
 
 
-def _fit(evidence: Evidence) -> dict[str, Any]:
+def _fit(evidence: Gathered) -> dict[str, Any]:
     worst = worst_fit(evidence.fits)
     fit: dict[str, Any] = {key: getattr(worst, key) for key in ("explained_variance", "l0", "loss_recovered")}
     fit["sites"] = [vars(one) for one in evidence.fits]

@@ -31,13 +31,13 @@ from recover.report.figures import (
 )
 from recover.report.words import PARTS, READING, REPLIES, TITLES
 
-__all__ = ["figures"]
+__all__ = ["figures_of"]
 
 Records = Sequence[ExampleRecord]
 NORM = "norm of the perturbation"
 
 
-def figures(verdict: Mapping[str, Any], records: Records = ()) -> dict[str, Figure]:
+def figures_of(verdict: Mapping[str, Any], records: Records = ()) -> dict[str, Figure]:
     """The figures of a run by name; those of parts that were not run are left out.
 
     Args:

@@ -18,7 +18,7 @@ from markupsafe import Markup
 
 from recover.protocol.records import ExampleRecord
 from recover.report.answers import answers, parsed
-from recover.report.evidence_figures import figures
+from recover.report.evidence_figures import figures_of
 from recover.report.figures import Figure
 from recover.report.svg import draw, legend, marker
 from recover.report.text import RESULTS, Rows, sections
@@ -89,7 +89,7 @@ def rows_of(values: Mapping[str, Any], leave: Sequence[str] = ()) -> Rows:
 
 
 def _chapters(verdict: Mapping[str, Any], records: Sequence[ExampleRecord]) -> list[Chapter]:
-    drawn, facts = figures(verdict, records), sections(verdict)
+    drawn, facts = figures_of(verdict, records), sections(verdict)
     chapters = [
         Chapter(
             name,

@@ -20,7 +20,7 @@ from matplotlib.backends.backend_pdf import FigureCanvasPdf
 from matplotlib.figure import Figure as Canvas
 
 from recover.protocol.folder import write_whole
-from recover.report.evidence_figures import figures
+from recover.report.evidence_figures import figures_of
 from recover.report.figures import Curves, Dots, Figure, Histogram, Intervals, Tone, number
 from recover.report.finished import FinishedRun
 from recover.report.markdown import summary_rows
@@ -68,7 +68,7 @@ def write_figures(run: FinishedRun, out: Path) -> list[Path]:
     written = []
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for figure in figures(run.verdict, run.records).values():
+        for figure in figures_of(run.verdict, run.records).values():
             for suffix, content in rendered(figure).items():
                 written.append(out / f"{figure.name}.{suffix}")
                 write_whole(written[-1], content)

@@ -117,7 +117,7 @@ Climb = Callable[
 """From a start to the best delta met on the way: the arguments of `recover`, in their order."""
 
 
-def recover(
+def find_perturbation(
     objective: Objective,
     start: Delta,
     feasible: Feasible,

@@ -37,7 +37,17 @@ import torch
 from einops import einsum, rearrange, repeat
 
 from recover.numerics.metrics import norm
-from recover.search.ascent import ROUNDING, Delta, Feasible, Objective, Schedule, Solution, Status, recover, scale_to
+from recover.search.ascent import (
+    ROUNDING,
+    Delta,
+    Feasible,
+    Objective,
+    Schedule,
+    Solution,
+    Status,
+    find_perturbation,
+    scale_to,
+)
 from recover.search.minimum import OnSlack, closer, edge
 from recover.types import Bool, Float, PerExample, Tensor
 
@@ -115,7 +125,7 @@ def reexamined(
     if len(some := outdone.nonzero().flatten()):
         # Where the probe is, a gradient may be of use.
         rising, inside = OnSlack(part.select(some)), allowed.select(some)
-        again = recover(rising, better[some], inside, budget, replace(schedule, restarts=0))
+        again = find_perturbation(rising, better[some], inside, budget, replace(schedule, restarts=0))
         useful = again.slack > value[some] + _margin(again.slack, slopes.slack[some], schedule.goal)
         delta, slack = delta.index_copy(0, some, again.delta), slack.index_copy(0, some, again.slack)
         outdone = outdone.index_copy(0, some, ~useful)

@@ -27,7 +27,7 @@ import torch
 from einops import einsum, rearrange
 
 from recover.numerics.metrics import norm
-from recover.search.ascent import Delta, Feasible, Objective, Rows, Schedule, recover, scale_to
+from recover.search.ascent import Delta, Feasible, Objective, Rows, Schedule, find_perturbation, scale_to
 from recover.types import Float, PerExample, Tensor
 
 TURNS = (1.0, 0.5, 0.2, 0.05)
@@ -53,7 +53,7 @@ class Minimum:
     norm: PerExample
 
 
-def smallest_norm(
+def smallest_perturbation(
     objective: Objective,
     start: Delta,
     feasible: Feasible,
@@ -77,7 +77,7 @@ def smallest_norm(
     here, reached = torch.zeros_like(start), slack > 0
     # A behavior's score and its slack lead to different places, and without a budget one of them may lead nowhere.
     for rising in (objective, OnSlack(objective)):
-        found = recover(rising, start, feasible, float("inf"), schedule)
+        found = find_perturbation(rising, start, feasible, float("inf"), schedule)
         there, here_too = edge(objective, found.delta, goal), found.slack >= goal
         better = here_too & (~reached | (norm(there) < norm(here)))
         here, reached = torch.where(rearrange(better, "batch -> batch 1 1"), there, here), reached | here_too

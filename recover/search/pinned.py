@@ -23,12 +23,12 @@ from einops import rearrange
 
 from recover.defenses.defended import Delta
 from recover.numerics.metrics import norm
-from recover.search.ascent import Climb, Schedule, better, clip, recover
+from recover.search.ascent import Climb, Schedule, better, clip, find_perturbation
 from recover.search.constraints.pinned import Pinned
 from recover.search.minimum import MARGIN
 from recover.types import Bool, InputError, Int, PerExample, Residual, Tensor
 
-__all__ = ["PinnedSolution", "recover_pinned", "shorten"]
+__all__ = ["PinnedSolution", "find_pinned", "shorten"]
 
 ROUNDS = 4
 TIGHTER = 0.85
@@ -65,7 +65,7 @@ class PinnedSolution:
         return self.slack > 0
 
 
-def recover_pinned(
+def find_pinned(
     pinned: Pinned,
     budget: float,
     schedule: Schedule | None = None,
@@ -93,7 +93,7 @@ def recover_pinned(
     start, bound = pinned.start if start is None else start, budget
     for _ in range(ROUNDS):
         part = pinned.select(rows)
-        found = recover(part, start, part.free, bound, schedule, climb=climb)
+        found = find_perturbation(part, start, part.free, bound, schedule, climb=climb)
         free = part.within(found.delta, budget * (1 - 1e-6))
         best = better(best, _measured(part, free, budget, found.steps), rows)
         # What fits into the budget as it was found has had its search; a smaller bound is for what had to be cut.

@@ -32,9 +32,9 @@ from einops import rearrange, repeat
 
 from recover.numerics.metrics import norm
 from recover.search.adam import climb
-from recover.search.ascent import Delta, Feasible, Objective, Rows, Schedule, Solution, Status, clip, recover
+from recover.search.ascent import Delta, Feasible, Objective, Rows, Schedule, Solution, Status, clip, find_perturbation
 from recover.search.gradient_free import ELEMENTS_AT_ONCE, Effort, projected, put, reexamined, scaled, slacks_of, walk
-from recover.search.minimum import MARGIN, edge, smallest_norm
+from recover.search.minimum import MARGIN, edge, smallest_perturbation
 from recover.types import Bool, InputError, Int, PerExample, Tensor
 
 FURTHER = (1.0, 1.01, 1.05, 1.3, 2.0)
@@ -97,19 +97,19 @@ class WorstCase:
 
 def ascent(objective: Objective, start: Delta, feasible: Feasible, budget: float, schedule: Schedule) -> Found:
     """Steepest ascent within the budget."""
-    within = recover(objective, start, feasible, budget, schedule)
+    within = find_perturbation(objective, start, feasible, budget, schedule)
     return Found(*_pulled(objective, within.delta), within)
 
 
 def adam(objective: Objective, start: Delta, feasible: Feasible, budget: float, schedule: Schedule) -> Found:
     """Projected Adam within the budget, with the restarts of `recover`."""
-    within = recover(objective, start, feasible, budget, schedule, climb=climb)
+    within = find_perturbation(objective, start, feasible, budget, schedule, climb=climb)
     return Found(*_pulled(objective, within.delta), within)
 
 
 def without_budget(objective: Objective, start: Delta, feasible: Feasible, budget: float, schedule: Schedule) -> Found:
     """The nearest point of the edge of the goal; for within the budget, what lies on its ray."""
-    shortest = smallest_norm(objective, start, feasible, schedule)
+    shortest = smallest_perturbation(objective, start, feasible, schedule)
     tries = [start, *(clip(further * shortest.delta, budget) for further in FURTHER)]
     return Found(shortest.delta, shortest.norm, first_reaching(objective, tries, schedule.goal))
 
@@ -203,7 +203,7 @@ def worst_case(
     least_of = Found(deltas[index, torch.arange(len(start), device=start.device)], least, again)
     bound = found["smallest_norm"].norm if "smallest_norm" in found else least
     if len(rows := ((least > 0) & ((1 + TIE) * least < bound)).nonzero().flatten()):
-        turned = smallest_norm(objective.select(rows), least_of.delta[rows], feasible.select(rows), schedule)
+        turned = smallest_perturbation(objective.select(rows), least_of.delta[rows], feasible.select(rows), schedule)
         least_of = _shorter(least_of, rows, turned.delta, turned.norm)
     if len(rows := (again.slack < schedule.goal).nonzero().flatten()):
         # Draws that were not better by enough to be searched from, or that found values where gradients found none.

@@ -37,14 +37,14 @@ from recover.numerics.metrics import norm, relative_drift
 from recover.saes.activations import AbsTopK, TopK
 from recover.search.ascent import ROUNDING, Schedule, clip
 from recover.search.constraints.linear import ActivationStable, DecodeStable, EncoderOrthogonal
-from recover.search.constraints.monitor import Jacobian, passed, row_space
+from recover.search.constraints.monitor import Jacobian, jacobian_row_space, passed
 from recover.search.constraints.pinned import Pinned
-from recover.search.constraints.restored import recover_restored
+from recover.search.constraints.restored import find_restored
 from recover.search.held import Point, RestoredSolution, each, search_held
-from recover.search.pinned import recover_pinned
+from recover.search.pinned import find_pinned
 from recover.types import Bool, Float, Int, PerExample, Residual, Tensor
 
-__all__ = ["Stable", "recover_stable"]
+__all__ = ["Stable", "find_stable"]
 
 Stable = type[ActivationStable] | type[DecodeStable]
 TOLERANCE = 1e-4
@@ -58,7 +58,7 @@ CORRECTIONS, TURNS = 8, 4
 Rows = Float[Tensor, "batch row"]
 
 
-def recover_stable(
+def find_stable(
     defended: Defended,
     constraint: Stable,
     budget: float,
@@ -88,11 +88,11 @@ def recover_stable(
     """
     schedule = schedule or Schedule()
     if constraint is DecodeStable:
-        stricter = recover_stable(defended, ActivationStable, budget, schedule, on_step, tolerance=tolerance).delta
+        stricter = find_stable(defended, ActivationStable, budget, schedule, on_step, tolerance=tolerance).delta
     elif len(defended.delta_sites) > 1:
-        stricter = recover_pinned(Pinned.of(defended), budget, schedule).delta
+        stricter = find_pinned(Pinned.of(defended), budget, schedule).delta
     else:
-        stricter = recover_restored(defended, budget, schedule, on_step, tolerance=tolerance).delta
+        stricter = find_restored(defended, budget, schedule, on_step, tolerance=tolerance).delta
     rules = _Rules.of(defended, constraint, budget, tolerance)
     return search_held(rules, [stricter, defended.zero_delta], budget, tolerance, schedule, on_step)
 
@@ -163,7 +163,7 @@ class _Rules:
             if not bool(amiss.any()):
                 break
             wrong = torch.cat([seen.rows[:, : seen.n_equal], torch.relu(seen.rows[:, seen.n_equal :])], dim=1).detach()
-            back = row_space(_jacobian(leaf, seen, wrong > 0)).solve(wrong).to(delta.dtype)
+            back = jacobian_row_space(_jacobian(leaf, seen, wrong > 0)).solve(wrong).to(delta.dtype)
             delta = torch.where(each(amiss & torch.isfinite(norm(back))), delta - back, delta)
         return clip(delta, self.budget)
 
@@ -201,7 +201,7 @@ class _Rules:
         near[:, : seen.n_equal] = False
         held, jacobian = torch.zeros_like(near), _jacobian(leaf, seen, near)
         for _ in range(TURNS):
-            free = row_space(_jacobian(leaf, seen, held)).project(along)
+            free = jacobian_row_space(_jacobian(leaf, seen, held)).project(along)
             broken = near & ~held & (jacobian.push(free) > 0)
             if not bool(broken.any()):
                 break

@@ -43,7 +43,7 @@ from recover.search.constraints.admissible import _gradients
 from recover.search.constraints.linear import EncoderOrthogonal
 from recover.types import Bool, Float, InputError, Int, PerExample, Residual, Site, Tensor
 
-__all__ = ["DenseRows", "IteratedRows", "Jacobian", "Monitor", "RowSpace", "Watched", "passed", "row_space"]
+__all__ = ["DenseRows", "IteratedRows", "Jacobian", "Monitor", "RowSpace", "Watched", "jacobian_row_space", "passed"]
 
 NEAR, BACK, ASIDE = 0.05, 0.2, 0.3
 """Shares of its gap: an inactive feature as near as the first is brought back to the second; a search turns aside at
@@ -328,7 +328,7 @@ class IteratedRows:
         return self.jacobian.push(_unflat(v, self.jacobian.leaf))
 
 
-def row_space(jacobian: Jacobian, *, dense: bool | None = None, tolerance: float = TOLERANCE) -> RowSpace:
+def jacobian_row_space(jacobian: Jacobian, *, dense: bool | None = None, tolerance: float = TOLERANCE) -> RowSpace:
     """The row space of a Jacobian.
 
     Args:

@@ -20,13 +20,13 @@ import torch
 
 from recover.defenses.defended import Defended, Delta
 from recover.numerics.metrics import norm
-from recover.search.ascent import ROUNDING, Schedule, better, clip, recover
+from recover.search.ascent import ROUNDING, Schedule, better, clip, find_perturbation
 from recover.search.constraints.admissible import admissible
-from recover.search.constraints.monitor import Jacobian, Monitor, Watched, row_space
+from recover.search.constraints.monitor import Jacobian, Monitor, Watched, jacobian_row_space
 from recover.search.held import Point, RestoredSolution, each, search_held
 from recover.types import Bool, Int, PerExample, Tensor
 
-__all__ = ["DRIFT", "Restored", "recover_linearized", "recover_restored", "restore"]
+__all__ = ["DRIFT", "Restored", "find_linearized", "find_restored", "restore"]
 
 DRIFT = 1e-3
 """Relative drift that is allowed."""
@@ -85,7 +85,7 @@ def restore(
         if taken == steps or not bool(going.any()):
             return Restored(here, drift, drift <= tolerance, taken)
         taken += 1
-        back = row_space(Jacobian.at(monitor, leaf, watched, monitor.held(watched)), dense=dense).solve(
+        back = jacobian_row_space(Jacobian.at(monitor, leaf, watched, monitor.held(watched)), dense=dense).solve(
             monitor.moved(watched.detached())
         )
         move = torch.where(each(nearer), back.to(here.dtype), move)
@@ -93,7 +93,7 @@ def restore(
         trial = torch.where(each(going), here - each(share) * move, here)
 
 
-def recover_restored(
+def find_restored(
     defended: Defended,
     budget: float,
     schedule: Schedule | None = None,
@@ -126,7 +126,7 @@ def recover_restored(
     return search_held(watching, [defended.zero_delta], budget, tolerance, schedule or Schedule(), on_step)
 
 
-def recover_linearized(
+def find_linearized(
     defended: Defended,
     budget: float,
     schedule: Schedule | None = None,
@@ -169,7 +169,7 @@ def recover_linearized(
         if not len(rows):
             break
         part = watching.select(rows)
-        found = recover(defended.select(rows), start[rows], space.select(rows), budget, clear)
+        found = find_perturbation(defended.select(rows), start[rows], space.select(rows), budget, clear)
         delta = part.within(found.delta)
         with torch.no_grad():
             score, slack = defended.select(rows)(delta)
@@ -215,7 +215,7 @@ class _Watching:
         monitor = self.monitor
         held, near = monitor.active, monitor.near(watched)
         for _ in range(TURNS):
-            free = row_space(Jacobian.at(monitor, leaf, watched, held), dense=self.dense).project(gradient)
+            free = jacobian_row_space(Jacobian.at(monitor, leaf, watched, held), dense=self.dense).project(gradient)
             blocked = near & monitor.watched & ~held
             if not bool(blocked.any()):
                 break
