@@ -16,17 +16,13 @@ import math
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 from matplotlib import pyplot as plt
-from tqdm import tqdm
 
-from recover import InMemoryStore, load_config
-from recover.protocol.bench import Bench
-from recover.protocol.heldout import fit, read, summary
-from recover.protocol.phases import accounting, certificates, placebo, search
-from recover.protocol.records import ExampleRecord
-from recover.protocol.verdict import certified_norm, curve, placebo_pairs
-from recover.run.setting import build_bench, load_setting
+from recover.protocol import (
+    Bench, ExampleRecord, InMemoryStore, certified_norm, curve, placebo_pairs, run_phases, run_transfer,
+)  # fmt: skip
+from recover.report import plot_style
+from recover.run import build_bench, load_config, load_setting, progress_shown
 
 DEFAULT = Path(__file__).parent / "ioi_smollm2.yaml"
 LINES = {
@@ -36,37 +32,6 @@ LINES = {
     "random_rate": ("random directions", "+:"),
     "undo_rate": ("clamp undone", "d:"),
 }
-
-
-def bench_of(defense_file: Path, n: int) -> Bench:
-    """The material of the experiment: model, defense and `n` prompts."""
-    # Random directions are another question, and the slowest part.
-    setting = load_setting(load_config(defense_file, {"prompts.n": n, "controls.random_draws": 100}))
-    return build_bench(setting)
-
-
-def per_example(bench: Bench, store: InMemoryStore) -> list[ExampleRecord]:
-    """Each valid flip searched toward its own answer and toward the placebo's, and certified."""
-    values: dict[str, dict[str, Any]] = {name: {"id": name} for name in bench.examples.ids}
-    for batch in tqdm(bench.batches, desc="per example"):
-        for phase in (accounting, search, certificates, placebo):
-            if len(batch.flips) or phase is accounting:
-                done = phase(bench, batch, store, lambda *_: None)
-                store.deltas |= done.deltas
-                for name, part in done.values.items():
-                    values[name] |= part
-    return [ExampleRecord.of(one) for one in values.values()]
-
-
-def transfer(bench: Bench, store: InMemoryStore) -> dict[str, Any]:
-    """Shared perturbations, fitted on either half and read on the other."""
-    folds = []
-    for fold in range(bench.plan.transfer.folds):
-        with tqdm(desc=f"transfer, fold {fold + 1}", total=bench.plan.transfer.fit.steps) as bar:
-            fitted = fit(bench, fold, store, lambda *_: bar.update())
-        store.deltas |= fitted.deltas
-        folds.append((dict(fitted.values), read(bench, fold, store, lambda *_: None)))
-    return summary(folds, bench.pool.residual_norm)
 
 
 def table(bench: Bench, records: list[ExampleRecord], shared: dict[str, Any]) -> str:
@@ -107,7 +72,7 @@ def table(bench: Bench, records: list[ExampleRecord], shared: dict[str, Any]) ->
 
 def figure(bench: Bench, records: list[ExampleRecord], shared: dict[str, Any], path: Path) -> None:
     """Left, the share of examples within each norm, own answer and placebo; right, the transfer curve."""
-    mpl.rcParams.update({"font.size": 9, "svg.fonttype": "none", "axes.spines.top": False, "axes.spines.right": False})
+    plot_style()
     canvas, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained", sharey=True)
     flips = [record for record in records if record.placebo is not None]
     own = [certified_norm(record) for record in flips]
@@ -133,8 +98,12 @@ def main() -> None:
     parser.add_argument("--figure", type=Path, default=Path("specificity.svg"), help="where to save the figure")
     parser.add_argument("--json", type=Path, help="where to save the figures behind it")
     options = parser.parse_args()
-    bench, store = bench_of(options.defense, options.n), InMemoryStore()
-    records, shared = per_example(bench, store), transfer(bench, store)
+    # Random directions are another question, and the slowest part.
+    config = load_config(options.defense, {"prompts.n": options.n, "controls.random_draws": 100})
+    bench, store = build_bench(load_setting(config)), InMemoryStore()
+    with progress_shown() as progress:
+        records = run_phases(bench, ("search", "certificates", "placebo"), store, progress)
+        shared = run_transfer(bench, store, progress)
     print(table(bench, records, shared))
     figure(bench, records, shared, options.figure)
     if options.json is not None:

@@ -97,6 +97,12 @@ class SavedRun:
         """The deltas within the budget of these examples, `[batch n_pos d_model]`."""
         return torch.stack([self.deltas[name] for name in ids]).to(self.bench.model.device)
 
+    def batches(self, most: int | None = None) -> list[tuple[Examples, Delta]]:
+        """The valid flips in batches, each with its deltas within the budget; the first `most` of them, or all."""
+        ids, size = list(self.flips)[:most], self.bench.batch_size
+        some = [ids[start : start + size] for start in range(0, len(ids), size)]
+        return [(self.examples(names), self.found(names)) for names in some]
+
     @property
     def shared(self) -> list[SharedDelta]:
         """For each fold the shared C1 delta of the largest norm."""

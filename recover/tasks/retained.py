@@ -36,6 +36,15 @@ class StillRight:
         """All wordings of all known items."""
         return [right for item in self.known for right in item]
 
+    def __str__(self) -> str:
+        if not self.known:
+            return "the model knows none of these items, so nothing can be said"
+        right, n, whole = sum(self.wordings), len(self.wordings), sum(map(all, self.known))
+        return (
+            f"{right} of {n} wordings ({right / n:.1%}) still right; "
+            f"{whole} of {len(self.known)} items ({whole / len(self.known):.1%}) right in every wording"
+        )
+
 
 def still_right(
     task: str,
