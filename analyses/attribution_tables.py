@@ -86,9 +86,9 @@ def part_lines(table: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return lines
 
 
+@plot_style()
 def figure(table: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     """What each part does."""
-    plot_style()
     canvas, axes = plt.subplots(figsize=(5.4, 3.6), layout="constrained")
     places = list(range(len(table)))[::-1]
     for shift, key, word in ((0.2, "integrated", "integrated effect"), (-0.2, "effect", "replayed alone")):

@@ -51,9 +51,9 @@ def line(found: Mapping[str, Any]) -> str:
     )
 
 
+@plot_style()
 def figure(points: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Rates against budget with Wilson intervals, and the published curve."""
-    plot_style()
     canvas, axes = plt.subplots(figsize=(5.4, 3.4), layout="constrained")
     budgets, n = [found["budget"] for found in points], [found["n"] for found in points]
     for (name, words), style in zip(READS.items(), ("o-", "s-", "^-", "d:"), strict=True):

@@ -70,9 +70,9 @@ def line(found: Mapping[str, Any]) -> str:
     )
 
 
+@plot_style()
 def figure(points: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Left, how many requests flip and how many come back; right, the shares with Wilson intervals."""
-    plot_style()
     canvas, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     counts = [found["count"] for found in points]
     for name, words, style in (("n", "valid flips", "k--"), ("base_like", "brought back", "o-")):

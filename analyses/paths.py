@@ -72,9 +72,9 @@ def mover_lines(found: Mapping[str, Any]) -> list[str]:
     return [*lines, f"  all {len(found['heads'])} such heads write {told}{share}"]
 
 
+@plot_style()
 def figure(groups: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     """How much goes and comes with the top components."""
-    plot_style()
     canvas, axes = plt.subplots(figsize=(5.4, 3.6), layout="constrained")
     for (name, group), mark in zip(groups.items(), "os", strict=False):
         doing = group["paths"]["doing"]

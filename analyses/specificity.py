@@ -70,9 +70,9 @@ def table(bench: Bench, records: list[ExampleRecord], shared: dict[str, Any]) ->
     )
 
 
+@plot_style()
 def figure(bench: Bench, records: list[ExampleRecord], shared: dict[str, Any], path: Path) -> None:
     """Left, the share of examples within each norm, own answer and placebo; right, the transfer curve."""
-    plot_style()
     canvas, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained", sharey=True)
     flips = [record for record in records if record.placebo is not None]
     own = [certified_norm(record) for record in flips]

@@ -72,9 +72,9 @@ def table(scores: Mapping[str, Any], points: Sequence[Mapping[str, Any]], budget
     )
 
 
+@plot_style()
 def figure(labels: Sequence[str], points: Sequence[Mapping[str, Any]], budget: str, path: Path, published: Rows) -> None:
     """Recovery against reactivation, all of it and without reactivation: an arrow a class."""
-    plot_style()
     canvas, panels = plt.subplots(1, 2, figsize=(8.6, 3.6), layout="constrained", sharex=True, sharey=True)
     classes = [(f"C{at}", label, point["budgets"][budget]) for at, (label, point) in
                enumerate(zip(labels, points, strict=True)) if point["flips"]]  # fmt: skip
