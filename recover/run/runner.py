@@ -28,7 +28,7 @@ from recover.report.finished import find_run, pages
 from recover.report.published import compared
 from recover.run.config import Config
 from recover.run.setting import Chosen, Setting, build_defense, load_setting, select_features, threads, threads_of
-from recover.tasks.neutral import NEUTRAL
+from recover.tasks.prose import NEUTRAL
 from recover.types import InputError
 
 
