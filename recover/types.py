@@ -55,6 +55,8 @@ PerExample = Float[Tensor, "batch"]
 
 DeviceMap = Literal["auto", "balanced", "balanced_low_0", "sequential"]
 """How transformers and accelerate spread a model over all cards, and over memory and disk where these are too few."""
+Progress = Callable[[str, int, int], None]
+"""`progress(phase, done, total)`: told how far a long computation has come."""
 Positions = Literal["all", "last", "prompt", "answer"]
 """Which token positions a clamp edits. `answer` is what the model generates, `prompt` the rest."""
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -63,8 +65,6 @@ Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 """Ranges of numbers that a user gives. Dataclasses carry them, and sections of DEFENSE.yaml take them from there."""
 Placement = Literal["after_clamp", "before_clamp"]
 """Whether a perturbation is added after or before the clamp of its site."""
-Progress = Callable[[str, int, int], None]
-"""`progress(phase, done, total)`, called as work is finished."""
 
 HOOK_NAME = re.compile(r"^blocks\.(?P<layer>\d+)\.hook_resid_(?P<point>pre|post)$")
 
