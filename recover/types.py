@@ -63,8 +63,6 @@ Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 """Ranges of numbers that a user gives. Dataclasses carry them, and sections of DEFENSE.yaml take them from there."""
 Placement = Literal["after_clamp", "before_clamp"]
 """Whether a perturbation is added after or before the clamp of its site."""
-Progress = Callable[[str, int, int], None]
-"""`progress(phase, done, total)`, called as work is finished."""
 
 HOOK_NAME = re.compile(r"^blocks\.(?P<layer>\d+)\.hook_resid_(?P<point>pre|post)$")
 
