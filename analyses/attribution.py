@@ -6,7 +6,7 @@ Of a finished run of `recover check` (or of a DEFENSE.yaml, which is then checke
    does not reconstruct. Each is replayed alone under the live clamps, by certificate, and knocked out; where the
    behavior is a whole answer, what the model then says is read as well, as published.
 2. *Effects* to first order, and integrated along the delta: of the parts, which add up.
-3. *Shared deltas*, where the run has them: the same, on the half that each was not fitted to, by the stricter predicate.
+3. *Shared deltas*, where the run has them: the parts of each, on the half that it was not fitted to.
 
 A delta of `recover check` ends at the edge, so that no part of it can be enough alone; `--stretch 3` looks at one that
 is three times as long. Every unit is kept in OUT as soon as it is there; a later start with the same settings goes on.
@@ -38,7 +38,7 @@ Linear = Mapping[rc.Site, LinearError]
 
 def linear_errors(bench: Bench) -> Linear:
     """For each site where a delta enters, how much of the SAE's error is linear; fitted on neutral text."""
-    sites = bench.defense.sites if bench.every_site else bench.defense.sites[:1]
+    sites = bench.surface.enters(bench.defense.sites)
     prompts = bench.exact.tokenize(NEUTRAL)
     states = error_activations(bench.exact, bench.defense, prompts, sites, bench.batch_size)
     return {site: fit_linear_error(bench.defense.at(site)[0].sae, states[site], bench.plan.seed) for site in sites}
@@ -91,7 +91,7 @@ def main() -> None:
         names = ("top_k", "points", "flips", "stretch")
         settings = {name: getattr(options, name) for name in names} | {"run": run.sha256}
         points, bench = Points.open(options.out, settings), run.bench
-        if bench.every_site and options.stretch != 1:
+        if bench.surface.every and options.stretch != 1:
             raise rc.InputError("--stretch: a pinned delta that is made longer is not pinned; leave it out")
         linear = cache(lambda: linear_errors(bench))
         r2 = points.get("linear", lambda: {site.hook_name: one.r2 for site, one in linear().items()})

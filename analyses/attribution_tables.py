@@ -1,6 +1,6 @@
 """How much does each part of a recovery's perturbations do? Tables and figure of a folder that `attribution.py` made.
 
-    python analyses/attribution_tables.py runs/attribution
+python analyses/attribution_tables.py runs/attribution
 """
 
 from __future__ import annotations
@@ -114,7 +114,9 @@ def main() -> None:
     if found["sanity"] is not None:
         print(f"sanity: the full delta's replay is within {found['sanity']:.1e} of the score that the run saved")
     for name, rows in found["shared"].items():
-        print(f"\nparts of the shared delta of {name}: {len(rows)} unseen flips", *part_lines(part_rows(rows)), sep="\n")
+        print(
+            f"\nparts of the shared delta of {name}: {len(rows)} unseen flips", *part_lines(part_rows(rows)), sep="\n"
+        )
     figure(own, folder / "attribution.svg")
     print(f"figure: {folder / 'attribution.svg'}")
 

@@ -1,8 +1,8 @@
 """Ours against the published loop for refusal, on the same requests, defense and budget, in one run.
 
 The published loop (`recover.baselines.PublishedAnswerLoop`) takes one request at a time, with plain PyTorch hooks, and
-always all its steps. The publication does not give their number; 20 + 40 here. Ours: `search_pinned` on all flips at once,
-accounting apart in both. Both deltas are certified and read out alike. Seconds count per *recovered* (base-like)
+always all its steps. The publication does not give their number; 20 + 40 here. Ours is `search_pinned` on all flips at
+once, accounting apart in both. Both deltas are certified and read out alike. Seconds count per *recovered* (base-like)
 request; ratios are of these, side by side.
 
     python analyses/benchmark_refusal.py [DEFENSE.yaml] [--flips 3] [--steps 60] [--n 100] [--device cuda] [--json FILE]

@@ -94,7 +94,15 @@ def script(name: str, device: str, arguments: str = "") -> Any:
     """What a script writes to its `--json`, run on a device in a process of its own, with this checkout's package."""
     with TemporaryDirectory() as folder:
         out = Path(folder) / "rows.json"
-        command = [sys.executable, HERE / name, *(arguments or SCRIPTS[name]).split(), "--device", device, "--json", out]
+        command = [
+            sys.executable,
+            HERE / name,
+            *(arguments or SCRIPTS[name]).split(),
+            "--device",
+            device,
+            "--json",
+            out,
+        ]
         environment = os.environ | {"PYTHONPATH": str(HERE.parent)}
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment)
         return json.loads(out.read_text(encoding="utf-8"))

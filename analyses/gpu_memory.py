@@ -45,7 +45,8 @@ def held(work: Callable[[], object], device: torch.device) -> int:
 def memory(model: rc.Model, sae: rc.SAE, prompts: rc.Prompts) -> tuple[int, int]:
     """Bytes that attribution holds, and bytes that are counted on for as many prompts."""
     site, behavior = sae.site, AnswerLikelihood(torch.zeros(len(prompts), dtype=torch.long, device=model.device))
-    used = held(lambda: attributions(model, sae, site, prompts, behavior), model.device)
+    examples = rc.Examples([str(row) for row in range(len(prompts))], prompts, behavior)
+    used = held(lambda: attributions(model, sae, site, examples), model.device)
     sizes = {"n_layers": model.n_layers, "d_model": model.d_model, "d_sae": sae.d_sae, "pos": prompts.ids.shape[1]}
     return used, len(prompts) * bytes_a_prompt(model.module.config, **sizes)
 

@@ -99,9 +99,10 @@ def main() -> None:
         run = rc.load_run(options.run)
         settings = {name: getattr(options, name) for name in ("points", "flips", "stretch")} | {"run": run.sha256}
         points, bench = Points.open(options.out, settings), run.bench
-        if bench.every_site and options.stretch != 1:
+        if bench.surface.every and options.stretch != 1:
             raise rc.InputError("--stretch: a pinned delta that is made longer is not pinned; leave it out")
-            for number, (part, delta) in enumerate(run.batches(options.flips)):
+        asked = {}
+        for number, (part, delta) in enumerate(run.batches(options.flips)):
             asked[f"own-{number}"] = (part, options.stretch * delta)
         asked |= {f"shared-fold-{one.fold}-{one.norm:.3g}": (one.examples, one.delta) for one in run.shared}
         found = {}

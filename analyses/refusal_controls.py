@@ -3,8 +3,8 @@
 1. *Placebo answer*: the same search for the answer to *another* request, the next one's.
 2. *Random delta*: a random pinned delta for each request, as long as the budget.
 3. *Shared, unseen*: one delta for all, fitted on every other request and read on those between. It is the free parts
-   with the mean of the corrections, so that it carries nothing of a held-out answer; on held-out requests it is therefore
-   not pinned, and its drift says by how much.
+   with the mean of the corrections, so that it carries nothing of a held-out answer; on held-out requests it is not
+   pinned therefore, and its drift says by how much.
 
     python analyses/refusal_controls.py [DEFENSE.yaml] [--skip CONTROL ...] [--steps 40] [--json FILE]
 """
@@ -24,9 +24,9 @@ from einops import repeat
 
 import recover as rc
 from recover.evidence import FitSchedule, Problem
-from recover.numerics import scale_to
 from recover.protocol import Bench, ReadOut, flips_of, read_out, search_pinned
 from recover.run import build_bench, load_config, load_setting
+from recover.search import scale_to
 
 HERE = Path(__file__).parent
 

@@ -19,7 +19,14 @@ from typing import Any
 from matplotlib import pyplot as plt
 
 from recover.protocol import (
-    Bench, ExampleRecord, InMemoryStore, certified_norm, curve, placebo_pairs, run_phases, run_transfer,
+    Bench,
+    ExampleRecord,
+    InMemoryStore,
+    certified_norm,
+    curve,
+    placebo_pairs,
+    run_phases,
+    run_transfer,
 )  # fmt: skip
 from recover.report import plot_style
 from recover.run import build_bench, load_config, load_setting, progress_shown

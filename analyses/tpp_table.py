@@ -30,10 +30,10 @@ HERE, WAYS = Path(__file__).parent, ("unconstrained", "constrained")
 BESIDE = HERE / "published" / "tpp_gemma2.yaml"
 FORMS = {"recovered": ".3f", "clean": ".3f", "reactivated": ".4f", "drift": ".1e"}
 HEADS = [
-    ("", "", "", "drop of probes", "", "recovered", "", "", "none react.", "", "reactivated", "", "drift", "", "held", ""),
+    ("", "", "", "drop of probes", "", "recovered", "", "", "none react.", "", "react.", "", "drift", "", "held", ""),
     ("", "probe", "flips", "own", "others", "free", "held", "95%", *3 * ("free", "held"), "norm", "share"),
 ]  # fmt: skip
-Rows = Mapping[str, Mapping[str, float]]
+Rows, Points = Mapping[str, Mapping[str, float]], Sequence[Mapping[str, Any]]
 
 
 def cells(rows: Rows, interval: str = "") -> list[str]:
@@ -44,13 +44,15 @@ def cells(rows: Rows, interval: str = "") -> list[str]:
     return [*told[:2], interval, *told[2:], *size]
 
 
-def averaged(points: Sequence[Mapping[str, Any]], budget: str) -> Rows:
+def averaged(points: Points, budget: str) -> Rows:
     """Means over the classes that have a valid flip."""
     rows = [point["budgets"][budget] for point in points if point["flips"]]
     return {way: {name: fmean(row[way][name] for row in rows) for name in (*FORMS, "norm", "share")} for way in WAYS}
 
 
-def table(scores: Mapping[str, Any], points: Sequence[Mapping[str, Any]], budget: str, top: int, published: Rows) -> str:
+def table(
+    scores: Mapping[str, Any], points: Sequence[Mapping[str, Any]], budget: str, top: int, published: Rows
+) -> str:
     """The table of one budget."""
     drops, lines = scores["scores"][str(top)], list(HEADS)
     for number, (label, point) in enumerate(zip(scores["labels"], points, strict=True)):
@@ -73,7 +75,9 @@ def table(scores: Mapping[str, Any], points: Sequence[Mapping[str, Any]], budget
 
 
 @plot_style()
-def figure(labels: Sequence[str], points: Sequence[Mapping[str, Any]], budget: str, path: Path, published: Rows) -> None:
+def figure(
+    labels: Sequence[str], points: Sequence[Mapping[str, Any]], budget: str, path: Path, published: Rows
+) -> None:
     """Recovery against reactivation, all of it and without reactivation: an arrow a class."""
     canvas, panels = plt.subplots(1, 2, figsize=(8.6, 3.6), layout="constrained", sharex=True, sharey=True)
     classes = [(f"C{at}", label, point["budgets"][budget]) for at, (label, point) in

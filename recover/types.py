@@ -55,6 +55,8 @@ PerExample = Float[Tensor, "batch"]
 
 DeviceMap = Literal["auto", "balanced", "balanced_low_0", "sequential"]
 """How transformers and accelerate spread a model over all cards, and over memory and disk where these are too few."""
+Progress = Callable[[str, int, int], None]
+"""`progress(phase, done, total)`: told how far a long computation has come."""
 Positions = Literal["all", "last", "prompt", "answer"]
 """Which token positions a clamp edits. `answer` is what the model generates, `prompt` the rest."""
 Finite = Annotated[float, Field(allow_inf_nan=False)]

@@ -109,15 +109,7 @@ def search_pinned(bench: Bench, part: Examples, start: Delta | None = None) -> D
 
 def certificate_of(bench: Bench, part: Examples, delta: Delta) -> Certificate:
     """The certificate of one delta for each of these examples, in the precision of the check's certificates."""
-    return certify(
-        bench.exact,
-        bench.defense,
-        part.prompts,
-        part.behavior,
-        delta,
-        bench.placement,
-        every_site=bench.every_site,
-    )
+    return certify(bench.exact, bench.defense, part.prompts, part.behavior, delta, bench.surface)
 
 
 def read_out(method: str, bench: Bench, part: Examples, delta: Delta, seconds: float) -> ReadOut:
@@ -147,9 +139,7 @@ def read_out_suffix(
     dialogue, model, defense, n, vectors = part.dialogue, bench.model, bench.defense, soft.n, found.delta
     assert dialogue is not None
     width = dialogue.answers.shape[1]
-    said = generate(
-        model, with_room(dialogue.prompts, n), width, spoken_with(defense, vectors), stop=dialogue.stop
-    )
+    said = generate(model, with_room(dialogue.prompts, n), width, spoken_with(defense, vectors), stop=dialogue.stop)
     columns = said[:, : positions_read(part.behavior)]
     along = SoftSuffix.of(model, defense, answered(dialogue.prompts, columns), ForcedAnswer(columns), n=n)
     reads = [read(*pair) for pair in zip(texts(model.tokenizer, said), dialogue.texts, strict=True)]

@@ -1,7 +1,7 @@
 """What a model still knows of the facts or questions that it knew before something was done to it.
 
-For the tasks `cloze` and `choice`. An item is *known* where the model is right in every wording (every paraphrase, every
-order of the answers); each known item is then asked again in all of them, with edits of the residual stream live.
+For the tasks `cloze` and `choice`. An item is *known* where the model is right in every wording (every paraphrase, or
+every order of the answers); each known item is then asked again in all of them, with edits of the residual stream live.
 """
 
 from __future__ import annotations
