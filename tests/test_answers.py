@@ -18,7 +18,6 @@ from recover.evidence.certificate import certify
 from recover.evidence.transfer import FitSchedule
 from recover.models.host import Model
 from recover.numerics.metrics import norm
-from recover.planted.pinned import pinned_layers
 from recover.protocol import phases
 from recover.protocol.bench import Bench
 from recover.protocol.checking import Examples, InMemoryStore, check
@@ -35,6 +34,7 @@ from recover.tasks import replies as refusal
 from recover.tasks.dialogue import Dialogue, Request, ask
 from recover.types import Site
 from tests.models import D_MODEL, VOCAB, plain_forward, tiny_lm
+from tests.pinned_world import pinned_layers
 
 LIGHT = Plan(
     random_draws=10,
