@@ -49,16 +49,15 @@ def part_rows(rows: Rows) -> dict[str, dict[str, Any]]:
             "first_order": sum(view["first_order"] for view in views) / first,
             "integrated": sum(view["integrated"] for view in views) / along,
             "effect": alone / effect,
-            "replay": sum(view["replay_slack"] > 0 for view in views),
-            "knockout": sum(view["knockout_slack"] > 0 for view in views),
+            **{word: sum(view[f"{word}_slack"] > 0 for view in views) for word in ("replay", "knockout")},
         }
         if "certificate" in views[0]:
-            one["certified"] = sum(view["certificate"]["shows"] for view in views)
-            one["held"] = sum(view["certificate"]["held"] for view in views)
-            one["preactivation_shift"] = max(view["certificate"]["preactivation_shift"] for view in views)
-        for word in (word for word in ("replay", "knockout") if f"{word}_said" in views[0]):
-            for key in ("non_refusal", "base_like"):
-                one[f"{word}_{key}"] = sum(view[f"{word}_said"][key] for view in views)
+            facts = [view["certificate"] for view in views]
+            one |= {"certified": sum(f["shows"] for f in facts), "held": sum(f["held"] for f in facts)}
+            one["preactivation_shift"] = max(f["preactivation_shift"] for f in facts)
+        said = [(word, key) for word in ("replay", "knockout") for key in ("non_refusal", "base_like")]
+        for word, key in said if "replay_said" in views[0] else ():
+            one[f"{word}_{key}"] = sum(view[f"{word}_said"][key] for view in views)
     table["full"] |= {"gap": 1 - first / effect, "integrated_gap": 1 - along / effect}
     return table
 
@@ -81,9 +80,8 @@ def part_lines(table: Mapping[str, Mapping[str, Any]]) -> list[str]:
             line += f" {told[0]:>12} {told[1]:>9} {PUBLISHED.get(name, '-'):>24}"
         lines.append(line)
     full = table["full"]
-    lines.append(f"the gradient at the defended state misses {full['gap']:.1%} of the effect; ")
-    lines[-1] += f"averaged along the delta {full['integrated_gap']:.2%}"
-    return lines
+    gap = f"the gradient at the defended state misses {full['gap']:.1%} of the effect"
+    return [*lines, f"{gap}; averaged along the delta {full['integrated_gap']:.2%}"]
 
 
 @plot_style()
@@ -100,13 +98,12 @@ def figure(table: Mapping[str, Mapping[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
-    """Print the tables; save the figure in the folder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="what attribution.py wrote")
     folder = parser.parse_args().folder
     if not (folder / "attribution.json").is_file():
         sys.exit(f"attribution_tables: {folder}: attribution.json is not there; run attribution.py first")
-    found = json.loads((folder / "attribution.json").read_text(encoding="utf-8"))
+    found = json.loads((folder / "attribution.json").read_text())
     own = part_rows(found["own"])
     print(f"parts of own deltas: {len(found['own'])} valid flips", *part_lines(own), sep="\n")
     for site, r2 in found["linear"].items():
@@ -114,9 +111,8 @@ def main() -> None:
     if found["sanity"] is not None:
         print(f"sanity: the full delta's replay is within {found['sanity']:.1e} of the score that the run saved")
     for name, rows in found["shared"].items():
-        print(
-            f"\nparts of the shared delta of {name}: {len(rows)} unseen flips", *part_lines(part_rows(rows)), sep="\n"
-        )
+        print(f"\nparts of the shared delta of {name}: {len(rows)} unseen flips")
+        print(*part_lines(part_rows(rows)), sep="\n")
     figure(own, folder / "attribution.svg")
     print(f"figure: {folder / 'attribution.svg'}")
 

@@ -46,8 +46,7 @@ def spread(config: Config, count: int) -> Config:
 
 def point(setting: Setting, count: int) -> dict[str, Any]:
     """A row of the table for one number of features."""
-    other = replace(setting, config=spread(setting.config, count))
-    bench = build_bench(other)
+    bench = build_bench(replace(setting, config=spread(setting.config, count)))
     replies = [reply for batch in bench.batches for reply in batch.replies or ()]
     broken = {"count": count, "asked": len(replies), "degenerate": sum(map(degenerate, replies))}
     part = flips_of(bench)
@@ -63,11 +62,9 @@ def line(found: Mapping[str, Any]) -> str:
     hits, valid, alike = PUBLISHED.get(found["count"], (None, None, None))
     beside = "-" if hits is None else f"{hits}/{valid} ({alike})"
     drift = f"{found['relative_drift']:8.1e} {found['free_drift']:10.1e}" if found["n"] else f"{'-':>8} {'-':>10}"
-    return (
-        f"{found['count']:4d} {found['n']:7d} {found['non_refusal']:11d} {found['base_like']:9d} "
-        f"{found['strict']:6d} {found['exact']:5d} {drift} "
-        f"{found['degenerate']:6d} of {found['asked']:<4d} {beside:>12}"
-    )
+    counts = f"{found['non_refusal']:11d} {found['base_like']:9d} {found['strict']:6d} {found['exact']:5d}"
+    broken = f"{found['degenerate']:6d} of {found['asked']:<4d}"
+    return f"{found['count']:4d} {found['n']:7d} {counts} {drift} {broken} {beside:>12}"
 
 
 @plot_style()
@@ -83,9 +80,8 @@ def figure(points: Sequence[Mapping[str, Any]], path: Path) -> None:
     counts, n = [found["count"] for found in some], [found["n"] for found in some]
     for name, words, style in (("non_refusal", "no refusal", "o-"), ("base_like", "base-like", "s-")):
         plot_rates(right, counts, [found[name] for found in some], n, style, words)
-    known = sorted(PUBLISHED.items())
-    rates = [alike / valid for _, (_, valid, alike) in known]
-    right.plot([k for k, _ in known], rates, "k--", label="published, base-like")
+    rates = [alike / valid for _, valid, alike in PUBLISHED.values()]
+    right.plot(list(PUBLISHED), rates, "k--", label="published, base-like")
     right.set(xlabel="features raised", ylabel="share of valid flips", ylim=(-0.03, 1.03))
     for axes in (left, right):
         axes.legend(frameon=False)
@@ -93,7 +89,6 @@ def figure(points: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
-    """Run the sweep; every point is printed as soon as it is there."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("defense", nargs="?", type=Path, default=Path(__file__).parent / "refusal_smollm2.yaml")
     parser.add_argument("--counts", type=int, nargs="+", default=[1, 2, 4, 8, 12, 20, 30, 40])

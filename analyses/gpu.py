@@ -1,10 +1,11 @@
-"""Does a GPU give what the CPU gives? The four tasks and the probe on both, bfloat16 against float32, memory, speed.
+"""Does a GPU give what the CPU gives? The four tasks and the probe on both, and bfloat16 against float32.
 
 1. *Tasks*: each shipped defense, with few prompts and little of every control (`SMALL`), checked on the CPU and on the
    device. Counts may be apart by `COUNTS` examples (one that sits on its threshold), norms by the share `NORMS`.
 2. *bfloat16*: IOI on the device with a model in bfloat16; SAE, search and certificates are in float32 as always.
    Rounding moves residuals by a percent: counts may be apart by `COUNTS_BF16` of the prompts, norms by `NORMS_BF16`.
-3. *Memory* and *speed*: `gpu_memory.py`, `benchmark.py` and `benchmark_refusal.py` on the device.
+
+Memory and speed on a device are those of `gpu_cost.py`.
 
     python analyses/gpu.py [--device cuda] [--task ioi ...] [--out analyses/gpu.md]
 """
@@ -13,8 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import recover as rc
+from recover.report import filled
 from recover.run import Config, load_config, package_versions
 
 HERE = Path(__file__).parent
@@ -35,10 +35,6 @@ SMALL: Mapping[str, tuple[str, dict[str, Any]]] = {
 }
 """Of each task its shipped defense, and what is less than there."""
 COUNTS, NORMS, COUNTS_BF16, NORMS_BF16 = 1, 0.05, 0.15, 0.25
-SCRIPTS = {
-    "gpu_memory.py": "", "benchmark.py": "--flips 2", "benchmark_refusal.py": "--flips 1 --steps 25 --n 24"
-}  # fmt: skip
-BEGIN, END = "<!-- measured -->", "<!-- end -->"
 Figures = Mapping[str, int | float | None]
 
 
@@ -90,42 +86,15 @@ def against(config: Config, device: str, dtype: str = "float32") -> tuple[Figure
     return ours, theirs, apart(ours, theirs, max(COUNTS, round(COUNTS_BF16 * ours["n"])), NORMS_BF16)
 
 
-def script(name: str, device: str, arguments: str = "") -> Any:
-    """What a script writes to its `--json`, run on a device in a process of its own, with this checkout's package."""
-    with TemporaryDirectory() as folder:
-        out = Path(folder) / "rows.json"
-        command = [
-            sys.executable,
-            HERE / name,
-            *(arguments or SCRIPTS[name]).split(),
-            "--device",
-            device,
-            "--json",
-            out,
-        ]
-        environment = os.environ | {"PYTHONPATH": str(HERE.parent)}
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment)
-        return json.loads(out.read_text(encoding="utf-8"))
-
-
 def table(device: str, tasks: Sequence[str]) -> str:
-    """Everything that is measured, as Markdown."""
+    """The comparison of every task, as Markdown."""
     versions = ", ".join(f"{name} {version}" for name, version in package_versions().items())
     lines = [f"Measured on {device}, {versions}.", "", "| what | measured | |", "| --- | --- | --- |"]
     for task, dtype in [*((task, "float32") for task in tasks), *[("ioi", "bfloat16")] * ("ioi" in tasks)]:
         ours, theirs, said = against(small(task), device, dtype)
         told = f"CPU {json.dumps(ours)}; device {json.dumps(theirs)}"
         lines.append(f"| {task}, {dtype} | {told} | {'; '.join(said) or 'agree'} |")
-    return "\n".join([*lines, *(f"| {name} | `{json.dumps(script(name, device))}` | |" for name in SCRIPTS)])
-
-
-def filled(page: str, measured: str) -> str:
-    """The page with what was measured between its marks."""
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise rc.InputError(f"--out: the page needs the marks {BEGIN} and {END}, between which the table goes")
-    return f"{before}{BEGIN}\n{measured}\n{END}{after}"
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -136,11 +105,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE / "gpu.md", help="a page with marks (default: gpu.md)")
     options = parser.parse_args()
     try:
-        page = filled(options.out.read_text(encoding="utf-8"), table(options.device, options.task))
+        filled(options.out.read_text(encoding="utf-8"), "tasks", "")
+        measured = table(options.device, options.task)
     except (rc.InputError, OSError) as error:
         sys.exit(f"gpu: {error}")
-    options.out.write_text(page, encoding="utf-8")
-    print(page)
+    print(measured)
+    options.out.write_text(filled(options.out.read_text(encoding="utf-8"), "tasks", measured), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -46,18 +46,15 @@ def path_lines(found: Mapping[str, Any]) -> list[str]:
     for one in found["top"]:
         figures = f"{one['integrated']:8.1%} {one['plain']:8.1%} {one['gone']:9.1%} {one['come']:7.1%}"
         lines.append(f"  {one['name']:9} {figures}")
-    heads = f"{'put back: gone':>15} {'random':>8} {'show':>5} {'put in: come':>13} {'random':>8} {'show':>5}"
-    lines.append(f"  {'top':>9} {heads}")
+    lines.append(f"  {'top':>9} {'put back: gone':>15}   random  show  put in: come   random  show")
     for point in found["doing"]:
         chance = [f"{point[key]:8.1%}" if key in point else f"{'-':>8}" for key in ("random_gone", "random_come")]
-        lines.append(
-            f"  {point['size']:9d} {point['gone']:15.1%} {chance[0]} {point['still_shows']:5.0%} "
-            f"{point['come']:13.1%} {chance[1]} {point['shows']:5.0%}"
-        )
+        gone = f"{point['size']:9d} {point['gone']:15.1%} {chance[0]} {point['still_shows']:5.0%}"
+        lines.append(f"  {gone} {point['come']:13.1%} {chance[1]} {point['shows']:5.0%}")
     largest = sorted(found["direct"].items(), key=lambda one: -abs(one[1]))[:6]
     straight = ", ".join(f"{name} {share:.1%}" for name, share in largest)
-    itself = f"the delta itself {found['direct']['delta']:.1%}"
-    return [*lines, f"  written directly: {straight}; {itself}; all {sum(found['direct'].values()):.2%}"]
+    itself = f"the delta itself {found['direct']['delta']:.1%}; all {sum(found['direct'].values()):.2%}"
+    return [*lines, f"  written directly: {straight}; {itself}"]
 
 
 def mover_lines(found: Mapping[str, Any]) -> list[str]:
@@ -68,8 +65,8 @@ def mover_lines(found: Mapping[str, Any]) -> list[str]:
         figures = " ".join(f"{at[state][key]:12.2f}" for key in ("look", "write") for state in STATES)
         lines.append(f"  {head:9} {figures}")
     told = ", ".join(f"{found['written'][state]:.2f} {state}" for state in STATES)
-    share = "" if found["re_engaged"] is None else f": {found['re_engaged']:.0%} of what the clamp took is back"
-    return [*lines, f"  all {len(found['heads'])} such heads write {told}{share}"]
+    back = "" if found["re_engaged"] is None else f": {found['re_engaged']:.0%} of what the clamp took is back"
+    return [*lines, f"  all {len(found['heads'])} such heads write {told}{back}"]
 
 
 @plot_style()
@@ -87,7 +84,6 @@ def figure(groups: Mapping[str, Mapping[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
-    """Look at every batch of own deltas and at every shared delta; print the tables and draw the figure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="the folder of a finished run")
     parser.add_argument("--out", type=Path, default=Path("runs/paths"))
@@ -101,9 +97,8 @@ def main() -> None:
         points, bench = Points.open(options.out, settings), run.bench
         if bench.surface.every and options.stretch != 1:
             raise rc.InputError("--stretch: a pinned delta that is made longer is not pinned; leave it out")
-        asked = {}
-        for number, (part, delta) in enumerate(run.batches(options.flips)):
-            asked[f"own-{number}"] = (part, options.stretch * delta)
+        own = enumerate(run.batches(options.flips))
+        asked = {f"own-{number}": (part, options.stretch * delta) for number, (part, delta) in own}
         asked |= {f"shared-fold-{one.fold}-{one.norm:.3g}": (one.examples, one.delta) for one in run.shared}
         found = {}
         for name, (part, delta) in asked.items():

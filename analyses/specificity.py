@@ -27,11 +27,10 @@ from recover.protocol import (
     placebo_pairs,
     run_phases,
     run_transfer,
-)  # fmt: skip
+)
 from recover.report import plot_style
 from recover.run import build_bench, load_config, load_setting, progress_shown
 
-DEFAULT = Path(__file__).parent / "ioi_smollm2.yaml"
 LINES = {
     "heldout_rate": ("held out, C1", "o-"),
     "write_orthogonal_heldout_rate": ("held out, C1+", "s-"),
@@ -98,9 +97,8 @@ def figure(bench: Bench, records: list[ExampleRecord], shared: dict[str, Any], p
 
 
 def main() -> None:
-    """Run the experiment; print its table and save its figure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("defense", nargs="?", type=Path, default=DEFAULT)
+    parser.add_argument("defense", nargs="?", type=Path, default=Path(__file__).parent / "ioi_smollm2.yaml")
     parser.add_argument("--n", type=int, default=256, help="prompts (default: 256)")
     parser.add_argument("--figure", type=Path, default=Path("specificity.svg"), help="where to save the figure")
     parser.add_argument("--json", type=Path, help="where to save the figures behind it")

@@ -85,7 +85,6 @@ def measured(bench: Bench, way: str, budget: float) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Score and search all classes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("defense", nargs="?", type=Path, default=Path(__file__).with_name("tpp_smollm2.yaml"))
     parser.add_argument("--budgets", type=float, nargs="+", default=[5.0, 10.0, 20.0, 40.0])

@@ -94,7 +94,6 @@ def figure(
 
 
 def main() -> None:
-    """Print the tables; save the figure in the folder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="what tpp.py wrote")
     parser.add_argument("defense", nargs="?", type=Path, default=HERE / "tpp_smollm2.yaml")

@@ -72,17 +72,15 @@ def line(name: str, known: int, free: Sequence[Mapping[str, Any]], c1: Sequence[
 
 def curve(rows: Sequence[Mapping[str, Any]], known: Mapping[str, float]) -> str:
     """Flips back by budget, with 95 % intervals, beside the `known` ones of 6."""
-    lines = [("budget", "back", "95 %", "published, of 6")]
-    for budget in BUDGETS:
-        hits = sum(certified_norm(row) <= budget for row in rows)
+    lines, told = [("budget", "back", "95 %", "published, of 6")], {k: f"{v:g}" for k, v in known.items()}
+    for budget in (f"{budget:g}" for budget in BUDGETS):
+        hits = sum(certified_norm(row) <= float(budget) for row in rows)
         low, high = wilson(hits, len(rows))
-        theirs = f"{known[f'{budget:g}']:g}" if f"{budget:g}" in known else "-"
-        lines.append((f"{budget:g}", f"{hits}/{len(rows)}", f"{low:.0%} to {high:.0%}", theirs))
+        lines.append((budget, f"{hits}/{len(rows)}", f"{low:.0%} to {high:.0%}", told.get(budget, "-")))
     return columns(*lines)
 
 
 def main() -> None:
-    """Run the experiment; bad input is told in one line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("defense", nargs="?", type=Path, default=HERE / "cloze_smollm2.yaml")
     parser.add_argument("--n", type=int, help="facts or questions to forget (default: as the file has it)")
@@ -90,10 +88,8 @@ def main() -> None:
     options = parser.parse_args()
     try:
         config = load_config(options.defense, {"prompts.n": options.n})
-        if config.task not in ("cloze", "choice"):
-            raise rc.InputError(f"{options.defense}: its task is {config.task!r}; give a defense of cloze or choice")
-        if len({clamp.sae for clamp in config.clamps}) > 1 or config.search.sites != "first":
-            raise rc.InputError(f"{options.defense}: clamps several sites; give a defense at one")
+        if config.task not in ("cloze", "choice") or len({clamp.sae for clamp in config.clamps}) > 1:
+            raise rc.InputError(f"{options.defense}: its task is {config.task!r}; give cloze or choice, at one site")
         published = (config.published and config.published.rows) or load_config(BESIDE).published.rows
         theirs, by_budget = published.get("wmdp_bio", {}), published.get("by_budget", {})
         if lacking := [name for name in PUBLISHED if name not in theirs]:
@@ -106,8 +102,7 @@ def main() -> None:
     for number, batch in enumerate(bench.batches):
         print(f"batch {number + 1} of {len(bench.batches)}", file=sys.stderr, flush=True)
         for name, space in (("free", Anywhere()), ("c1", bench.feasible(batch.target))):
-            unit = points.get(f"{name}-{number}", partial(searched, bench, batch, space))
-            found[name] += unit["rows"]
+            found[name] += points.get(f"{name}-{number}", partial(searched, bench, batch, space))["rows"]
     if not found["c1"]:
         sys.exit("unlearning: the clamp turns no answer wrong; clamp more features, or to a lower value")
     known = len(set(bench.examples.groups or bench.examples.ids))
@@ -117,8 +112,7 @@ def main() -> None:
     print(columns(HEADS, ("published", f"{flips:g}", f"{asked:g}", *counts), ours))
     print(f"\nfree: without a constraint; both within {bench.budget:g}. By budget, under C1:\n")
     print(curve(found["c1"], by_budget), end="\n\n")
-    options = config.prompts.model_dump()
-    kept = still_right(config.task, bench.host or bench.model, options, clamp_edits(bench.defense))
+    kept = still_right(config.task, bench.model, config.prompts.model_dump(), clamp_edits(bench.defense))
     print(f"what is to be kept, with the clamp: {kept}")
 
 

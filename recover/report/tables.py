@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from recover.numerics.statistics import wilson
+from recover.types import InputError
 
-__all__ = ["columns", "plot_rates"]
+__all__ = ["columns", "filled", "plot_rates"]
 
 
 def columns(*lines: Sequence[str]) -> str:
@@ -19,6 +20,23 @@ def columns(*lines: Sequence[str]) -> str:
     """
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(f"{one:>{width}}" for one, width in zip(each, widths, strict=True)) for each in lines)
+
+
+def filled(page: str, name: str, content: str) -> str:
+    """Put content into a page, between the marks `<!-- name -->` and `<!-- end name -->`.
+
+    Raises:
+        InputError: the page has no such marks.
+
+    >>> filled("<!-- x --> old <!-- end x -->", "x", "new").split()
+    ['<!--', 'x', '-->', 'new', '<!--', 'end', 'x', '-->']
+    """
+    begin, end = f"<!-- {name} -->", f"<!-- end {name} -->"
+    before, found, rest = page.partition(begin)
+    _, ended, after = rest.partition(end)
+    if not found or not ended:
+        raise InputError(f"--out: the page needs the marks {begin} and {end}, between which the table goes")
+    return f"{before}{begin}\n{content}\n{end}{after}"
 
 
 def plot_rates(
