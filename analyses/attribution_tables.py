@@ -32,10 +32,9 @@ PUBLISHED = {
     "full": "23 (16)", "error": "23 (14)", "free": "2 (1)", "top_k": "1 (0), 21 (14) without", "clamped": "0 (0)"
 }  # fmt: skip
 """No refusal and base-like of 24 (reference page; Gemma 2 2B, AdvBench), with a part alone and without it."""
-Rows = Sequence[Mapping[str, Any]]
 
 
-def part_rows(rows: Rows) -> dict[str, dict[str, Any]]:
+def part_rows(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """For each part: counts and means over examples, effects as shares of the whole's."""
     n, effect = len(rows), sum(row["recovered"] - row["defended"] for row in rows)
     first, along = (sum(row["views"]["full"][key] for row in rows) for key in ("first_order", "integrated"))

@@ -62,7 +62,7 @@ def memory(model: rc.Model, sae: rc.SAE, prompts: rc.Prompts) -> tuple[int, int]
 
 
 def benchmark(name: str, device: str, arguments: str = "") -> Any:
-    """What a benchmark writes to its `--json`, run on a device in a process of its own, with this checkout's package."""
+    """What a benchmark writes to its `--json`, run on a device in a process of its own, of this checkout."""
     with TemporaryDirectory() as folder:
         out = Path(folder) / "rows.json"
         command = [sys.executable, str(HERE / name), *(arguments or BENCHMARKS[name]).split()]

@@ -4,7 +4,7 @@
    a multiple of its mean before a refusal, at every position. Requests that turn from an answer to a refusal are the
    valid flips.
 2. *Methods*: each searches, under the live clamps, for the model's own answer, teacher-forced. What it finds is
-   replayed in a fresh run (drift), and in free generation (what is said, and drift along what is said).
+   replayed in a fresh run (drift), and in free generation (what is said, and drift along it).
 3. *Beside it* what was published: `published.rows` of the configuration (else those of
    `published/refusal_advbench_gemma2.yaml`). `refusal_controls.py` runs the controls.
 
@@ -17,6 +17,7 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from recover.baselines import Opening, SoftSuffix, find_probed, opened
 from recover.defenses import say
 from recover.evidence import Anywhere
 from recover.protocol import Bench, ReadOut, flips_of, read_out, read_out_suffix, search_pinned
-from recover.run import build_bench, load_config, load_setting
+from recover.run import Config, build_bench, load_config, load_setting
 from recover.search import climb, find_linearized
 
 HERE, OPENING, VECTORS = Path(__file__).parent, 8, 16
@@ -74,8 +75,12 @@ EVERY_SITE = {"unconstrained": unconstrained, "pinned": search_pinned, "two-stag
 FIRST_SITE = {"jacobian": jacobian, "8 probes": probes}
 
 
+def published(config: Config) -> Mapping[str, Mapping[str, float]]:
+    """The published rows of the configuration, else those of AdvBench."""
+    return (config.published and config.published.rows) or load_config(BESIDE).published.rows
+
+
 def main() -> None:
-    """Run the experiment; every row is printed as soon as it is there."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("defense", nargs="?", type=Path, default=HERE / "refusal_smollm2.yaml")
     parser.add_argument("--n", type=int, help="ordinary requests (default: as the file has it)")
@@ -92,8 +97,8 @@ def main() -> None:
     part = flips_of(bench)
     if part is None:
         sys.exit("refusal: nothing turned into a refusal; raise more features, or to more")
-    served, flipped = len(bench.examples.dialogue.served), len(part.ids)
-    print(f"{served} of {len(bench.examples.ids)} requests answered, {flipped} of these refused", flush=True)
+    served, n, flipped = len(bench.examples.dialogue.served), len(bench.examples.ids), len(part.ids)
+    print(f"{served} of {n} requests answered, {flipped} of these refused", flush=True)
     part = part.select(torch.arange(min(flipped, options.flips or flipped)))
     rows = [read_out("clamps alone", bench, part, bench.defended(part).zero_delta, 0.0)]
     print(ReadOut.HEADINGS, rows[0], sep="\n", flush=True)
@@ -109,8 +114,7 @@ def main() -> None:
     if options.json:
         options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")
     print("as published (Gemma 2 2B):")
-    published = (config.published and config.published.rows) or load_config(BESIDE).published.rows
-    print(*(ReadOut.published(*row) for row in published.items()), sep="\n")
+    print(*(ReadOut.published(*row) for row in published(config).items()), sep="\n")
 
 
 if __name__ == "__main__":

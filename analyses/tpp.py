@@ -2,7 +2,7 @@
 
 1. *Score*. Features of each class by their effect on its probe; SAEBench's score for several numbers of them.
 2. *Recovery*. For each class the check's defense: valid flips (the probe says yes without the ablation and not with
-   it), searched at each budget with the clamped features free (*unconstrained*) and held (C1, *constrained*), and certified.
+   it), searched at each budget with the clamped features free (*unconstrained*) and held (C1, *constrained*).
 
 Each class is kept in the folder as soon as it is there; a later start with the same settings goes on from it.
 `tpp_table.py` makes the tables and the figure of the folder, beside the published averages.

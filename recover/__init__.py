@@ -59,7 +59,10 @@ from recover.tasks.dialogue import Dialogue, Request, ask
 from recover.tasks.examples import Contrast, Examples
 from recover.types import InputError, Site, Surface
 
+from recover.run.reopened import load_run
+
 __all__ = [
+    "load_run",
     "SAE",
     "ActivationStable",
     "AnswerLikelihood",

@@ -26,7 +26,7 @@ from recover.report.finished import read_run as load_run
 from recover.report.html import to_html
 from recover.report.markdown import summary_rows, to_markdown
 from recover.report.paper import COLORS, MARKERS, plot_style, write_figures
-from recover.report.tables import columns, plot_rates
+from recover.report.tables import columns, filled, plot_rates
 from recover.report.text import Section, sections, seeds_to_text, to_text
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "columns",
     "compare",
     "figures_of",
+    "filled",
     "load_run",
     "plot_rates",
     "plot_style",

@@ -121,7 +121,7 @@ def name_movers(defended: Defended, delta: Delta) -> Movers | None:
     base = read["base"]
     movers = [head for head, at in base.items() if at["look"] >= max(LOOKS, at["rival"]) and at["write"] > 0]
     movers.sort(key=lambda head: -base[head]["write"])
-    total = {name: sum(at[head]["write"] for head in movers) for name, at in read.items()}
+    total = {name: sum((at[head]["write"] for head in movers), 0.0) for name, at in read.items()}
     lost = total["base"] - total["defended"]
     return Movers(
         n=len(ids),
