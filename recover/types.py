@@ -16,6 +16,7 @@ Dimensions, in jaxtyping annotations and einops patterns alike:
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -25,6 +26,7 @@ from torch import Tensor
 
 __all__ = [
     "Bool",
+    "Delta",
     "Features",
     "Float",
     "InputError",
@@ -32,7 +34,9 @@ __all__ = [
     "Mask",
     "PerExample",
     "Positions",
+    "Progress",
     "Residual",
+    "Rows",
     "Site",
     "Tensor",
     "TokenIds",
@@ -44,6 +48,12 @@ Features = Float[Tensor, "batch pos d_sae"]
 TokenIds = Int[Tensor, "batch pos"]
 Mask = Bool[Tensor, "batch pos"]
 PerExample = Float[Tensor, "batch"]
+Delta = Float[Tensor, "batch site_pos d_model"]
+"""A perturbation of the residual: the positions that it touches, at one site after another."""
+Rows = Int[Tensor, "rows"]
+"""Which examples of a batch, by index."""
+Progress = Callable[[str, int, int], None]
+"""Called with (phase, units done, units in all)."""
 
 DeviceMap = Literal["auto", "balanced", "balanced_low_0", "sequential"]
 """How transformers and accelerate spread a model over all cards, and over memory and disk where these are too few."""
@@ -54,7 +64,7 @@ HOOK_NAME = re.compile(r"^blocks\.(?P<layer>\d+)\.hook_resid_(?P<point>pre|post)
 
 
 def widened(tensor: Tensor) -> Tensor:
-    """In float32 at least: half precision is for storage, not for what is measured."""
+    """`tensor` in float32 at least: half precision is for storage, not for what is measured."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
