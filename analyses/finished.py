@@ -22,7 +22,7 @@ from recover.report.finished import read_records
 from recover.run.config import load_config
 from recover.run.setting import Chosen, build_bench, load_setting
 from recover.tasks.examples import Examples
-from recover.tasks.neutral import NEUTRAL
+from recover.tasks.prose import NEUTRAL
 from recover.types import Delta, InputError, Site
 
 

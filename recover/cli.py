@@ -33,7 +33,7 @@ from recover.run.config import load_config
 from recover.run.progress import shown
 from recover.run.runner import run_check, run_seeds
 from recover.saes.names import load_sae
-from recover.tasks.neutral import NEUTRAL
+from recover.tasks.prose import NEUTRAL
 from recover.types import DeviceMap, InputError, Site
 
 CONDITIONS = {"recoverable": "RECOVERABLE", "inconclusive": "INCONCLUSIVE", "invalid": "INVALID"}

@@ -3,7 +3,7 @@
 The protocol of WMDP-Bio (paper: Settings) for models that are too small for the letters of multiple choice: paraphrases
 stand in the place of the orders of the answers, and the other answers of the same relation in that of wrong choices.
 
-1. *Facts* by domain and relation, shipped (`recover.tasks.facts`) or a file's.
+1. *Facts* by domain and relation, shipped (`recover.tasks.prose`) or a file's.
 2. *Filter*: a fact is kept where the model, without a defense, is right in every paraphrase.
 3. *Examples* are the paraphrases of the kept facts of the domain to forget. A fact shows where its answer is likelier
    than every other answer of its relation; transfer is read with a stricter predicate, the likeliest of the vocabulary.
@@ -28,9 +28,9 @@ from pydantic import PositiveInt
 from recover.models.host import Edit, Model
 from recover.tasks.behaviors import AnswerLikelihood, ChoiceMargin
 from recover.tasks.examples import Contrast, Examples
-from recover.tasks.facts import RELATIONS
 from recover.tasks.files import read_text, rows_of
 from recover.tasks.ioi import token_id
+from recover.tasks.prose import RELATIONS
 from recover.types import InputError, Int, Progress, Site, Tensor
 
 __all__ = ["Asked", "Fact", "examples", "known", "load_file", "right", "shipped"]
