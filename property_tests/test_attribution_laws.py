@@ -13,11 +13,8 @@ from recover.defenses.defended import defend
 from recover.evidence.attribution.linear_error import LinearError
 from recover.evidence.attribution.parts import LEAVES, attribute, first_order, gradient, parts_of, split
 from recover.saes.sae import SAE
-<<<<<<< HEAD
-from tests.pinned_world import pinned_layers
-=======
 from recover.types import Surface
->>>>>>> main
+from tests.pinned_world import pinned_layers
 
 
 def linear_map(d_model: int, seed: int) -> LinearError:

@@ -30,7 +30,7 @@ from recover.defenses.clamps import Clamp, Defense, Set
 from recover.numerics.subspaces import NullSpace
 from recover.planted.meaning import WithNone
 from recover.planted.network import Monotone, build_network
-from recover.planted.world import DEAD, SITE, THRESHOLD, Atoms, Draw, Planted, answers, distance, examples
+from recover.planted.world import DEAD, SITE, THRESHOLD, Atoms, Draw, Planted, answers, distance, make_examples
 from recover.saes.activations import JumpReLU
 from recover.saes.sae import SAE
 from recover.tasks.behaviors import LogitDifference
@@ -121,7 +121,7 @@ def degenerate_geometry(
         name="degenerate_geometry",
         model=model,
         defense=Defense((clamp,)),
-        examples=examples(prompts, LogitDifference(target, other)),
+        examples=make_examples(prompts, LogitDifference(target, other)),
         budget=(float(smallest.max()) if reachable else 10.0) * draw.number(1.3, 2.0),
         expected=("RECOVERABLE" if reachable else "NOT_RECOVERED_AT_BUDGET",),
         specific=None,

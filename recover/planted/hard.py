@@ -32,7 +32,17 @@ from torch import nn
 from recover.defenses.clamps import Clamp, Defense, Set
 from recover.numerics.subspaces import NullSpace
 from recover.planted.network import build_network
-from recover.planted.world import Atoms, Draw, Planted, answers, blocks, clamped, context_codes, examples, planted_sae
+from recover.planted.world import (
+    Atoms,
+    Draw,
+    Planted,
+    answers,
+    blocks,
+    clamped,
+    context_codes,
+    make_examples,
+    planted_sae,
+)
 from recover.tasks.behaviors import LogitDifference
 from recover.types import Tensor
 
@@ -124,7 +134,7 @@ def hard_readout(
         name="hard_readout",
         model=model,
         defense=Defense((Clamp(sae, where[:n_answers].tolist(), mode, only_active=True),), skip_first=draw.below(2)),
-        examples=examples(prompts, LogitDifference(target, torch.full_like(target, n_answers))),
+        examples=make_examples(prompts, LogitDifference(target, torch.full_like(target, n_answers))),
         budget=float(smallest.max()) * draw.number(1.3, 2.0),
         expected=("RECOVERABLE", "INCONCLUSIVE"),
         specific=None,

@@ -30,7 +30,7 @@ import torch
 from recover.defenses.clamps import Clamp, Defense, Mode, Scale, Set
 from recover.numerics.subspaces import NullSpace
 from recover.planted.network import Linear, Monotone, build_network
-from recover.planted.world import Atoms, Draw, Planted, answers, clamped, distance, examples, planted_sae
+from recover.planted.world import Atoms, Draw, Planted, answers, clamped, distance, make_examples, planted_sae
 from recover.tasks.behaviors import LogitDifference
 from recover.types import Site
 
@@ -100,7 +100,7 @@ def two_layers(
         name="two_layers",
         model=model,
         defense=Defense(tuple(clamps), skip_first=draw.below(2)),
-        examples=examples(prompts, LogitDifference(target, other)),
+        examples=make_examples(prompts, LogitDifference(target, other)),
         budget=float(smallest.max()) * draw.number(1.3, 2.0),
         expected=("RECOVERABLE",),
         specific=None,

@@ -46,7 +46,17 @@ from torch import nn
 from recover.defenses.clamps import Clamp, Defense, Mode, Scale, Set
 from recover.numerics.subspaces import NullSpace
 from recover.planted.network import build_network
-from recover.planted.world import Atoms, Draw, Planted, answers, blocks, clamped, context_codes, examples, planted_sae
+from recover.planted.world import (
+    Atoms,
+    Draw,
+    Planted,
+    answers,
+    blocks,
+    clamped,
+    context_codes,
+    make_examples,
+    planted_sae,
+)
 from recover.tasks.behaviors import ChoiceMargin
 from recover.types import Tensor
 
@@ -111,7 +121,7 @@ def write_only(
         name="write_only",
         model=model,
         defense=Defense((clamp,), skip_first=draw.below(2)),
-        examples=examples(prompts, likeliest(target, n_answers + 1)),
+        examples=make_examples(prompts, likeliest(target, n_answers + 1)),
         budget=v / gamma * draw.number(1.3, 2.0),
         expected=("RECOVERABLE",),
         specific=False,
@@ -166,7 +176,7 @@ def shared_route(
         name="shared_route",
         model=model,
         defense=Defense((Clamp(sae, where[:k].tolist(), mode, only_active=True),), skip_first=draw.below(2)),
-        examples=examples(prompts, likeliest(target, n_answers + 1)),
+        examples=make_examples(prompts, likeliest(target, n_answers + 1)),
         budget=float(smallest.max()) * draw.number(1.3, 1.6),
         expected=("RECOVERABLE",),
         specific=True,
@@ -236,7 +246,7 @@ def undone_clamp(
         name="undone_clamp",
         model=model,
         defense=Defense((Clamp(sae, where[:k].tolist(), mode, only_active=True),), skip_first=draw.below(2)),
-        examples=examples(prompts, likeliest(target, n_answers + 1)),
+        examples=make_examples(prompts, likeliest(target, n_answers + 1)),
         budget=float(smallest.max()) * draw.number(1.3, 1.6),
         expected=("RECOVERABLE",),
         specific=False,

@@ -82,7 +82,17 @@ from recover.defenses.clamps import Clamp, Defense, Set
 from recover.numerics.subspaces import NullSpace
 from recover.planted.meaning import KAPPA, RHO, TAU, Gated, _closing, _gated_codes, likeliest
 from recover.planted.network import build_network
-from recover.planted.world import Atoms, Draw, Planted, answers, blocks, clamped, context_codes, examples, planted_sae
+from recover.planted.world import (
+    Atoms,
+    Draw,
+    Planted,
+    answers,
+    blocks,
+    clamped,
+    context_codes,
+    make_examples,
+    planted_sae,
+)
 from recover.tasks.behaviors import LogitDifference
 from recover.types import Bool, Float, InputError, Int, Tensor
 
@@ -203,7 +213,7 @@ def half_erased(
         name="half_erased",
         model=model,
         defense=Defense((Clamp(sae, where[: a.stop].tolist(), Set(value), only_active=False),), draw.below(2)),
-        examples=examples(prompts, likeliest(target, n_answers + 1)),
+        examples=make_examples(prompts, likeliest(target, n_answers + 1)),
         budget=max(opened, float(smallest.max())) * draw.number(1.3, 1.6),
         expected=("RECOVERABLE",),
         specific=None,
@@ -261,7 +271,7 @@ def partly_erased(
         name="partly_erased",
         model=model,
         defense=Defense((Clamp(sae, where[: a.stop].tolist(), Set(value), only_active=False),), draw.below(2)),
-        examples=examples(prompts, likeliest(target, n_answers + 1)),
+        examples=make_examples(prompts, likeliest(target, n_answers + 1)),
         budget=max(opened, float(smallest.max())) * draw.number(1.3, 1.6),
         expected=("RECOVERABLE",),
         specific=None,
@@ -321,7 +331,7 @@ def some_routes(
         name="some_routes",
         model=model,
         defense=Defense((Clamp(sae, where[: k + 1].tolist(), mode, only_active=True),), draw.below(2)),
-        examples=examples(prompts, likeliest(target, n_answers + 1)),
+        examples=make_examples(prompts, likeliest(target, n_answers + 1)),
         budget=longest * draw.number(1.3, 1.6),
         expected=("RECOVERABLE",),
         specific=True if float(open_too.double().mean()) >= 0.75 else None,
@@ -384,7 +394,7 @@ def undone_and_route(
         name="undone_and_route",
         model=model,
         defense=Defense((Clamp(sae, where[:k].tolist(), mode, only_active=True),), draw.below(2)),
-        examples=examples(prompts, likeliest(target, n_answers + 1)),
+        examples=make_examples(prompts, likeliest(target, n_answers + 1)),
         budget=longest * draw.number(1.3, 1.6),
         expected=("RECOVERABLE",),
         specific=True,
@@ -438,7 +448,7 @@ def weak_predicate(
         name="weak_predicate",
         model=model,
         defense=Defense((Clamp(sae, where[:n_answers].tolist(), Set(value), only_active=False),), draw.below(2)),
-        examples=examples(prompts, LogitDifference(target, other)),
+        examples=make_examples(prompts, LogitDifference(target, other)),
         budget=max(-value / gamma, float(around.norm())) * draw.number(1.3, 2.0),
         expected=("RECOVERABLE",),
         specific=None,

@@ -179,7 +179,7 @@ def distance(
     return norms
 
 
-def examples(prompts: Prompts, behavior: Behavior) -> Examples:
+def make_examples(prompts: Prompts, behavior: Behavior) -> Examples:
     """The prompts as examples, numbered."""
     return Examples([f"{row:03d}" for row in range(len(prompts))], prompts, behavior)
 

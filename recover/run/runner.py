@@ -30,11 +30,6 @@ from recover.protocol.workers import ALONE, Workers
 from recover.report.finished import find_run, pages
 from recover.report.published import compared
 from recover.run.config import Config
-<<<<<<< HEAD
-from recover.run.setting import Chosen, Setting, build_defense, load_setting, select_features, threads, threads_of
-from recover.tasks.prose import NEUTRAL
-from recover.types import InputError
-=======
 from recover.run.objects import Objects
 from recover.run.setting import Chosen, Setting, load_setting, threads
 from recover.types import InputError, Progress
@@ -67,7 +62,6 @@ class FromConfig:
     def beside_published(self, verdict: Mapping[str, Any]) -> dict[str, Any]:
         """Set the figures that the configuration says were published beside the verdict's own."""
         return beside_published(verdict, self.config)
->>>>>>> main
 
 
 class OtherRunError(InputError):
