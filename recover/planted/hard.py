@@ -36,7 +36,6 @@ from recover.planted.world import (
     Atoms,
     Draw,
     Planted,
-    answers,
     blocks,
     clamped,
     context_codes,
@@ -106,7 +105,7 @@ def hard_readout(
     features = n_answers + n_context
     T = blocks(draw, d_model, [features, n_answers + 1], spread=[0.4, 0.0])
     atoms = Atoms.of(T)
-    target, _ = answers(draw, n_prompts, n_answers)
+    target, _ = draw_answers(draw, n_prompts, n_answers)
     rows = torch.arange(n_prompts)
     codes = context_codes(draw, n_prompts, len(T), range(n_answers, features))
     codes[rows, target] = draw.uniform(2.0, 4.0, n_prompts)

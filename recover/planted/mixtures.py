@@ -86,7 +86,6 @@ from recover.planted.world import (
     Atoms,
     Draw,
     Planted,
-    answers,
     blocks,
     clamped,
     context_codes,
@@ -172,7 +171,7 @@ def half_erased(
     T = blocks(draw, d_model, [k + n_answers, n_context + n_groups, 1 + n_answers], spread=[0.4, 0.4, 0.0])
     atoms, a, known = Atoms.of(T), range(k, k + n_answers), k + n_answers + n_context + n_groups
     context, copies, x = range(a.stop, a.stop + n_context), known - n_groups, known
-    target, _ = answers(draw, n_prompts, n_answers)
+    target, _ = draw_answers(draw, n_prompts, n_answers)
     rows = torch.arange(n_prompts)
     codes = _codes(draw, target, len(T), k, context)
     codes[rows, copies + target // members] = draw.uniform(3.0, 4.0, n_prompts)
@@ -428,7 +427,7 @@ def weak_predicate(
     features = n_answers + n_context
     T = blocks(draw, d_model, [features, n_answers], spread=[0.4, 0.0])
     atoms, context = Atoms.of(T), range(n_answers, features)
-    target, other = answers(draw, n_prompts, n_answers)
+    target, other = draw_answers(draw, n_prompts, n_answers)
     prior = torch.zeros(n_answers, dtype=torch.float64)
     if variant == "prior":
         prior[draw.order(n_answers)] = torch.linspace(0, 1, n_answers, dtype=torch.float64)
@@ -505,5 +504,5 @@ def _sorts(
     if not 0 < first < n_prompts:
         raise InputError(f"share: {share} of {n_prompts} prompts is {first}, which leaves one sort empty")
     order = draw.order(n_prompts)
-    target = torch.cat([answers(draw, n, n_answers)[0] for n in (first, n_prompts - first)])
+    target = torch.cat([draw_answers(draw, n, n_answers)[0] for n in (first, n_prompts - first)])
     return target[order], (torch.arange(n_prompts) < first)[order]
