@@ -327,26 +327,26 @@ TABLE: dict[str, list[Entry]] = {
         (
             "a_search_is_never_worse_than_its_start_and_reports_what_it_found",
             "search/ascent.py",
-            "better = finite & (slack > best_slack[active])",
-            "better = finite",
+            "better = counts & (point.slack > best_slack[active])",
+            "better = counts",
         ),
         (
             "a_larger_budget_from_what_the_smaller_one_found_is_never_worse",
             "search/ascent.py",
-            "better = finite & (slack > best_slack[active])",
-            "better = finite",
+            "better = counts & (point.slack > best_slack[active])",
+            "better = counts",
         ),
         (
             "for_a_linear_score_a_larger_budget_never_recovers_less_nor_ends_lower",
             "search/ascent.py",
-            "stride * newton.clamp(max=budget)",
-            "stride * newton.clamp(max=0.3)",
+            "self.stride * newton.clamp(max=self.budget)",
+            "self.stride * newton.clamp(max=0.3)",
         ),
         (
             "more_steps_are_never_worse",
             "search/ascent.py",
-            "better = finite & (slack > best_slack[active])",
-            "better = finite",
+            "better = counts & (point.slack > best_slack[active])",
+            "better = counts",
         ),
         (
             "more_restarts_are_never_worse",
@@ -357,32 +357,32 @@ TABLE: dict[str, list[Entry]] = {
         (
             "the_same_seed_gives_the_same_result",
             "search/ascent.py",
-            "torch.randn(start.shape[1:], generator=generator)",
-            "torch.randn(start.shape[1:])",
+            "torch.randn(like.shape[1:], generator=generator)",
+            "torch.randn(like.shape[1:])",
         ),
         (
             "a_batch_is_its_examples_one_by_one",
             "search/ascent.py",
-            "noise = torch.randn(start.shape[1:], generator=generator).to(start).expand_as(start[unsolved])",
-            "noise = torch.randn(start[unsolved].shape, generator=generator).to(start)",
+            "noise = torch.randn(like.shape[1:], generator=generator).to(like).expand_as(like[unsolved])",
+            "noise = torch.randn(like[unsolved].shape, generator=generator).to(like)",
         ),
         (
             "the_order_of_examples_does_not_matter",
             "search/ascent.py",
-            "noise = torch.randn(start.shape[1:], generator=generator).to(start).expand_as(start[unsolved])",
-            "noise = torch.randn(start[unsolved].shape, generator=generator).to(start)",
+            "noise = torch.randn(like.shape[1:], generator=generator).to(like).expand_as(like[unsolved])",
+            "noise = torch.randn(like[unsolved].shape, generator=generator).to(like)",
         ),
         (
             "the_unit_of_the_residual_does_not_matter",
             "search/ascent.py",
-            "stride * newton.clamp(max=budget)",
-            "stride * newton.clamp(max=min(budget, 1.0))",
+            "self.stride * newton.clamp(max=self.budget)",
+            "self.stride * newton.clamp(max=min(self.budget, 1.0))",
         ),
         (
             "no_gradient_is_told_from_no_success",
             "search/ascent.py",
-            "Status.NO_GRADIENT: ~solved & (norm(slope) == 0)",
-            "Status.NO_GRADIENT: ~solved & (norm(slope) < 0)",
+            "Status.NO_GRADIENT: norm(self.slope) == 0,\n            Status.STALLED",
+            "Status.NO_GRADIENT: norm(self.slope) < 0,\n            Status.STALLED",
         ),
         (
             "a_second_look_keeps_what_was_found_and_is_never_worse",
@@ -399,8 +399,8 @@ TABLE: dict[str, list[Entry]] = {
         (
             "a_smallest_norm_is_no_longer_than_what_a_search_found_and_reaches_the_edge",
             "search/minimum.py",
-            "    return outer * rearrange(high,",
-            "    return 0.5 * outer * rearrange(high,",
+            "    return outer * by_example(high)",
+            "    return 0.5 * outer * by_example(high)",
         ),
     ],
     "metric": [
@@ -866,8 +866,8 @@ TABLE: dict[str, list[Entry]] = {
         (
             "the_checker_misses_no_planted_world",
             "search/ascent.py",
-            "delta = clip(here + scale_to(slope,",
-            "delta = clip(here + scale_to(-slope,",
+            "return self.here + scale_to(self.slope,",
+            "return self.here + scale_to(-self.slope,",
         ),
         (
             "the_checker_says_nothing_false_of_a_planted_world",
@@ -880,8 +880,8 @@ TABLE: dict[str, list[Entry]] = {
         (
             "what_a_solver_finds_is_admissible_and_what_it_is_said_to_be",
             "search/adam.py",
-            "delta = clip(feasible.project(delta + rate * toward), budget)",
-            "delta = clip(delta + rate * toward, budget)",
+            "return clip(terrain.feasible.project(delta + rate * toward), self.budget), ends",
+            "return clip(delta + rate * toward, self.budget), ends",
         ),
         (
             "what_a_solver_finds_is_admissible_and_what_it_is_said_to_be",
@@ -891,21 +891,21 @@ TABLE: dict[str, list[Entry]] = {
         ),
         (
             "no_solver_is_worse_than_its_start_and_it_reports_what_it_found",
-            "search/adam.py",
+            "search/ascent.py",
             "Status.RECOVERED: solved,",
             "Status.RECOVERED: better,",
         ),
         (
             "a_larger_budget_never_recovers_less",
             "search/adam.py",
-            "/ size).clamp(max=budget)",
-            "/ size).clamp(max=1 / budget)",
+            "/ self.size).clamp(max=self.budget)",
+            "/ self.size).clamp(max=1 / self.budget)",
         ),
         (
             "a_larger_budget_never_recovers_less",
             "search/minimum.py",
-            "    return outer * rearrange(high,",
-            "    return 0.5 * outer * rearrange(high,",
+            "    return outer * by_example(high)",
+            "    return 0.5 * outer * by_example(high)",
         ),
         (
             "the_best_over_solvers_is_no_longer_than_any_and_solves_what_any_does",
@@ -968,8 +968,8 @@ TABLE: dict[str, list[Entry]] = {
         (
             "the_shortest_pinned_delta_is_the_closed_form",
             "search/pinned.py",
-            "_each(stride) * outward",
-            "_each(stride) * leaf.detach()",
+            "by_example(stride) * outward",
+            "by_example(stride) * leaf.detach()",
         ),
         (
             "a_defense_that_edits_nothing_generates_the_plain_text",
