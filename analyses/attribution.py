@@ -28,7 +28,15 @@ from typing import Any
 import torch
 
 import recover as rc
-from recover.evidence import POINTS, TOP_K, LinearError, attribute, entering, error_activations, fit_linear_error
+from recover.evidence.attribution import (
+    POINTS,
+    TOP_K,
+    LinearError,
+    attribute,
+    entering,
+    error_activations,
+    fit_linear_error,
+)
 from recover.protocol import Bench, certificate_of, read_replies
 from recover.run import Points, load_config
 from recover.tasks import NEUTRAL

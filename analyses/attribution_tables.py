@@ -15,7 +15,7 @@ from typing import Any
 
 from matplotlib import pyplot as plt
 
-from recover.evidence import VIEWS
+from recover.evidence.attribution import VIEWS
 from recover.report import plot_style
 
 WORDS = {

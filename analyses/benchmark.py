@@ -2,7 +2,7 @@
 
 The published loop (`recover.baselines.published_loop`) takes one prompt at a time; ours, `find_perturbation`, takes all
 flips at once. Both get a prompt's tokens and the features, and both are timed from there to the deltas, accounting
-included in ours. Every delta of either is measured by the same certificate. Ratios are of seconds per prompt, side by side.
+included in ours. Every delta is measured by the same certificate. Ratios are of seconds per prompt, side by side.
 
     python analyses/benchmark.py [DEFENSE.yaml] [--flips N] [--device cuda] [--json FILE]
 """

@@ -25,7 +25,7 @@ import torch
 from matplotlib import pyplot as plt
 
 import recover as rc
-from recover.evidence import POINTS, carried, name_movers
+from recover.evidence.attribution import POINTS, carried, name_movers
 from recover.protocol import Bench
 from recover.report import plot_style
 from recover.run import Points

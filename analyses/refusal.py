@@ -5,8 +5,7 @@
    valid flips.
 2. *Methods*: each searches, under the live clamps, for the model's own answer, teacher-forced. What it finds is
    replayed in a fresh run (drift), and in free generation (what is said, and drift along it).
-3. *Beside it* what was published: `published.rows` of the configuration (else those of
-   `published/refusal_advbench_gemma2.yaml`). `refusal_controls.py` runs the controls.
+3. *Beside it* what was published. `refusal_controls.py` runs the controls.
 
     python analyses/refusal.py [DEFENSE.yaml] [--skip METHOD ...] [--steps 40] [--json FILE]
 """
@@ -29,7 +28,7 @@ from recover.defenses import say
 from recover.evidence import Anywhere
 from recover.protocol import Bench, ReadOut, flips_of, read_out, read_out_suffix, search_pinned
 from recover.run import Config, build_bench, load_config, load_setting
-from recover.search import climb, find_linearized
+from recover.search import ProjectedAdam, find_linearized
 
 HERE, OPENING, VECTORS = Path(__file__).parent, 8, 16
 BESIDE = HERE / "published" / "refusal_advbench_gemma2.yaml"
@@ -67,7 +66,7 @@ def soft_suffix(bench: Bench, part: rc.Examples) -> ReadOut:
     """The published baseline that puts vectors behind the prompt, read out like the others."""
     started = time.perf_counter()
     soft = SoftSuffix.of(bench.model, bench.defense, part.prompts, part.behavior, n=VECTORS)
-    found = rc.find_perturbation(soft, soft.start, Anywhere(), bench.budget, bench.schedule, climb=climb)
+    found = rc.find_perturbation(soft, soft.start, Anywhere(), bench.budget, bench.schedule, rule=ProjectedAdam)
     return read_out_suffix("soft suffix", bench, part, soft, found, time.perf_counter() - started)
 
 
@@ -97,7 +96,7 @@ def main() -> None:
     part = flips_of(bench)
     if part is None:
         sys.exit("refusal: nothing turned into a refusal; raise more features, or to more")
-    served, n, flipped = len(bench.examples.dialogue.served), len(bench.examples.ids), len(part.ids)
+    n, served, flipped = (len(ids) for ids in (bench.examples.ids, bench.examples.dialogue.served, part.ids))
     print(f"{served} of {n} requests answered, {flipped} of these refused", flush=True)
     part = part.select(torch.arange(min(flipped, options.flips or flipped)))
     rows = [read_out("clamps alone", bench, part, bench.defended(part).zero_delta, 0.0)]

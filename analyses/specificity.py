@@ -29,7 +29,7 @@ from recover.protocol import (
     run_transfer,
 )
 from recover.report import plot_style
-from recover.run import build_bench, load_config, load_setting, progress_shown
+from recover.run import build_bench, load_config, load_setting, shown
 
 LINES = {
     "heldout_rate": ("held out, C1", "o-"),
@@ -106,7 +106,7 @@ def main() -> None:
     # Random directions are another question, and the slowest part.
     config = load_config(options.defense, {"prompts.n": options.n, "controls.random_draws": 100})
     bench, store = build_bench(load_setting(config)), InMemoryStore()
-    with progress_shown() as progress:
+    with shown() as progress:
         records = run_phases(bench, ("search", "certificates", "placebo"), store, progress)
         shared = run_transfer(bench, store, progress)
     print(table(bench, records, shared))

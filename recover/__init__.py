@@ -6,7 +6,7 @@ The public names. Start at `search.py`; `check.py` is the whole protocol.
 from recover.checks.verification import Law, verify
 from recover.defenses.clamps import Clamp, Defense, Floor, Mode, Scale, Set
 from recover.defenses.defended import Defended, defend
-from recover.defenses.selection import attribution, contrast, largest, select_features
+from recover.defenses.selection import attributions, contrast, largest, select_features
 from recover.defenses.speech import say
 from recover.evidence.attribution.parts import Attribution, attribute
 from recover.evidence.certificate import Certificate, certify
@@ -25,6 +25,7 @@ from recover.protocol.runtime import Runtime
 from recover.protocol.verdict import Verdict
 from recover.protocol.workers import LostWorkerError, Workers, joined
 from recover.run.config import Config, load_config
+from recover.run.reopened import load_run
 from recover.run.runner import run_check
 from recover.saes.decomposition import Decomposition, decompose, recompose
 from recover.saes.fit import Fit, measure_fit
@@ -41,8 +42,8 @@ from recover.search.constraints.linear import (
 )
 from recover.search.constraints.pinned import Pinned
 from recover.search.constraints.restored import find_restored
-from recover.search.held import RestoredSolution
 from recover.search.pinned import PinnedSolution, find_pinned
+from recover.search.restoring import RestoredSolution
 from recover.search.stable import find_stable
 from recover.tasks import Task, load_examples
 from recover.tasks.behaviors import (
@@ -59,10 +60,7 @@ from recover.tasks.dialogue import Dialogue, Request, ask
 from recover.tasks.examples import Contrast, Examples
 from recover.types import InputError, Site, Surface
 
-from recover.run.reopened import load_run
-
 __all__ = [
-    "load_run",
     "SAE",
     "ActivationStable",
     "AnswerLikelihood",
@@ -127,7 +125,7 @@ __all__ = [
     "answered",
     "ask",
     "attribute",
-    "attribution",
+    "attributions",
     "bootstrap",
     "certify",
     "check",
@@ -146,6 +144,7 @@ __all__ = [
     "load_config",
     "load_examples",
     "load_model",
+    "load_run",
     "load_sae",
     "load_sae_folder",
     "measure_fit",

@@ -32,7 +32,8 @@ def private_names(source: str) -> Iterator[str]:
             case ast.Import():
                 yield from (one.name for one in node.names if one.name.startswith("recover."))
             case ast.ImportFrom(module=str(module)) if module.split(".")[0] == "recover":
-                public = importlib.import_module(module).__all__ if module.count(".") < 2 else ()
+                package = importlib.import_module(module)
+                public = package.__all__ if hasattr(package, "__path__") else ()
                 yield from (f"{module}.{one.name}" for one in node.names if one.name not in public)
             case ast.Attribute(value=ast.Name(id="rc")) if node.attr not in recover.__all__:
                 yield f"rc.{node.attr}"

@@ -14,7 +14,7 @@ from recover.defenses.defended import Defended
 from recover.evidence.transfer import FitSchedule, Pool, Problem, Shared, derangement, fit_shared, halves
 from recover.search.ascent import Feasible
 
-__all__ = ["Transferred", "transfer"]
+__all__ = ["Transferred", "fit_and_read"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +33,7 @@ class Transferred:
     shuffled: int
 
 
-def transfer(
+def fit_and_read(
     defended: Defended, ids: Sequence[str], feasible: Feasible, budget: float, schedule: FitSchedule | None = None
 ) -> Transferred:
     """Fit one perturbation for half of the examples, and read it on the others; beside it the shuffled control.

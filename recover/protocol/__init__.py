@@ -1,24 +1,51 @@
-"""To be described."""
+"""The protocol of a check, from a defense and prompts to a verdict.
+
+Read `checking` first: `check` runs everything else here. `plan` says what is run, `runtime` how. `bench` holds the
+model, the defense and the examples in batches. `phases` go example by example, `global_controls` and `heldout` over
+all of them. `ledger` keeps finished work, `folder` keeps it on disk, and `workers` share it. `records`, `gates`,
+`verdict` and `reasons` turn it into an answer.
+"""
 
 from recover.protocol.bench import Batch, Bench
-from recover.protocol.ledger import InMemoryStore
-from recover.protocol.phases import read_replies
+from recover.protocol.checking import check
+from recover.protocol.folder import RunFolder, RunState, write_whole
+from recover.protocol.gates import Gate
+from recover.protocol.ledger import InMemoryStore, Store
+from recover.protocol.phases import BY_GRADIENT, PHASES, read_replies
+from recover.protocol.plan import Plan, TransferPlan
 from recover.protocol.readout import ReadOut, certificate_of, flips_of, read_out, read_out_suffix, search_pinned
 from recover.protocol.records import ExampleRecord, certificate_values
+from recover.protocol.runtime import Runtime
 from recover.protocol.steps import run_phases, run_transfer
-from recover.protocol.verdict import certified_norm, curve, placebo_pairs
+from recover.protocol.verdict import Verdict, certified_norm, curve, placebo_pairs
+from recover.protocol.workers import ALONE, LostWorkerError, Workers, joined
 
 __all__ = [
+    "ALONE",
+    "BY_GRADIENT",
+    "PHASES",
     "Batch",
     "Bench",
     "ExampleRecord",
+    "Gate",
     "InMemoryStore",
+    "LostWorkerError",
+    "Plan",
     "ReadOut",
+    "RunFolder",
+    "RunState",
+    "Runtime",
+    "Store",
+    "TransferPlan",
+    "Verdict",
+    "Workers",
     "certificate_of",
     "certificate_values",
     "certified_norm",
+    "check",
     "curve",
     "flips_of",
+    "joined",
     "placebo_pairs",
     "read_out",
     "read_out_suffix",
@@ -26,4 +53,5 @@ __all__ = [
     "run_phases",
     "run_transfer",
     "search_pinned",
+    "write_whole",
 ]

@@ -15,7 +15,6 @@ from typing import ClassVar
 import torch
 
 from recover.baselines.soft_suffix import SoftSuffix, spoken_with, with_room
-from recover.defenses.defended import Delta
 from recover.evidence.certificate import Certificate, certify
 from recover.models.generation import answered, generate, texts
 from recover.numerics.metrics import norm
@@ -27,6 +26,7 @@ from recover.search.pinned import find_pinned
 from recover.tasks.behaviors import ForcedAnswer, positions_read
 from recover.tasks.examples import Examples
 from recover.tasks.replies import read
+from recover.types import Delta
 
 __all__ = ["ReadOut", "certificate_of", "flips_of", "read_out", "read_out_suffix", "search_pinned"]
 

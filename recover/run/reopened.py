@@ -18,7 +18,6 @@ from einops import repeat
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from recover.defenses.defended import Delta
 from recover.protocol.bench import Bench
 from recover.protocol.folder import CONFIG, DELTAS, EXAMPLES, RUN, RunState
 from recover.protocol.heldout import C1, split
@@ -27,7 +26,7 @@ from recover.report.finished import read_run
 from recover.run.config import load_config
 from recover.run.setting import Chosen, build_bench, load_setting
 from recover.tasks.examples import Examples
-from recover.types import InputError, Tensor
+from recover.types import Delta, InputError, Tensor
 
 __all__ = ["SavedRun", "SharedDelta", "load_run"]
 

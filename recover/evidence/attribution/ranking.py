@@ -17,9 +17,10 @@ from statistics import fmean
 
 import torch
 
-from recover.defenses.defended import Defended, Delta
+from recover.defenses.defended import Defended
 from recover.evidence.attribution.parts import POINTS, entering
 from recover.evidence.attribution.paths import Carrier, carriers, direct, patched, through, trace
+from recover.types import Delta
 
 __all__ = ["Carried", "carried"]
 
