@@ -28,28 +28,12 @@ from typing import Any
 import torch
 
 import recover as rc
-from recover.evidence.attribution import (
-    POINTS,
-    TOP_K,
-    LinearError,
-    attribute,
-    entering,
-    error_activations,
-    fit_linear_error,
-)
+from recover.evidence.attribution import POINTS, TOP_K, LinearError, attribute, entering, fit_linear_errors
 from recover.protocol import Bench, certificate_of, read_replies
 from recover.run import Points, load_config
 from recover.tasks import NEUTRAL
 
 Linear = Mapping[rc.Site, LinearError]
-
-
-def linear_errors(bench: Bench) -> Linear:
-    """For each site where a delta enters, how much of the SAE's error is linear; fitted on neutral text."""
-    sites = bench.surface.enters(bench.defense.sites)
-    prompts = bench.exact.tokenize(NEUTRAL)
-    states = error_activations(bench.exact, bench.defense, prompts, sites, bench.batch_size)
-    return {site: fit_linear_error(bench.defense.at(site)[0].sae, states[site], bench.plan.seed) for site in sites}
 
 
 def rows_of(
@@ -101,7 +85,9 @@ def main() -> None:
         points, bench = Points.open(options.out, settings), run.bench
         if bench.surface.every and options.stretch != 1:
             raise rc.InputError("--stretch: a pinned delta that is made longer is not pinned; leave it out")
-        linear = cache(lambda: linear_errors(bench))
+        exact, defense, sites = bench.exact, bench.defense, bench.surface.enters(bench.defense.sites)
+        neutral = exact.tokenize(NEUTRAL)
+        linear = cache(lambda: fit_linear_errors(exact, defense, neutral, sites, bench.batch_size, bench.plan.seed))
         r2 = points.get("linear", lambda: {site.hook_name: one.r2 for site, one in linear().items()})
         look = partial(rows_of, bench, linear, options)
         for number, (part, delta) in enumerate(run.batches(options.flips)):

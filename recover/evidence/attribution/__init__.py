@@ -5,7 +5,12 @@ follows the effect through heads and MLPs, `movers` finds the heads that attend 
 `linear_error` fits the part of the SAE's error that is linear in the residual.
 """
 
-from recover.evidence.attribution.linear_error import LinearError, error_activations, fit_linear_error
+from recover.evidence.attribution.linear_error import (
+    LinearError,
+    error_activations,
+    fit_linear_error,
+    fit_linear_errors,
+)
 from recover.evidence.attribution.movers import Movers, looks, name_movers, undefended, writes
 from recover.evidence.attribution.parts import (
     POINTS,
@@ -52,6 +57,7 @@ __all__ = [
     "entering",
     "error_activations",
     "fit_linear_error",
+    "fit_linear_errors",
     "looks",
     "name_movers",
     "parts_of",
