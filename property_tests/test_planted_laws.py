@@ -328,7 +328,7 @@ def test_an_undone_clamp_cannot_be_undone_at_right_angles_to_what_was_written(ca
     assert find_perturbation(defended, defended.zero_delta, case.feasible, world.budget).recovered.any()
 
 
-@guards("recover.search.ascent._ascend", "delta = clip(here + scale_to(slope,", "delta = clip(here + scale_to(-slope,")
+@guards("recover.search.ascent.Steepest._uphill", "scale_to(self.slope,", "scale_to(-self.slope,")
 @costly(8)
 @given(planted(ALL, n_answers=(6, 6), n_prompts=(24, 32)))
 def test_the_checker_misses_no_planted_world(case: PlantedCase) -> None:
