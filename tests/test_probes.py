@@ -11,11 +11,11 @@ from recover.defenses.clamps import Scale, Set
 from recover.defenses.defended import defend
 from recover.evidence.certificate import certify
 from recover.numerics.metrics import norm
-from recover.planted.pinned import pinned_layers
 from recover.search.ascent import Schedule
 from recover.search.constraints.monitor import Jacobian, Monitor
 from recover.types import InputError
 from tests.models import left_padded, token_rows
+from tests.pinned_world import pinned_layers
 from tests.test_admissible import SHEAR, linear_world
 from tests.test_restoration import normal, tiny
 

@@ -16,7 +16,6 @@ from recover.evidence.certificate import certify
 from recover.models.host import Model
 from recover.numerics.metrics import norm
 from recover.planted.layers import two_layers
-from recover.planted.pinned import PinnedWorld, pinned_layers
 from recover.saes.sae import from_sae_lens
 from recover.search.ascent import Schedule, find_perturbation
 from recover.search.constraints.admissible import admissible
@@ -27,6 +26,7 @@ from recover.tasks.behaviors import AnswerLikelihood, LogitDifference
 from recover.types import InputError, Site, Surface
 from tests.by_hand import Edits, clamped, defense_of, sae_lens_sae
 from tests.models import D_MODEL, left_padded, plain_forward, plain_lm, tiny_lm, token_rows
+from tests.pinned_world import PinnedWorld, pinned_layers
 from tests.test_admissible import SHEAR, linear_world
 
 BEHAVIOR = LogitDifference(torch.tensor([3, 9, 27, 40]), torch.tensor([5, 1, 30, 2]))
