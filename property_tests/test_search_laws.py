@@ -271,7 +271,7 @@ def not_on_an_edge(found: Solution, case: SearchCase) -> bool:
     "torch.randn(like[unsolved].shape, generator=generator).to(like)",
 )
 @given(stable)
-def test_a_batch_is_its_examples_one_by_one(case: SearchCase) -> None:
+def test_a_batch_gives_what_its_examples_give_one_by_one(case: SearchCase) -> None:
     """Restarts included: one draw serves all examples, so a result does not depend on its neighbors."""
     together = case.run()
     assume(not_on_an_edge(together, case))
@@ -322,7 +322,7 @@ def test_the_unit_of_the_residual_does_not_matter(case: SearchCase, power: int) 
     "Status.NO_GRADIENT: norm(self.slope) < 0",
 )
 @given(searches(kinds=("linear", "flat"), restarts=(0, 1)))
-def test_no_gradient_is_told_from_no_success(case: SearchCase) -> None:
+def test_a_missing_gradient_is_distinguished_from_failure(case: SearchCase) -> None:
     """A flat score, or no free direction, is a search that could not be, not one that found nothing."""
     found = case.run(columns=case.d_model if case.kind == "linear" else case.columns, started=False)
     solved = slack_at(case, torch.zeros_like(found.delta)) >= case.schedule.goal

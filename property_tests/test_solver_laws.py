@@ -29,7 +29,7 @@ FEW: dict[str, Solver] = {
 
 
 def solved(case: SearchCase) -> list[Found]:
-    """By every solver."""
+    """What each solver finds for a case."""
     return [each(case.landscape(), case.start(), case.feasible, case.budget, case.schedule) for each in FEW.values()]
 
 
@@ -49,8 +49,8 @@ def assert_admissible(case: SearchCase, delta: Tensor, longest: Tensor) -> None:
 @guards(random_draws, "tried = scaled(free, length)", "tried = scaled(free, 1.01 * length)")
 @costly(20)
 @given(searches())
-def test_what_a_solver_finds_is_admissible_and_what_it_is_said_to_be(case: SearchCase) -> None:
-    """Within the budget the one; of the norm that is told, and at the edge of the goal, the other."""
+def test_what_a_solver_finds_is_admissible_and_as_reported(case: SearchCase) -> None:
+    """The find at the budget is within it; the shortest find has the norm reported and lies at the edge of the goal."""
     for solver in FEW.values():
         landscape = case.landscape()
         found = solver(landscape, case.start(), case.feasible, case.budget, case.schedule)
