@@ -6,7 +6,7 @@ The public names. Start at `search.py`; `check.py` is the whole protocol.
 from recover.checks.verification import Law, verify
 from recover.defenses.clamps import Clamp, Defense, Floor, Mode, Scale, Set
 from recover.defenses.defended import Defended, defend
-from recover.defenses.selection import attribution, contrast, largest, select_features
+from recover.defenses.selection import attributions, contrast, largest, select_features
 from recover.defenses.speech import say
 from recover.evidence.attribution.parts import Attribution, attribute
 from recover.evidence.certificate import Certificate, certify
@@ -41,8 +41,8 @@ from recover.search.constraints.linear import (
 )
 from recover.search.constraints.pinned import Pinned
 from recover.search.constraints.restored import find_restored
-from recover.search.held import RestoredSolution
 from recover.search.pinned import PinnedSolution, find_pinned
+from recover.search.restoring import RestoredSolution
 from recover.search.stable import find_stable
 from recover.tasks import Task, load_examples
 from recover.tasks.behaviors import (
@@ -124,7 +124,7 @@ __all__ = [
     "answered",
     "ask",
     "attribute",
-    "attribution",
+    "attributions",
     "bootstrap",
     "certify",
     "check",

@@ -18,7 +18,6 @@ from recover.evidence.certificate import certify
 from recover.evidence.transfer import FitSchedule
 from recover.models.host import Model
 from recover.numerics.metrics import norm
-from recover.planted.pinned import pinned_layers
 from recover.protocol import phases
 from recover.protocol.bench import Bench
 from recover.protocol.checking import check
@@ -36,6 +35,7 @@ from recover.tasks.dialogue import Dialogue, Request, ask
 from recover.tasks.examples import Examples
 from recover.types import Site, Surface
 from tests.models import D_MODEL, VOCAB, plain_forward, tiny_lm
+from tests.pinned_world import pinned_layers
 from tests.settings import arranged
 
 LIGHT = Plan(
@@ -227,8 +227,8 @@ def test_its_verdict_fits_the_schema_and_is_told_in_words(checked: tuple[Verdict
     jsonschema.validate(values, schema)
     text = " ".join(to_text(values).split())
     assert "first 3 of the answer positions at blocks.1.hook_resid_pre and blocks.2.hook_resid_pre" in text
-    assert "said freely" in text
-    assert "said freely" in to_html(values, "")
+    assert "free replies of" in text
+    assert "free replies" in to_html(values, "")
 
 
 def test_a_resumed_check_is_an_uninterrupted_one(dialogue: Dialogue, checked: tuple[Verdict, InMemoryStore]) -> None:
