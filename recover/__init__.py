@@ -42,6 +42,7 @@ from recover.search.constraints.linear import (
 )
 from recover.search.constraints.pinned import Pinned
 from recover.search.constraints.restored import find_restored
+from recover.search.minimum import smallest_perturbation
 from recover.search.pinned import PinnedSolution, find_pinned
 from recover.search.restoring import RestoredSolution
 from recover.search.stable import find_stable
@@ -154,6 +155,7 @@ __all__ = [
     "run_check",
     "say",
     "select_features",
+    "smallest_perturbation",
     "verify",
     "wilson",
 ]
