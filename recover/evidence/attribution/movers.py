@@ -44,7 +44,7 @@ class Movers:
 
     n: int
     heads: Mapping[str, Mapping[str, Reading]]
-    written: Mapping[str, float]
+    written: Mapping[str, float | int]
     re_engaged: float | None
 
 

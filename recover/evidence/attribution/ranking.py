@@ -48,7 +48,7 @@ class Carried:
     shows: float
     top: Sequence[Mapping[str, str | float]]
     direct: Mapping[str, float]
-    doing: Sequence[Mapping[str, float]]
+    doing: Sequence[Mapping[str, float | int]]
 
 
 def carried(defended: Defended, delta: Delta, points: int = POINTS, seed: int = 0) -> Carried:
