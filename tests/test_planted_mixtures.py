@@ -106,9 +106,8 @@ def test_the_shared_delta_recovers_just_the_rows_it_is_said_to(kind: Callable[..
 
 
 @MIXED
-@pytest.mark.parametrize("seed", range(2))
-def test_the_checker_recovers_what_can_be(kind: Callable[..., Planted], seed: int) -> None:
-    world = kind(seed)
+def test_the_checker_recovers_what_can_be(kind: Callable[..., Planted]) -> None:
+    world = kind(0)
     assert world.smallest_norm is not None
     said = check(world.model, world.defense, world.examples, world.budget)
     assert said.verdict == "RECOVERABLE"
