@@ -53,7 +53,7 @@ def run_transfer(bench: Bench, store: InMemoryStore, progress: Progress | None =
     """
     folds, report = [], progress or (lambda *_: None)
     for fold in range(bench.plan.transfer.folds):
-        fitted = heldout.fit(bench, fold, store, partial(report, f"transfer, fold {fold + 1}"))
+        fitted = heldout.fit(bench, fold, partial(report, f"transfer, fold {fold + 1}"))
         store.deltas |= fitted.deltas
-        folds.append((dict(fitted.values), heldout.read(bench, fold, store, lambda *_: None)))
+        folds.append((dict(fitted.values), heldout.read(bench, fold, store)))
     return heldout.summary(folds, bench.pool.residual_norm)
