@@ -199,10 +199,14 @@ def _check(options: argparse.Namespace) -> int:
             else:
                 verdicts = run_seeds(config, options.out, options.seeds, **given)
         if workers.leads:
-            text = to_text(verdicts[0]) if options.seeds == 1 else seeds_to_text(verdicts)
+            text = (
+                to_text(verdicts[0].to_dict())
+                if options.seeds == 1
+                else seeds_to_text([one.to_dict() for one in verdicts])
+            )
             _say(f"{text}\n\nArtifacts: {options.out}")
     failing = {CONDITIONS[condition] for condition in options.fail_if}
-    return int(any(verdict["verdict"] in failing for verdict in verdicts))
+    return int(any(verdict.verdict in failing for verdict in verdicts))
 
 
 def _report(options: argparse.Namespace) -> int:

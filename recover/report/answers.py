@@ -11,7 +11,8 @@ from typing import Any
 
 import yaml
 
-from recover.protocol import reasons as words
+from recover.protocol.reasons import deciding
+from recover.protocol.verdict_model import Verdict
 from recover.report.figures import number, percent
 from recover.report.words import SPECIFIC, clamps
 
@@ -24,8 +25,6 @@ TASKS = {
     "cloze": "filling in the right word",
     "probe": "being of a class, as a linear probe reads it",
 }
-DECIDING = ("specific: ", "not specific: ", "unknown: ", "whether it is specific is unknown: ")
-"""How the reason begins that decides it; see `recover.evidence.rules`."""
 FEW = 20
 """Valid flips below which an interval is wide: at 20 of 20 it still reaches down to 84%."""
 
@@ -102,7 +101,7 @@ def _specific(verdict: Mapping[str, Any]) -> list[str]:
     if verdict["verdict"] != "RECOVERABLE":
         return ["Not asked: only what is RECOVERABLE can be specific."]
     words = {True: "Yes", False: "No", "unknown": "Unknown"}[verdict["specific"]]
-    because = next((reason for reason in verdict["reasons"] if reason.startswith(DECIDING)), None)
+    because = deciding(Verdict.model_validate(verdict))
     reason = because.partition(": ")[2] if because else SPECIFIC[verdict["specific"]]
     told = [f"{words}: {reason}."]
     transfer = verdict["transfer"]
@@ -164,7 +163,7 @@ def _of_the_search(verdict: Mapping[str, Any]) -> list[str]:
         )
     if placebo is None:
         told.append("No unrelated target was searched for: nothing tells how easily any answer could be written.")
-    if words.features(features, verdict["counts"]):
+    if Verdict.model_validate(verdict).random_features_suppress:
         told.append(f"Random features suppress nearly as much ({percent(features['suppressed_rate'])}).")
     if unbounded is not None and unbounded["rate"] < 1:
         told.append(f"Even without a budget the search recovers only {percent(unbounded['rate'])}.")

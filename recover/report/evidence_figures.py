@@ -9,8 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from recover.numerics.statistics import wilson
-from recover.protocol.gates import suppressed
-from recover.protocol.records import ExampleRecord, PlaceboRecord
+from recover.protocol.records import CertificateRecord, ExampleRecord, PlaceboRecord
 from recover.protocol.verdict import certified_norm
 from recover.report.figures import (
     Curve,
@@ -44,7 +43,7 @@ def figures_of(verdict: Mapping[str, Any], records: Records = ()) -> dict[str, F
         verdict: what `verdict.json` holds.
         records: the lines of `examples.jsonl`.
     """
-    searched = [r for r in records if r.search and r.certificate and suppressed(r.certificate)]
+    searched = [r for r in records if r.search and r.certificate and r.certificate.suppressed]
     built = {name: build(verdict, searched) for name, build in BUILDERS.items()}
     return {
         name: figure(name, TITLES[name], READING[name], *found) for name, found in built.items() if found is not None
@@ -164,25 +163,25 @@ def _residual(found: Mapping[str, Any]) -> float | None:
 def _drift(_: Mapping[str, Any], searched: Records) -> Built:
     certificates = [r.certificate for r in searched if r.certificate is not None]
 
-    def strip(name: str, tone: Tone, read: Callable[[Mapping[str, Any]], float | None]) -> Strip:
+    def strip(name: str, tone: Tone, read: Callable[[CertificateRecord], float | None]) -> Strip:
         values = (read(c) for c in certificates)
         return Strip(name, tone, tuple(value for value in values if value is not None))
 
-    def largest(certificate: Mapping[str, Any]) -> float | None:
-        shifts = certificate["preactivation_shift"]
-        return None if None in shifts else max(map(abs, shifts), default=None)
+    def largest(certificate: CertificateRecord) -> float | None:
+        shifts = [abs(shift) for shift in certificate.preactivation_shift if shift is not None]
+        return max(shifts, default=None) if len(shifts) == len(certificate.preactivation_shift) else None
 
     strips = [
-        strip("clamped features moved by", "own", lambda c: c["drift"]),
+        strip("clamped features moved by", "own", lambda c: c.drift),
         strip("their pre-activations, the most", "plus", largest),
-        strip("for scale: the perturbation's norm", "plain", lambda c: c["norm"]),
+        strip("for scale: the perturbation's norm", "plain", lambda c: c.norm),
     ]
     shown = tuple(one for one in strips if one.values)
     return (Dots(shown, "moved by"),) if shown else None
 
 
 def _margins(_: Mapping[str, Any], searched: Records) -> Built:
-    margins = [m for r in searched if r.certificate for m in r.certificate["threshold_margin"] if m is not None]
+    margins = [m for r in searched if r.certificate for m in r.certificate.threshold_margin if m is not None]
     if not margins:
         return None
     edges, counts = binned(margins)

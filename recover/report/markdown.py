@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from recover.protocol.verdict_model import Verdict
 from recover.report import published
 from recover.report.answers import answers, cautions, parsed
 from recover.report.figures import number, percent
@@ -34,7 +35,9 @@ def to_markdown(verdict: Mapping[str, Any], config: str = "") -> str:
     lines += [f"| {name} | {_escaped(value)} |" for name, value in summary_rows(verdict)]
     if rows := verdict.get("published"):
         lines += ["", f"**Published: {_escaped(rows[0]['source'])}**", "", "| | |", "| --- | --- |"]
-        lines += [f"| {result} | {_escaped(figures)} |" for result, figures in published.told(verdict)]
+        lines += [
+            f"| {result} | {_escaped(figures)} |" for result, figures in published.told(Verdict.model_validate(verdict))
+        ]
     lines += ["", "**What could be wrong with this run?**", "", *(f"- {_escaped(one)}" for one in cautions(verdict))]
     lines += ["", f"<details><summary>Gates: {_counted(verdict)}</summary>", "", "| gate | result | detail |"]
     lines += ["| --- | --- | --- |"]

@@ -68,12 +68,12 @@ def write_figures(run: FinishedRun, out: Path) -> list[Path]:
     written = []
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for figure in figures_of(run.verdict, run.records).values():
+        for figure in figures_of(run.verdict.to_dict(), run.records).values():
             for suffix, content in rendered(figure).items():
                 written.append(out / f"{figure.name}.{suffix}")
                 write_whole(written[-1], content)
         written.append(out / "summary.csv")
-        write_whole(written[-1], _csv([("figure", "value"), *summary_rows(run.verdict)]))
+        write_whole(written[-1], _csv([("figure", "value"), *summary_rows(run.verdict.to_dict())]))
     except OSError as error:
         raise InputError(f"--figures {out}: cannot be written ({error.strerror}); give another folder") from None
     return written

@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from recover.protocol.verdict_model import Verdict
 from recover.report.published import told
 from recover.report.words import REPLIES, SUMMANDS, clamps, headline
 
@@ -29,7 +30,7 @@ def sections(verdict: Mapping[str, Any]) -> list[tuple[str, Rows]]:
         ),
         ("Controls: what is found where there should be less to find", _controls(verdict["controls"])),
         ("Transfer: one perturbation for all prompts, read on prompts it was not fitted to", _transfer(verdict)),
-        *((f"{PUBLISHED}: {row['source']}", told(verdict)) for row in published[:1]),
+        *((f"{PUBLISHED}: {row['source']}", told(Verdict.model_validate(verdict))) for row in published[:1]),
     ]
 
 
