@@ -39,6 +39,7 @@ from recover.protocol.gates import (
 from recover.protocol.plan import Plan
 from recover.protocol.records import CertificateRecord, ExampleRecord, SmallestRecord
 from recover.protocol.verdict_model import (
+    SCHEMA,
     Controls,
     Counts,
     CurvePoint,
@@ -147,6 +148,7 @@ def decide(
         if drawn is not None and suppress_as_much(drawn, accounting):
             reasons.append(words.features(drawn, accounting))
     return Verdict(
+        schema=SCHEMA,
         verdict=kind,
         specific=None if by is None else by.specific,
         reasons=(*reasons, *(gate.detail for gate in failing if gate.decides is None)),

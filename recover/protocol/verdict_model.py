@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, WithJsonSchema, with_config
 from pydantic.json_schema import SkipJsonSchema
@@ -124,7 +124,7 @@ class Rate(Section):
     wilson95: tuple[float, float] = Field(description="95% Wilson interval of the rate")
 
     @classmethod
-    def of(cls, hits: Iterable[bool]) -> Self:
+    def of(cls, hits: Iterable[bool]) -> Rate:
         """The rate of these; there is at least one."""
         each = list(hits)
         return cls(hits=sum(each), rate=sum(each) / len(each), wilson95=wilson(sum(each), len(each)))
@@ -479,9 +479,7 @@ class Verdict(Section):
     `specific` is None where the JSON says "unknown". `records` is no part of the JSON.
     """
 
-    schema_: Literal["recover.verdict/2"] = Field(
-        default="recover.verdict/2", alias="schema", description="name of this format"
-    )
+    schema_: Literal["recover.verdict/2"] = Field(alias="schema", description="name of this format")
     verdict: Kind = Field(description="what the check came to")
     specific: Specific = Field(description="whether the recovery is specific to the behavior")
     reasons: tuple[str, ...] = Field(min_length=1, description="sentences that explain the verdict")
@@ -513,7 +511,7 @@ class Verdict(Section):
         drawn = self.controls.placebo_features
         return drawn is not None and suppress_as_much(drawn, self.counts)
 
-    def took(self, seconds: float | None) -> Self:
+    def took(self, seconds: float | None) -> Verdict:
         """The verdict with how long the whole run took."""
         return self.model_copy(update={"provenance": self.provenance.model_copy(update={"seconds": seconds})})
 
@@ -523,7 +521,7 @@ class Verdict(Section):
         return values | {"provenance": self.provenance.model_dump(mode="json", exclude_unset=True)}
 
     @classmethod
-    def from_json(cls, text: str) -> Self:
+    def from_json(cls, text: str) -> Verdict:
         """Read what `verdict.json` holds.
 
         Raises:
