@@ -12,11 +12,13 @@ import torch
 
 from recover.defenses.utility import Utility
 from recover.evidence.certificate import Certificate
-from recover.evidence.rules import Rules
+from recover.evidence.rules import Rule, Rules
 from recover.numerics.statistics import median_interval
+from recover.protocol import reasons, schema
 from recover.protocol.phases import KEPT
 from recover.protocol.plan import Plan
 from recover.protocol.records import ExampleRecord, SearchRecord, certificate_values, search_values
+from recover.protocol.verdict_model import OtherSchemaError, Transfer, Verdict
 from recover.saes.fit import Fit
 from recover.search.ascent import Status
 from recover.search.solvers import WorstCase
@@ -621,3 +623,71 @@ def test_the_verdict_keeps_its_records_and_where_it_came_from() -> None:
     assert "records" not in values
     assert values["provenance"]["model"] == "tiny"
     assert values["threat_model"]["budget"] == 20.0
+
+
+def test_the_schema_in_the_package_is_the_one_that_the_models_generate() -> None:
+    assert json.loads(schema.PATH.read_text(encoding="utf-8")) == schema.verdict_schema()
+
+
+@pytest.mark.parametrize("found", [transfer(), NOTHING, {"refused": "several sites"}, None])
+def test_a_verdict_is_read_back_as_it_was_written(found: dict[str, Any] | None) -> None:
+    verdict = conclude(*as_easy(), transfer=found, curve=(2.0, 20.0))
+    written = json.dumps(verdict.to_dict(), allow_nan=False)
+    read = Verdict.from_json(written)
+    assert read.model_copy(update={"records": verdict.records}) == verdict
+    assert json.dumps(read.to_dict()) == written
+
+
+@pytest.mark.parametrize(
+    ("found", "rule"),
+    [
+        (transfer(), Rule.MECHANISM_SURVIVED),
+        (NOTHING, Rule.NO_MORE_THAN_CHANCE),
+        ({"refused": "several sites"}, Rule.NOT_RUN),
+        (None, None),
+    ],
+)
+def test_a_verdict_keeps_the_rule_that_decided_and_of_an_older_one_it_follows(
+    found: dict[str, Any] | None, rule: Rule | None
+) -> None:
+    verdict = conclude(*as_easy(), transfer=found)
+    assert verdict.statistics.specific_by is rule
+    values = verdict.to_dict()
+    del values["statistics"]["specific_by"]
+    older = Verdict.from_json(json.dumps(values))
+    assert older.statistics.specific_by is rule
+    assert reasons.deciding(older) == reasons.deciding(verdict)
+    assert (rule is None) == (reasons.deciding(older) is None)
+    assert rule is None or reasons.deciding(older) in verdict.reasons
+
+
+@pytest.mark.parametrize("rule", [one for one in Rule if one is not Rule.NOT_RUN])
+def test_every_rule_has_a_sentence_that_says_what_it_decided(rule: Rule) -> None:
+    said = reasons.specificity(rule, Transfer.model_validate(transfer()), 12, Rules())
+    assert said.startswith({True: "specific: ", False: "not specific: ", None: "unknown: "}[rule.specific])
+    assert len({reasons.specificity(one, Transfer.model_validate(transfer()), 12, Rules()) for one in Rule}) == len(
+        Rule
+    )
+
+
+@pytest.mark.parametrize("named", ["recover.verdict/1", "recover.verdict/9"])
+def test_a_verdict_of_another_schema_names_it_and_what_opens_it(named: str) -> None:
+    values = conclude(flip("x")).to_dict() | {"schema": named}
+    with pytest.raises(OtherSchemaError, match=f"{named}.*open it with the version of recover that wrote it"):
+        Verdict.from_json(json.dumps(values))
+    values["provenance"]["versions"] = {"recover": "7.1"}
+    with pytest.raises(OtherSchemaError, match=r"open it with recover 7\.1, which wrote it"):
+        Verdict.from_json(json.dumps(values))
+
+
+@pytest.mark.parametrize("damage", ["{}", "[]", "{", '{"schema": 3}', '{"schema": "recover.verdict/2"}'])
+def test_what_is_no_verdict_is_refused(damage: str) -> None:
+    with pytest.raises(ValueError):  # noqa: PT011 (JSON's or pydantic's)
+        Verdict.from_json(damage)
+
+
+def test_a_key_that_a_section_does_not_have_is_refused() -> None:
+    values = conclude(flip("x")).to_dict()
+    values["recovery"]["more"] = 1
+    with pytest.raises(ValueError, match="more"):
+        Verdict.from_json(json.dumps(values))
