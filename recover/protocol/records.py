@@ -76,7 +76,7 @@ class CertificateRecord:
     relative_drift: Annotated[Figure, Field(description="drift as a share of the features' norm")]
     decode_drift: Annotated[Figure, Field(description="norm of what that drift writes to the residual")]
     clamp_floor_violation: Annotated[
-        Figure, Field(description="how far raised features have sunk, as a share of their norm")
+        Figure, Field(description="sinking of raised features, share of their norm")
     ]
     rounding: Annotated[Figure, Field(description="shifts and drifts up to this count as rounding")]
     held: Annotated[bool, Field(description="whether the clamped features stayed where they were")]
