@@ -398,9 +398,9 @@ GOOD = {"prompt": "Mary and John left and John gave the key to", "io": "Mary", "
         (["--control-seed", "-1"], ["controls.seed", "greater than or equal to 0"]),
         (["--control-seed", str(2**31)], ["controls.seed", "less than"]),
         (["--control-seed", "x"], ["--control-seed", "'x'"]),
-        (["--seeds", "0"], ["--seeds", "'0' is not a whole number from 1"]),
-        (["--seeds", "-2"], ["--seeds", "'-2' is not a whole number from 1"]),
-        (["--seeds", "two"], ["--seeds", "'two' is not a whole number from 1"]),
+        (["--seeds", "0"], ["--seeds", "expected a positive whole number, got '0'"]),
+        (["--seeds", "-2"], ["--seeds", "expected a positive whole number, got '-2'"]),
+        (["--seeds", "two"], ["--seeds", "expected a positive whole number, got 'two'"]),
         (["--batch-size", "0"], ["batch_size: must be auto or a whole number from 1"]),
         (["--batch-size", "²"], ["batch_size"]),
         (["--features", "1,x"], ["--features '1,x'", "3,17,42"]),
@@ -792,7 +792,7 @@ def test_ctrl_c_is_told_in_one_line(child, resumes, tmp_path, write, late):
     process, error = child(tmp_path / "out", write, signal.SIGINT, late)
     process.join()
     assert process.exitcode == 130
-    assert error.read_text() == "recover: interrupted; the same command goes on where this one stopped\n"
+    assert error.read_text() == "recover: interrupted; run the same command again to resume\n"
     resumes(tmp_path / "out")
 
 
@@ -906,7 +906,7 @@ def in_a_process(*arguments):
 
 def without_progress(stderr):
     """What is left without the lines that a slow run, on a busy machine, prints every ten seconds."""
-    return re.sub(r"recover: [\w ,]+ \d+ of \d+\n", "", stderr)
+    return re.sub(r"recover: [\w ,+]+: \d+ of \d+\n", "", stderr)
 
 
 def test_as_a_module_with_nothing_but_the_verdict_on_its_streams(root, finished, tmp_path):
@@ -945,10 +945,10 @@ def test_progress_is_a_bar_for_each_phase_on_a_terminal(monkeypatch):
             report("search", done, 5)
         report("transfer, fold 1 of 2", 7, 60)  # never at its end
     first, second, third, fourth, last = sys.stderr.getvalue().split("\n")
-    assert re.search(r"\rloading 00:00 *$", first)
-    assert re.search(r"accounting: 100%.* 40/40 ", second)
-    assert re.search(r"search: 100%.* 5/5 ", third)
-    assert re.search(r"transfer, fold 1 of 2: .* 7/60 ", fourth)
+    assert re.search(r"\rloading the model 00:00 *$", first)
+    assert re.search(r"finding valid flips: 100%.* 40/40 ", second)
+    assert re.search(r"searching for perturbations: 100%.* 5/5 ", third)
+    assert re.search(r"fitting one shared perturbation, fold 1 of 2: .* 7/60 ", fourth)
     assert last == ""
 
 
@@ -960,7 +960,9 @@ def test_progress_is_told_phase_by_phase(recover, monkeypatch):
     ends = [line.split("\r")[-1].split("|")[0].strip() for line in terminal.getvalue().split("\n") if line]
     phases = [re.sub(r"( \d\d:\d\d|: +\d+%)$", "", end) for end in ends]
     fold = "transfer, fold 1 of 1"
-    assert phases == ["loading", "accounting", *PHASES, "placebo_features", fold]
+    told = ["loading", "accounting", *PHASES, "placebo_features", fold]
+    assert phases == [progress.title(phase) for phase in told]
+    assert not set(told) & set(phases)  # each has words of its own
     assert all(end.endswith("100%") or re.search(r"\d\d:\d\d$", end) for end in ends)
 
 
@@ -973,5 +975,6 @@ def test_progress_is_a_few_lines_in_a_log(monkeypatch, capsys):
         for done in range(1, 7):
             report("transfer, fold 1 of 2", done, 64)
     assert capsys.readouterr().err == (
-        "recover: transfer, fold 1 of 2 2 of 64\nrecover: transfer, fold 1 of 2 5 of 64\n"
+        "recover: fitting one shared perturbation, fold 1 of 2: 2 of 64\n"
+        "recover: fitting one shared perturbation, fold 1 of 2: 5 of 64\n"
     )
