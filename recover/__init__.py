@@ -18,9 +18,8 @@ from recover.models.names import resolve_model
 from recover.numerics.statistics import bootstrap, wilson
 from recover.numerics.subspaces import NullSpace, row_space
 from recover.protocol.checking import InMemoryStore, Store, check
-from recover.protocol.gates import Gate
 from recover.protocol.plan import Plan, TransferPlan
-from recover.protocol.verdict import Verdict
+from recover.protocol.verdict_model import Gate, Verdict
 from recover.protocol.workers import LostWorkerError, Workers, joined
 from recover.run.config import Config, load_config
 from recover.run.runner import run_check

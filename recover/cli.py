@@ -243,7 +243,7 @@ def _check(options: argparse.Namespace) -> int:
             text = to_text(verdicts[0]) if options.seeds == 1 else seeds_to_text(verdicts)
             _say(f"{text}\n\nArtifacts: {options.out}")
     failing = {CONDITIONS[condition] for condition in options.fail_if}
-    return int(any(verdict["verdict"] in failing for verdict in verdicts))
+    return int(any(verdict.verdict in failing for verdict in verdicts))
 
 
 def _report(options: argparse.Namespace) -> int:

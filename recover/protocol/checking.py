@@ -31,7 +31,8 @@ from recover.protocol.ledger import InMemoryStore, Ledger, Part, Store
 from recover.protocol.phases import PHASES, Done, Phase, accounting, curve_budgets
 from recover.protocol.plan import Plan
 from recover.protocol.records import ExampleRecord
-from recover.protocol.verdict import Gathered, Verdict, decide
+from recover.protocol.verdict import Gathered, decide
+from recover.protocol.verdict_model import RefusedTransfer, Transfer, Verdict
 from recover.protocol.workers import ALONE, Workers
 from recover.saes.fit import Fit, measure_fit
 from recover.search.ascent import Schedule
@@ -224,11 +225,11 @@ def _fold(bench: Bench, ledger: Ledger, fold: int, report: Progress) -> None:
     ledger.run("transfer", 2 * fold + 1, lambda: heldout.read(bench, fold, ledger.store, lambda *_: None))
 
 
-def _transfer(bench: Bench, ledger: Ledger) -> dict[str, Any]:
+def _transfer(bench: Bench, ledger: Ledger) -> Transfer | RefusedTransfer:
     """What `heldout` found, or why it was not run."""
     begun = ledger.values("transfer")
     if begun["refused"] is not None:
-        return {"refused": begun["refused"]}
+        return RefusedTransfer(refused=begun["refused"])
     folds = [
         (ledger.values("transfer", 2 * fold), ledger.values("transfer", 2 * fold + 1))
         for fold in range(bench.plan.transfer.folds)

@@ -10,13 +10,12 @@ A gate `decides` what its failure makes of the verdict:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, Literal
 
 from recover.defenses.utility import Utility
-from recover.protocol.records import ExampleRecord
+from recover.protocol.records import CertificateRecord, ExampleRecord
+from recover.protocol.verdict_model import Counts, Gate, Health
 from recover.saes.fit import Fit
 from recover.search.ascent import Status
 
@@ -30,18 +29,7 @@ OUTDONE_BY = 1.1
 """How many times longer a gradient's find must be than a random draw's to count as outdone."""
 HONEST = {Status.NOTHING_ADMISSIBLE.name, Status.UNMOVED.name}
 """Failures that are an answer: nothing admissible changes what the behavior depends on."""
-Decides = Literal["INVALID", "INCONCLUSIVE"]
 Searched = Sequence[ExampleRecord]
-
-
-@dataclass(frozen=True)
-class Gate:
-    """A condition; `passed` is None where it was not run, and `detail` then says why."""
-
-    name: str
-    passed: bool | None
-    detail: str
-    decides: Decides | None = "INCONCLUSIVE"
 
 
 def fit_gates(fits: Sequence[Fit]) -> list[Gate]:
@@ -75,12 +63,12 @@ def worst_fit(fits: Sequence[Fit]) -> Fit:
     return min(fits, key=lambda fit: -math.inf if math.isnan(fit.explained_variance) else fit.explained_variance)
 
 
-def flips_gate(counts: Mapping[str, int]) -> Gate:
+def flips_gate(counts: Counts) -> Gate:
     """Whether there is anything to bring back."""
     return Gate(
         "valid_flips",
-        counts["valid_flips"] > 0,
-        f"{counts['valid_flips']} of {counts['n']} examples show the behavior without the defense and not with it",
+        counts.valid_flips > 0,
+        f"{counts.valid_flips} of {counts.n} examples show the behavior without the defense and not with it",
         "INVALID",
     )
 
@@ -133,7 +121,7 @@ SEARCH_GATES = (
 )
 
 
-def health_gates(health: Mapping[str, Any] | None) -> list[Gate]:
+def health_gates(health: Health | None) -> list[Gate]:
     """Whether gradients account for values, on a sample."""
     told = {
         "finite_differences": "slopes along the gradient and along random admissible directions equal differences",
@@ -141,10 +129,10 @@ def health_gates(health: Mapping[str, Any] | None) -> list[Gate]:
     }
     if health is None:
         return [Gate(name, None, "not run") for name in told]
-    n = health["n"]
+    n = health.n
     return [
-        Gate(name, n - health[name] <= tolerated(n), f"{words}: on {health[name]} of {n} examples")
-        for name, words in told.items()
+        Gate(name, n - agree <= tolerated(n), f"{words}: on {agree} of {n} examples")
+        for (name, words), agree in zip(told.items(), (health.finite_differences, health.error_channel), strict=True)
     ]
 
 
@@ -153,14 +141,9 @@ def tolerated(n: int) -> int:
     return max(int(TOLERATED * n), 1 if n >= 10 else 0)
 
 
-def suppressed(certificate: Mapping[str, Any]) -> bool:
-    """Whether the defended replay agrees that the behavior is gone; a model in half precision may have it otherwise."""
-    return certificate["defended_slack"] is not None and certificate["defended_slack"] <= 0
-
-
 def recovered(record: ExampleRecord) -> bool:
     """Back by certificate, with the clamp held, where it was gone."""
-    return record.certificate is not None and suppressed(record.certificate) and record.back
+    return record.certificate is not None and record.certificate.suppressed and record.back
 
 
 def hopeless(record: ExampleRecord) -> bool:
@@ -204,18 +187,18 @@ def _finite(searched: Searched) -> Gate:
     )
 
 
-def _measured(certificate: Mapping[str, Any]) -> bool:
+def _measured(certificate: CertificateRecord) -> bool:
     """Whether what every certificate has could be measured; ratios may be infinite, and thresholds missing."""
-    return None not in (certificate["slack"], certificate["drift"], *certificate["preactivation_shift"])
+    return None not in (certificate.slack, certificate.drift, *certificate.preactivation_shift)
 
 
 def _replay(searched: Searched, tolerance: float) -> Gate:
     apart = max(
-        _or_inf(r.search.slack - (math.nan if r.certificate["slack"] is None else r.certificate["slack"]))
+        _or_inf(r.search.slack - (math.nan if r.certificate.slack is None else r.certificate.slack))
         for r in searched
         if r.search is not None and r.certificate is not None
     )
-    n, flips = len(searched), sum(r.certificate is not None and suppressed(r.certificate) for r in searched)
+    n, flips = len(searched), sum(r.certificate is not None and r.certificate.suppressed for r in searched)
     return Gate(
         "replay",
         apart <= tolerance and flips > 0,
@@ -226,9 +209,9 @@ def _replay(searched: Searched, tolerance: float) -> Gate:
 
 def _held(searched: Searched, budget: float) -> Gate:
     certificates = [r.certificate for r in searched if r.certificate is not None]
-    residual = max(_or_inf(c["constraint_residual"]) for c in certificates)
-    longest = max(_or_inf(c["norm"]) for c in certificates)
-    back = [c["held"] for c in certificates if c["shows"]]
+    residual = max(_or_inf(c.constraint_residual) for c in certificates)
+    longest = max(_or_inf(c.norm) for c in certificates)
+    back = [c.held for c in certificates if c.shows]
     return Gate(
         "held",
         residual <= MAX_CONSTRAINT_RESIDUAL and longest <= budget and (any(back) or not back),
@@ -288,7 +271,7 @@ def _unbounded(searched: Searched) -> Gate:
 def _at_budget(searched: Searched, budget: float) -> Gate:
     left = [r for r in searched if r.certificate is not None and not recovered(r)]
     stuck = sum(
-        _or_inf(r.certificate["norm"]) >= 0.99 * budget for r in left if r.certificate is not None and not hopeless(r)
+        _or_inf(r.certificate.norm) >= 0.99 * budget for r in left if r.certificate is not None and not hopeless(r)
     )
     return Gate(
         "norm_at_budget",

@@ -19,6 +19,7 @@ from recover.models.host import Model
 from recover.protocol.checking import Progress, check
 from recover.protocol.folder import CONFIG, VERDICT, RunFolder, RunState
 from recover.protocol.plan import Plan
+from recover.protocol.verdict_model import Verdict
 from recover.report.finished import find_run, pages
 from recover.run.setting import package_versions
 from recover.tasks.examples import Examples
@@ -29,7 +30,7 @@ __all__ = ["check_objects", "content_hash"]
 
 def check_objects(
     parent: Path, model: Model, defense: Defense, examples: Examples, *, seed: int | None = None, **options: Any
-) -> tuple[Path, Callable[[Progress | None], dict[str, Any]]]:
+) -> tuple[Path, Callable[[Progress | None], Verdict]]:
     """Where the run of these objects is kept, and what makes it: or reads it, where it is there.
 
     Args:
@@ -46,11 +47,11 @@ def check_objects(
     digest = content_hash(model, defense, examples, plan, options, package_versions()["recover"])
     folder = parent / f"objects-{digest[:16]}"
 
-    def run(progress: Progress | None = None) -> dict[str, Any]:
+    def run(progress: Progress | None = None) -> Verdict:
         held = RunFolder(folder)
         try:
             if (finished := find_run(folder)) is not None:
-                return dict(finished.verdict)
+                return finished.verdict
             if held.state is None:
                 clamps = defense.clamps
                 held.begin(
@@ -77,10 +78,9 @@ def check_objects(
             said = check(
                 model, defense, examples, plan=plan, store=held, provenance=provenance, progress=progress, **options
             )
-            verdict = said.to_dict()
-            verdict["provenance"]["seconds"] = verdict["provenance"]["phase_seconds"]
+            verdict = said.took(said.provenance.phase_seconds)
             held.finish(said.records)
-            held.write_json(VERDICT, verdict)
+            held.write_json(VERDICT, verdict.to_dict())
             features = [list(clamp.features) for clamp in defense.clamps]
             for name, page in pages(verdict, held.read(CONFIG), said.records, features).items():
                 held.write(name, page)
