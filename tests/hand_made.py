@@ -93,7 +93,9 @@ def flip(name: str, *, status: str = "RECOVERED", slack: float = 0.5, near: floa
         -1.0,
         SearchRecord(status, 3, 1.5, slack, near, "smallest_norm" if reached else None, by_solver, 0.0),
         CertificateRecord(
-            **FACTS | {"slack": slack, "shows": slack > 0, "norm": within, "relative_norm": within / 20} | facts
+            **_frozen(
+                FACTS | {"slack": slack, "shows": slack > 0, "norm": within, "relative_norm": within / 20} | facts
+            )
         ),
         SmallestRecord(
             **{field.name: FACTS[field.name] for field in fields(SmallestRecord)}
@@ -103,6 +105,10 @@ def flip(name: str, *, status: str = "RECOVERED", slack: float = 0.5, near: floa
         longer=status == "RECOVERED",
         undefended=True,
     )
+
+
+def _frozen(facts: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in facts.items()}
 
 
 def missed(name: str, *, status: str = "EXHAUSTED", near: float = 30.0, **facts: Any) -> ExampleRecord:
@@ -119,7 +125,7 @@ def searched(record: ExampleRecord, **changes: Any) -> ExampleRecord:
 def certified(record: ExampleRecord, **facts: Any) -> ExampleRecord:
     """The record, with other facts about its delta within the budget."""
     assert record.certificate is not None
-    return replace(record, certificate=replace(record.certificate, **facts))
+    return replace(record, certificate=replace(record.certificate, **_frozen(facts)))
 
 
 def at_smallest(record: ExampleRecord, **facts: Any) -> ExampleRecord:

@@ -631,12 +631,23 @@ def test_lost_records_are_written_again_from_the_units(recover, finished, earlie
     assert verdict_of(earlier) == verdict_of(finished)
 
 
-@pytest.mark.parametrize("damage", ["", "{", "[]", "{}", '{"schema": "recover.verdict/2"}', '{"schema": "other"}'])
+@pytest.mark.parametrize("damage", ["", "{", "[]", "{}", '{"schema": "recover.verdict/2"}', '{"schema": 3}'])
 def test_a_damaged_verdict_is_refused_by_report_and_mended_by_check(recover, finished, earlier, capsys, damage):
     (earlier / VERDICT).write_text(damage)
     assert refused(call(capsys, "report", earlier), f"{earlier}: verdict.json is damaged")
     assert recover("--batch-size", BATCH)[0] == 0
     assert verdict_of(earlier) == verdict_of(finished)
+
+
+def test_a_verdict_of_another_schema_is_refused_in_a_line_that_names_it_and_what_opens_it(earlier, capsys):
+    values = json.loads((earlier / VERDICT).read_text()) | {"schema": "recover.verdict/1"}
+    (earlier / VERDICT).write_text(json.dumps(values))
+    version = values["provenance"]["versions"]["recover"]
+    assert refused(
+        call(capsys, "report", earlier),
+        f"{earlier}: verdict.json cannot be opened: its schema is 'recover.verdict/1'",
+        f"open it with recover {version}, which wrote it",
+    )
 
 
 def test_report_of_an_unfinished_run(earlier, capsys):

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from recover.defenses.utility import Utility
-from recover.protocol.gates import SEARCH_GATES, Gate, flips_gate, health_gates, search_gates, tolerated, utility_gate
+from recover.protocol.gates import SEARCH_GATES, flips_gate, health_gates, search_gates, tolerated, utility_gate
 from recover.protocol.records import ExampleRecord
+from recover.protocol.verdict_model import Counts, Gate, Health
 from tests.hand_made import BUDGET, SHOWS_THROUGHOUT, certified, conclude, failed, flip, missed, searched, validated
 
 INF = math.inf
@@ -38,7 +39,7 @@ def decides(name: str, *records: ExampleRecord) -> None:
 
 
 def test_records_that_are_well_pass_every_gate() -> None:
-    gates = search_gates(of(3), BUDGET, "float32") + health_gates({"n": 8, "finite_differences": 8, "error_channel": 8})
+    gates = search_gates(of(3), BUDGET, "float32") + health_gates(Health(n=8, finite_differences=8, error_channel=8))
     assert [one.name for one in gates] == list(SEARCH_GATES)
     assert all(one.passed is True for one in gates)
     assert {one.name for one in gates if one.decides is None} == {"norm_at_budget"}
@@ -243,7 +244,7 @@ def test_health_that_was_not_measured_did_not_pass() -> None:
 
 def test_valid_flips() -> None:
     for flips in (0, 1):
-        found = flips_gate({"n": 3, "valid_flips": flips})
+        found = flips_gate(Counts(n=3, base=3, defended=0, valid_flips=flips, strict_flips=flips))
         assert (found.passed, found.decides) == (flips > 0, "INVALID")
         assert found.detail.startswith(f"{flips} of 3 examples")
     assert conclude(SHOWS_THROUGHOUT, flip("x")).verdict == "RECOVERABLE"

@@ -55,8 +55,8 @@ def unmoved(closed: int, still: int) -> list[str]:
     told = []
     if closed:
         told.append(
-            f"on {closed} of them no perturbation is admissible at all: the clamped features read every direction, "
-            "which would be so for any behavior"
+            f"on {closed} of them nothing is admissible at all: the clamped features read every direction, which "
+            "would be so for any behavior"
         )
     if still:
         told.append(

@@ -14,6 +14,7 @@ How the figures are computed is in `recover.protocol.verdict`; what they decide,
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -531,9 +532,9 @@ class Verdict(Section):
         values = json.loads(text)
         named = values.get("schema") if isinstance(values, Mapping) else None
         if isinstance(named, str) and named != SCHEMA:
-            by = dict(values.get("provenance") or {}).get("versions", {}).get("recover")
-            opener = f"recover {by}" if by else "the version of recover that wrote it"
-            raise OtherSchemaError(f"its schema is {named[:40]!r}; this version opens {SCHEMA!r}, {opener} opens it")
+            found = re.search(r'"recover": *"([^"]{1,20})"', text)
+            opener = f"recover {found[1]}, which wrote it" if found else "the version of recover that wrote it"
+            raise OtherSchemaError(f"its schema is {named[:40]!r} and this one opens {SCHEMA!r}; open it with {opener}")
         read = cls.model_validate_json(text)
         if read.verdict != "RECOVERABLE" or read.transfer is None or read.statistics.specific_by is not None:
             return read
