@@ -155,7 +155,7 @@ def test_its_figures_are_those_of_the_records():
         "mean norm 12, 6.2% of the residual norm; the clamp itself displaces the residual by 475",
         "clamped features drifted by at most 0.0e+00, their pre-activations by at most 3.0e-06",
         # Zero drift is true of any delta here, and the reader is told so.
-        "100% of them sit below their threshold (median margin -5.00)",
+        "100% of them are below their threshold (median margin -5.00)",
         "whether the recovery is specific to this behavior is unknown",
         # Of 3, 3, 3 and 30, and the residual's norm is 20.
         "smallest norm median 3, quartiles 3 and 30; relative to the residual norm 15.0%, to the clamp's displacement "
@@ -234,11 +234,11 @@ def test_seeds_are_counted_and_stand_in_a_table():
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("INVALID", "fit: the SAE explains 0.250 of the variance at blocks.4.hook_resid_pre; at least 0.5 is asked"),
+        ("INVALID", "fit: the SAE explains 0.250 of the variance at blocks.4.hook_resid_pre; at least 0.5 is required"),
         ("INVALID", "FAILED 1: fit"),
-        ("INCONCLUSIVE", "held: largest constraint residual 2.5e-01 (1e-05 allowed)"),
+        ("INCONCLUSIVE", "held: largest constraint residual 2.5e-01 (tolerance 1e-05)"),
         ("INCONCLUSIVE", "FAILED 1: held"),
-        ("NOT_RECOVERED_AT_BUDGET", "a larger budget or another search may"),
+        ("NOT_RECOVERED_AT_BUDGET", "a larger budget or another search may find one"),
         ("NOT_RECOVERED_AT_BUDGET", "recovered 0 of 4"),
         ("RECOVERABLE", "FAILED none"),
     ],
@@ -256,7 +256,7 @@ def test_never_robust_or_safe(name):
 def test_nothing_to_search_is_said():
     text = flat(to_text(make([SHOWS_THROUGHOUT])))
     assert text.startswith("INVALID")
-    assert "valid_flips: 0 of 1 examples show the behavior without the defense and not with it" in text
+    assert "valid_flips: 0 of 1 examples show the behavior without the defense and lose it with the defense" in text
     assert "Search not run" in text
 
 
