@@ -66,8 +66,8 @@ def many(n: int) -> list[ExampleRecord]:
         one = certified(
             flip(f"prompt-{row:04}", near=near),
             drift=float(draw.exponential(1e-6)),
-            preactivation_shift=draw.exponential(1e-6, 64).tolist(),
-            threshold_margin=draw.normal(-4, 2, 64).tolist(),
+            preactivation_shift=tuple(draw.exponential(1e-6, 64).tolist()),
+            threshold_margin=tuple(draw.normal(-4, 2, 64).tolist()),
         )
         made.append(replace(one, placebo=placebo(near * float(draw.uniform(0.7, 2.5))), write_orthogonal=placebo(near)))
     return made

@@ -24,7 +24,7 @@ from recover.protocol.bench import Bench
 from recover.protocol.checking import Examples, InMemoryStore, check
 from recover.protocol.plan import Plan, TransferPlan
 from recover.protocol.reading import shown
-from recover.protocol.verdict import Verdict
+from recover.protocol.verdict_model import Verdict
 from recover.report.html import to_html
 from recover.report.text import to_text
 from recover.saes.activations import ReLU
@@ -170,11 +170,10 @@ def test_a_placebo_is_the_answer_to_another_request(checked: tuple[Verdict, InMe
 
 
 def test_transfer_is_read_at_every_site(checked: tuple[Verdict, InMemoryStore]) -> None:
-    transfer = checked[0].transfer
+    transfer = checked[0].shared
     assert transfer is not None
-    assert "refused" not in transfer
-    assert transfer["n"] >= 1
-    assert transfer["preactivation_shift_max"] < 1e-3  # shared free parts are pinned for each request by itself
+    assert transfer.n >= 1
+    assert transfer.preactivation_shift_max < 1e-3  # shared free parts are pinned for each request by itself
 
 
 def test_a_shared_delta_brings_back_what_is_said_freely_like_the_own_answer(dialogue: Dialogue) -> None:
@@ -218,10 +217,11 @@ def test_its_verdict_fits_the_schema_and_is_told_in_words(checked: tuple[Verdict
         "seconds": 1.0,
     }
     jsonschema.validate(values, schema)
-    text = " ".join(to_text(values).split())
+    verdict = Verdict.model_validate(values)
+    text = " ".join(to_text(verdict).split())
     assert "first 3 of the answer positions at blocks.1.hook_resid_pre and blocks.2.hook_resid_pre" in text
-    assert "said freely" in text
-    assert "said freely" in to_html(values, "")
+    assert "free replies of" in text
+    assert "free replies" in to_html(verdict, "")
 
 
 def test_a_resumed_check_is_an_uninterrupted_one(dialogue: Dialogue, checked: tuple[Verdict, InMemoryStore]) -> None:

@@ -388,7 +388,7 @@ def test_a_defense_over_two_layers_is_checked_as_one() -> None:
         assert record.smallest.norm == pytest.approx(norm, rel=0.01)
     why = "several sites are clamped, so that what is admissible differs from prompt to prompt"
     assert values["transfer"] == {"refused": why}
-    assert f"whether it is specific is unknown: transfer: {why}" in verdict.reasons
+    assert f"specificity unknown: transfer was not run: {why}" in verdict.reasons
     assert not any(name.startswith("transfer/") for name in (*store.deltas, *store.units))
 
 

@@ -148,7 +148,7 @@ def test_a_whole_check_by_its_defaults(recover, root, tmp_path):
     verdict = verdict_of(out, times=True)
     jsonschema.validate(verdict, SCHEMA)
     assert verdict["verdict"] == "RECOVERABLE"
-    assert said.startswith("RECOVERABLE: with the clamp held, the behavior was brought back")
+    assert said.startswith("RECOVERABLE: the behavior can be recovered with the clamp held")
     assert said.endswith(f"Artifacts: {out}\n")
 
     rows = [json.loads(line) for line in (out / EXAMPLES).read_text().splitlines()]
@@ -400,9 +400,9 @@ GOOD = {"prompt": "Mary and John left and John gave the key to", "io": "Mary", "
         (["--control-seed", "-1"], ["controls.seed", "greater than or equal to 0"]),
         (["--control-seed", str(2**31)], ["controls.seed", "less than"]),
         (["--control-seed", "x"], ["--control-seed", "'x'"]),
-        (["--seeds", "0"], ["--seeds", "'0' is not a whole number from 1"]),
-        (["--seeds", "-2"], ["--seeds", "'-2' is not a whole number from 1"]),
-        (["--seeds", "two"], ["--seeds", "'two' is not a whole number from 1"]),
+        (["--seeds", "0"], ["--seeds", "expected a positive whole number, got '0'"]),
+        (["--seeds", "-2"], ["--seeds", "expected a positive whole number, got '-2'"]),
+        (["--seeds", "two"], ["--seeds", "expected a positive whole number, got 'two'"]),
         (["--batch-size", "0"], ["batch_size: must be auto or a whole number from 1"]),
         (["--batch-size", "²"], ["batch_size"]),
         (["--features", "1,x"], ["--features '1,x'", "3,17,42"]),
@@ -805,7 +805,7 @@ def test_ctrl_c_is_told_in_one_line(child, resumes, tmp_path, write, late):
     process, error = child(tmp_path / "out", write, signal.SIGINT, late)
     process.join()
     assert process.exitcode == 130
-    assert error.read_text() == "recover: interrupted; the same command goes on where this one stopped\n"
+    assert error.read_text() == "recover: interrupted; run the same command again to resume\n"
     resumes(tmp_path / "out")
 
 
@@ -840,7 +840,7 @@ def test_several_seeds_have_a_folder_each_and_are_counted(recover, tmp_path, mon
     expected = [{"verdict": "RECOVERABLE", "specific": "unknown", "seeds": 2}]
     assert json.loads((out / SEEDS).read_text()) == {"verdicts": expected}
     first, *table = said.splitlines()
-    assert first == "2 of 2 seeds: RECOVERABLE, specific unknown"
+    assert first == "2 of 2 seeds: RECOVERABLE, specificity unknown"
     lines = [line.split() for line in table if re.match(r" *\d+  ", line)]
     assert [line[0] for line in lines] == ["0", "1"]
     for line, verdict in zip(lines, verdicts, strict=True):
@@ -889,7 +889,7 @@ def test_seeds_go_on_from_the_control_seed_and_different_verdicts_are_counted_ap
         {"verdict": "INCONCLUSIVE", "specific": "unknown", "seeds": 1},
         {"verdict": "RECOVERABLE", "specific": True, "seeds": 1},
     ]
-    assert text.splitlines()[0] == "2 of 4 seeds: RECOVERABLE, specific unknown"
+    assert text.splitlines()[0] == "2 of 4 seeds: RECOVERABLE, specificity unknown"
     assert set(text.splitlines()[1:3]) == {
         "1 of 4 seeds: INCONCLUSIVE",
         "1 of 4 seeds: RECOVERABLE, specific",
@@ -919,7 +919,7 @@ def in_a_process(*arguments):
 
 def without_progress(stderr):
     """What is left without the lines that a slow run, on a busy machine, prints every ten seconds."""
-    return re.sub(r"recover: [\w ,]+ \d+ of \d+\n", "", stderr)
+    return re.sub(r"recover: [\w ,+]+: \d+ of \d+\n", "", stderr)
 
 
 def test_as_a_module_with_nothing_but_the_verdict_on_its_streams(root, finished, tmp_path):
@@ -958,10 +958,10 @@ def test_progress_is_a_bar_for_each_phase_on_a_terminal(monkeypatch):
             report("search", done, 5)
         report("transfer, fold 1 of 2", 7, 60)  # never at its end
     first, second, third, fourth, last = sys.stderr.getvalue().split("\n")
-    assert re.search(r"\rloading 00:00 *$", first)
-    assert re.search(r"accounting: 100%.* 40/40 ", second)
-    assert re.search(r"search: 100%.* 5/5 ", third)
-    assert re.search(r"transfer, fold 1 of 2: .* 7/60 ", fourth)
+    assert re.search(r"\rloading the model 00:00 *$", first)
+    assert re.search(r"finding valid flips: 100%.* 40/40 ", second)
+    assert re.search(r"searching for perturbations: 100%.* 5/5 ", third)
+    assert re.search(r"fitting one shared perturbation, fold 1 of 2: .* 7/60 ", fourth)
     assert last == ""
 
 
@@ -973,7 +973,9 @@ def test_progress_is_told_phase_by_phase(recover, monkeypatch):
     ends = [line.split("\r")[-1].split("|")[0].strip() for line in terminal.getvalue().split("\n") if line]
     phases = [re.sub(r"( \d\d:\d\d|: +\d+%)$", "", end) for end in ends]
     fold = "transfer, fold 1 of 1"
-    assert phases == ["loading", "accounting", *PHASES, "placebo_features", fold]
+    told = ["loading", "accounting", *PHASES, "placebo_features", fold]
+    assert phases == [progress.title(phase) for phase in told]
+    assert not set(told) & set(phases)  # each has words of its own
     assert all(end.endswith("100%") or re.search(r"\d\d:\d\d$", end) for end in ends)
 
 
@@ -986,5 +988,6 @@ def test_progress_is_a_few_lines_in_a_log(monkeypatch, capsys):
         for done in range(1, 7):
             report("transfer, fold 1 of 2", done, 64)
     assert capsys.readouterr().err == (
-        "recover: transfer, fold 1 of 2 2 of 64\nrecover: transfer, fold 1 of 2 5 of 64\n"
+        "recover: fitting one shared perturbation, fold 1 of 2: 2 of 64\n"
+        "recover: fitting one shared perturbation, fold 1 of 2: 5 of 64\n"
     )

@@ -179,7 +179,9 @@ def test_undefended() -> None:
     decides("undefended", *of(9, lost))
     assert gate("undefended", *of(10, lost)).passed
     assert not gate("undefended", *of(10, lost, replace(lost, id="y"))).passed
-    assert "came back on 1 of 2" in gate("undefended", lost, flip("y"), replace(flip("z"), undefended=None)).detail
+    assert (
+        "the search recovers 1 of 2" in gate("undefended", lost, flip("y"), replace(flip("z"), undefended=None)).detail
+    )
 
 
 def test_unbounded() -> None:
@@ -200,7 +202,7 @@ def test_unbounded_says_nothing_against_what_was_recovered() -> None:
     lost = missed("x", near=INF)
     found = gate("unbounded", lost, flip("y"))
     assert found.passed
-    assert "without a budget 1 of 2 are recovered; on 1 it is not known why not" in found.detail
+    assert "with no budget 1 of 2 are recovered; for 1 the reason is unknown" in found.detail
     for facts in ({"held": False}, {"shows": False}, {"defended_slack": 0.1}):
         assert not gate("unbounded", lost, flip("y", **facts)).passed
 

@@ -259,8 +259,8 @@ def test_pages_show_both_figures_and_whether_they_agree() -> None:
     text = " ".join(to_text(beside).split())
     assert "Published: Cui, Shen and Yang, arXiv 2606.18322, IOI on GPT-2 small" in text
     assert "DISAGREES recovery.rate: published 1 (37 of 37; 95% interval 0.906 to 1), ours 0.75" in text
-    assert "ours 0.75 (95% interval 0.468 to 0.911); agrees from 0.906" in text
-    assert f"agrees recovery.drift_mean: published 0.78, ours {drift:.3g}; agrees up to 0.78" in text
+    assert "ours 0.75 (95% interval 0.468 to 0.911); agrees if at least 0.906" in text
+    assert f"agrees recovery.drift_mean: published 0.78, ours {drift:.3g}; agrees if at most 0.78" in text
     for page in (to_html(beside, "", records), to_markdown(beside)):
         plain = page.replace("\\", "")
         assert "recovery.rate: published 1 (37 of 37; 95% interval 0.906 to 1)" in plain

@@ -382,7 +382,7 @@ def test_what_init_writes_is_not_written_over_and_every_key_is_known(pytester, c
     assert Path("suite/defense.yaml").read_text().count("EDIT") == 2
     assert load_config("suite/defense.yaml").clamps[0].features == (12, 345, 678)
     assert main(["init", "suite"]) == 2
-    assert "suite/defense.yaml: is there already" in capsys.readouterr().err
+    assert "suite/defense.yaml: already exists" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ def test_one_recovered_flip_is_recoverable_and_not_yet_specific() -> None:
     assert (values["verdict"], values["specific"]) == ("RECOVERABLE", "unknown")
     assert values["counts"] == {"n": 5, "base": 3, "defended": 2, "valid_flips": 2, "strict_flips": 2}
     assert "1 of 2 valid flips" in values["reasons"][0]
-    assert "unknown: transfer: several sites are clamped" in values["reasons"][1]
+    assert "specificity unknown: transfer was not run: several sites are clamped" in values["reasons"][1]
     assert values["transfer"] == refused
     assert not failed(verdict)
 
@@ -589,7 +589,7 @@ def test_the_largest_cost_on_neutral_text_is_that_of_the_plan() -> None:
     verdict = conclude(
         flip("x"), utility=Utility(3.0, 3.25, 0.25, 100, False), plan=replace(Plan(), max_loss_increase=0.5)
     )
-    assert any("0.5 more is where a model counts as broken" in gate.detail for gate in verdict.gates)
+    assert any("an increase above 0.5 counts as broken" in gate.detail for gate in verdict.gates)
 
 
 @pytest.mark.parametrize(("suppressed", "said"), [(25, True), (24, False)])
@@ -598,11 +598,11 @@ def test_random_features_that_suppress_as_much_are_a_caution(suppressed: int, sa
     draws = [{"base": 100, "suppressed": suppressed, "recovered": 0}]
     for records in ((flip("x"), flip("y")), (missed("x"), missed("y"))):
         verdict = conclude(*records, SHOWS_THROUGHOUT, replace(SHOWS_THROUGHOUT, id="d"), placebo_features=draws)
-        told = [reason for reason in verdict.reasons if "hardly these features" in reason]
+        told = [reason for reason in verdict.reasons if "choice of features matters little" in reason]
         assert len(told) == said
         assert not said or "on 25% of the examples, against 50% with those of the defense" in told[0]
     bad = conclude(flip("x"), fits=[replace(GOOD, explained_variance=0.1)], placebo_features=draws)
-    assert not any("hardly these features" in reason for reason in bad.reasons)
+    assert not any("choice of features matters little" in reason for reason in bad.reasons)
 
 
 def test_a_search_with_nothing_to_search_says_so() -> None:
@@ -665,7 +665,7 @@ def test_a_verdict_keeps_the_rule_that_decided_and_of_an_older_one_it_follows(
 def test_every_rule_has_a_sentence_that_says_what_it_decided(rule: Rule) -> None:
     read = Transfer.model_validate(transfer())
     said = reasons.specificity(rule, read, 12, Rules())
-    assert said.startswith({True: "specific: ", False: "not specific: ", None: "unknown: "}[rule.specific])
+    assert said.startswith({True: "specific: ", False: "not specific: ", None: "specificity unknown: "}[rule.specific])
     assert said not in [reasons.specificity(one, read, 12, Rules()) for one in Rule if one is not rule]
 
 

@@ -276,7 +276,7 @@ def threat_model(bench: Bench) -> dict[str, Any]:
     elif several:
         constraint += "; at later sites, to the first order, nothing that moves a clamped pre-activation"
     return {
-        "access": "white-box, one perturbation an example",
+        "access": "white-box, one perturbation per example",
         "sites": [site.hook_name for site in defense.sites],
         "positions": "last" if reads == 1 else f"last {reads}" if spoken is None else f"first {reads} of the answer",
         "delta_sites": [site.hook_name for site in (defense.sites if bench.every_site else defense.sites[:1])],

@@ -32,22 +32,22 @@ def compare(folders: Sequence[Path]) -> str:
         InputError: fewer than two folders, one given twice, or one that holds no finished run.
     """
     if len(folders) < 2:
-        raise InputError("compare: one folder has nothing to stand beside; give two or more")
+        raise InputError("compare: at least two folders are needed")
     if len({folder.resolve() for folder in folders}) < len(folders):
-        raise InputError("compare: a folder is given twice; give each once")
+        raise InputError("compare: the same folder is given twice")
     runs = [read_run(folder) for folder in folders]
     names = _names(folders)
-    tables = [dict(summary_rows(run.verdict.to_dict())) for run in runs]
+    tables = [dict(summary_rows(run.verdict)) for run in runs]
     rows = [("", *names), *((row, *(table[row] for table in tables)) for row in tables[0])]
     lines = _laid_out(rows)
     if differing := differences(runs):
-        lines += ["", "They differ in"]
+        lines += ["", "Settings that differ"]
         width = max(len(name) for name, _ in differing)
         for name, values in differing:
             lines += _told(name.ljust(width), dict(zip(names, values, strict=True)))
     beside = {run.verdict.verdict for run in runs} & {"INVALID", "INCONCLUSIVE"}
     if beside:
-        lines += ["", f"The figures of what is {' or '.join(sorted(beside))} are not to be compared."]
+        lines += ["", f"Do not compare the figures of {' and '.join(sorted(beside))} runs."]
     return "\n".join(lines)
 
 
@@ -63,8 +63,8 @@ def _settings(run: FinishedRun) -> dict[str, Any]:
     """What a figure depends on: model, task, prompts, clamps, search, threat model, controls and rules."""
     config = parsed(run.config)
     asked: Mapping[str, Any] = config if isinstance(config, Mapping) else {}
-    told = run.verdict.to_dict()
-    provenance, threat, rules = told["provenance"], told["threat_model"], told["statistics"]["rules"]
+    values = run.verdict.to_dict()
+    provenance, threat, rules = values["provenance"], values["threat_model"], values["statistics"]["rules"]
     told = {key: provenance[key] for key in ("model", "sae_sha256", "dtype")}
     told |= {key: value for key, value in asked.items() if key not in ELSEWHERE}
     told |= {f"clamp {number}": clamp for number, clamp in enumerate(threat["clamps"], start=1)}

@@ -47,8 +47,8 @@ def pages(
 ) -> dict[str, bytes]:
     """The pages for people, by the names of their files."""
     return {
-        MARKDOWN: to_markdown(verdict.to_dict(), config).encode(),
-        REPORT: to_html(verdict.to_dict(), config, records, features).encode(),
+        MARKDOWN: to_markdown(verdict, config).encode(),
+        REPORT: to_html(verdict, config, records, features).encode(),
     }
 
 

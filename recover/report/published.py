@@ -157,7 +157,7 @@ def told(verdict: Verdict) -> list[tuple[str, str]]:
     """For a page: whether each agrees, and the figures; nothing where none was published."""
     lines = []
     if verdict.published and verdict.verdict in UNSOUND:
-        lines.append(("beware", f"the run is {verdict.verdict}, so that its own figures cannot be relied on"))
+        lines.append(("caution", f"the run is {verdict.verdict}, so its own figures cannot be relied on"))
     for row in verdict.published:
         result = {True: "agrees", False: "DISAGREES"}.get(row.agrees) if row.agrees is not None else None
         if result is None:
@@ -188,5 +188,5 @@ def _asked(row: PublishedRow) -> str:
     if low is None and high is None:
         return ""
     if high is None:
-        return f"; agrees from {low:.3g}"
-    return f"; agrees up to {high:.3g}" if low is None else f"; agrees from {low:.3g} to {high:.3g}"
+        return f"; agrees if at least {low:.3g}"
+    return f"; agrees if at most {high:.3g}" if low is None else f"; agrees if from {low:.3g} to {high:.3g}"
