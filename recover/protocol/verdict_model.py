@@ -26,7 +26,7 @@ from recover.evidence.rules import Count, Reading, Rule, Rules, TransferEvidence
 from recover.numerics.statistics import wilson
 from recover.protocol.records import STRICT, ExampleRecord, Figure
 
-SCHEMA = "recover.verdict/2"
+SCHEMA: Literal["recover.verdict/2"] = "recover.verdict/2"
 
 Kind = Literal["INVALID", "INCONCLUSIVE", "NOT_RECOVERED_AT_BUDGET", "RECOVERABLE"]
 Placement = Literal["after_clamp", "before_clamp"]
