@@ -28,9 +28,11 @@ from recover import cli
 from recover.protocol.folder import CONFIG, DELTAS, EXAMPLES, MARKDOWN, REPORT, RUN, SEEDS, UNITS, VERDICT, RunFolder
 from recover.protocol.phases import PHASES
 from recover.protocol.plan import Plan
+from recover.protocol.verdict_model import Transfer
 from recover.run import progress, runner, setting
 from recover.run.config import load_config
 from recover.tasks import ioi
+from tests.hand_made import PROVENANCE, SHOWS_THROUGHOUT, conclude, flip, transfer
 
 N, BATCH = 40, 16
 SCHEMA = json.loads(resources.files("recover.protocol").joinpath("verdict.schema.json").read_text())
@@ -866,16 +868,17 @@ def test_several_seeds_have_a_folder_each_and_are_counted(recover, tmp_path, mon
 def test_seeds_go_on_from_the_control_seed_and_different_verdicts_are_counted_apart(recover, tmp_path, monkeypatch):
     def said(config, out, **_):
         seed = config.controls.seed
-        name, specific = [("RECOVERABLE", True), ("RECOVERABLE", "unknown"), ("INCONCLUSIVE", "unknown")][seed % 3]
-        reading = {"heldout_rate": 0.5, "write_orthogonal_heldout_rate": None, "shuffled_rate": 0.25}
-        return {
+        name, specific = [("RECOVERABLE", True), ("RECOVERABLE", None), ("INCONCLUSIVE", None)][seed % 3]
+        made = conclude(flip("x"), transfer=transfer(), provenance=PROVENANCE | {"control_seed": seed})
+        assert isinstance(made.transfer, Transfer)
+        read = {"heldout_rate": 0.5, "write_orthogonal_heldout_rate": None, "shuffled_rate": 0.25}
+        changes = {
             "verdict": name,
             "specific": specific,
-            "transfer": reading if name == "RECOVERABLE" else None,
-            "controls": {"placebo": {"median_norm": 2.0, "own_median_norm": None}},
-            "recovery": {"recovered": seed, "searched": 9},
-            "provenance": {"control_seed": seed},
+            "transfer": made.transfer.model_copy(update=read) if name == "RECOVERABLE" else None,
+            "recovery": made.recovery.model_copy(update={"recovered": seed, "searched": 9}),
         }
+        return made.model_copy(update=changes)
 
     monkeypatch.setattr(runner, "run_check", said)
     (tmp_path / "out").mkdir()
@@ -899,8 +902,7 @@ def test_seeds_go_on_from_the_control_seed_and_different_verdicts_are_counted_ap
 
 
 def test_seeds_that_cannot_be_counted_are_told_in_one_line(recover, tmp_path, monkeypatch):
-    verdict = {"verdict": "INVALID", "specific": "unknown"}
-    monkeypatch.setattr(runner, "run_check", lambda *_, **__: verdict)
+    monkeypatch.setattr(runner, "run_check", lambda *_, **__: conclude(SHOWS_THROUGHOUT))
     (tmp_path / "out" / SEEDS).mkdir(parents=True)
     assert refused(recover("--seeds", 2), f"--out {tmp_path / 'out'}: seeds.json cannot be written")
 

@@ -663,11 +663,10 @@ def test_a_verdict_keeps_the_rule_that_decided_and_of_an_older_one_it_follows(
 
 @pytest.mark.parametrize("rule", [one for one in Rule if one is not Rule.NOT_RUN])
 def test_every_rule_has_a_sentence_that_says_what_it_decided(rule: Rule) -> None:
-    said = reasons.specificity(rule, Transfer.model_validate(transfer()), 12, Rules())
+    read = Transfer.model_validate(transfer())
+    said = reasons.specificity(rule, read, 12, Rules())
     assert said.startswith({True: "specific: ", False: "not specific: ", None: "specificity unknown: "}[rule.specific])
-    assert len({reasons.specificity(one, Transfer.model_validate(transfer()), 12, Rules()) for one in Rule}) == len(
-        Rule
-    )
+    assert said not in [reasons.specificity(one, read, 12, Rules()) for one in Rule if one is not rule]
 
 
 @pytest.mark.parametrize("named", ["recover.verdict/1", "recover.verdict/9"])

@@ -157,7 +157,7 @@ class Recovery(Section):
     drift_max: Figure = Field(description="largest norm of the change of the clamped features")
     relative_drift_mean: Figure = Field(description="mean drift as a share of the features' norm")
     decode_drift_mean: Figure = Field(description="mean norm of what that drift writes to the residual")
-    clamp_floor_violation_mean: Figure = Field(description="mean of how far clamped features rose above their value")
+    clamp_floor_violation_mean: Figure = Field(description="mean sinking of raised features, share of their norm")
     constraint_residual_max: Figure = Field(description="largest ||A^T delta|| / (||A|| ||delta||)")
     preactivation_shift_max: Figure = Field(description="largest shift of a clamped pre-activation")
     threshold_margin_median: Figure = Field(description="median of pre-activation minus threshold; below 0: inactive")
