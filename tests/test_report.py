@@ -158,8 +158,8 @@ def test_its_figures_are_those_of_the_records():
         "100% of them are below their threshold (median margin -5.00)",
         "whether the recovery is specific to this behavior is unknown",
         # Of 3, 3, 3 and 30, and the residual's norm is 20.
-        "smallest norm median 3, quartiles 3 and 30; relative to the residual norm 15.0%, to the clamp's displacement "
-        "0.63% (medians)",
+        "smallest norm median 3, quartiles 3 and 30; median ratio to the residual norm 15.0%, to the clamp's "
+        "displacement 0.63%",
         "found by smallest_norm 4",
         "not run 3: utility, finite_differences, error_channel",
     ):
@@ -256,7 +256,7 @@ def test_never_robust_or_safe(name):
 def test_nothing_to_search_is_said():
     text = flat(to_text(make([SHOWS_THROUGHOUT])))
     assert text.startswith("INVALID")
-    assert "valid_flips: 0 of 1 examples show the behavior without the defense and lose it with the defense" in text
+    assert "valid_flips: 0 of 1 examples show the behavior without the defense and lose it with it" in text
     assert "Search not run" in text
 
 

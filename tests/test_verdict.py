@@ -561,7 +561,7 @@ def test_a_mechanism_that_survived_is_told_where_the_budget_was_too_small(found:
     if said:
         hits, n = found["readings"]["own"]["hits"], found["readings"]["own"]["n"]
         assert reasons[0].startswith("beyond the budget, one perturbation of norm 60 shared by all prompts")
-        assert f"{hits} of {n} that it was not fitted to" in reasons[0]
+        assert f"{hits} of {n} held-out prompts" in reasons[0]
 
 
 def test_a_shared_perturbation_of_the_budget_is_not_beyond_it() -> None:
@@ -582,7 +582,7 @@ def test_a_clamp_that_breaks_ordinary_text_is_a_caution(broken: Utility, passes:
     assert values["fit"]["utility"] == asdict(broken)
     told = [reason for reason in values["reasons"] if "breaks ordinary text" in reason]
     assert len(told) == (not passes)
-    assert passes or "3.00 nats a token without it and 4.50 with it" in told[0]
+    assert passes or "3.00 nats per token without it and 4.50 with it" in told[0]
 
 
 def test_the_largest_cost_on_neutral_text_is_that_of_the_plan() -> None:
@@ -600,7 +600,7 @@ def test_random_features_that_suppress_as_much_are_a_caution(suppressed: int, sa
         verdict = conclude(*records, SHOWS_THROUGHOUT, replace(SHOWS_THROUGHOUT, id="d"), placebo_features=draws)
         told = [reason for reason in verdict.reasons if "choice of features matters little" in reason]
         assert len(told) == said
-        assert not said or "on 25% of the examples, against 50% with those of the defense" in told[0]
+        assert not said or "on 25% of examples, and the defense does so on 50%" in told[0]
     bad = conclude(flip("x"), fits=[replace(GOOD, explained_variance=0.1)], placebo_features=draws)
     assert not any("choice of features matters little" in reason for reason in bad.reasons)
 
@@ -612,7 +612,7 @@ def test_a_search_with_nothing_to_search_says_so() -> None:
     records += [missed("longer", status="UNMOVED"), missed("tried", status="EXHAUSTED")]
     reasons = conclude(*records).reasons
     assert any(reason.startswith("on 1 of them nothing is admissible at all") for reason in reasons)
-    assert any(reason.startswith("on 2 of them no admissible perturbation that was drawn") for reason in reasons)
+    assert any(reason.startswith("on 2 of them no admissible random perturbation") for reason in reasons)
     assert not any("of them n" in reason for reason in conclude(flip("x"), *records).reasons)
 
 
@@ -656,7 +656,7 @@ def test_a_verdict_keeps_the_rule_that_decided_and_of_an_older_one_it_follows(
     del values["statistics"]["specific_by"]
     older = Verdict.from_json(json.dumps(values))
     assert older.statistics.specific_by is rule
-    assert reasons.deciding(older) == reasons.deciding(verdict)
+    assert reasons.because(older) == reasons.because(verdict)
     assert (rule is None) == (reasons.deciding(older) is None)
     assert rule is None or reasons.deciding(older) in verdict.reasons
 

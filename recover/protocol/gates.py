@@ -50,7 +50,7 @@ def fit_gates(fits: Sequence[Fit]) -> list[Gate]:
         Gate(
             "site",
             not off,
-            f"it explains {strayed.better_by:.3f} more at {strayed.better_site} than at {strayed.site}; wrong hook point?"
+            f"it explains {strayed.better_by:.3f} more at {strayed.better_site} than at {strayed.site}; wrong hook?"
             if off
             else f"the SAE explains no other site better by more than {MAX_BETTER_BY} ({strayed.better_site} is best)",
             "INVALID",
@@ -68,7 +68,7 @@ def flips_gate(counts: Counts) -> Gate:
     return Gate(
         "valid_flips",
         counts.valid_flips > 0,
-        f"{counts.valid_flips} of {counts.n} examples show the behavior without the defense and lose it with the defense",
+        f"{counts.valid_flips} of {counts.n} examples show the behavior without the defense and lose it with it",
         "INVALID",
     )
 
@@ -79,12 +79,12 @@ def utility_gate(utility: Utility | None, most: float) -> Gate:
         return Gate("utility", None, "no neutral text was given", None)
     words = (
         f"on neutral text the defense changes the loss from {utility.loss_off:.2f} to {utility.loss_on:.2f} nats per "
-        f"token; an increase above {most:g} counts as broken"
+        f"token; an increase above {most:.3g} counts as broken"
     )
     if utility.broken:
         words = (
-            f"the defense breaks ordinary text (the loss on neutral text is {utility.loss_off:.2f} nats per token without "
-            f"it and {utility.loss_on:.2f} with it), so it does not suppress this behavior alone"
+            f"the defense breaks ordinary text (the loss on neutral text is {utility.loss_off:.2f} nats per token "
+            f"without it and {utility.loss_on:.2f} with it), so it does not suppress this behavior alone"
         )
     return Gate("utility", not utility.broken, words, None)
 
@@ -202,7 +202,7 @@ def _replay(searched: Searched, tolerance: float) -> Gate:
     return Gate(
         "replay",
         apart <= tolerance and flips > 0,
-        f"largest difference between suffix-only search and whole-model replay {apart:.1e} logits (tolerance {tolerance:g})"
+        f"suffix-only search and whole-model replay differ by at most {apart:.1e} logits (tolerance {tolerance:g})"
         + (f"; on {n - flips} of {n} the replay shows the behavior with the clamp alone" if flips < n else ""),
     )
 

@@ -56,8 +56,8 @@ def unmoved(closed: int, still: int) -> list[str]:
     told = []
     if closed:
         told.append(
-            f"on {closed} of them nothing is admissible at all: the clamped features read every direction, which "
-            "would be so for any behavior"
+            f"on {closed} of them nothing is admissible at all, since the clamped features read every direction; that "
+            "holds for any behavior"
         )
     if still:
         told.append(
@@ -132,8 +132,8 @@ def placebo(pairs: Paired | None, within: tuple[Reading, Reading] | None, findin
     if pairs is not None and pairs.n:
         ratio = "" if math.isnan(pairs.median_ratio) else f"; the median ratio of norms is {number(pairs.median_ratio)}"
         told.append(
-            f"the own target needs a smaller norm than the unrelated target on {pairs.smaller} of {pairs.n} pairs and a "
-            f"larger one on {pairs.larger}{ratio} (p = {p_value(finding.comparisons['placebo'])})"
+            f"the own target needs a smaller norm than the unrelated target on {pairs.smaller} of {pairs.n} pairs and "
+            f"a larger one on {pairs.larger}{ratio} (p = {p_value(finding.comparisons['placebo'])})"
         )
     return told
 
@@ -171,9 +171,9 @@ def _because(rule: Rule, shared: Transfer | RefusedTransfer, pairs: int, rules: 
         Rule.FEW_HELDOUT: f"there are only {own.n} held-out examples, and {rules.min_heldout} are needed; add prompts",
         Rule.NOTHING_TO_SHUFFLE: "the behavior has no target that could be shuffled, so chance was not measured",
         Rule.ONE_TARGET: f"{asked}, although {written} only",
-        Rule.C1_PLUS_EMPTY: "one shared perturbation recovers more than chance, but the directions along which the clamped "
-        "features read and write leave no direction for C1+, so it cannot be ruled out that the perturbation undoes the "
-        "clamp; clamp fewer features",
+        Rule.C1_PLUS_EMPTY: "one shared perturbation recovers more than chance, but the directions along which the "
+        "clamped features read and write leave no direction for C1+, so it cannot be ruled out that the perturbation "
+        "undoes the clamp; clamp fewer features",
         Rule.NO_PLACEBO: f"{chance}, and there is no unrelated target to compare with",
         Rule.FEW_PAIRS: f"{chance}, and there are too few pairs of own and unrelated target to compare ({pairs})",
         Rule.WIDE_INTERVAL: f"{chance} on {own.n} held-out examples, which are too few to exclude that it recovers "
@@ -181,9 +181,10 @@ def _because(rule: Rule, shared: Transfer | RefusedTransfer, pairs: int, rules: 
         Rule.OWN_TARGET_NEARER: f"{chance}, yet the own target needs a smaller norm than the unrelated one",
         Rule.HIGH_CHANCE: f"the predicate holds by chance {percent(read.chance)} of the time, and above "
         f"{percent(rules.max_chance)} it shows nothing; use a stricter predicate",
-        Rule.NOT_CLEARLY_MOST: "one shared perturbation recovers more than chance, but not clearly most of the held-out "
-        f"examples (95% intervals begin at {percent(own.wilson95[0])} under C1 and {percent(plus.wilson95[0])} under C1+; "
-        f"above {percent(rules.most)} is needed): the mechanism survived in part, or for some prompts",
+        Rule.NOT_CLEARLY_MOST: "one shared perturbation recovers more than chance, but not clearly most of the "
+        f"held-out examples (95% intervals begin at {percent(own.wilson95[0])} under C1 and "
+        f"{percent(plus.wilson95[0])} under C1+; above {percent(rules.most)} is needed): the mechanism survived in "
+        "part, or for some prompts",
     }[rule]
 
 
