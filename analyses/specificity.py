@@ -11,10 +11,8 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from pathlib import Path
-from typing import Any
 
 from matplotlib import pyplot as plt
 
@@ -22,6 +20,7 @@ from recover.protocol import (
     Bench,
     ExampleRecord,
     InMemoryStore,
+    Transfer,
     certified_norm,
     curve,
     placebo_pairs,
@@ -40,44 +39,44 @@ LINES = {
 }
 
 
-def table(bench: Bench, records: list[ExampleRecord], shared: dict[str, Any]) -> str:
+def table(bench: Bench, records: list[ExampleRecord], shared: Transfer) -> str:
     """What was found, for people."""
     flips = [record for record in records if record.search is not None]
     pairs = placebo_pairs(records)
     assert pairs is not None
     lines = [f"per example: {len(flips)} valid flips", "     norm   own  placebo"]
     for point in curve(flips, [share * bench.budget for share in bench.plan.curve]):
-        reached = [record.placebo.smallest <= point["budget"] for record in flips if record.placebo is not None]
-        lines.append(f"  {point['budget']:>7.4g}  {point['rate']:>4.0%}  {sum(reached) / len(reached):>7.0%}")
+        reached = [record.placebo.smallest <= point.budget for record in flips if record.placebo is not None]
+        lines.append(f"  {point.budget:>7.4g}  {point.rate:>4.0%}  {sum(reached) / len(reached):>7.0%}")
     lines += [
         f"  the own answer is nearer on {pairs.smaller} of {pairs.n}, farther on {pairs.larger}; "
         f"median ratio of norms {pairs.median_ratio:.2f}, sign test p = {pairs.p:.2g}",
         "",
-        f"transfer: {shared['n']} flips by the strict predicate, mean residual norm {shared['residual_norm']:.1f}",
+        f"transfer: {shared.n} flips by the strict predicate, mean residual norm {shared.residual_norm:.1f}",
         "     norm  share  train  held out     C1+  shuffled  random  undone | weak: held out  shuffled",
     ]
-    for at in shared["curve"]:
-        shares = (at[key] for key in ("heldout_rate", "write_orthogonal_heldout_rate", "shuffled_rate"))
+    for at in shared.curve:
+        shares = (getattr(at, key) for key in ("heldout_rate", "write_orthogonal_heldout_rate", "shuffled_rate"))
         held, plus, shuffled = (f"{share:.1%}" for share in shares)
-        weak = f"{at['weak_heldout_rate']:>14.0%}  {at['weak_shuffled_rate']:>8.0%}"
+        weak = f"{at.weak_heldout_rate:>14.0%}  {at.weak_shuffled_rate:>8.0%}"
         lines.append(
-            f"  {at['budget']:>7.4g}  {at['relative_norm']:>5.2f}  {at['train_rate']:>5.0%}  {held:>8}  {plus:>6}  "
-            f"{shuffled:>8}  {at['random_rate']:>6.1%}  {at['undo_rate']:>6.1%} | {weak}"
+            f"  {at.budget:>7.4g}  {at.relative_norm:>5.2f}  {at.train_rate:>5.0%}  {held:>8}  {plus:>6}  "
+            f"{shuffled:>8}  {at.random_rate:>6.1%}  {at.undo_rate:>6.1%} | {weak}"
         )
-    low, high = shared["wilson95"]
+    low, high = shared.wilson95
     return "\n".join(
         [
             *lines,
-            f"  at the last norm, by certificate: {shared['hits']} of {shared['n']} held out (95% interval "
-            f"{low:.1%} to {high:.1%}), C1+ {shared['write_orthogonal_heldout_rate']:.1%}",
-            f"  cosine with the clamp undone: {shared['undo_cosine']:.3f} under C1, "
-            f"{shared['write_orthogonal_undo_cosine']:.1e} under C1+",
+            f"  at the last norm, by certificate: {shared.hits} of {shared.n} held out (95% interval "
+            f"{low:.1%} to {high:.1%}), C1+ {shared.write_orthogonal_heldout_rate:.1%}",
+            f"  cosine with the clamp undone: {shared.undo_cosine:.3f} under C1, "
+            f"{shared.write_orthogonal_undo_cosine:.1e} under C1+",
         ]
     )
 
 
 @plot_style()
-def figure(bench: Bench, records: list[ExampleRecord], shared: dict[str, Any], path: Path) -> None:
+def figure(bench: Bench, records: list[ExampleRecord], shared: Transfer, path: Path) -> None:
     """Left, the share of examples within each norm, own answer and placebo; right, the transfer curve."""
     canvas, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained", sharey=True)
     flips = [record for record in records if record.placebo is not None]
@@ -88,8 +87,8 @@ def figure(bench: Bench, records: list[ExampleRecord], shared: dict[str, Any], p
         left.step(reached, [(i + 1) / len(norms) for i in range(len(reached))], where="post", label=name)
     left.set(xlabel="norm of the perturbation", ylabel="share of examples", title="One perturbation an example")
     for key, (name, style) in LINES.items():
-        points = shared["curve"]
-        right.plot([p["budget"] for p in points], [p[key] for p in points], style, label=name)
+        points = shared.curve
+        right.plot([p.budget for p in points], [getattr(p, key) for p in points], style, label=name)
     right.set(xlabel="norm of the perturbation", title="One perturbation for all, unseen prompts", ylim=(-0.03, 1.03))
     for axes in (left, right):
         axes.legend(frameon=False)
@@ -112,7 +111,7 @@ def main() -> None:
     print(table(bench, records, shared))
     figure(bench, records, shared, options.figure)
     if options.json is not None:
-        options.json.write_text(json.dumps(shared, indent=1) + "\n", encoding="utf-8")
+        options.json.write_text(shared.model_dump_json(indent=1) + "\n", encoding="utf-8")
     print(f"figure: {options.figure}")
 
 

@@ -17,10 +17,12 @@ from recover.checks.verification import verify
 from recover.models.host import Model
 from recover.models.names import resolve_model
 from recover.protocol.verdict_model import Verdict
+from recover.report import filled
 from recover.run.config import load_config
 from recover.saes.names import load_sae
+from recover.tasks import NEUTRAL
 from recover.types import InputError
-from tests import tiny
+from tests import finished_runs, tiny
 from tests.models import left_padded, tiny_lm
 from tests.split import split
 from tests.test_verify import ROWS, sae
@@ -59,20 +61,22 @@ def light(folder: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def figures(gpu: Any) -> Any:
+def figures() -> Any:
     names = ("n", "base", "defended", "valid_flips", "recovered", "norm_mean", "median", "displacement")
     return dict(zip(names, (64, 62, 17, 45, 44, 6.0, 4.0, 74.0), strict=True))
 
 
 def test_figures_are_read_from_a_verdict(gpu: Any) -> None:
-    verdict = {
-        "counts": {"n": 4, "base": 3, "defended": 1, "valid_flips": 2, "strict_flips": 2},
-        "recovery": {"recovered": 1, "norm_mean": 2.5, "clamp_displacement_mean": 9.0},
-        "minimum_norm": {"median": None},
+    verdict, _ = finished_runs.run(*finished_runs.flips())
+    assert verdict.minimum_norm is not None
+    found = gpu.figures(verdict)
+    assert found == {
+        **{name: getattr(verdict.counts, name) for name in ("n", "base", "defended", "valid_flips")},
+        "recovered": verdict.recovery.recovered,
+        "norm_mean": verdict.recovery.norm_mean,
+        "median": verdict.minimum_norm.median,
+        "displacement": verdict.recovery.clamp_displacement_mean,
     }
-    found = gpu.Figures.of(verdict)
-    assert found == gpu.Figures(4, 3, 1, 2, 1, 2.5, None, 9.0)
-    assert str(found) == "1 of 2 flips of 4, norms 2.5 / -"
 
 
 @pytest.mark.parametrize(
@@ -172,7 +176,7 @@ def test_a_whole_check_keeps_to_its_device(gpu: Any, folder: Path, light: dict[s
     assert done.returncode == 0, done.stderr[-2000:]
     verdict = Verdict.from_json((tmp_path / "run" / "verdict.json").read_text())
     assert verdict.provenance.device == "pretend:0"
-    assert gpu.apart(gpu.measure(load_config(folder / "light.yaml")), gpu.Figures.of(verdict)) == []
+    assert gpu.apart(gpu.measure(load_config(folder / "light.yaml")), gpu.figures(verdict)) == []
 
 
 @pytest.mark.slow

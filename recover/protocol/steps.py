@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -11,12 +11,10 @@ from recover.protocol.bench import Bench
 from recover.protocol.ledger import InMemoryStore
 from recover.protocol.phases import PHASES, accounting
 from recover.protocol.records import ExampleRecord
+from recover.protocol.verdict_model import Transfer
+from recover.types import Progress
 
 __all__ = ["run_phases", "run_transfer"]
-
-Progress = Callable[[str, int, int], None]
-"""`progress(phase, done, total)`."""
-
 
 def run_phases(
     bench: Bench, names: Sequence[str], store: InMemoryStore, progress: Progress | None = None
@@ -45,7 +43,7 @@ def run_phases(
     return [ExampleRecord.of(one) for one in values.values()]
 
 
-def run_transfer(bench: Bench, store: InMemoryStore, progress: Progress | None = None) -> dict[str, Any]:
+def run_transfer(bench: Bench, store: InMemoryStore, progress: Progress | None = None) -> Transfer:
     """Fit the shared deltas of each fold on one half of the flips, and read them on the other.
 
     Returns:
