@@ -16,7 +16,7 @@ from __future__ import annotations
 import difflib
 import json
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -31,12 +31,11 @@ from recover.tasks.examples import Contrast, Examples
 from recover.tasks.files import read_text, rows_of
 from recover.tasks.ioi import token_id
 from recover.tasks.prose import RELATIONS
-from recover.types import InputError, Int, Site, Tensor
+from recover.types import InputError, Int, Progress, Site, Tensor
 
 __all__ = ["Asked", "Fact", "known", "load_file", "make_examples", "right", "shipped"]
 
 BATCH = 64
-Report = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ def make_examples(
     n: PositiveInt | None = None,
     seed: int = 0,
     file: Path | str | None = None,
-    progress: Report | None = None,
+    progress: Progress | None = None,
 ) -> Examples:
     """Make examples of the paraphrases of one domain's facts that the model knows.
 
@@ -125,7 +124,7 @@ def make_examples(
     )
 
 
-def known(model: Model, facts: Sequence[Fact], progress: Report | None = None) -> Asked:
+def known(model: Model, facts: Sequence[Fact], progress: Progress | None = None) -> Asked:
     """Select the facts that the model answers correctly in every paraphrase, by the predicate of the task.
 
     Facts whose answer is not one token to the tokenizer, or whose relation has no second answer, are left out.
@@ -144,7 +143,7 @@ def known(model: Model, facts: Sequence[Fact], progress: Report | None = None) -
 
 
 def right(
-    model: Model, asked: Asked, edits: Mapping[Site, Edit] | None = None, progress: Report | None = None
+    model: Model, asked: Asked, edits: Mapping[Site, Edit] | None = None, progress: Progress | None = None
 ) -> list[tuple[bool, ...]]:
     """Test for each fact and paraphrase whether the model's answer is right, by the predicate of the task.
 

@@ -1,13 +1,35 @@
-"""What carries a recovery: attribution of a found perturbation's effect to features, the SAE's error, heads and MLPs.
+"""Attribution: which parts of a perturbation, and which parts of the model, carry a recovery.
 
-Read `parts` first: it splits the effect between clamped features, other features and the error. `paths` and `movers`
-follow the effect through attention heads and MLPs; `linear_error` predicts the error from the residual.
+Read `parts` first: it splits a perturbation by SAE feature and error, replays each part and knocks it out. `paths`
+follows the effect through heads and MLPs, `movers` finds the heads that attend to the target and write it, and
+`linear_error` fits the part of the SAE's error that is linear in the residual.
 """
 
 from recover.evidence.attribution.linear_error import LinearError, error_activations, fit_linear_error
 from recover.evidence.attribution.movers import looks, undefended, writes
-from recover.evidence.attribution.parts import POINTS, TOP_K, VIEWS, Attribution, attribute, entering, parts_of
-from recover.evidence.attribution.paths import Carrier, carriers, direct, patched, through, trace
+from recover.evidence.attribution.parts import (
+    POINTS,
+    TOP_K,
+    VIEWS,
+    Attribution,
+    Parts,
+    View,
+    attribute,
+    entering,
+    parts_of,
+)
+from recover.evidence.attribution.paths import (
+    Carrier,
+    Direct,
+    Trace,
+    carriers,
+    direct,
+    patched,
+    put_back,
+    put_in,
+    through,
+    trace,
+)
 
 __all__ = [
     "POINTS",
@@ -15,7 +37,11 @@ __all__ = [
     "VIEWS",
     "Attribution",
     "Carrier",
+    "Direct",
     "LinearError",
+    "Parts",
+    "Trace",
+    "View",
     "attribute",
     "carriers",
     "direct",
@@ -25,6 +51,8 @@ __all__ = [
     "looks",
     "parts_of",
     "patched",
+    "put_back",
+    "put_in",
     "through",
     "trace",
     "undefended",
