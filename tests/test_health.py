@@ -19,7 +19,9 @@ from recover.defenses.clamps import Set
 from recover.defenses.defended import Defended, defend
 from recover.models.host import Model
 from recover.numerics.subspaces import NullSpace
-from recover.planted import KINDS, MIXTURES, Planted, error_bypass, feature_bypass, hard_readout
+from recover.planted import KINDS, MIXTURES, Planted
+from recover.planted.hard import hard_readout
+from recover.planted.routes import error_bypass, feature_bypass
 from recover.search.ascent import Feasible
 from recover.search.constraints.linear import EncoderOrthogonal
 from recover.search.gradient_checks import Agreement, error_channel, finite_differences

@@ -10,19 +10,17 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from recover.planted import (
-    MIXTURES,
-    Planted,
+from recover.planted import MIXTURES, Planted
+from recover.planted.meaning import KAPPA, shared_route, write_only
+from recover.planted.mixtures import (
+    centered,
+    corner,
     half_erased,
     partly_erased,
-    shared_route,
     some_routes,
     undone_and_route,
     weak_predicate,
-    write_only,
 )
-from recover.planted.meaning import KAPPA
-from recover.planted.mixtures import centered, corner
 from recover.protocol.checking import check
 from recover.types import InputError
 from tests.test_planted import ByHand, admissible_noise, held, plus, slack, undo, without, zeros
