@@ -40,9 +40,9 @@ Figures = Mapping[str, int | float | None]
 
 def figures(verdict: rc.Verdict) -> Figures:
     """Of a verdict: counts of examples, and norms (None where nothing was found)."""
-    recovery, minimum = verdict.recovery, verdict.minimum_norm
+    counts, recovery, minimum = verdict.counts, verdict.recovery, verdict.minimum_norm
     return {
-        **verdict.counts.model_dump(exclude={"strict_flips"}),
+        **{name: getattr(counts, name) for name in ("n", "base", "defended", "valid_flips")},
         "recovered": recovery.recovered,
         "norm_mean": recovery.norm_mean,
         "median": minimum and minimum.median,

@@ -16,6 +16,7 @@ from recover.types import Progress
 
 __all__ = ["run_phases", "run_transfer"]
 
+
 def run_phases(
     bench: Bench, names: Sequence[str], store: InMemoryStore, progress: Progress | None = None
 ) -> list[ExampleRecord]:
@@ -49,9 +50,9 @@ def run_transfer(bench: Bench, store: InMemoryStore, progress: Progress | None =
     Returns:
         The section `transfer` of a verdict.
     """
-    folds, report = [], progress or (lambda *_: None)
+    folds, tell = [], progress or (lambda *_: None)
     for fold in range(bench.plan.transfer.folds):
-        fitted = heldout.fit(bench, fold, partial(report, f"transfer, fold {fold + 1}"))
+        fitted = heldout.fit(bench, fold, partial(tell, f"transfer, fold {fold + 1}"))
         store.deltas |= fitted.deltas
         folds.append((dict(fitted.values), heldout.read(bench, fold, store)))
     return heldout.summary(folds, bench.pool.residual_norm)

@@ -49,14 +49,14 @@ class Movers:
 
 
 def undefended(defended: Defended) -> Defended:
-    """The same examples without the clamps; of use with no delta."""
+    """Remove the clamps from the examples; meant to be run without a delta."""
     return replace(
         defended, suffix=Undefended.of(defended).suffix, surface=replace(defended.surface, placement="after_clamp")
     )
 
 
 def looks(defended: Defended, delta: Delta, marked: Mask) -> dict[Carrier, PerExample]:
-    """How much of each head's attention at the last position is on marked positions.
+    """Share of each head's attention at the last position that falls on marked positions.
 
     Args:
         defended: the examples.
@@ -76,7 +76,7 @@ def looks(defended: Defended, delta: Delta, marked: Mask) -> dict[Carrier, PerEx
 
 
 def writes(defended: Defended, delta: Delta) -> dict[Carrier, PerExample]:
-    """What each head adds to the score through the last residual.
+    """Contribution of each head to the score through the last residual.
 
     Raises:
         InputError: the model's blocks norm what attention gives, so that heads do not add.
