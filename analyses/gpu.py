@@ -35,7 +35,7 @@ from recover.models.names import resolve_device, resolve_model
 from recover.run.config import Config, load_config
 from recover.run.runner import run_check
 from recover.run.setting import package_versions
-from recover.saes.names import resolve_sae
+from recover.saes.names import load_sae
 from recover.saes.sae import SAE
 from recover.tasks.behaviors import AnswerLikelihood
 from recover.tasks.neutral import NEUTRAL
@@ -183,7 +183,7 @@ def rows(device: str, tasks: Sequence[str]) -> list[tuple[str, str, str]]:
         found.append((f"{task}, {dtype}", f"CPU {ours}; device {theirs} ({seconds:.0f} s)", "; ".join(said) or "agree"))
     loaded = resolve_model("smollm2", device)
     model = Model(loaded.module, loaded.tokenizer)
-    used, counted = memory(model, resolve_sae("smollm2-l15").to(model.device), model.tokenize(NEUTRAL))
+    used, counted = memory(model, load_sae("smollm2-l15").to(model.device), model.tokenize(NEUTRAL))
     verdict = "within" if used <= counted else "MORE than counted on"
     found.append(("memory of attribution", f"{used / 2**20:.0f} MiB, {counted / 2**20:.0f} counted on", verdict))
     for name in BENCHMARKS:

@@ -32,7 +32,7 @@ from recover.report.text import seeds_to_text, to_text
 from recover.run.config import load_config
 from recover.run.progress import shown
 from recover.run.runner import run_check, run_seeds
-from recover.saes.names import resolve_sae
+from recover.saes.names import load_sae
 from recover.tasks.neutral import NEUTRAL
 from recover.types import DeviceMap, InputError, Site
 
@@ -256,7 +256,7 @@ def _selftest(options: argparse.Namespace) -> int:
 
 def _verify(options: argparse.Namespace) -> int:
     site = None if options.site is None else Site.from_hook_name(options.site)
-    given = None if options.sae is None else resolve_sae(options.sae)
+    given = None if options.sae is None else load_sae(options.sae)
     loaded = resolve_model(options.model, options.device, options.dtype, options.device_map)
     model = Model(loaded.module, loaded.tokenizer)
     prompts = model.tokenize(NEUTRAL[:PROMPTS_VERIFIED])

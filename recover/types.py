@@ -16,6 +16,7 @@ Dimensions, in jaxtyping annotations and einops patterns alike:
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -32,6 +33,7 @@ __all__ = [
     "Mask",
     "PerExample",
     "Positions",
+    "Progress",
     "Residual",
     "Site",
     "Tensor",
@@ -47,6 +49,8 @@ PerExample = Float[Tensor, "batch"]
 
 DeviceMap = Literal["auto", "balanced", "balanced_low_0", "sequential"]
 """How transformers and accelerate spread a model over all cards, and over memory and disk where these are too few."""
+Progress = Callable[[str, int, int], None]
+"""`progress(phase, done, total)`: told how far a long computation has come."""
 Positions = Literal["all", "last", "prompt", "answer"]
 """Which token positions a clamp edits. `answer` is what the model generates, `prompt` the rest."""
 

@@ -192,7 +192,7 @@ def test_the_shipped_defense_makes_the_toy_forget_one_kind_and_not_the_other(toy
     """The clamps of `analyses/choice_toy.yaml`, on an eighth of its questions."""
     config = load_config("analyses/choice_toy.yaml")
     (clamp,) = config.clamps
-    sae = sae_names.resolve_sae(clamp.sae)
+    sae = sae_names.load_sae(clamp.sae)
     assert sae.site is not None
     whole = choice.examples(toy, forget="toy-forget", retain="toy-retain").contrast
     assert whole is not None

@@ -412,13 +412,13 @@ def test_saes_are_taken_from_the_cache_without_a_look_at_the_network(
         return load(*args, **named)
 
     monkeypatch.setattr(sae_lens.SAE, "from_pretrained", offline)
-    jb = sae_names.resolve_sae("gpt2-small-res-jb:blocks.4.hook_resid_pre")
+    jb = sae_names.load_sae("gpt2-small-res-jb:blocks.4.hook_resid_pre")
     assert (jb.site, jb.d_model, jb.d_sae, jb.architecture) == (Site(4, "pre"), 96, 192, "standard")
     for name in (
         "gemma-scope-2b-pt-res:layer_5/width_16k/average_l0_68",
         "gemma-scope-2b-pt-res-canonical:layer_5/width_16k/canonical",
     ):
-        scope = sae_names.resolve_sae(name)
+        scope = sae_names.load_sae(name)
         assert (scope.site, scope.architecture) == (Site(5, "post"), "jumprelu")
         assert torch.equal(scope.W_dec, hub_layout.basis(hub_layout.GEMMA_WIDTH)["W_dec"])
 
@@ -446,7 +446,7 @@ def test_a_gated_repository_says_what_to_do(hub: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(hubs, "hub_reachable", lambda: True)
     monkeypatch.setattr(names.AutoConfig, "from_pretrained", gated)
     monkeypatch.setattr(sae_lens.SAE, "from_pretrained", gated)
-    for load, name in ((names.resolve_model, hub_layout.GEMMA), (sae_names.resolve_sae, "a-release:a")):
+    for load, name in ((names.resolve_model, hub_layout.GEMMA), (sae_names.load_sae, "a-release:a")):
         with pytest.raises(
             InputError, match="it is gated: accept its terms on its page at the hub, and log in"
         ) as raised:
@@ -553,5 +553,5 @@ def test_gpt2_small_names_the_indirect_object() -> None:
 @pytest.mark.hub
 @pytest.mark.parametrize("name", ["tpp_gemma2", "wmdp_bio_gemma2"])
 def test_gemma_scope_is_where_the_setting_says(name: str) -> None:
-    sae = sae_names.resolve_sae(setting(name).clamps[0].sae)
+    sae = sae_names.load_sae(setting(name).clamps[0].sae)
     assert (sae.site, sae.d_model, sae.d_sae) == (SITES[name][0], 2304, 16384)

@@ -13,7 +13,7 @@ from recover.defenses.selection import NEAREST, attribution, firing_rates, forge
 from recover.models.host import Model
 from recover.models.names import LoadedModel
 from recover.saes.activations import AbsTopK
-from recover.saes.names import resolve_sae
+from recover.saes.names import load_sae
 from recover.saes.sae import from_sae_lens
 from recover.tasks.behaviors import ChoiceMargin, LogitDifference
 from recover.tasks.neutral import NEUTRAL
@@ -229,7 +229,7 @@ def test_rates_that_are_none_are_refused(value: float) -> None:
 
 @pytest.mark.model
 def test_matches_of_a_real_sae_fire_as_often(smollm2: LoadedModel) -> None:
-    model, sae = Model(smollm2.module, smollm2.tokenizer), resolve_sae("smollm2-l15")
+    model, sae = Model(smollm2.module, smollm2.tokenizer), load_sae("smollm2-l15")
     rates = firing_rates(model, sae, Site(15), model.tokenize(NEUTRAL))
     features = tuple(rates.argsort(descending=True)[100:228:2].tolist())
     found = matched(rates, features, 0)

@@ -28,7 +28,7 @@ from recover.protocol.workers import ALONE, Workers
 from recover.run import runner, setting
 from recover.run.config import load_config
 from recover.run.runner import run_check
-from recover.tasks import ask_task
+from recover.tasks import load_examples
 from recover.types import InputError
 
 N, BATCH = 24, 6
@@ -182,9 +182,9 @@ def test_what_a_task_computes_does_not_hang_on_the_cores(
 
     def asks(*given: Any, **named: Any) -> Any:
         seen.append(torch.get_num_threads())
-        return ask_task(*given, **named)
+        return load_examples(*given, **named)
 
-    monkeypatch.setattr(setting, "ask_task", asks)
+    monkeypatch.setattr(setting, "load_examples", asks)
     with setting.threads(2):
         setting.load_setting(load_config(root / "defense.yaml", {"threads": asked}))
         assert (seen, torch.get_num_threads()) == ([used], 2)

@@ -358,16 +358,16 @@ def sae_folder(tmp_path):
 
 
 def test_an_sae_by_folder_and_by_name(sae_folder, monkeypatch):
-    by_folder = sae_names.resolve_sae(str(sae_folder))
+    by_folder = sae_names.load_sae(str(sae_folder))
     assert by_folder.site == Site(1, "pre")
     monkeypatch.setattr(zoo, "shipped_saes", lambda: {"tiny-l1": sae_folder})
-    assert sae_names.resolve_sae("tiny-l1").sha256 == by_folder.sha256
+    assert sae_names.load_sae("tiny-l1").sha256 == by_folder.sha256
     with pytest.raises(InputError, match=r"^SAE 'tiny-l2' .*did you mean 'tiny-l1'"):
-        sae_names.resolve_sae("tiny-l2")
+        sae_names.load_sae("tiny-l2")
 
 
 def test_the_shipped_sae_is_of_layer_15():
-    assert sae_names.resolve_sae("smollm2-l15").site.layer == 15
+    assert sae_names.load_sae("smollm2-l15").site.layer == 15
 
 
 @pytest.mark.parametrize(
@@ -382,7 +382,7 @@ def test_the_shipped_sae_is_of_layer_15():
 def test_unknown_saes_are_refused_in_one_line(name, why):
     began = time.monotonic()
     with pytest.raises(InputError) as raised:
-        sae_names.resolve_sae(name)
+        sae_names.load_sae(name)
     assert str(raised.value).startswith(f"SAE '{name}'")
     assert why in str(raised.value)
     assert "\n" not in str(raised.value)
@@ -398,5 +398,5 @@ def test_a_released_sae_is_taken_from_the_cache_when_the_hub_is_silent(monkeypat
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(hub, "hub_reachable", lambda: False)
     monkeypatch.setattr("sae_lens.SAE.from_pretrained", from_pretrained)
-    assert sae_names.resolve_sae("some-release:layer:3").site == Site(3, "post")
+    assert sae_names.load_sae("some-release:layer:3").site == Site(3, "post")
     assert not constants.is_offline_mode()
