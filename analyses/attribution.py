@@ -82,7 +82,7 @@ def effects(run: Run, part: Examples, delta: Delta) -> dict[str, Any]:
 def replay(run: Run, part: Examples, delta: Delta) -> dict[str, Any]:
     """What the certificate says of one part alone."""
     bench = run.bench
-    facts = certificate(bench.exact, bench.defense, part.prompts, part.behavior, delta, every_site=bench.every_site)
+    facts = certificate(bench.exact, bench.defense, part.prompts, part.behavior, delta, bench.surface)
     columns = {
         "score": facts.score.tolist(),
         "shows": facts.shows.tolist(),

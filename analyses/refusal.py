@@ -137,8 +137,7 @@ METHODS: dict[str, tuple[Search, bool]] = {
 
 def read_out(method: str, bench: Bench, part: Examples, delta: Delta, seconds: float) -> Row:
     """What a method's deltas do, teacher-forced and in free generation."""
-    every = bench.every_site
-    facts = certificate(bench.exact, bench.defense, part.prompts, part.behavior, delta, every_site=every)
+    facts = certificate(bench.exact, bench.defense, part.prompts, part.behavior, delta, bench.surface)
     replies = spoken(bench, part, delta)
     return Row(
         method=method,
@@ -262,7 +261,7 @@ def published_line(name: str, row: Mapping[str, float]) -> str:
 
 def rows(bench: Bench, part: Examples, schedule: Schedule, skipped: Sequence[str]) -> Any:
     """Every row, as soon as it is there."""
-    first = replace(bench, every_site=False)
+    first = bench.entered_at(bench.surface.first)
     zero = bench.defended(part).zero_delta
     yield read_out("clamps alone", bench, part, zero, 0.0)
     for name, (search, every_site) in METHODS.items():

@@ -151,7 +151,7 @@ def _measured(bench: Bench, way: str, budget: float) -> dict[str, Any]:
         space = Anywhere() if way == "unconstrained" else bench.feasible(target)
         delta = find_perturbation(target, target.zero_delta, space, budget, bench.schedule).delta
         part = batch.flipped
-        facts = certify(bench.exact, bench.defense, part.prompts, part.behavior, delta, bench.placement)
+        facts = certify(bench.exact, bench.defense, part.prompts, part.behavior, delta, bench.surface)
         values = {
             "recovered": facts.shows,
             "held": facts.held,

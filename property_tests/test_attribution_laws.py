@@ -14,6 +14,7 @@ from recover.evidence.attribution.linear_error import LinearError
 from recover.evidence.attribution.parts import LEAVES, attribute, first_order, gradient, parts_of, split
 from recover.planted.pinned import pinned_layers
 from recover.saes.sae import SAE
+from recover.types import Surface
 
 
 def linear_map(d_model: int, seed: int) -> LinearError:
@@ -94,7 +95,7 @@ def test_where_all_is_linear_the_effect_of_each_part_is_what_its_replay_does(
 ) -> None:
     """To first order and integrated; the parts' effects add up to the delta's, and the gap is rounding (1 %)."""
     world = pinned_layers(seed, n_sites=n_sites, d_model=width, k=2, d_sae=width + 5, n_prompts=3)
-    defended = defend(world.model, world.defense, world.prompts, world.behavior, every_site=True)
+    defended = defend(world.model, world.defense, world.prompts, world.behavior, surface=Surface("every"))
     delta = randn(*defended.zero_delta.shape, seed=noise)
     linear = {site: linear_map(width, noise + place) for place, site in enumerate(world.defense.sites)}
     found = attribute(defended, delta, linear, top_k=top_k, points=2)
@@ -113,7 +114,7 @@ def test_where_all_is_linear_the_effect_of_each_part_is_what_its_replay_does(
 def test_first_order_effects_add_up(seed: int, n_sites: int, top_k: int, noise: int) -> None:
     """Whatever the gradient: to that of the whole delta."""
     world = pinned_layers(seed, n_sites=n_sites, d_model=8, k=2, d_sae=14, n_prompts=2)
-    defended = defend(world.model, world.defense, world.prompts, world.behavior, every_site=True)
+    defended = defend(world.model, world.defense, world.prompts, world.behavior, surface=Surface("every"))
     delta = randn(*defended.zero_delta.shape, seed=noise)
     leaves = parts_of(defended, delta, None, top_k=top_k).leaves
     for slope in (gradient(defended, delta, 0), gradient(defended, delta, 3), randn(*delta.shape, seed=noise + 1)):
@@ -126,7 +127,9 @@ def test_first_order_effects_add_up(seed: int, n_sites: int, top_k: int, noise: 
 def test_a_part_of_a_delta_before_the_clamp_is_of_what_it_changes_after_it(seed: int, k: int, noise: int) -> None:
     """Replayed in full it gives the same logits, and its parts add up to that change."""
     world = pinned_layers(seed, n_sites=1, d_model=8, k=k + 1, d_sae=14, n_prompts=2)
-    defended = defend(world.model, world.defense, world.prompts, world.behavior, placement="before_clamp")
+    defended = defend(
+        world.model, world.defense, world.prompts, world.behavior, surface=Surface(placement="before_clamp")
+    )
     delta = randn(*defended.zero_delta.shape, seed=noise)
     found = attribute(defended, delta, points=1)
     assert_within(found.views["full"].replay_score, defended(delta)[0], 1e-3 * (defended(delta)[0].abs() + 1).double())

@@ -26,18 +26,19 @@ from torch import Tensor
 from property_tests.rounding import assert_within, eps, product_error, projection_leak
 from property_tests.strategies import COMPETING, SEEDS, ClampCase, SAECase, clamp_cases, costly, randn
 from recover.defenses.clamps import Clamp, Defense, Set
-from recover.defenses.defended import PLACEMENTS, defend
+from recover.defenses.defended import defend
 from recover.evidence.certificate import Certificate, certify
 from recover.models.host import Model, Prompts
 from recover.planted import KINDS
-from recover.protocol.checking import Examples, check
+from recover.protocol.checking import check
 from recover.protocol.folder import DELTAS, EXAMPLES, TEMPORARY, UNITS, RunFolder, RunState
+from recover.protocol.runtime import Runtime
 from recover.protocol.verdict import Verdict
 from recover.saes.sae import SAE
 from recover.search.ascent import Schedule
 from recover.search.constraints.linear import ActivationStable, EncoderOrthogonal
 from recover.tasks.behaviors import LogitDifference, Targeted
-from recover.types import Site
+from recover.types import Placement, Site, Surface
 from tests.models import D_MODEL, FAMILIES, N_LAYERS, VOCAB, left_padded, plain_lm, tiny_lm, token_rows
 from tests.saes import POINTWISE
 from tests.test_check import LIGHT
@@ -246,7 +247,14 @@ def test_under_c1_and_pointwise_features_a_delta_before_or_after_the_clamp_is_on
     defense, engine = case.defense(torch.float64), case.engine
     with torch.no_grad():
         both = [
-            defend(engine.model, defense, engine.prompts, case.behavior, n_pos=engine.n_pos, placement=placement)
+            defend(
+                engine.model,
+                defense,
+                engine.prompts,
+                case.behavior,
+                n_pos=engine.n_pos,
+                surface=Surface(placement=placement),
+            )
             for placement in ("after_clamp", "before_clamp")  # type: ignore[arg-type]
         ]
         clamp, h = defense.clamps[0], both[0].base
@@ -269,8 +277,10 @@ def test_the_defended_state_is_the_clamped_model_and_no_delta_leaves_it(case: De
     with torch.no_grad():
         bare = engine.model.run(engine.prompts).logits.gather(1, behavior.tokens)
         clamped = engine.model.run(engine.prompts, edits={engine.site: clamping}).logits.gather(1, behavior.tokens)
-    for placement in PLACEMENTS:
-        defended = defend(engine.model, defense, engine.prompts, behavior, n_pos=engine.n_pos, placement=placement)
+    for placement in get_args(Placement):
+        defended = defend(
+            engine.model, defense, engine.prompts, behavior, n_pos=engine.n_pos, surface=Surface(placement=placement)
+        )
         same(defended.base_logits, bare)
         same(defended.defended_logits, clamped)
         with torch.no_grad():
@@ -289,7 +299,7 @@ def certificate_of(case: DefendedCase, rows: Tensor) -> Certificate:
         engine.prompts.select(rows),
         case.behavior.select(rows),
         case.delta(torch.float32)[rows],
-        case.placement,  # type: ignore[arg-type]
+        Surface(placement=case.placement),  # type: ignore[arg-type]
     )
 
 
@@ -426,11 +436,9 @@ class FolderCase:
                 world.model,
                 world.defense,
                 replace(world.examples, behavior=right.retarget(asked)),
-                budget=self.share * world.budget,
-                schedule=Schedule(steps=10, restarts=0, seed=self.seed),
-                plan=LIGHT,
-                batch_size=self.batch_size,
-                store=folder,
+                self.share * world.budget,
+                plan=replace(LIGHT, schedule=Schedule(steps=10, restarts=0, seed=self.seed)),
+                runtime=Runtime(batch_size=self.batch_size, store=folder),
             )
             folder.finish(verdict.records)
         finally:
@@ -502,10 +510,9 @@ class CheckCase:
             Model(tiny_lm()),
             hard_clamp(self.value),
             Examples([f"e{i}" for i in range(self.n)], left_padded(rows), behavior),
-            budget=self.budget,
-            schedule=Schedule(steps=4, restarts=1, seed=self.seed),
-            plan=LIGHT,
-            batch_size=batch_size or self.batch_size,
+            self.budget,
+            plan=replace(LIGHT, schedule=Schedule(steps=4, restarts=1, seed=self.seed)),
+            runtime=Runtime(batch_size=batch_size or self.batch_size),
         )
 
 

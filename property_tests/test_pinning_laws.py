@@ -19,7 +19,7 @@ from recover.planted.pinned import pinned_layers
 from recover.search.constraints.pinned import Pinned
 from recover.search.pinned import find_pinned, shorten
 from recover.tasks.behaviors import ForcedAnswer
-from recover.types import Site
+from recover.types import Site, Surface
 from tests.models import D_MODEL, FAMILIES, N_LAYERS, left_padded, tiny_lm, token_rows
 
 
@@ -81,10 +81,10 @@ def test_no_pinned_delta_moves_a_clamped_pre_activation_of_any_layer(case: Layer
     model, prompts, defense = case.model, left_padded(token_rows(case.lengths, seed=case.seed)), case.defense
     answer = generate(model, prompts, case.n_tokens)
     forced, behavior = answered(prompts, answer), ForcedAnswer(answer)
-    pinned = Pinned.of(defend(model, defense, forced, behavior, every_site=True))
+    pinned = Pinned.of(defend(model, defense, forced, behavior, surface=Surface("every")))
     noise = torch.randn(pinned.start.shape, generator=torch.Generator().manual_seed(case.seed))
     delta = pinned.delta(pinned.free.project(case.size * noise))
-    facts = certify(model, defense, forced, behavior, delta, every_site=True)
+    facts = certify(model, defense, forced, behavior, delta, surface=Surface("every"))
     # Rounding of what has passed through layers that amplify is larger than that of one state.
     limit = 20 * facts.rounding
     assert bool((facts.preactivation_shift.amax(dim=1) <= limit).all())
@@ -96,7 +96,7 @@ def test_no_pinned_delta_moves_a_clamped_pre_activation_of_any_layer(case: Layer
 def test_the_shortest_pinned_delta_is_the_closed_form(seed: int, n_sites: int, width: int, data: st.DataObject) -> None:
     k = data.draw(st.integers(2, width // 2))
     world = pinned_layers(seed, n_sites=n_sites, d_model=width, k=k, d_sae=k + 5, n_prompts=3)
-    pinned = Pinned.of(defend(world.model, world.defense, world.prompts, world.behavior, every_site=True))
+    pinned = Pinned.of(defend(world.model, world.defense, world.prompts, world.behavior, surface=Surface("every")))
     found = find_pinned(pinned, 4 * float(world.smallest_norm.max()))
     assert bool(found.recovered.all())
     short = norm(pinned.delta(shorten(pinned, found.free, steps=150)))

@@ -289,7 +289,7 @@ def test_the_checker_misses_no_planted_world(case: PlantedCase) -> None:
 def test_the_checker_says_nothing_false_of_a_planted_world(case: PlantedCase) -> None:
     """Of any size: the verdict and the norm are right, and "unknown" may be said of what is specific, but no lie."""
     world = case.world
-    said = check(world.model, world.defense, world.examples, budget=world.budget)
+    said = check(world.model, world.defense, world.examples, world.budget)
     assert said.verdict in world.expected
     assert said.specific is None or said.specific in world.allowed
     if case.kind not in UNMEASURED:

@@ -17,9 +17,11 @@ from recover.models.host import Model, Prompts, Run, Suffix
 from recover.models.names import load_model, resolve_model
 from recover.numerics.statistics import bootstrap, wilson
 from recover.numerics.subspaces import NullSpace, row_space
-from recover.protocol.checking import InMemoryStore, Store, check
+from recover.protocol.checking import check
 from recover.protocol.gates import Gate
+from recover.protocol.ledger import InMemoryStore, Store
 from recover.protocol.plan import Plan, TransferPlan
+from recover.protocol.runtime import Runtime
 from recover.protocol.verdict import Verdict
 from recover.protocol.workers import LostWorkerError, Workers, joined
 from recover.run.config import Config, load_config
@@ -55,7 +57,7 @@ from recover.tasks.behaviors import (
 )
 from recover.tasks.dialogue import Dialogue, Request, ask
 from recover.tasks.examples import Contrast, Examples
-from recover.types import InputError, Site
+from recover.types import InputError, Site, Surface
 
 __all__ = [
     "SAE",
@@ -104,6 +106,7 @@ __all__ = [
     "RestoredSolution",
     "Rules",
     "Run",
+    "Runtime",
     "Scale",
     "Schedule",
     "Set",
@@ -112,6 +115,7 @@ __all__ = [
     "Status",
     "Store",
     "Suffix",
+    "Surface",
     "Task",
     "TransferPlan",
     "Verdict",

@@ -20,7 +20,6 @@ from recover.protocol.bench import Bench
 from recover.protocol.heldout import evidence, summary
 from recover.protocol.plan import Plan
 from recover.protocol.records import without_nan
-from recover.search.ascent import Schedule
 
 SCHEMA = json.loads(files("recover.protocol").joinpath("verdict.schema.json").read_text())["properties"]["transfer"]
 Folds = list[tuple[dict[str, Any], dict[str, Any]]]
@@ -215,9 +214,7 @@ def planted() -> tuple[Bench, torch.Tensor]:
     """The bench of a shared route, in batches of 7, and the delta that is known to open it."""
     world = KINDS["shared_route"](0)
     assert world.shared is not None
-    bench = Bench(
-        world.model, world.model, world.defense, world.examples, world.budget, "after_clamp", Schedule(), Plan(), 7
-    )
+    bench = Bench(world.model, world.model, world.defense, world.examples, world.budget, Plan(), 7)
     return bench, world.shared
 
 

@@ -112,7 +112,7 @@ def test_the_shared_delta_recovers_just_the_rows_it_is_said_to(kind: Callable[..
 def test_the_checker_recovers_what_can_be(kind: Callable[..., Planted], seed: int) -> None:
     world = kind(seed)
     assert world.smallest_norm is not None
-    said = check(world.model, world.defense, world.examples, budget=world.budget)
+    said = check(world.model, world.defense, world.examples, world.budget)
     assert said.verdict == "RECOVERABLE"
     assert said.recovery["recovered"] == int(torch.isfinite(world.smallest_norm).sum())
 

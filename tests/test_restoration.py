@@ -24,7 +24,7 @@ from recover.search.constraints.linear import EncoderOrthogonal
 from recover.search.constraints.monitor import Jacobian, Monitor, RowSpace, Watched, jacobian_row_space
 from recover.search.constraints.restored import find_linearized, find_restored, restore
 from recover.tasks.behaviors import AnswerLikelihood, LogitDifference
-from recover.types import InputError, Site
+from recover.types import InputError, Site, Surface
 from tests.by_hand import Edits, clamped, defense_of, sae_lens_sae
 from tests.models import D_MODEL, left_padded, plain_forward, plain_lm, tiny_lm, token_rows
 from tests.test_admissible import SHEAR, linear_world
@@ -378,9 +378,9 @@ def test_an_impossible_search_gives_the_start_back() -> None:
 
 def test_what_it_cannot_do_is_refused() -> None:
     model, prompts, defense = Model(tiny_lm()), left_padded(token_rows()), live(2)
-    with pytest.raises(InputError, match="every_site"):
-        Monitor.of(defend(model, defense, prompts, BEHAVIOR, every_site=True))
+    with pytest.raises(InputError, match="first clamped site alone"):
+        Monitor.of(defend(model, defense, prompts, BEHAVIOR, surface=Surface("every")))
     with pytest.raises(InputError, match="after the clamp"):
-        find_restored(defend(model, defense, prompts, BEHAVIOR, placement="before_clamp"), 1.0)
+        find_restored(defend(model, defense, prompts, BEHAVIOR, surface=Surface(placement="before_clamp")), 1.0)
     with pytest.raises(InputError, match="budget"):
         find_restored(defend(model, defense, prompts, BEHAVIOR), 0.0)

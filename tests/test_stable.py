@@ -26,7 +26,7 @@ from recover.search.held import RestoredSolution
 from recover.search.pinned import find_pinned
 from recover.search.stable import find_stable
 from recover.tasks.behaviors import AnswerLikelihood, LogitDifference
-from recover.types import InputError, Site
+from recover.types import InputError, Site, Surface
 from tests.by_hand import sae_lens_sae
 from tests.models import left_padded, tiny_lm, token_rows
 
@@ -48,7 +48,7 @@ def world(h: Tensor, along: Tensor, *clamps: Clamp, maps: tuple[Tensor, ...] = (
     ids = torch.arange(n)[:, None]
     prompts = Prompts(ids, torch.ones_like(ids, dtype=torch.bool))
     behavior = LogitDifference(torch.arange(n), torch.full((n,), n))
-    return defend(Model(network), Defense(clamps), prompts, behavior, every_site=every)
+    return defend(Model(network), Defense(clamps), prompts, behavior, surface=Surface("every" if every else "first"))
 
 
 def one(*values: float) -> Tensor:
@@ -67,7 +67,14 @@ def gains(defended: Defended, kind: Any, budget: float, schedule: Schedule = FAR
     """How much slack is gained, with what a result promises looked at afresh."""
     found = find_stable(defended, kind, budget, schedule)
     prompts, every = defended.suffix.prompts, len(defended.delta_sites) > 1
-    facts = certify(defended.suffix.model, defended.defense, prompts, defended.behavior, found.delta, every_site=every)
+    facts = certify(
+        defended.suffix.model,
+        defended.defense,
+        prompts,
+        defended.behavior,
+        found.delta,
+        surface=Surface("every" if every else "first"),
+    )
     drift = facts.relative_drift if kind is ActivationStable else _relative(facts.decode_drift, defended)
     assert bool((drift <= 1.1e-4).all())
     assert bool((facts.norm <= budget).all())
@@ -237,7 +244,14 @@ def tiny(architecture: str, sites: tuple[int, ...] = (1,), *, every: bool = Fals
     with torch.no_grad():
         target = model.run(prompts).logits.topk(13).indices[:, 12]
     clamps = tuple(Clamp(sae, (2, 7, 11, 19, 4, 5, 1), Scale(2.0), True, "all", Site(site)) for site in sites)
-    return defend(model, Defense(clamps), prompts, AnswerLikelihood(target), n_pos=2, every_site=every)
+    return defend(
+        model,
+        Defense(clamps),
+        prompts,
+        AnswerLikelihood(target),
+        n_pos=2,
+        surface=Surface("every" if every else "first"),
+    )
 
 
 @pytest.mark.parametrize(

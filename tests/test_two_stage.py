@@ -20,7 +20,7 @@ from recover.search.ascent import Schedule
 from recover.search.constraints.pinned import Pinned
 from recover.search.pinned import find_pinned
 from recover.tasks.behaviors import ForcedAnswer
-from recover.types import Site
+from recover.types import Site, Surface
 from tests.by_hand import sae_lens_sae
 from tests.models import D_MODEL, left_padded, plain_forward, tiny_lm, token_rows
 
@@ -37,7 +37,7 @@ def answers() -> tuple[Tensor, Tensor]:
 
 
 def pinned(answer: Tensor) -> Pinned:
-    return Pinned.of(defend(MODEL, DEFENSE, answered(PROMPTS, answer), ForcedAnswer(answer), every_site=True))
+    return Pinned.of(defend(MODEL, DEFENSE, answered(PROMPTS, answer), ForcedAnswer(answer), surface=Surface("every")))
 
 
 def opening(answers: tuple[Tensor, Tensor]) -> Opening:

@@ -312,8 +312,7 @@ defense = build_defense(setting, select_features(setting, 4))
 with rc.joined() as workers:
     rc.Model.batch_size = lambda *_: 4 + 3 * workers.rank  # what fits the one, and the other
     verdict = rc.check(
-        setting.model, defense, setting.examples, budget=100.0, schedule=config.schedule(), plan=config.plan(),
-        workers=workers,
+        setting.model, defense, setting.examples, 100.0, plan=config.plan(), runtime=rc.Runtime(workers=workers),
     )
     said = {name: value for name, value in verdict.to_dict().items() if name != "provenance"}
     with open(f"{sys.argv[2]}{workers.rank}-of-{workers.size}", "w") as file:

@@ -36,7 +36,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from pydantic import PositiveInt
+
 from recover.numerics.statistics import Paired, holm, more_often, wilson
+from recover.types import Share
 
 __all__ = ["Finding", "Reading", "Rules", "TransferEvidence", "judge"]
 
@@ -54,11 +57,11 @@ class Rules:
             reached by so few.
     """
 
-    alpha: float = 0.01
-    most: float = 0.5
-    max_chance: float = 0.25
-    min_heldout: int = 8
-    min_pairs: int = 5
+    alpha: Share = 0.01
+    most: Share = 0.5
+    max_chance: Share = 0.25
+    min_heldout: PositiveInt = 8
+    min_pairs: PositiveInt = 5
 
 
 @dataclass(frozen=True)

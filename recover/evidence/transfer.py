@@ -25,6 +25,7 @@ from functools import cached_property
 from itertools import accumulate
 
 import torch
+from pydantic import PositiveInt
 from torch.nn import functional as F
 
 from recover.defenses.defended import Defended
@@ -53,7 +54,7 @@ class FitSchedule:
         seed: of the noise.
     """
 
-    steps: int = 60
+    steps: PositiveInt = 60
     stride: float = 0.1
     momentum: float = 0.8
     noise: float = 0.5

@@ -68,7 +68,7 @@ def placebo_features(bench: Bench, draw: int) -> dict[str, Any]:
     chosen = _placebo_defense(bench, bench.plan.seed + 1000 * draw)
     if chosen is None:
         return {"suppressed": None, "base": None, "recovered": None}
-    other = replace(bench, defense=chosen, _made={})
+    other = replace(bench, defense=chosen)
     base, suppressed, recovered = 0, 0, 0
     for batch in other.batches:
         answered = batch.examples.dialogue
@@ -109,7 +109,7 @@ def search_health(bench: Bench) -> dict[str, Any]:
         if not len(rows):
             continue
         part = _exact(bench, batch, rows)
-        target, first = bench.objective(part), part.at_sites(bench.defense.sites[:1])
+        target, first = bench.objective(part), part.entered_at(part.surface.first)
         n += len(rows)
         direct = finite_differences(target, bench.feasible(target), target.zero_delta, bench.budget, bench.plan.seed)
         agree += int(direct.agrees.sum())

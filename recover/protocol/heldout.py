@@ -14,7 +14,7 @@ For each fold (`transfer`, how a delta is fitted; `evidence`, what the readings 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,7 +29,7 @@ from recover.models.generation import texts
 from recover.numerics.metrics import norm
 from recover.numerics.statistics import wilson
 from recover.protocol.bench import Bench
-from recover.protocol.phases import Deltas, Done
+from recover.protocol.phases import BatchProgress, Deltas, Done
 from recover.protocol.reading import exchangeable, exchanged, one_for_all, parts_of, shown, shown_as_asked
 from recover.search.constraints.admissible import JacobianOrthogonal
 from recover.search.constraints.pinned import Pinned
@@ -55,7 +55,7 @@ class FoldFit:
 def refused(bench: Bench) -> str | None:
     """Why transfer cannot be run here; None where it can."""
     pool = bench.pool
-    if len(bench.defense.sites) > 1 and not bench.every_site:
+    if len(bench.defense.sites) > 1 and not bench.surface.every:
         return "several sites are clamped, so that what is admissible differs from prompt to prompt"
     if len(pool) < 2:
         return f"only {len(pool)} example flips by the predicate that it is read with"
@@ -81,7 +81,7 @@ def split(bench: Bench, fold: int) -> tuple[Int[Tensor, "fitted"], Int[Tensor, "
     return (first, second) if fold == 0 else (second, first)
 
 
-def fit(bench: Bench, fold: int, deltas: Deltas, report: Callable[[int, int], None]) -> Done:
+def fit(bench: Bench, fold: int, progress: BatchProgress) -> Done:
     """Fit every shared delta of a fold."""
     pool, plan = bench.pool, bench.plan
     rows, _ = split(bench, fold)
@@ -111,7 +111,7 @@ def fit(bench: Bench, fold: int, deltas: Deltas, report: Callable[[int, int], No
         mine = [at for at, one in enumerate(pools) if one is each]
 
         def step(done: int, steps: int, turn: int = turn) -> None:
-            report(turn * steps + done, len(distinct) * steps)
+            progress(turn * steps + done, len(distinct) * steps)
 
         shared[mine] = fit_shared(each, [problems[at] for at in mine], schedule, step)
     back = shown(bench, half, rows, shared).sum(dim=1).tolist()
@@ -119,7 +119,7 @@ def fit(bench: Bench, fold: int, deltas: Deltas, report: Callable[[int, int], No
     return Done(values, {one.name(fold): delta.cpu() for one, delta in zip(fits, shared, strict=True)})
 
 
-def read(bench: Bench, fold: int, deltas: Deltas, report: Callable[[int, int], None]) -> dict[str, Any]:
+def read(bench: Bench, fold: int, deltas: Deltas) -> dict[str, Any]:
     """Read a fold's saved deltas, and the controls that are not fitted, on the other half."""
     pool, plan = bench.pool, bench.plan
     rows, others = split(bench, fold)
@@ -198,9 +198,7 @@ def _certified(bench: Bench, rows: Int[Tensor, "rows"], delta: Tensor) -> dict[s
         behavior = part.strict or part.behavior
         each = repeat(delta, "pos d_model -> batch pos d_model", batch=len(here))
         (each,) = bench.whole(part, bench.objective(batch.strict_target.select(here)), each)
-        facts = certify(
-            bench.exact, bench.defense, part.prompts, behavior, each, bench.placement, every_site=bench.every_site
-        )
+        facts = certify(bench.exact, bench.defense, part.prompts, behavior, each, bench.surface)
         gone, shows = facts.defended_slack <= 0, facts.shows
         if part.dialogue is not None:
             replies = texts(bench.model.tokenizer, bench.said(part.dialogue, each))

@@ -15,18 +15,19 @@ from recover.defenses import selection
 from recover.defenses.clamps import Clamp, Defense, Floor, Scale, Set
 from recover.defenses.defended import check_fits
 from recover.defenses.selection import RETAIN, attributions, contrast, contrast_of, largest
-from recover.models.host import Model
+from recover.models.host import Model, Prompts
 from recover.models.names import LoadedModel, resolve_model
 from recover.protocol.bench import Bench
-from recover.protocol.checking import Progress
 from recover.protocol.folder import RunState
+from recover.protocol.plan import Plan
 from recover.run.config import ClampConfig, Config, Selection
 from recover.saes.names import load_sae
 from recover.saes.sae import SAE
 from recover.tasks import load_examples
 from recover.tasks.behaviors import positions_read
 from recover.tasks.examples import Examples
-from recover.types import InputError
+from recover.tasks.neutral import NEUTRAL
+from recover.types import InputError, Progress
 
 MODES: dict[str, type[Set] | type[Scale] | type[Floor]] = {"set": Set, "scale": Scale, "floor": Floor}
 NARROW = 1024
@@ -45,8 +46,28 @@ class Setting:
     examples: Examples
 
     @property
+    def budget(self) -> float:
+        """Largest norm of a perturbation."""
+        return float(self.config.search.budget)
+
+    @property
+    def plan(self) -> Plan:
+        """What a check runs."""
+        return self.config.plan()
+
+    @property
+    def neutral(self) -> Prompts:
+        """Passages of ordinary text, on which the defense's cost is measured."""
+        return self.model.tokenize(NEUTRAL)
+
+    @property
+    def threads(self) -> int:
+        """Threads of the CPU that a run uses."""
+        return threads_of(self.config, self.model)
+
+    @property
     def fingerprint(self) -> str:
-        """Of everything that can change a result."""
+        """SHA-256 of everything that can change a result."""
         identities = {
             "recover": _version("recover"),
             "model": self.loaded.version,
@@ -85,6 +106,14 @@ class Setting:
             "model": f"{loaded.name} ({loaded.source}, {loaded.version})",
         }
 
+    def choose(self, batch_size: int, progress: Progress) -> list[Chosen]:
+        """Select the features of each clamp (`select_features`)."""
+        return select_features(self, batch_size, progress)
+
+    def build(self, chosen: Sequence[Chosen]) -> Defense:
+        """Build the defense with these features (`build_defense`)."""
+        return build_defense(self, chosen)
+
 
 @dataclass(frozen=True)
 class Chosen:
@@ -95,7 +124,7 @@ class Chosen:
 
     @classmethod
     def kept_by(cls, state: RunState) -> list[Chosen]:
-        """Those of each clamp that an earlier start selected."""
+        """Read the features and values of each clamp that an earlier start selected."""
         pairs = zip(state.features, state.values, strict=True)
         return [cls(tuple(features), tuple(v) if isinstance(v, list) else v) for features, v in pairs]
 
@@ -128,7 +157,7 @@ def load_setting(config: Config, *, keep_text: bool = False, progress: Progress 
 
 @contextlib.contextmanager
 def threads(number: int) -> Iterator[None]:
-    """Let torch use so many threads of the CPU."""
+    """Let torch use this many threads of the CPU."""
     before = torch.get_num_threads()
     torch.set_num_threads(number)
     try:
@@ -138,7 +167,7 @@ def threads(number: int) -> Iterator[None]:
 
 
 def threads_of(config: Config, model: Model) -> int:
-    """As asked; by default one, where more would be in each other's way, so that cores do not change a digit there."""
+    """Threads as asked; by default one for a small model, on which more gain little and could change a digit."""
     if config.threads != "auto":
         return config.threads
     return 1 if model.device.type == "cpu" and model.d_model <= NARROW else torch.get_num_threads()
@@ -165,7 +194,7 @@ def build_defense(setting: Setting, chosen: Sequence[Chosen]) -> Defense:
 
 
 def build_bench(setting: Setting, chosen: Sequence[Chosen] | None = None, batch_size: int | None = None) -> Bench:
-    """What the phases of a check share: the model, the examples, and the defense with the features that it selects.
+    """Build what the phases of a check share: the model, the examples, and the defense with the selected features.
 
     Args:
         setting: what the configuration names.
@@ -175,17 +204,14 @@ def build_bench(setting: Setting, chosen: Sequence[Chosen] | None = None, batch_
     Raises:
         InputError: from `select_features` and `build_defense`.
     """
-    config, size = setting.config, batch_size or setting.batch_size
+    size = batch_size or setting.batch_size
     return Bench(
         *setting.examples.read_with(setting.model, setting.exact),
         build_defense(setting, select_features(setting, size) if chosen is None else chosen),
         setting.examples,
-        config.search.budget,
-        config.search.placement,
-        config.schedule(),
-        config.plan(),
+        setting.budget,
+        setting.plan,
         size,
-        config.search.sites == "every",
         setting.model,
     )
 
@@ -227,7 +253,7 @@ def _chosen(clamp: ClampConfig, setting: Setting, batch_size: int, progress: Pro
 
 
 def package_versions() -> dict[str, str]:
-    """Of the packages that give a result."""
+    """Versions of the packages that a result depends on."""
     return {package: _version(package) for package in PACKAGES}
 
 

@@ -25,6 +25,7 @@ from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 import torch
 from einops import rearrange
+from pydantic import NonNegativeInt, PositiveInt
 
 from recover.numerics.metrics import norm
 from recover.search.constraints.linear import Budget
@@ -86,11 +87,11 @@ class Schedule:
         seed: of the random starts.
     """
 
-    steps: int = 100
+    steps: PositiveInt = 100
     stride: float = 1.0
     still: float = 1e-3
     goal: float = 0.02
-    restarts: int = 1
+    restarts: NonNegativeInt = 1
     seed: int = 0
 
 

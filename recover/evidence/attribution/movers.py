@@ -25,7 +25,9 @@ __all__ = ["looks", "undefended", "writes"]
 
 def undefended(defended: Defended) -> Defended:
     """The same examples without the clamps; of use with no delta."""
-    return replace(defended, suffix=Undefended.of(defended).suffix, placement="after_clamp")
+    return replace(
+        defended, suffix=Undefended.of(defended).suffix, surface=replace(defended.surface, placement="after_clamp")
+    )
 
 
 def looks(defended: Defended, delta: Delta, marked: Mask) -> dict[Carrier, PerExample]:

@@ -95,10 +95,10 @@ class Monitor:
         Raises:
             InputError: a delta enters elsewhere than after the clamp of the first site.
         """
-        if defended.delta_sites != defended.defense.sites[:1] or defended.placement != "after_clamp":
+        if defended.delta_sites != defended.defense.sites[:1] or defended.surface.placement != "after_clamp":
             raise InputError(
                 "restoration: a delta must enter at the first clamped site alone, after the clamp; "
-                'use defend(..., placement="after_clamp", every_site=False)'
+                'use defend(..., surface=Surface("first", "after_clamp"))'
             )
         with torch.no_grad():
             return cls(defended, _watch(defended, defended.zero_delta), c1)

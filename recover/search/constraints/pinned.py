@@ -114,7 +114,7 @@ class Pinned:
         defense = defended.defense
         if defended.delta_sites != defense.sites:
             raise InputError(
-                "pinned search: a delta must enter at every clamped site; use defend(..., every_site=True)"
+                'pinned search: a delta must enter at every clamped site; use defend(..., surface=Surface("every"))'
             )
         states = defended.states()
         return cls(defended, {site: Pin.at(defense.at(site), widened(states[site])) for site in defense.sites})
