@@ -12,7 +12,7 @@ from points import Points
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from recover.defenses.defended import Defended, Delta
+from recover.defenses.defended import Defended
 from recover.evidence.attribution.linear_error import LinearError, error_activations, fit_linear_error
 from recover.evidence.attribution.parts import entering
 from recover.protocol.bench import Bench
@@ -22,8 +22,8 @@ from recover.report.finished import read_records
 from recover.run.config import load_config
 from recover.run.setting import Chosen, build_bench, load_setting
 from recover.tasks.examples import Examples
-from recover.tasks.neutral import NEUTRAL
-from recover.types import InputError, Site
+from recover.tasks.prose import NEUTRAL
+from recover.types import Delta, InputError, Site
 
 
 @dataclass(frozen=True, eq=False)

@@ -38,7 +38,7 @@ from recover.run.setting import package_versions
 from recover.saes.names import load_sae
 from recover.saes.sae import SAE
 from recover.tasks.behaviors import AnswerLikelihood
-from recover.tasks.neutral import NEUTRAL
+from recover.tasks.prose import NEUTRAL
 from recover.types import InputError
 
 HERE = Path(__file__).parent

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from property_tests.guards import guards
 from property_tests.rounding import assert_within, eps
 from property_tests.strategies import POINTWISE, SEEDS, Scene, costly, randn, scenes
 from recover.defenses.defended import defend
@@ -35,6 +36,7 @@ def sizes(scene: Scene, found: dict[str, Tensor]) -> Tensor:
     return every.sum(dim=0) + scene.delta().double().abs()
 
 
+@guards(split, "error = delta - torch.stack(list(parts.values())).sum(dim=0)", 'error = delta - parts["clamped"]')
 @given(scenes(clamps=2), st.integers(1, 20), st.booleans(), SEEDS)
 def test_the_parts_add_up_to_the_delta(scene: Scene, top_k: int, mapped: bool, seed: int) -> None:
     """For every SAE, whether or not its error is predicted: up to the rounding of sums of a few terms."""
@@ -44,6 +46,7 @@ def test_the_parts_add_up_to_the_delta(scene: Scene, top_k: int, mapped: bool, s
     assert_within(whole, scene.delta().to(whole), 8 * eps(found["error_rest"].dtype) * sizes(scene, found) + 1e-300)
 
 
+@guards(split, "    free[held] = False\n", "    free[: len(held)] = False\n")
 @given(scenes(architectures=POINTWISE, clamps=2, geometries=("generic",)), st.integers(1, 20), SEEDS)
 def test_the_order_of_features_changes_no_part(scene: Scene, top_k: int, seed: int) -> None:
     """The features of the SAE written in another order, and the clamps with them: which is which does not matter."""
@@ -71,6 +74,8 @@ def _free(sae: SAE, held: Tensor) -> Tensor:
     return free
 
 
+@guards(split, "* sae.W_dec.norm(dim=1)", "/ sae.W_dec.norm(dim=1)")
+@guards(split, "size = size.where(free, -1.0)", "size = size + 0")
 @given(scenes(architectures=POINTWISE, clamps=2, kinds=("normal", "huge")), st.integers(1, 4))
 def test_the_largest_features_hold_none_that_is_clamped_and_no_larger_one_is_left(scene: Scene, top_k: int) -> None:
     """Of an orthonormal count: a part with one feature more is the part with one less and that feature's."""
@@ -88,6 +93,7 @@ def test_the_largest_features_hold_none_that_is_clamped_and_no_larger_one_is_lef
     assert_within(added, largest, bound)
 
 
+@guards(attribute, "first_order(along, part), *replay, *knockout", "first_order(along, part), *knockout, *replay")
 @costly(4)
 @given(st.integers(0, 10**6), st.integers(1, 3), st.integers(6, 16), st.integers(1, 30), SEEDS)
 def test_where_all_is_linear_the_effect_of_each_part_is_what_its_replay_does(
@@ -109,6 +115,11 @@ def test_where_all_is_linear_the_effect_of_each_part_is_what_its_replay_does(
     assert_within(found.views["full"].first_order, found.effect, 0.01 * scale + 1e-3)
 
 
+@guards(
+    split,
+    'return parts | {"error_linear": predicted, "error_rest": error - predicted}',
+    'return parts | {"error_linear": predicted, "error_rest": error + delta}',
+)
 @costly(4)
 @given(st.integers(0, 10**6), st.integers(1, 3), st.integers(1, 30), SEEDS)
 def test_first_order_effects_add_up(seed: int, n_sites: int, top_k: int, noise: int) -> None:
@@ -122,6 +133,11 @@ def test_first_order_effects_add_up(seed: int, n_sites: int, top_k: int, noise: 
         assert_within(each.sum(dim=0), first_order(slope, delta), 1e-4 * (each.abs().sum(dim=0) + 1).double())
 
 
+@guards(
+    "recover.evidence.attribution.parts.entering",
+    "moved = defended.perturbed(delta) - defended.suffix.residual",
+    "moved = delta",
+)
 @costly(4)
 @given(st.integers(0, 10**6), st.integers(1, 2), SEEDS)
 def test_a_part_of_a_delta_before_the_clamp_is_of_what_it_changes_after_it(seed: int, k: int, noise: int) -> None:

@@ -23,6 +23,7 @@ from hypothesis import Phase, assume, find, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from property_tests.guards import guards
 from property_tests.rounding import assert_within, eps, product_error, projection_leak
 from property_tests.strategies import COMPETING, SEEDS, ClampCase, SAECase, clamp_cases, costly, randn
 from recover.defenses.clamps import Clamp, Defense, Set
@@ -124,6 +125,11 @@ def same(actual: Tensor, expected: Tensor) -> None:
     assert_within(actual, expected, eps(expected.dtype) ** 0.5 * float(expected.abs().max() + 1))
 
 
+@guards(
+    "recover.models.host.Model._inputs",
+    '"position_ids": positions.clamp(min=0)}',
+    '"position_ids": torch.arange(positions.shape[1]).expand_as(positions)}',
+)
 @costly()
 @given(engines())
 def test_a_batch_of_prompts_is_its_prompts_one_by_one(case: EngineCase) -> None:
@@ -137,6 +143,11 @@ def test_a_batch_of_prompts_is_its_prompts_one_by_one(case: EngineCase) -> None:
             same(together.residuals[case.site][row, -len(ids) :], alone.residuals[case.site][0])
 
 
+@guards(
+    "recover.models.host.Model._inputs",
+    '{"input_ids": prompts.ids, "attention_mask": real.long(),',
+    '{"input_ids": prompts.ids, "attention_mask": torch.ones_like(real.long()),',
+)
 @costly()
 @given(engines(), st.integers(1, 6))
 def test_more_padding_does_not_matter(case: EngineCase, more: int) -> None:
@@ -150,6 +161,11 @@ def test_more_padding_does_not_matter(case: EngineCase, more: int) -> None:
     assert torch.equal(wide.select(torch.arange(len(ids))).ids, ids)
 
 
+@guards(
+    Prompts.select,
+    "ids, mask = self.ids[rows], self.mask[rows]\n        start",
+    "ids, mask = self.ids[rows.sort().values], self.mask[rows]\n        start",
+)
 @costly()
 @given(engines(), SEEDS)
 def test_the_order_of_prompts_does_not_matter(case: EngineCase, seed: int) -> None:
@@ -160,6 +176,11 @@ def test_the_order_of_prompts_does_not_matter(case: EngineCase, seed: int) -> No
     same(shuffled, straight[order])
 
 
+@guards(
+    "recover.models.prefix.StoredLayer.update",
+    "torch.cat([self.keys, key_states], dim=-2)",
+    "torch.cat([self.keys.roll(1, dims=-2), key_states], dim=-2)",
+)
 @costly()
 @given(engines((*FAMILIES, "plain"), equal=True) | engines())
 def test_a_suffix_run_is_the_whole_run(case: EngineCase) -> None:
@@ -178,6 +199,7 @@ def test_a_suffix_run_is_the_whole_run(case: EngineCase) -> None:
     same(gradients[0], gradients[1])
 
 
+@guards(Model.run, "found[index] = h", "found[index] = 1.01 * h")
 @costly()
 @given(engines())
 def test_reading_changes_nothing_and_a_run_may_start_from_what_was_read(case: EngineCase) -> None:
@@ -240,6 +262,11 @@ def defended_cases(draw: st.DrawFn, family: str, architectures: tuple[str, ...])
     )
 
 
+@guards(
+    "recover.defenses.defended.Defended.perturbed",
+    "return self.suffix.residual + delta",
+    "return self.base[:, -self.suffix.n_pos :] + delta",
+)
 @costly()
 @given(defended_cases("llama", POINTWISE))
 def test_under_c1_and_pointwise_features_a_delta_before_or_after_the_clamp_is_one(case: DefendedCase) -> None:
@@ -264,6 +291,13 @@ def test_under_c1_and_pointwise_features_a_delta_before_or_after_the_clamp_is_on
     same(after, before)
 
 
+@guards(defend, "edits=clamp_edits(defense, reads - 1),", "edits={},")
+@guards("recover.defenses.defended.clamp_edits", "positions >= defense.skip_first", "positions >= 0")
+@guards(
+    "recover.defenses.defended.Defended.perturbed",
+    "state = edits[self.suffix.site](whole, self.suffix.prompts.positions)",
+    "state = whole",
+)
 @costly(40)
 @given(defended_cases("gpt2", (*POINTWISE, *COMPETING)))
 def test_the_defended_state_is_the_clamped_model_and_no_delta_leaves_it(case: DefendedCase) -> None:
@@ -310,6 +344,11 @@ CONTINUOUS = ("standard",)
 """Where no threshold jumps, so that rounding cannot tell a figure apart by more than rounding."""
 
 
+@guards(
+    "recover.evidence.certificate._replay",
+    "reach[:, -delta[index].shape[1] :] = delta[index]",
+    "reach[:, -delta[index].shape[1] :] = delta[index].mean(dim=0)",
+)
 @costly()
 @given(defended_cases("plain", CONTINUOUS), SEEDS)
 def test_a_certificate_does_not_depend_on_the_order_or_the_company_of_examples(case: DefendedCase, seed: int) -> None:
@@ -336,6 +375,7 @@ def test_a_certificate_does_not_depend_on_the_order_or_the_company_of_examples(c
     assert (together.reactivated <= together.dormant).all()
 
 
+@guards("recover.evidence.certificate._clamp_facts", "(pre_rec - pre_def).abs(),", "(pre_rec + pre_def).abs(),")
 @costly()
 @given(defended_cases("plain", POINTWISE))
 def test_a_certificate_of_an_admissible_delta_says_that_nothing_moved(case: DefendedCase) -> None:
@@ -356,6 +396,7 @@ def test_a_certificate_of_an_admissible_delta_says_that_nothing_moved(case: Defe
     assert (facts.reactivated[settled] == 0).all()
 
 
+@guards(certify, "drift=metrics.activation_drift(z_rec, z_def),", "drift=0 * metrics.activation_drift(z_rec, z_def),")
 def test_where_features_compete_the_certificate_catches_what_c1_allows() -> None:
     """A counterexample to "C1 implies C2" that hypothesis finds in a model's own residuals, certified."""
 
@@ -453,6 +494,10 @@ class FolderCase:
         return found
 
 
+@guards(
+    RunFolder.resume, '[self.path / DELTAS, *sorted((self.path / UNITS).glob("*.safetensors"))]', "[self.path / DELTAS]"
+)
+@guards("recover.protocol.ledger.Ledger.run", "if self.store.load(unit) is not None:", "if False:")
 @costly(5)
 @given(
     st.builds(
@@ -516,6 +561,11 @@ class CheckCase:
         )
 
 
+@guards(
+    "recover.tasks.examples.Examples.select",
+    "            self.behavior.select(rows),\n",
+    "            self.behavior.select(torch.arange(len(rows))),\n",
+)
 @costly(3)
 @given(
     st.builds(
@@ -543,6 +593,11 @@ def test_a_check_in_batches_of_another_size_counts_the_same(case: CheckCase, bat
     assert first["counts"]["valid_flips"] == first["recovery"]["searched"] or first["verdict"] == "INVALID"
 
 
+@guards(
+    "recover.defenses.defended.clamp_edits",
+    "return defense.apply(site, residual, positions >= defense.skip_first, n_answer)",
+    "return residual",
+)
 def test_the_clamp_of_these_checks_can_be_undone() -> None:
     """Or the two laws above would hold of nothing."""
     found = CheckCase(10, 10, 0, 20.0, 15.0).run()

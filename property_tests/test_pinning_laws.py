@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from property_tests.guards import guards
 from property_tests.strategies import POINTWISE, SEEDS, SAECase, costly
 from recover.defenses.clamps import Clamp, Defense, Floor, Scale, Set
 from recover.defenses.defended import clamp_edits, defend
@@ -74,6 +75,9 @@ def layers_cases(draw: st.DrawFn) -> LayersCase:
     )
 
 
+@guards(
+    Pinned.run, "added[site] = parts[site] + self.pins[site].correction(widened(pushed))", "added[site] = parts[site]"
+)
 @costly()
 @given(layers_cases())
 def test_no_pinned_delta_moves_a_clamped_pre_activation_of_any_layer(case: LayersCase) -> None:
@@ -91,6 +95,7 @@ def test_no_pinned_delta_moves_a_clamped_pre_activation_of_any_layer(case: Layer
     assert bool((facts.constraint_residual <= 1e-5).all())
 
 
+@guards(shorten, "_each(stride) * outward", "_each(stride) * leaf.detach()")
 @costly()
 @given(st.integers(0, 10**6), st.integers(1, 3), st.integers(8, 24), st.data())
 def test_the_shortest_pinned_delta_is_the_closed_form(seed: int, n_sites: int, width: int, data: st.DataObject) -> None:
@@ -104,6 +109,7 @@ def test_the_shortest_pinned_delta_is_the_closed_form(seed: int, n_sites: int, w
     assert bool((short <= 1.01 * world.smallest_norm).all())
 
 
+@guards(Clamp.displacement, "change = self.features_after(z) - z", "change = self.features_after(z)")
 @costly()
 @given(layers_cases(), st.booleans())
 def test_a_defense_that_edits_nothing_generates_the_plain_text(case: LayersCase, use_cache: bool) -> None:
@@ -125,6 +131,7 @@ def test_a_defense_that_edits_nothing_generates_the_plain_text(case: LayersCase,
     assert torch.equal(generate(model, prompts, case.n_tokens, use_cache=use_cache), plain)
 
 
+@guards(generate, "edits=edits(step if kept else 0, step)", "edits=edits(step, step)")
 @costly()
 @given(layers_cases())
 def test_live_clamps_give_the_same_text_with_and_without_keys_and_values(case: LayersCase) -> None:

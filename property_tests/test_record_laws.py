@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest, fisher_exact
 
+from property_tests.guards import guards
 from recover.evidence.certificate import Certificate
 from recover.evidence.rules import Rules
 from recover.protocol.phases import KEPT
@@ -76,6 +77,11 @@ records = st.builds(
 )
 
 
+@guards(
+    ExampleRecord.from_json,
+    "values = json.loads(line)\n",
+    "values = json.loads(line, parse_float=lambda text: round(float(text), 6))\n",
+)
 @given(records)
 def test_a_record_survives_its_line(record: ExampleRecord) -> None:
     """To the last digit, whatever the text holds; and it is one line of strict JSON."""
@@ -86,6 +92,7 @@ def test_a_record_survives_its_line(record: ExampleRecord) -> None:
     assert ("text" in json.loads(line)) == (record.text is not None)
 
 
+@guards("recover.protocol.records.Number", "math.nan if value is None else value", "0.0 if value is None else value")
 @given(records, st.sampled_from([math.nan, math.inf, -math.inf]))
 def test_what_is_not_finite_is_read_back_as_not_a_number(record: ExampleRecord, bad: float) -> None:
     """So that no comparison holds of it: neither at base nor when defended does the behavior show."""
@@ -97,6 +104,7 @@ def test_what_is_not_finite_is_read_back_as_not_a_number(record: ExampleRecord, 
     assert not read.valid_flip
 
 
+@guards("recover.protocol.records.Norm", "math.inf if value is None else value", "math.nan if value is None else value")
 @given(records, st.sampled_from([math.nan, math.inf]))
 def test_a_norm_that_is_not_finite_is_read_back_as_not_reached(record: ExampleRecord, bad: float) -> None:
     """So that it is larger than any budget."""
@@ -215,6 +223,11 @@ def rounded(value: Any) -> Any:
     return [rounded(item) for item in value] if isinstance(value, list | tuple) else value
 
 
+@guards(
+    "recover.protocol.verdict.counts",
+    '"base": sum(r.shows_at_base for r in records)',
+    '"base": int(records[0].shows_at_base)',
+)
 @given(runs(), st.randoms())
 def test_a_verdict_does_not_depend_on_the_order_of_records_and_counts_them_once(
     found: list[ExampleRecord], random: Any
@@ -234,6 +247,7 @@ def test_a_verdict_does_not_depend_on_the_order_of_records_and_counts_them_once(
     assert not flips or low <= one.recovery["rate"] <= high
 
 
+@guards("recover.protocol.gates._held", "residual <= MAX_CONSTRAINT_RESIDUAL and longest <= budget", "True")
 @given(runs())
 def test_a_verdict_says_no_more_than_its_gates_and_certificates_bear(found: list[ExampleRecord]) -> None:
     """INVALID and INCONCLUSIVE name a gate that failed; RECOVERABLE needs one certificate, whatever the solver says."""
@@ -261,6 +275,11 @@ def test_a_verdict_says_no_more_than_its_gates_and_certificates_bear(found: list
     json.dumps(verdict.to_dict(), allow_nan=False)
 
 
+@guards(
+    "recover.protocol.verdict.nearest",
+    'if c is not None and c["shows"] and c["held"]]',
+    'if c is not None and c["shows"]]',
+)
 @given(runs())
 def test_a_larger_budget_of_the_curve_holds_no_fewer_and_only_what_is_certified(found: list[ExampleRecord]) -> None:
     """Rates rise, and are shares of the flips."""
@@ -286,6 +305,13 @@ def test_a_larger_budget_of_the_curve_holds_no_fewer_and_only_what_is_certified(
         assert verdict.minimum_norm["unreached"] == sum(math.isinf(norm) for norm in near)
 
 
+@guards(
+    "recover.protocol.verdict.decide",
+    'specific=finding.specific if name == "RECOVERABLE" else None,',
+    "specific=finding.specific,",
+)
+@guards("recover.evidence.rules._judged", "if min(lows) > rules.most:", "if max(lows) > rules.most - 1:")
+@guards("recover.evidence.rules._judged", "if min(lows) > rules.most:", "if max(lows) > rules.most:")
 @given(runs() | recovered_runs() | recovered_runs(), transfers())
 def test_only_what_is_recoverable_is_specific_and_only_with_shared_deltas_that_beat_chance(
     found: list[ExampleRecord], transfer: dict[str, Any]
@@ -350,6 +376,11 @@ def configurations(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
+@guards(
+    Config.dump_yaml,
+    "return yaml.safe_dump(self.canonical(), sort_keys=False)",
+    'return yaml.safe_dump({**self.canonical(), "skip_first": 3}, sort_keys=False)',
+)
 @given(configurations())
 def test_a_configuration_survives_its_yaml(values: dict[str, Any]) -> None:
     config = Config.model_validate(values)
@@ -362,6 +393,7 @@ def test_a_configuration_survives_its_yaml(values: dict[str, Any]) -> None:
     assert again.fingerprint(model="a") == config.fingerprint(model="a")
 
 
+@guards("recover.run.config.HARMLESS", 'HARMLESS = ("device",', 'HARMLESS = ("skip_first", "model", "device",')
 @given(configurations(), st.data())
 def test_a_fingerprint_is_of_what_can_change_a_result_and_of_nothing_else(
     values: dict[str, Any], data: st.DataObject
@@ -402,6 +434,11 @@ def test_a_fingerprint_is_of_what_can_change_a_result_and_of_nothing_else(
     assert Config.model_validate(changed).fingerprint(model="a") != own
 
 
+@guards(
+    "recover.run.config._Section._known_keys",
+    "shown = str(key) if str(key).isprintable() else ascii(key)",
+    "shown = str(key)",
+)
 @given(configurations(), st.text(min_size=1, max_size=8))
 def test_a_key_that_is_not_known_is_refused_in_one_line(values: dict[str, Any], key: str) -> None:
     with TemporaryDirectory() as folder:
@@ -412,6 +449,7 @@ def test_a_key_that_is_not_known_is_refused_in_one_line(values: dict[str, Any], 
     assert len(str(refused.value).splitlines()) == 1
 
 
+@guards(Site.index, 'return self.layer + (self.point == "post")', "return self.layer")
 @given(st.integers(0, 999), st.sampled_from(["pre", "post"]), st.integers(0, 999))
 def test_a_place_survives_its_name_and_after_a_block_is_before_the_next(layer: int, point: Any, other: int) -> None:
     site = Site(layer, point)

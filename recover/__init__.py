@@ -41,8 +41,8 @@ from recover.search.constraints.linear import (
 )
 from recover.search.constraints.pinned import Pinned
 from recover.search.constraints.restored import find_restored
-from recover.search.held import RestoredSolution
 from recover.search.pinned import PinnedSolution, find_pinned
+from recover.search.restoring import RestoredSolution
 from recover.search.stable import find_stable
 from recover.tasks import Task, load_examples
 from recover.tasks.behaviors import (

@@ -26,14 +26,12 @@ from recover.planted import KINDS, MIXTURES
 from recover.planted.selftest import report as selftest_report
 from recover.planted.selftest import run_selftest, to_json
 from recover.protocol.workers import LostWorkerError, joined
-from recover.report.comparison import compare
-from recover.report.finished import read_run, rebuild_report
-from recover.report.text import seeds_to_text, to_text
+from recover.report import compare, load_run, rebuild_report, seeds_to_text, to_text, write_figures
 from recover.run.config import load_config
 from recover.run.progress import shown
 from recover.run.runner import run_check, run_seeds
 from recover.saes.names import load_sae
-from recover.tasks.neutral import NEUTRAL
+from recover.tasks.prose import NEUTRAL
 from recover.types import DeviceMap, InputError, Site
 
 CONDITIONS = {"recoverable": "RECOVERABLE", "inconclusive": "INCONCLUSIVE", "invalid": "INVALID"}
@@ -208,9 +206,7 @@ def _check(options: argparse.Namespace) -> int:
 def _report(options: argparse.Namespace) -> int:
     _say(str(rebuild_report(options.dir)))
     if options.figures is not None:
-        from recover.report.paper import write_figures  # matplotlib takes its time, and a check does without it
-
-        write_figures(read_run(options.dir), options.figures)
+        write_figures(load_run(options.dir), options.figures)
         _say(str(options.figures))
     return 0
 

@@ -27,6 +27,7 @@ from torch import Tensor
 
 __all__ = [
     "Bool",
+    "Delta",
     "Features",
     "Finite",
     "Float",
@@ -39,6 +40,7 @@ __all__ = [
     "Positive",
     "Progress",
     "Residual",
+    "Rows",
     "Share",
     "Site",
     "Surface",
@@ -52,11 +54,15 @@ Features = Float[Tensor, "batch pos d_sae"]
 TokenIds = Int[Tensor, "batch pos"]
 Mask = Bool[Tensor, "batch pos"]
 PerExample = Float[Tensor, "batch"]
+Delta = Float[Tensor, "batch site_pos d_model"]
+"""A perturbation of the residual: the positions that it touches, at one site after another."""
+Rows = Int[Tensor, "rows"]
+"""Which examples of a batch, by index."""
+Progress = Callable[[str, int, int], None]
+"""Called with (phase, units done, units in all)."""
 
 DeviceMap = Literal["auto", "balanced", "balanced_low_0", "sequential"]
 """How transformers and accelerate spread a model over all cards, and over memory and disk where these are too few."""
-Progress = Callable[[str, int, int], None]
-"""`progress(phase, done, total)`: told how far a long computation has come."""
 Positions = Literal["all", "last", "prompt", "answer"]
 """Which token positions a clamp edits. `answer` is what the model generates, `prompt` the rest."""
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -70,7 +76,7 @@ HOOK_NAME = re.compile(r"^blocks\.(?P<layer>\d+)\.hook_resid_(?P<point>pre|post)
 
 
 def widened(tensor: Tensor) -> Tensor:
-    """In float32 at least: half precision is for storage, not for what is measured."""
+    """`tensor` in float32 at least: half precision is for storage, not for what is measured."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 

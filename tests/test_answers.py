@@ -227,8 +227,8 @@ def test_its_verdict_fits_the_schema_and_is_told_in_words(checked: tuple[Verdict
     jsonschema.validate(values, schema)
     text = " ".join(to_text(values).split())
     assert "first 3 of the answer positions at blocks.1.hook_resid_pre and blocks.2.hook_resid_pre" in text
-    assert "said freely" in text
-    assert "said freely" in to_html(values, "")
+    assert "free replies of" in text
+    assert "free replies" in to_html(values, "")
 
 
 def test_a_resumed_check_is_an_uninterrupted_one(dialogue: Dialogue, checked: tuple[Verdict, InMemoryStore]) -> None:

@@ -146,7 +146,7 @@ def test_a_whole_check_by_its_defaults(recover, root, tmp_path):
     verdict = verdict_of(out, times=True)
     jsonschema.validate(verdict, SCHEMA)
     assert verdict["verdict"] == "RECOVERABLE"
-    assert said.startswith("RECOVERABLE: with the clamp held, the behavior was brought back")
+    assert said.startswith("RECOVERABLE: the behavior can be recovered with the clamp held")
     assert said.endswith(f"Artifacts: {out}\n")
 
     rows = [json.loads(line) for line in (out / EXAMPLES).read_text().splitlines()]
@@ -827,7 +827,7 @@ def test_several_seeds_have_a_folder_each_and_are_counted(recover, tmp_path, mon
     expected = [{"verdict": "RECOVERABLE", "specific": "unknown", "seeds": 2}]
     assert json.loads((out / SEEDS).read_text()) == {"verdicts": expected}
     first, *table = said.splitlines()
-    assert first == "2 of 2 seeds: RECOVERABLE, specific unknown"
+    assert first == "2 of 2 seeds: RECOVERABLE, specificity unknown"
     lines = [line.split() for line in table if re.match(r" *\d+  ", line)]
     assert [line[0] for line in lines] == ["0", "1"]
     for line, verdict in zip(lines, verdicts, strict=True):
@@ -875,7 +875,7 @@ def test_seeds_go_on_from_the_control_seed_and_different_verdicts_are_counted_ap
         {"verdict": "INCONCLUSIVE", "specific": "unknown", "seeds": 1},
         {"verdict": "RECOVERABLE", "specific": True, "seeds": 1},
     ]
-    assert text.splitlines()[0] == "2 of 4 seeds: RECOVERABLE, specific unknown"
+    assert text.splitlines()[0] == "2 of 4 seeds: RECOVERABLE, specificity unknown"
     assert set(text.splitlines()[1:3]) == {
         "1 of 4 seeds: INCONCLUSIVE",
         "1 of 4 seeds: RECOVERABLE, specific",

@@ -46,12 +46,12 @@ def test_runs_stand_side_by_side(runs, capsys):
     assert cells(text, "verdict", heads) == ["RECOVERABLE", "NOT_RECOVERED_AT_BUDGET"]
     assert cells(text, "specific", heads) == ["yes", "-"]
     assert cells(text, "valid flips", heads) == ["12 of 15", "8 of 11"]
-    assert cells(text, "brought back", heads) == ["9 of 12 (75%; 47% to 91%)", "0 of 8 (0%; 0% to 32%)"]
-    assert cells(text, "smallest norm", heads) == ["8", "30"]
-    assert cells(text, "drift", heads) == ["2.0e-06", "2.0e-06"]
+    assert cells(text, "recovered", heads) == ["9 of 12 (75%; 47% to 91%)", "0 of 8 (0%; 0% to 32%)"]
+    assert cells(text, "median smallest norm", heads) == ["8", "30"]
+    assert cells(text, "largest drift", heads) == ["2.0e-06", "2.0e-06"]
     assert cells(text, "loss on neutral text", heads) == ["3.00 to 3.25"] * 2
-    assert "They differ in" not in text
-    assert "not to be compared" not in text
+    assert "Settings that differ" not in text
+    assert "Do not compare" not in text
 
 
 def test_what_differs_is_told(tmp_path, runs, capsys):
@@ -61,7 +61,7 @@ def test_what_differs_is_told(tmp_path, runs, capsys):
     config, features = CONFIG.replace("n: 64", "n: 32"), ([*range(9)],)
     other = folder(tmp_path / "deep" / "strong", (verdict, records), config, features)
     status, text, _ = call(capsys, "compare", runs["strong"], other, runs["broken"])
-    told = text.partition("They differ in\n")[2]
+    told = text.partition("Settings that differ\n")[2]
     lines = [" ".join(line.split()) for line in told.splitlines()]
     assert (status, lines[:4]) == (
         0,
@@ -74,7 +74,7 @@ def test_what_differs_is_told(tmp_path, runs, capsys):
     )
     # Two folders have the same name: each has as much of its path as tells them apart.
     assert text.splitlines()[0].split() == ["strong", "deep/strong", "broken"]
-    assert text.endswith("The figures of what is INCONCLUSIVE are not to be compared.\n")
+    assert text.endswith("Do not compare the figures of INCONCLUSIVE runs.\n")
 
 
 def test_columns_that_are_too_many_go_on_below(tmp_path, capsys):
@@ -88,8 +88,8 @@ def test_columns_that_are_too_many_go_on_below(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("strong",), "compare: one folder has nothing to stand beside; give two or more"),
-        (("strong", "strong"), "compare: a folder is given twice; give each once"),
+        (("strong",), "compare: at least two folders are needed"),
+        (("strong", "strong"), "compare: the same folder is given twice"),
         (("strong", "nowhere"), "nowhere: holds no finished run (verdict.json is not there)"),
         (("strong", "damaged"), "damaged: verdict.json is damaged"),
         (("strong", "records"), "records: examples.jsonl is damaged"),
@@ -129,7 +129,7 @@ def test_figures_for_a_paper(runs, tmp_path, capsys):
     for name, figure in drawn.items():
         assert table_in(out / f"{name}.csv") == [tuple(row) for row in figure.table]
         assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-    assert dict(table_in(out / "summary.csv"))["brought back"] == "9 of 12 (75%; 47% to 91%)"
+    assert dict(table_in(out / "summary.csv"))["recovered"] == "9 of 12 (75%; 47% to 91%)"
 
 
 @pytest.mark.parametrize("name", ["rates", "norms", "budget", "margins"])

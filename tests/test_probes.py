@@ -29,7 +29,7 @@ def test_the_span_is_that_of_combinations_of_rows_and_of_the_drift_direction() -
     weights = torch.randn(3, watched.pre.shape[1], generator=torch.Generator().manual_seed(0))
     basis = _span(monitor, leaf, watched, weights)
     assert basis.shape == (4, leaf[0].numel(), 4)
-    jacobian = Jacobian.at(monitor, leaf, watched, monitor.held(watched))
+    jacobian = Jacobian.at(monitor, leaf, watched, monitor.kept(watched))
     table, rows = jacobian.table(), jacobian.rows
     drift = (monitor.moved(watched.detached())[:, rows, None].double() * table).sum(dim=1)
     expected = torch.cat([weights[:, rows].double() @ table, drift[:, None]], dim=1)

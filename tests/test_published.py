@@ -40,8 +40,9 @@ from recover.run.runner import beside_published, run_check
 from recover.run.setting import load_setting
 from recover.saes import names as sae_names
 from recover.saes.sae import from_sae_lens
-from recover.tasks import ioi, requests
+from recover.tasks import ioi
 from recover.tasks.dialogue import stops
+from recover.tasks.prose import ORDINARY
 from recover.types import InputError, Site
 from tests import finished_runs, hub_layout
 from tests.models import left_padded, plain_forward, tiny_lm
@@ -320,7 +321,7 @@ def wmdp_files(hub: Path, tmp_path: Path) -> dict[str, Any]:
 
 
 def refusal_files(hub: Path, tmp_path: Path, name: str, columns: list[str], n: int) -> dict[str, Any]:
-    texts, file = list(requests.ORDINARY[:n]), tmp_path / f"{name}.csv"
+    texts, file = list(ORDINARY[:n]), tmp_path / f"{name}.csv"
     with file.open("w", newline="") as out:
         rows = csv.writer(out)
         rows.writerow(columns)

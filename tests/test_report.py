@@ -15,8 +15,9 @@ from recover.defenses.utility import Utility
 from recover.protocol.plan import Plan
 from recover.protocol.verdict import Gathered, decide
 from recover.report.html import to_html
-from recover.report.text import WIDTH, seeds_to_text, to_text
-from recover.report.words import MEANINGS
+from recover.report.rendering import WIDTH
+from recover.report.text import seeds_to_text, to_text
+from recover.report.words import prose
 from recover.saes.fit import Fit
 from tests.hand_made import SHOWS_THROUGHOUT, at_smallest, certified, flip, missed, placebo, transfer
 
@@ -130,7 +131,7 @@ VERDICTS = {
 @pytest.mark.parametrize("name", VERDICTS)
 def test_the_page_of_text_opens_with_the_verdict_and_its_meaning(name):
     text, verdict = to_text(VERDICTS[name]), name.partition(",")[0]
-    assert text.startswith(f"{verdict}: {MEANINGS[verdict][:40]}")
+    assert text.startswith(f"{verdict}: {prose().meanings[verdict][:40]}")
     assert max(map(len, text.splitlines())) <= WIDTH
     assert not re.search(r"None|nan|\{|\}|\[|\]", text)
     assert text.isascii()
@@ -144,43 +145,46 @@ def test_its_figures_are_those_of_the_records():
     text = flat(to_text(VERDICTS["RECOVERABLE"]))
     for words in (
         "64 features at blocks.4.hook_resid_pre, set to -5 where active, at all positions",
-        "explained variance 0.875, loss recovered 0.95, 31.5 features active on a token",
+        "explained variance 0.875, loss recovered 0.95, 31.5 features active per token",
         "without the clamp 10 of 10 examples show the behavior",
-        "with the clamp 6 of 10",
-        "valid flips 4 show it without the clamp and not with it",
+        "with the clamp 6 of 10 examples show the behavior",
+        "valid flips 4 (shown without the clamp, suppressed with it); all rates below are over these",
         # Wilson's interval of 3 in 4.
-        "brought back 3 of 4 (75%; 95% interval 30% to 95%)",
+        "recovered 3 of 4 (75%; 95% interval 30% to 95%)",
         "norm at most 20, at the last position, after the clamp, orthogonal to the encoder columns",
-        "norm 12 on average, 6.2% of the residual's; the clamp itself moves the residual by 475",
-        "clamped features moved by at most 0.0e+00, their pre-activations by at most 3.0e-06",
+        "mean norm 12, 6.2% of the residual norm; the clamp itself displaces the residual by 475",
+        "clamped features drifted by at most 0.0e+00, their pre-activations by at most 3.0e-06",
         # Zero drift is true of any delta here, and the reader is told so.
         "100% of them sit below their threshold (median margin -5.00)",
-        "whether that is specific to this behavior is unknown",
+        "whether the recovery is specific to this behavior is unknown",
         # Of 3, 3, 3 and 30, and the residual's norm is 20.
-        "smallest norm median 3, quartiles 3 and 30; the median is 15.0% of the residual's norm and 0.6% of what the "
-        "clamp displaces",
+        "smallest norm median 3, quartiles 3 and 30; relative to the residual norm 15.0%, to the clamp's displacement "
+        "0.63% (medians)",
         "found by smallest_norm 4",
         "not run 3: utility, finite_differences, error_channel",
     ):
         assert words in text, words
-    assert "by budget" not in text
+    assert "rate by budget" not in text
 
 
 def test_the_whole_protocol_is_in_the_page():
     text = flat(to_text(VERDICTS["RECOVERABLE, all run"]))
     for words in (
-        "RECOVERABLE: with the clamp held, the behavior was brought back; and that is specific to this behavior",
-        "neutral text loss 3.00 nats a token without the defense, 3.25 with",
-        "by budget 5: 75%, 20: 75%, 40: 100%",
-        "an unrelated target of the same kind is reached on 50% of 2, median smallest norm not reached; the own one on "
-        "100%, 3",
-        "0.00% of the draws at the budget's norm, on 0 of 4 examples at least one",
-        "they suppress the behavior on 25% of the examples; 20% of these are brought back",
-        "taking back the admissible part of what the clamp displaced recovers 12% at most; cosine 0.25 with",
-        "C1+ orthogonal to what the clamp writes as well: 50%, median smallest norm not reached",
-        "a way back known to exist is found on 100%; without a budget 100% are recovered",
-        "norm 60 60% of the residual's: held out 95%, C1+ 85%; shuffled 5%, random 1%, clamp undone 7%",
-        "at the last norm 40 of 40 by certificate, 95% interval 90% to 100%; chance satisfies the predicate 5.0% of",
+        "RECOVERABLE: the behavior can be recovered with the clamp held; the recovery is specific to this behavior",
+        "neutral text loss 3.00 nats per token without the defense, 3.25 with it",
+        "rate by budget 5: 75%, 20: 75%, 40: 100%",
+        "an unrelated target is reached on 50% of 2 examples (median smallest norm not reached), the own target on "
+        "100% (3)",
+        "0% of random perturbations with the budget's norm recover the behavior; on 0 of 4 examples at least one does",
+        "suppresses the behavior on 25% of examples; 20% of these are recovered",
+        "reversing the admissible part of the clamp's displacement recovers at most 12%; its cosine with the "
+        "perturbations found is 0.25",
+        "C1+ also orthogonal to the directions along which the clamp writes: 50% recovered, median smallest norm not "
+        "reached",
+        "with the clamp off, the search recovers 100%; with the clamp on and no budget, 100%",
+        "norm 60 60% of the residual norm: held out 95%, under C1+ 85%; controls: shuffled targets 5%, random "
+        "directions 1%, undoing the clamp 7%",
+        "at the largest norm 40 of 40 by certificate, 95% interval 90% to 100%; the predicate holds by chance 5.0% of",
         "not run none",
     ):
         assert words in text, words
@@ -189,18 +193,20 @@ def test_the_whole_protocol_is_in_the_page():
 
 def test_controls_that_were_not_run_are_left_out():
     text = flat(to_text(VERDICTS["RECOVERABLE"]))
-    for name in ("placebo target", "random features", "clamp undone", "C1+", "neutral text"):
+    for name in ("placebo target", "random features", "undoing the clamp", "C1+", "neutral text"):
         assert name not in text, name
-    assert "search itself a way back known to exist is found on 100%" in text
-    assert "fitted to not run there was nothing for it to work on" in text
-    assert "fitted to not run several sites are clamped" in flat(to_text(VERDICTS["RECOVERABLE, transfer refused"]))
+    assert "positive controls with the clamp off, the search recovers 100%" in text
+    assert "held-out prompts not run there was nothing to run it on" in text
+    assert "held-out prompts not run several sites are clamped" in flat(
+        to_text(VERDICTS["RECOVERABLE, transfer refused"])
+    )
 
 
 def test_where_transfer_is_read_with_a_stricter_predicate_the_weaker_one_stands_beside_it():
     rows = controlled()
     rows[-1] = replace(rows[-1], strict_defended_slack=-0.5)
     text = flat(to_text(make(rows, evidence=FULL)))
-    assert "; by the check's own, weaker predicate 99%, and 40% with shuffled targets" in text
+    assert "; by the weaker predicate used elsewhere 99%, and 40% with shuffled targets" in text
 
 
 def test_seeds_are_counted_and_stand_in_a_table():
@@ -211,16 +217,16 @@ def test_seeds_are_counted_and_stand_in_a_table():
     refused = VERDICTS["RECOVERABLE, transfer refused"]
     lines = seeds_to_text([failing, specific, refused, again]).splitlines()
     assert lines[0] == "2 of 4 seeds: RECOVERABLE, specific"
-    assert set(lines[1:3]) == {"1 of 4 seeds: INCONCLUSIVE", "1 of 4 seeds: RECOVERABLE, specific unknown"}
+    assert set(lines[1:3]) == {"1 of 4 seeds: INCONCLUSIVE", "1 of 4 seeds: RECOVERABLE, specificity unknown"}
     assert [re.split(r"  +", line.strip()) for line in lines[4:]] == [
-        ["seed", "back", "held out", "C1+", "shuffled", "placebo norm / own", "verdict"],
+        ["seed", "recovered", "held out", "C1+", "shuffled", "placebo norm / own", "verdict"],
         ["5", "3 of 4", "-", "-", "-", "-", "INCONCLUSIVE"],
         ["5", "3 of 4", "95%", "85%", "5%", "not reached / 3", "RECOVERABLE, specific"],
-        ["5", "3 of 4", "-", "-", "-", "-", "RECOVERABLE, specific unknown"],
+        ["5", "3 of 4", "-", "-", "-", "-", "RECOVERABLE, specificity unknown"],
         ["6", "3 of 4", "95%", "85%", "5%", "not reached / 3", "RECOVERABLE, specific"],
     ]
     # The columns begin where their names do.
-    columns = [lines[4].index(name) for name in ("back", "held out", "C1+", "shuffled", "placebo", "verdict")]
+    columns = [lines[4].index(name) for name in ("recovered", "held out", "C1+", "shuffled", "placebo", "verdict")]
     for line in lines[5:]:
         assert all(line[at - 1] == " " and line[at] != " " for at in columns)
 
@@ -233,7 +239,7 @@ def test_seeds_are_counted_and_stand_in_a_table():
         ("INCONCLUSIVE", "held: largest constraint residual 2.5e-01 (1e-05 allowed)"),
         ("INCONCLUSIVE", "FAILED 1: held"),
         ("NOT_RECOVERED_AT_BUDGET", "a larger budget or another search may"),
-        ("NOT_RECOVERED_AT_BUDGET", "brought back 0 of 4"),
+        ("NOT_RECOVERED_AT_BUDGET", "recovered 0 of 4"),
         ("RECOVERABLE", "FAILED none"),
     ],
 )
@@ -279,7 +285,7 @@ def test_a_fit_that_is_not_a_number_is_invalid():
     assert "explained variance not defined" in to_text(verdict)
 
 
-@pytest.mark.parametrize(("specific", "words"), [(True, "and that is specific"), (False, "but that is not specific")])
+@pytest.mark.parametrize(("specific", "words"), [(True, "recovery is specific"), (False, "recovery is not specific")])
 def test_specific_is_said_where_it_is_known(specific, words):
     assert words in flat(to_text(make(specific=specific)))
 
@@ -344,11 +350,11 @@ def test_what_the_user_named_is_escaped():
 def test_both_pages_have_the_same_figures():
     text = flat(to_text(make()))
     page = flat(" ".join(Page(to_html(make(), "")).text))
-    for figure in ("3 of 4 (75%; 95% interval 30% to 95%)", "explained variance 0.875", "norm 12 on average"):
+    for figure in ("3 of 4 (75%; 95% interval 30% to 95%)", "explained variance 0.875", "mean norm 12"):
         assert figure in text
         assert figure in page
     whole = make(controlled(), evidence=FULL)
     page = flat(" ".join(Page(to_html(whole, "")).text))
-    for figure in ("5: 75%, 20: 75%, 40: 100%", "reached on 50% of 2", "on 25% of the examples", "40 of 40 by"):
+    for figure in ("5: 75%, 20: 75%, 40: 100%", "reached on 50% of 2", "on 25% of examples", "40 of 40 by"):
         assert figure in flat(to_text(whole))
         assert figure in page

@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from recover.report.answers import answers, cautions
+from recover.report.answers import answer_questions, cautions
 from recover.report.evidence_figures import figures_of
 from recover.report.figures import Curves, Dots, Figure, Histogram, Intervals, Row, binned
 from recover.report.html import to_html
@@ -37,9 +37,9 @@ def test_rates_and_intervals_are_the_verdicts():
     assert rows["own target, C1+"].value == verdict["controls"]["write_orthogonal"]["rate"]
     assert rows["one random direction"].value == verdict["controls"]["random"]["rate"]
     # By hand: undone, 3 of 12; 12 of the 15 that show without a clamp are suppressed, of random features 1 in 10.
-    assert rows["clamp undone, best scale"].count == "3 of 12"
+    assert rows["undoing the clamp, best scale"].count == "3 of 12"
     suppressed = DRAWN["RECOVERABLE"]["suppression"].panel.rows
-    assert [(row.value, row.count) for row in suppressed] == [(0.8, "12 of 15"), (0.1, "1 draws together")]
+    assert [(row.value, row.count) for row in suppressed] == [(0.8, "12 of 15"), (0.1, "1 draws pooled")]
 
 
 def test_one_dot_an_example_and_medians_as_in_the_verdict():
@@ -72,12 +72,12 @@ def test_transfer_is_drawn_as_counted():
     verdict, _ = RUNS["RECOVERABLE"]
     readings, panel = verdict["transfer"]["readings"], DRAWN["RECOVERABLE"]["readings"].panel
     counts = {"held out (C1)": "own", "held out, C1+": "write_orthogonal", "shuffled targets": "shuffled"}
-    for name, key in (counts | {"random directions": "random", "targets dealt at random": "dealt"}).items():
+    for name, key in (counts | {"random directions": "random", "random targets": "dealt"}).items():
         assert rows_of(panel)[name].count == f"{readings[key]['hits']} of {readings[key]['n']}"
-    assert panel.line == (verdict["statistics"]["rules"]["most"], "asked for")
+    assert panel.line == (verdict["statistics"]["rules"]["most"], "required")
     curves = {one.name: [(p.at, p.rate) for p in one.points] for one in DRAWN["RECOVERABLE"]["transfer"].panel.curves}
     assert curves["held out (C1)"] == [(20.0, 0.3), (60.0, 0.95)]
-    assert curves["clamp undone"] == [(20.0, 0.07), (60.0, 0.07)]
+    assert curves["undoing the clamp"] == [(20.0, 0.07), (60.0, 0.07)]
 
 
 def test_drift_and_margins_are_of_the_certificates():
@@ -205,11 +205,11 @@ def test_the_page_is_well_formed_and_every_figure_can_be_read_without_seeing_it(
 @pytest.mark.parametrize("name", RUNS)
 def test_four_questions_are_answered(name):
     verdict, _ = RUNS[name]
-    said = dict(answers(verdict, {"task": "ioi"}))
+    said = dict(answer_questions(verdict, {"task": "ioi"}))
     assert list(said) == [
         "What was clamped?",
         "Was the behavior recoverable?",
-        "Is that specific to the behavior?",
+        "Is the recovery specific to the behavior?",
         "What could be wrong with this run?",
     ]
     clamped, recoverable, specific, _ = (" ".join(told) for told in said.values())
@@ -220,15 +220,15 @@ def test_four_questions_are_answered(name):
     if verdict["verdict"] == "RECOVERABLE":
         assert specific.startswith({True: "Yes: ", False: "No: "}.get(verdict["specific"], "Unknown: "))
     else:
-        assert specific.startswith("Not asked")
+        assert specific.startswith("Not applicable")
 
 
 def test_cautions_name_what_the_figures_give_cause_for():
     told = " ".join(cautions(RUNS["RECOVERABLE"][0]))
     assert "Only 12 valid flips" in told
-    assert "An unrelated target is reached on 50%" in told
+    assert "An unrelated target is reached on 50% of examples" in told
     told = " ".join(cautions(RUNS["INCONCLUSIVE"][0]))
-    assert told.startswith("The gate 'held' failed: largest constraint residual 2.5e-01")
+    assert told.startswith("The validity check 'held' failed: largest constraint residual 2.5e-01")
     assert "was not run: too few flips" in " ".join(cautions(RUNS["RECOVERABLE, transfer refused"][0]))
     assert "No unrelated target" in " ".join(cautions(RUNS["RECOVERABLE, little run"][0]))
 
@@ -255,12 +255,12 @@ def test_markdown_of_the_user_is_escaped():
 def test_the_table_is_that_of_the_verdict():
     rows = dict(summary_rows(RUNS["RECOVERABLE"][0]))
     assert rows["valid flips"] == "12 of 15"
-    assert rows["brought back"] == "9 of 12 (75%; 47% to 91%)"
-    assert rows["smallest norm, median"] == "8"
-    assert rows["transfer, held out"] == "40 of 40 (100%; 90% to 100%)"
-    assert rows["... shuffled targets"] == "6 of 120 (5%)"
-    assert rows["failed gates"] == "none"
-    assert dict(summary_rows(RUNS["INVALID"][0]))["brought back"] == "-"
+    assert rows["recovered"] == "9 of 12 (75%; 47% to 91%)"
+    assert rows["median smallest norm"] == "8"
+    assert rows["transfer to held-out prompts"] == "40 of 40 (100%; 90% to 100%)"
+    assert rows["... with shuffled targets"] == "6 of 120 (5%)"
+    assert rows["failed validity checks"] == "none"
+    assert dict(summary_rows(RUNS["INVALID"][0]))["recovered"] == "-"
 
 
 def test_five_hundred_examples_fit_a_page_that_opens_at_once():

@@ -63,7 +63,7 @@ def wide(modes: tuple[Mode, ...] = LIVE) -> Defended:
 def at(monitor: Monitor, delta: Tensor, every: bool = True) -> tuple[Jacobian, Watched]:
     leaf = delta.requires_grad_(True)
     watched = monitor.watch(leaf)
-    held = torch.ones_like(watched.pre, dtype=torch.bool) if every else monitor.held(watched)
+    held = torch.ones_like(watched.pre, dtype=torch.bool) if every else monitor.kept(watched)
     return Jacobian.at(monitor, leaf, watched, held), watched
 
 

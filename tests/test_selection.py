@@ -16,7 +16,7 @@ from recover.saes.activations import AbsTopK
 from recover.saes.names import load_sae
 from recover.saes.sae import from_sae_lens
 from recover.tasks.behaviors import ChoiceMargin, LogitDifference
-from recover.tasks.neutral import NEUTRAL
+from recover.tasks.prose import NEUTRAL
 from recover.types import InputError, Site
 from tests.by_hand import D_SAE, sae_lens_sae
 from tests.models import left_padded, plain_forward, tiny_lm, token_rows

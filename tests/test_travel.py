@@ -81,13 +81,13 @@ def test_where_there_is_nothing_there_is_no_section_and_no_share_of_nothing() ->
 def test_the_verdict_has_a_section_that_its_schema_knows_and_the_page_tells() -> None:
     said = validated(conclude(example("a", 1.0), example("b", 3.0)))
     assert said["attribution"]["parts"]["error"]["integrated_share"] == pytest.approx(0.75)
-    rows = dict(next(rows for heading, rows in sections(said) if heading.startswith("Where it travels")))
-    assert rows["SAE error"].startswith("75% of the effect on the score; alone it brings the behavior back on 2 of 2; ")
-    assert rows["first order"].startswith("the gradient at the defended state misses -50% of the effect")
+    rows = dict(sections(said)["travel"].rows)
+    assert rows["SAE error"].startswith("75% of the effect on the score; recovers 2 of 2 alone; ")
+    assert rows["linear estimate"].startswith("the gradient at the defended state overestimates the effect by 50%")
     nothing = validated(conclude(flip("a")))
     assert nothing["attribution"] is None
     older = {name: value for name, value in said.items() if name != "attribution"}
-    assert dict(sections(older))  # of a run before there was such a section
+    assert sections(older)  # of a run before there was such a section
 
 
 def test_a_record_with_parts_survives_its_line() -> None:

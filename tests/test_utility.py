@@ -17,7 +17,7 @@ from recover.models.names import LoadedModel
 from recover.saes.names import load_sae
 from recover.saes.sae import from_sae_lens
 from recover.tasks import ioi
-from recover.tasks.neutral import NEUTRAL
+from recover.tasks.prose import NEUTRAL
 from recover.types import InputError, Site
 from tests.by_hand import Edits, clamped, defense_of, sae_lens_sae
 from tests.models import left_padded, plain_forward, tiny_lm, token_rows

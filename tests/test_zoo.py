@@ -360,7 +360,7 @@ def sae_folder(tmp_path):
 def test_an_sae_by_folder_and_by_name(sae_folder, monkeypatch):
     by_folder = sae_names.load_sae(str(sae_folder))
     assert by_folder.site == Site(1, "pre")
-    monkeypatch.setattr(zoo, "shipped_saes", lambda: {"tiny-l1": sae_folder})
+    monkeypatch.setattr(sae_names, "shipped_saes", lambda: {"tiny-l1": sae_folder})
     assert sae_names.load_sae("tiny-l1").sha256 == by_folder.sha256
     with pytest.raises(InputError, match=r"^SAE 'tiny-l2' .*did you mean 'tiny-l1'"):
         sae_names.load_sae("tiny-l2")

@@ -18,11 +18,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from recover.defenses.defended import Defended, Delta
+from recover.defenses.defended import Defended
 from recover.search.ascent import Feasible, Objective, Schedule, find_perturbation
 from recover.search.constraints.pinned import Pinned
 from recover.tasks.behaviors import positions_read
-from recover.types import Float, Int, PerExample, Tensor
+from recover.types import Delta, Float, PerExample, Rows, Tensor
 
 __all__ = ["OPENING_STEPS", "Opening", "opened"]
 
@@ -49,7 +49,7 @@ class Opening:
         own, refusal = (part(self._first(part, delta))[0] for part in (self.own, self.refusal))
         return own - refusal, own - refusal
 
-    def select(self, rows: Int[Tensor, "rows"]) -> Opening:
+    def select(self, rows: Rows) -> Opening:
         return replace(self, own=self.own.select(rows), refusal=self.refusal.select(rows))
 
     def _first(self, part: Defended | Pinned, delta: Delta) -> Float[Tensor, "batch site_opening d_model"]:

@@ -22,11 +22,9 @@ from recover.defenses.clamps import Defense
 from recover.models.components import Component
 from recover.models.host import Change, Edit, Model, Prompts, Suffix
 from recover.tasks.behaviors import Behavior, positions_read
-from recover.types import Float, InputError, Int, PerExample, Residual, Site, Surface, Tensor, TokenIds
+from recover.types import Delta, Float, InputError, PerExample, Residual, Rows, Site, Surface, Tensor, TokenIds
 
-__all__ = ["Defended", "Delta", "check_fits", "clamp_edits", "defend"]
-
-Delta = Float[Tensor, "batch site_pos d_model"]
+__all__ = ["Defended", "check_fits", "clamp_edits", "defend"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +68,7 @@ class Defended:
         return self.behavior.slack(self.defended_logits) > 0
 
     @property
-    def valid_flips(self) -> Int[Tensor, "rows"]:
+    def valid_flips(self) -> Rows:
         """The examples where the behavior shows at base and not when defended: every rate is over these."""
         return (self.shown_at_base & ~self.shown_when_defended).nonzero().flatten()
 
@@ -80,7 +78,7 @@ class Defended:
         one = torch.zeros_like(self.suffix.residual, dtype=torch.float32)
         return repeat(one, "batch pos d_model -> batch (site pos) d_model", site=len(self.delta_sites))
 
-    def select(self, rows: Int[Tensor, "rows"]) -> Defended:
+    def select(self, rows: Rows) -> Defended:
         """Select a subset of the examples."""
         return Defended(
             self.defense,

@@ -34,7 +34,7 @@ from recover.search.ascent import Feasible, clip, scale_to
 from recover.search.constraints.pinned import Pinned
 from recover.search.gradient_free import ELEMENTS_AT_ONCE
 from recover.tasks.behaviors import Behavior, Targeted
-from recover.types import Float, InputError, Int, Tensor
+from recover.types import Float, InputError, Int, Rows, Tensor
 
 __all__ = ["FitSchedule", "Pool", "Problem", "derangement", "fit_shared", "halves", "random_shared"]
 
@@ -104,7 +104,7 @@ class Pool:
         """Mean norm of the defended residual over the positions that a delta touches."""
         return float(torch.cat([norm(part.residual) for part in self.parts]).double().mean())
 
-    def select(self, rows: Int[Tensor, "rows"]) -> Pool:
+    def select(self, rows: Rows) -> Pool:
         """The examples `rows`, in the order in which they stand in the batches."""
         kept, start = [], 0
         for part in self.parts:

@@ -33,7 +33,7 @@ from torch import nn
 from recover.models.capacity import prompts_at_once
 from recover.models.components import Component, modules_of
 from recover.models.prefix import KeysValues, recorder, stored
-from recover.types import Bool, Float, InputError, Int, Mask, Residual, Site, Tensor, TokenIds
+from recover.types import Bool, Float, InputError, Int, Mask, Residual, Rows, Site, Tensor, TokenIds
 
 Edit = Callable[[Tensor, Tensor], Tensor]
 """`edit(residual [batch pos d_model], positions [batch pos]) -> residual`, pure; positions as `Prompts` counts them."""
@@ -60,7 +60,7 @@ class Prompts:
         """Position of each token in its own prompt, counted from 0; -1 for padding."""
         return positions_of(self.mask)
 
-    def select(self, rows: Int[Tensor, "rows"]) -> Prompts:
+    def select(self, rows: Rows) -> Prompts:
         """The prompts `rows`, without padding that only the others needed."""
         ids, mask = self.ids[rows], self.mask[rows]
         start = 0 if len(rows) == 0 else int(mask.any(dim=0).long().argmax())
@@ -375,7 +375,7 @@ class Suffix:
         """The residual at the site, at the `n_pos` positions that a perturbation reaches."""
         return self.state[:, -self.n_pos :]
 
-    def select(self, rows: Int[Tensor, "rows"]) -> Suffix:
+    def select(self, rows: Rows) -> Suffix:
         """The same for the examples `rows`."""
         prompts = Prompts(self.prompts.ids[rows], self.prompts.mask[rows])
         past = None if self.past is None else self.past.select(rows)

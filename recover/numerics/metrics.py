@@ -22,6 +22,7 @@ from recover.types import Bool, Float, Int, PerExample, Tensor
 __all__ = [
     "Reactivation",
     "activation_drift",
+    "by_example",
     "clamp_floor_violation",
     "decode_drift",
     "explained_variance",
@@ -66,6 +67,11 @@ def norm(values: Float[Tensor, "batch *pos n"]) -> PerExample:
     flat = rearrange(values, "batch ... n -> batch (... n)")
     length: Tensor = torch.linalg.vector_norm(flat, dim=1, dtype=torch.float64)
     return length.to(values.dtype)
+
+
+def by_example(values: Tensor) -> Tensor:
+    """Values `[batch]` as factors or masks of deltas, `[batch 1 1]`."""
+    return rearrange(values, "batch -> batch 1 1")
 
 
 def activation_drift(z_rec: Float[Tensor, "batch *pos k"], z_def: Float[Tensor, "batch *pos k"]) -> PerExample:

@@ -24,7 +24,7 @@ from functools import cached_property
 import torch
 from einops import einsum, rearrange
 
-from recover.types import Float, Int, Tensor
+from recover.types import Float, Int, Rows, Tensor
 
 __all__ = ["NullSpace", "NullSpaces", "row_space"]
 
@@ -88,7 +88,7 @@ class NullSpace:
             free = free - einsum(seen, self.basis, "... rank, d_model rank -> ... d_model")
         return free.to(v.dtype)
 
-    def select(self, rows: Int[Tensor, "rows"]) -> NullSpace:
+    def select(self, rows: Rows) -> NullSpace:
         """Itself: it is the same for every example."""
         return self
 
@@ -127,6 +127,6 @@ class NullSpaces:
         nothing = rearrange(self.ranks == v.shape[1], "batch -> batch 1")
         return torch.where(nothing, 0.0, free).to(v.dtype)
 
-    def select(self, rows: Int[Tensor, "rows"]) -> NullSpaces:
+    def select(self, rows: Rows) -> NullSpaces:
         """The same for the examples `rows`."""
         return NullSpaces(self.bases[rows])

@@ -21,7 +21,7 @@ from functools import cached_property
 import torch
 
 from recover.defenses.clamps import Defense
-from recover.defenses.defended import Defended, Delta, defend
+from recover.defenses.defended import Defended, defend
 from recover.defenses.speech import say
 from recover.evidence.transfer import Pool
 from recover.models.generation import texts
@@ -33,7 +33,7 @@ from recover.search.constraints.pinned import Pinned
 from recover.tasks import replies as refusal
 from recover.tasks.dialogue import Dialogue
 from recover.tasks.examples import Examples
-from recover.types import Float, Int, Surface, Tensor, TokenIds
+from recover.types import Delta, Float, Int, Surface, Tensor, TokenIds
 
 __all__ = ["Batch", "Bench"]
 

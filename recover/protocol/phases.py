@@ -24,7 +24,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from recover.defenses.defended import Defended, Delta
+from recover.defenses.defended import Defended
 from recover.evidence.attribution.parts import attribute
 from recover.evidence.certificate import Certificate, certify, free_drift
 from recover.evidence.controls import Anywhere, Undefended, displacement, longest, placebo_targets
@@ -40,7 +40,7 @@ from recover.search.solvers import FURTHER, SOLVERS, Solver, WorstCase, first_re
 from recover.tasks import replies as refusal
 from recover.tasks.behaviors import Targeted, known_targets
 from recover.tasks.examples import Examples
-from recover.types import Tensor
+from recover.types import Delta, Tensor
 
 BY_GRADIENT = {name: solver for name, solver in SOLVERS.items() if name != "random"}
 """Controls are searched with these, and compared with what these found for the behavior itself."""

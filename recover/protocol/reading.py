@@ -21,12 +21,11 @@ from recover.search.constraints.pinned import Pinned
 from recover.tasks import replies as refusal
 from recover.tasks.behaviors import Targeted, known_targets
 from recover.tasks.examples import Examples
-from recover.types import Bool, Float, Int, Tensor
+from recover.types import Bool, Float, Int, Rows, Tensor
 
 __all__ = ["Exchanged", "exchangeable", "exchanged", "one_for_all", "parts_of", "said_like", "shown", "shown_as_asked"]
 
 Shared = Float[Tensor, "fit pos d_model"]
-Rows = Int[Tensor, "rows"]
 
 
 @dataclass(frozen=True, eq=False)

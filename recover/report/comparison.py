@@ -32,22 +32,22 @@ def compare(folders: Sequence[Path]) -> str:
         InputError: fewer than two folders, one given twice, or one that holds no finished run.
     """
     if len(folders) < 2:
-        raise InputError("compare: one folder has nothing to stand beside; give two or more")
+        raise InputError("compare: at least two folders are needed")
     if len({folder.resolve() for folder in folders}) < len(folders):
-        raise InputError("compare: a folder is given twice; give each once")
+        raise InputError("compare: the same folder is given twice")
     runs = [read_run(folder) for folder in folders]
     names = _names(folders)
     tables = [dict(summary_rows(run.verdict)) for run in runs]
     rows = [("", *names), *((row, *(table[row] for table in tables)) for row in tables[0])]
     lines = _laid_out(rows)
     if differing := differences(runs):
-        lines += ["", "They differ in"]
+        lines += ["", "Settings that differ"]
         width = max(len(name) for name, _ in differing)
         for name, values in differing:
             lines += _told(name.ljust(width), dict(zip(names, values, strict=True)))
     beside = {run.verdict["verdict"] for run in runs} & {"INVALID", "INCONCLUSIVE"}
     if beside:
-        lines += ["", f"The figures of what is {' or '.join(sorted(beside))} are not to be compared."]
+        lines += ["", f"Do not compare the figures of {' and '.join(sorted(beside))} runs."]
     return "\n".join(lines)
 
 

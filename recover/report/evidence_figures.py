@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from recover.numerics.formats import number
 from recover.numerics.statistics import wilson
 from recover.protocol.gates import suppressed
 from recover.protocol.records import ExampleRecord, PlaceboRecord
@@ -26,10 +27,9 @@ from recover.report.figures import (
     binned,
     figure,
     interval,
-    number,
     rated,
 )
-from recover.report.words import PARTS, READING, REPLIES, TITLES
+from recover.report.words import FigureKey, prose
 
 __all__ = ["figures_of"]
 
@@ -37,17 +37,19 @@ Records = Sequence[ExampleRecord]
 NORM = "norm of the perturbation"
 
 
-def figures_of(verdict: Mapping[str, Any], records: Records = ()) -> dict[str, Figure]:
-    """The figures of a run by name; those of parts that were not run are left out.
+def figures_of(verdict: Mapping[str, Any], records: Records = ()) -> dict[FigureKey, Figure]:
+    """The figures of a run by name, without those of parts that were not run.
 
     Args:
         verdict: what `verdict.json` holds.
         records: the lines of `examples.jsonl`.
     """
     searched = [r for r in records if r.search and r.certificate and suppressed(r.certificate)]
-    built = {name: build(verdict, searched) for name, build in BUILDERS.items()}
+    built, words = {name: build(verdict, searched) for name, build in BUILDERS.items()}, prose().figures
     return {
-        name: figure(name, TITLES[name], READING[name], *found) for name, found in built.items() if found is not None
+        name: figure(name, words[name].title, words[name].reading, *found)
+        for name, found in built.items()
+        if found is not None
     }
 
 
@@ -61,9 +63,9 @@ def _suppression(verdict: Mapping[str, Any], _: Records) -> Built:
     flips = (counts["valid_flips"], counts["base"])
     rows = [_counted("features of the defense", "own", *flips)]
     if features is not None:
-        draws = f"{features['draws']} draws together"
-        rows.append(Row("random features, as many", "random", features["suppressed_rate"], count=draws))
-    return (Intervals(tuple(rows), "suppressed, of what shows without a clamp"),)
+        draws = f"{features['draws']} draws pooled"
+        rows.append(Row("as many random features", "random", features["suppressed_rate"], count=draws))
+    return (Intervals(tuple(rows), "suppressed, of examples that show the behavior without the clamp"),)
 
 
 def _rates(verdict: Mapping[str, Any], _: Records) -> Built:
@@ -77,11 +79,11 @@ def _rates(verdict: Mapping[str, Any], _: Records) -> Built:
         hits = round(placebo["rate"] * placebo["n"])
         rows.append(_counted("unrelated target (placebo)", "placebo", hits, placebo["n"]))
     if (random := controls["random"]) is not None:
-        rows.append(_counted("best of the random draws", "random", random["examples_reached"], random["n"]))
-        rows.append(Row("one random direction", "random", random["rate"], count="share of all draws"))
+        rows.append(_counted("best of the random directions", "random", random["examples_reached"], random["n"]))
+        rows.append(Row("one random direction", "random", random["rate"], count="of all draws"))
     if (undo := controls["undo"]) is not None:
-        rows.append(_counted("clamp undone, best scale", "undo", round(undo["rate"] * n), n))
-    return (Intervals(tuple(rows), "valid flips brought back within the budget"),)
+        rows.append(_counted("undoing the clamp, best scale", "undo", round(undo["rate"] * n), n))
+    return (Intervals(tuple(rows), "valid flips recovered within the budget"),)
 
 
 def _replies(verdict: Mapping[str, Any], _: Records) -> Built:
@@ -90,9 +92,9 @@ def _replies(verdict: Mapping[str, Any], _: Records) -> Built:
         return None
     rows = tuple(
         Row(words, "own", read[kind]["rate"], **interval(read[kind]["wilson95"]), count=_of(read[kind]["hits"], read))
-        for kind, words in REPLIES.items()
+        for kind, words in prose().replies.items()
     )
-    return (Intervals(rows, "of what is said under the perturbation"),)
+    return (Intervals(rows, "of the replies under the perturbation"),)
 
 
 def _norms(verdict: Mapping[str, Any], searched: Records) -> Built:
@@ -136,7 +138,7 @@ def _budget(verdict: Mapping[str, Any], searched: Records) -> Built:
             within = [sum(size <= budget for size in known) for budget in budgets]
             points = (Point(at, k / len(known), *wilson(k, len(known))) for at, k in zip(budgets, within, strict=True))
             curves.append(Curve(name, tone, tuple(points)))
-    return (Curves(tuple(curves), "budget: largest norm allowed", (verdict["recovery"]["budget"], "budget")),)
+    return (Curves(tuple(curves), "budget (largest norm allowed)", (verdict["recovery"]["budget"], "budget")),)
 
 
 def _sizes(verdict: Mapping[str, Any], _: Records) -> Built:
@@ -145,12 +147,12 @@ def _sizes(verdict: Mapping[str, Any], _: Records) -> Built:
         return None
     rows = []
     if smallest is not None and smallest["median"] is not None:
-        rows.append(Row("smallest found, median", "own", smallest["median"], **interval(smallest["interval95"])))
+        rows.append(Row("smallest perturbation, median", "own", smallest["median"], **interval(smallest["interval95"])))
     named: Sequence[tuple[str, float | None]] = (
-        ("found within the budget, mean", found["norm_mean"]),
+        ("perturbation within the budget, mean", found["norm_mean"]),
         ("the budget", found["budget"]),
-        ("what the clamp moves, mean", found["clamp_displacement_mean"]),
-        ("the residual itself, mean", _residual(found)),
+        ("displacement by the clamp, mean", found["clamp_displacement_mean"]),
+        ("residual stream, mean", _residual(found)),
     )
     rows += [Row(name, "plain", value) for name, value in named if value]
     return (Intervals(tuple(rows), "norm", logarithmic=True),)
@@ -173,12 +175,12 @@ def _drift(_: Mapping[str, Any], searched: Records) -> Built:
         return None if None in shifts else max(map(abs, shifts), default=None)
 
     strips = [
-        strip("clamped features moved by", "own", lambda c: c["drift"]),
-        strip("their pre-activations, the most", "plus", largest),
-        strip("for scale: the perturbation's norm", "plain", lambda c: c["norm"]),
+        strip("drift of the clamped features", "own", lambda c: c["drift"]),
+        strip("largest shift of their pre-activations", "plus", largest),
+        strip("norm of the perturbation, for scale", "plain", lambda c: c["norm"]),
     ]
     shown = tuple(one for one in strips if one.values)
-    return (Dots(shown, "moved by"),) if shown else None
+    return (Dots(shown, "distance moved"),) if shown else None
 
 
 def _margins(_: Mapping[str, Any], searched: Records) -> Built:
@@ -207,8 +209,8 @@ def _transfer(verdict: Mapping[str, Any], _: Records) -> Built:
     if transfer is None or len(transfer["curve"]) < 2:
         return None
     keys = [one[:3] for one in TRANSFER] + [
-        ("clamp undone", "undo", "undo_rate"),
-        ("on the prompts fitted to", "plain", "train_rate"),
+        ("undoing the clamp", "undo", "undo_rate"),
+        ("on the prompts it was fitted to", "plain", "train_rate"),
     ]
     curves = []
     for name, tone, key in keys:
@@ -222,7 +224,7 @@ def _readings(verdict: Mapping[str, Any], _: Records) -> Built:
     transfer = _ran(verdict)
     if transfer is None:
         return None
-    named = [(name, tone, key) for name, tone, _, key in TRANSFER] + [("targets dealt at random", "shuffled", "dealt")]
+    named = [(name, tone, key) for name, tone, _, key in TRANSFER] + [("random targets", "shuffled", "dealt")]
     readings = transfer["readings"]
     rows = tuple(
         _counted(name, tone, readings[key]["hits"], readings[key]["n"])
@@ -230,7 +232,7 @@ def _readings(verdict: Mapping[str, Any], _: Records) -> Built:
         if readings.get(key) and readings[key]["n"]
     )
     most = verdict["statistics"]["rules"]["most"]
-    return (Intervals(rows, "brought back, of prompts not fitted to", line=(most, "asked for")),) if rows else None
+    return (Intervals(rows, "held-out prompts recovered", line=(most, "required")),) if rows else None
 
 
 def _attribution(verdict: Mapping[str, Any], _: Records) -> Built:
@@ -242,15 +244,15 @@ def _attribution(verdict: Mapping[str, Any], _: Records) -> Built:
         ("knockout", "without this part", "shuffled"),
     )
     rows = [
-        rated(PARTS.get(name, name), tone, part[how], group)
+        rated(prose().parts[name], tone, part[how], group)
         for how, group, tone in tried
         for name, part in found["parts"].items()
         if part.get(how)
     ]
-    return (Intervals(tuple(rows), "valid flips brought back"),) if rows else None
+    return (Intervals(tuple(rows), "valid flips recovered"),) if rows else None
 
 
-BUILDERS: Mapping[str, Callable[[Mapping[str, Any], Records], Built]] = {
+BUILDERS: Mapping[FigureKey, Callable[[Mapping[str, Any], Records], Built]] = {
     "suppression": _suppression,
     "rates": _rates,
     "replies": _replies,

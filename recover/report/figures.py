@@ -15,6 +15,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from recover.numerics.formats import number, percent
+
 __all__ = ["Curve", "Curves", "Dots", "Figure", "Histogram", "Intervals", "Panel", "Point", "Row", "Strip", "Tone"]
 
 Tone = Literal["own", "plus", "placebo", "random", "shuffled", "undo", "plain"]
@@ -163,7 +165,7 @@ def told(panel: Panel) -> str:
             )
         case Dots(strips):
             return "; ".join(
-                f"{strip.name}, {len(strip.values)} dots, median {number(strip.median)}" for strip in strips
+                f"{strip.name}, {len(strip.values)} examples, median {number(strip.median)}" for strip in strips
             )
         case Histogram(edges, counts):
             return f"{sum(counts)} values between {number(edges[0])} and {number(edges[-1])}"
@@ -174,7 +176,7 @@ def table_of(panel: Panel) -> Table:
     match panel:
         case Intervals(rows):
             return [
-                ("", panel.axis, "95% interval", "counted"),
+                ("", panel.axis, "95% interval", "count"),
                 *(
                     (
                         f"{row.group}: {row.name}" if row.group else row.name,
@@ -194,24 +196,24 @@ def table_of(panel: Panel) -> Table:
             ]
         case Dots(strips):
             return [
-                (panel.axis, "dots", "smallest", "quarter", "median", "three quarters", "largest", "not reached"),
+                (
+                    panel.axis,
+                    "examples",
+                    "smallest",
+                    "lower quartile",
+                    "median",
+                    "upper quartile",
+                    "largest",
+                    "not reached",
+                ),
                 *((strip.name, *_quantiles(strip.values)) for strip in strips),
             ]
         case Histogram(edges, counts):
             bins = zip(edges, edges[1:], counts, strict=False)
             return [
-                ("from", "to", "how many"),
+                ("from", "to", "count"),
                 *((number(low), number(high), str(count)) for low, high, count in bins),
             ]
-
-
-def number(value: float | None) -> str:
-    """Three digits; what is infinite was not reached."""
-    if value is None or math.isnan(value):
-        return "not defined"
-    if math.isinf(value):
-        return "not reached"
-    return f"{value:.3g}"
 
 
 def binned(values: Sequence[float], bins: int = 30) -> tuple[tuple[float, ...], tuple[int, ...]]:
@@ -240,13 +242,6 @@ def rated(name: str, tone: Tone, found: Mapping[str, Any], group: str = "") -> R
 
 def _value(value: float | None, panel: Intervals) -> str:
     return number(value) if panel.logarithmic else percent(value)
-
-
-def percent(share: float | None) -> str:
-    """A share of 1, with two more digits where it is small."""
-    if share is None:
-        return "not defined"
-    return f"{share:.2%}" if 0 < share < 0.01 else f"{share:.0%}"
 
 
 def _point(point: Point | None) -> str:

@@ -1,41 +1,40 @@
 """`report.html`: one page that answers a stranger's questions, self-contained, without script, light and dark.
 
 1. The verdict in words and four answers, from `verdict.json` alone.
-2. A section for each step of the argument: a sentence or two that explain its terms, its figures, each with how it is
-   read and the numbers behind it, and its facts as a table.
-3. Gates, threat model, statistics, provenance, configuration and a glossary.
+2. A chapter for each step of the argument: an opening that explains its terms, its figures, each with how it is read
+   and the numbers behind it, and its facts as tables.
+3. Validity checks, threat model, statistics, provenance, configuration and a glossary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from typing import Any
 
-import jinja2
 from markupsafe import Markup
 
 from recover.protocol.records import ExampleRecord
-from recover.report.answers import answers, parsed
+from recover.report.answers import answer_questions, parsed
 from recover.report.evidence_figures import figures_of
 from recover.report.figures import Figure
+from recover.report.rendering import render
 from recover.report.svg import draw, legend, marker
-from recover.report.text import RESULTS, Rows, sections
-from recover.report.words import CHAPTERS, TERMS, headline
+from recover.report.text import RESULTS, Rows, Section, sections
+from recover.report.words import headline, prose
 
 __all__ = ["to_html"]
 
 
 @dataclass(frozen=True)
 class Chapter:
-    """A section of the page: figures by name, and rows of facts under headings."""
+    """A chapter of the page: its figures, and its sections of facts."""
 
     name: str
     title: str
     opening: str
     figures: Sequence[Figure]
-    facts: Sequence[tuple[str, Rows]]
+    sections: Sequence[Section]
 
 
 def to_html(
@@ -52,14 +51,11 @@ def to_html(
         records: the lines of `examples.jsonl`, for the figures with a dot an example.
         features: of each clamp, as `run.json` has them.
     """
-    source = resources.files("recover.report").joinpath("templates/report.html.j2").read_text(encoding="utf-8")
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    page: str = environment.from_string(source).render(
+    return render(
+        "report.html.j2",
         verdict=verdict,
         headline=headline(verdict),
-        answers=answers(verdict, parsed(config)),
+        answers=answer_questions(verdict, parsed(config)),
         chapters=_chapters(verdict, records),
         draw=lambda figure: Markup(draw(figure)),
         legend=legend,
@@ -69,10 +65,9 @@ def to_html(
         statistics=rows_of(verdict["statistics"]),
         provenance=rows_of(verdict["provenance"], leave=("phases",)),
         features=list(zip(verdict["threat_model"]["clamps"], features, strict=False)),
-        terms=TERMS,
+        terms=prose().terms,
         config=config,
     )
-    return page
 
 
 def rows_of(values: Mapping[str, Any], leave: Sequence[str] = ()) -> Rows:
@@ -95,9 +90,9 @@ def _chapters(verdict: Mapping[str, Any], records: Sequence[ExampleRecord]) -> l
             name,
             words.title,
             words.opening,
-            [drawn[one] for one in words.figures if one in drawn],
-            [(heading, rows) for heading, rows in facts if heading.startswith(words.facts) and rows],
+            [drawn[key] for key in words.figures if key in drawn],
+            [facts[key] for key in words.sections if key in facts and facts[key].rows],
         )
-        for name, words in CHAPTERS.items()
+        for name, words in prose().chapters.items()
     ]
-    return [chapter for chapter in chapters if chapter.figures or chapter.facts]
+    return [chapter for chapter in chapters if chapter.figures or chapter.sections]

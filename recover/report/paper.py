@@ -1,32 +1,32 @@
-"""The figures of a report for a paper: PDF and PNG by matplotlib, and the numbers of each as CSV.
+"""The plotting style of papers and analyses, and the figures of a report in it: PDF, PNG, and CSV of the numbers.
 
 Text stays text (`pdf.fonttype` 42, TrueType), the colors are Okabe and Ito's, which the color-blind can tell apart,
-and every kind of mark has its own shape. A figure has no title: that is the caption's to give. They are those of
-`report.html`, from the same data.
+and every kind of mark has its own shape. Figures are those of `report.html`, from the same data, without a title, which
+the caption gives. Importing matplotlib takes a second that a check does without, and so functions import it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib as mpl
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.backends.backend_pdf import FigureCanvasPdf
-from matplotlib.figure import Figure as Canvas
-
+from recover.numerics.formats import number
 from recover.protocol.folder import write_whole
 from recover.report.evidence_figures import figures_of
-from recover.report.figures import Curves, Dots, Figure, Histogram, Intervals, Tone, number
+from recover.report.figures import Curves, Dots, Figure, Histogram, Intervals, Tone
 from recover.report.finished import FinishedRun
 from recover.report.markdown import summary_rows
 from recover.types import InputError
 
-__all__ = ["COLORS", "write_figures"]
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure as Canvas
+
+__all__ = ["COLORS", "MARKERS", "plot_style", "write_figures"]
 
 COLORS: Mapping[Tone, str] = {
     "own": "#0072B2",
@@ -48,6 +48,7 @@ MARKERS: Mapping[Tone, str] = {
 }
 STYLE: Any = {
     "pdf.fonttype": 42,
+    "svg.fonttype": "none",
     "font.size": 8,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -57,6 +58,25 @@ STYLE: Any = {
 }
 INCHES, DPI = 5.5, 300
 """Width: a column of text on most pages."""
+
+
+@contextlib.contextmanager
+def plot_style(**changes: Any) -> Iterator[None]:
+    """Plot within this context in the style of the reports; afterwards matplotlib is as it was.
+
+    `changes` are rcParams with an underscore for each dot. Colors and markers by kind are in `COLORS` and `MARKERS`.
+
+    >>> from matplotlib import pyplot as plt
+    >>> with plot_style(font_size=9):
+    ...     canvas, axes = plt.subplots()
+    ...     _ = axes.plot([5, 10, 20], [0.1, 0.4, 1.0], color=COLORS["own"], marker=MARKERS["own"])
+    >>> bool(axes.spines["top"].get_visible())
+    False
+    """
+    import matplotlib as mpl
+
+    with mpl.rc_context(STYLE | {name.replace("_", "."): value for name, value in changes.items()}):
+        yield
 
 
 def write_figures(run: FinishedRun, out: Path) -> list[Path]:
@@ -81,7 +101,10 @@ def write_figures(run: FinishedRun, out: Path) -> list[Path]:
 
 def rendered(figure: Figure) -> dict[str, bytes]:
     """The files of a figure by suffix; the same bytes for the same figure."""
-    with mpl.rc_context(STYLE):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.backends.backend_pdf import FigureCanvasPdf
+
+    with plot_style():
         canvas = _drawn(figure)
         files: dict[str, bytes] = {}
         for suffix, backend, metadata in (
@@ -95,6 +118,8 @@ def rendered(figure: Figure) -> dict[str, bytes]:
 
 
 def _drawn(figure: Figure) -> Canvas:
+    from matplotlib.figure import Figure as Canvas
+
     match figure.panel:
         case Intervals() as panel:
             canvas = Canvas(figsize=(INCHES, 0.75 + 0.27 * len(panel.rows)))
@@ -109,7 +134,7 @@ def _drawn(figure: Figure) -> Canvas:
             canvas = Canvas(figsize=(INCHES, 2.0))
             axes = canvas.add_subplot()
             axes.stairs(panel.counts, panel.edges, fill=True, color=COLORS["own"])
-            axes.set_ylabel("how many")
+            axes.set_ylabel("count")
             _line(axes, panel.line)
     axes = canvas.axes[0]
     axes.set_xlabel(figure.panel.axis)

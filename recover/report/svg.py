@@ -15,7 +15,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from html import escape
 
-from recover.report.figures import Curves, Dots, Figure, Histogram, Intervals, Strip, Tone, number, percent
+from recover.numerics.formats import number, percent
+from recover.report.figures import Curves, Dots, Figure, Histogram, Intervals, Strip, Tone
 
 __all__ = ["draw", "legend", "logarithmic_ticks", "marker"]
 

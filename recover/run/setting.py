@@ -26,7 +26,7 @@ from recover.saes.sae import SAE
 from recover.tasks import load_examples
 from recover.tasks.behaviors import positions_read
 from recover.tasks.examples import Examples
-from recover.tasks.neutral import NEUTRAL
+from recover.tasks.prose import NEUTRAL
 from recover.types import InputError, Progress
 
 MODES: dict[str, type[Set] | type[Scale] | type[Floor]] = {"set": Set, "scale": Scale, "floor": Floor}

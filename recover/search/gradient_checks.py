@@ -47,10 +47,10 @@ import torch
 from einops import einsum, rearrange, reduce, repeat
 
 from recover.defenses.defended import Defended
-from recover.numerics.metrics import norm
-from recover.search.ascent import ROUNDING, Delta, Feasible, Objective, scale_to
+from recover.numerics.metrics import by_example, norm
+from recover.search.ascent import Feasible, Objective, scale_to, without_rounding
 from recover.search.gradient_free import ADDED_UP, ELEMENTS_AT_ONCE
-from recover.types import Bool, Float, InputError, Int, PerExample, Tensor
+from recover.types import Bool, Delta, Float, InputError, PerExample, Rows, Tensor
 
 __all__ = ["Agreement", "error_channel", "finite_differences"]
 
@@ -208,7 +208,7 @@ class _Slopes:
         away = norm(self.point) + length
         return rounding * (1 + self.values.abs()) + ADDED_UP * self.whole * away
 
-    def select(self, rows: Int[Tensor, "rows"]) -> _Slopes:
+    def select(self, rows: Rows) -> _Slopes:
         return _Slopes(self.point[rows], self.values[:, rows], self.gradient[:, rows], self.whole[:, rows])
 
 
@@ -222,7 +222,7 @@ def _slopes(objective: Objective, point: Delta, feasible: Feasible) -> _Slopes:
             (gradient,) = torch.autograd.grad(value.sum(), leaf, retain_graph=True, materialize_grads=True)
         admissible = feasible.project(gradient)
         # As the search has it: what rounding leaves of a gradient is none.
-        gradients.append(_none_if(norm(admissible) <= ROUNDING * norm(gradient), admissible))
+        gradients.append(without_rounding(admissible, gradient))
         whole.append(norm(gradient))
     return _Slopes(point, torch.stack([value.detach() for value in values]), torch.stack(gradients), torch.stack(whole))
 
@@ -254,7 +254,7 @@ class _Differences:
             error = error.where(self.noise <= TOLERANCE * scale, torch.inf)
         return error.nan_to_num(nan=torch.inf, posinf=torch.inf)
 
-    def select(self, rows: Int[Tensor, "rows"]) -> _Differences:
+    def select(self, rows: Rows) -> _Differences:
         return _Differences(self.forward[:, rows], self.backward[:, rows], self.noise[:, rows])
 
 
@@ -322,4 +322,4 @@ def _values(objective: Objective, deltas: Directions) -> PerDraw:
 
 def _none_if(rounding: Bool[Tensor, "batch"], delta: Delta) -> Delta:
     """Zero where `delta` is no more than rounding."""
-    return delta.masked_fill(rearrange(rounding, "batch -> batch 1 1"), 0.0)
+    return delta.masked_fill(by_example(rounding), 0.0)

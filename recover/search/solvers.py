@@ -28,14 +28,14 @@ from functools import partial, reduce
 from types import MappingProxyType
 
 import torch
-from einops import rearrange, repeat
+from einops import repeat
 
-from recover.numerics.metrics import norm
-from recover.search.adam import climb
-from recover.search.ascent import Delta, Feasible, Objective, Rows, Schedule, Solution, Status, clip, find_perturbation
+from recover.numerics.metrics import by_example, norm
+from recover.search.adam import ProjectedAdam
+from recover.search.ascent import Feasible, Objective, Schedule, Solution, Status, clip, find_perturbation
 from recover.search.gradient_free import ELEMENTS_AT_ONCE, Effort, projected, put, reexamined, scaled, slacks_of, walk
 from recover.search.minimum import MARGIN, edge, smallest_perturbation
-from recover.types import Bool, InputError, Int, PerExample, Tensor
+from recover.types import Bool, Delta, InputError, Int, PerExample, Rows, Tensor
 
 FURTHER = (1.0, 1.01, 1.05, 1.3, 2.0)
 """How many times as far as the edge to look for a delta that is clear of it."""
@@ -95,15 +95,15 @@ class WorstCase:
         return torch.isfinite(self.norm)
 
 
-def ascent(objective: Objective, start: Delta, feasible: Feasible, budget: float, schedule: Schedule) -> Found:
+def by_ascent(objective: Objective, start: Delta, feasible: Feasible, budget: float, schedule: Schedule) -> Found:
     """Steepest ascent within the budget."""
     within = find_perturbation(objective, start, feasible, budget, schedule)
     return Found(*_pulled(objective, within.delta), within)
 
 
-def adam(objective: Objective, start: Delta, feasible: Feasible, budget: float, schedule: Schedule) -> Found:
+def by_adam(objective: Objective, start: Delta, feasible: Feasible, budget: float, schedule: Schedule) -> Found:
     """Projected Adam within the budget, with the restarts of `recover`."""
-    within = find_perturbation(objective, start, feasible, budget, schedule, climb=climb)
+    within = find_perturbation(objective, start, feasible, budget, schedule, rule=ProjectedAdam)
     return Found(*_pulled(objective, within.delta), within)
 
 
@@ -150,7 +150,7 @@ def random_draws(
 
 
 SOLVERS: Mapping[str, Solver] = MappingProxyType(
-    {"ascent": ascent, "adam": adam, "smallest_norm": without_budget, "random": random_draws}
+    {"ascent": by_ascent, "adam": by_adam, "smallest_norm": without_budget, "random": random_draws}
 )
 """In the order in which ties are decided. With other arguments: `{**SOLVERS, "random": partial(random_draws, ...)}`."""
 
@@ -292,4 +292,4 @@ def _told(slack: Tensor) -> Tensor:
 
 
 def _where(mask: Bool[Tensor, "batch"], delta: Delta, other: Delta) -> Delta:
-    return torch.where(rearrange(mask, "batch -> batch 1 1"), delta, other)
+    return torch.where(by_example(mask), delta, other)

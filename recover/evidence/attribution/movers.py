@@ -14,11 +14,11 @@ from dataclasses import replace
 import torch
 from einops import einsum, rearrange, reduce
 
-from recover.defenses.defended import Defended, Delta
+from recover.defenses.defended import Defended
 from recover.evidence.attribution.paths import Carrier, above, keeps, last_slope, trace
 from recover.evidence.controls import Undefended
 from recover.models.components import Component, eager, head_count, modules_of, projection
-from recover.types import InputError, Mask, PerExample, Tensor
+from recover.types import Delta, InputError, Mask, PerExample, Tensor
 
 __all__ = ["looks", "undefended", "writes"]
 

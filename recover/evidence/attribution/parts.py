@@ -33,11 +33,11 @@ import numpy as np
 import torch
 from einops import einsum, rearrange, reduce
 
-from recover.defenses.defended import Defended, Delta
+from recover.defenses.defended import Defended
 from recover.evidence.attribution.linear_error import LinearError
 from recover.models.host import Change
 from recover.saes.sae import SAE
-from recover.types import InputError, Int, PerExample, Residual, Site, Surface, Tensor, widened
+from recover.types import Delta, InputError, Int, PerExample, Residual, Site, Surface, Tensor, widened
 
 __all__ = [
     "VIEWS",

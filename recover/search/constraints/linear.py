@@ -35,9 +35,9 @@ import torch
 from einops import einsum, rearrange
 
 from recover.defenses.clamps import Clamp, Number
-from recover.numerics.metrics import activation_drift, decode_drift, norm
+from recover.numerics.metrics import activation_drift, by_example, decode_drift, norm
 from recover.numerics.subspaces import NullSpace
-from recover.types import Bool, Float, InputError, Int, PerExample, Residual, Tensor
+from recover.types import Bool, Float, InputError, PerExample, Residual, Rows, Tensor
 
 __all__ = [
     "ActivationStable",
@@ -63,7 +63,7 @@ class Constraint(ABC):
         """By how much each example fails the constraint; 0 where it is satisfied."""
 
     @abstractmethod
-    def select(self, rows: Int[Tensor, "rows"]) -> Constraint:
+    def select(self, rows: Rows) -> Constraint:
         """The same for the examples `rows`; itself where it is the same for all."""
 
 
@@ -92,7 +92,7 @@ class EncoderOrthogonal(Constraint):
         seen = einsum(delta.double(), self.directions.double(), "batch pos d_model, d_model k -> batch pos k")
         return norm(seen).to(delta.dtype)
 
-    def select(self, rows: Int[Tensor, "rows"]) -> EncoderOrthogonal:
+    def select(self, rows: Rows) -> EncoderOrthogonal:
         return self
 
 
@@ -131,7 +131,7 @@ class ActivationStable(Constraint):
         """The activation drift, `||z_S(h_def + delta) - z_S(h_def)||`."""
         return activation_drift(self.clamp.read(self.h_def + delta), self.reference)
 
-    def select(self, rows: Int[Tensor, "rows"]) -> ActivationStable:
+    def select(self, rows: Rows) -> ActivationStable:
         return ActivationStable(self.clamp, self.h_def[rows])
 
 
@@ -152,7 +152,7 @@ class DecodeStable(Constraint):
         moved, reference = self.clamp.read(self.h_def + delta), self.clamp.reference(self.h_def)
         return decode_drift(moved, reference, self.clamp.decoder)
 
-    def select(self, rows: Int[Tensor, "rows"]) -> DecodeStable:
+    def select(self, rows: Rows) -> DecodeStable:
         return DecodeStable(self.clamp, self.h_def[rows])
 
 
@@ -177,13 +177,13 @@ class Budget(Constraint):
         # Aimed two roundings low, so that rounding each entry does not lift the norm over the budget again.
         aim = self.eps * (1 - 2 * torch.finfo(delta.dtype).eps)
         factor = torch.where(length > self.eps, aim / length.clamp(min=self.eps), 1.0)
-        return delta * rearrange(factor, "batch -> batch 1 1")
+        return delta * by_example(factor)
 
     def violation(self, delta: Residual) -> PerExample:
         """By how much the norm exceeds the budget."""
         return torch.relu(norm(delta) - self.eps)
 
-    def select(self, rows: Int[Tensor, "rows"]) -> Budget:
+    def select(self, rows: Rows) -> Budget:
         return self
 
 
@@ -210,7 +210,7 @@ class Constraints(Constraint):
             worst = torch.maximum(worst, part.violation(delta).to(worst.dtype))
         return worst
 
-    def select(self, rows: Int[Tensor, "rows"]) -> Constraints:
+    def select(self, rows: Rows) -> Constraints:
         parts = tuple(part.select(rows) for part in self.parts)
         same = all(new is old for new, old in zip(parts, self.parts, strict=True))
         return self if same else Constraints(parts)
