@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from recover.defenses.selection import attribution
+from recover.defenses.selection import attribution_of
 from recover.models.capacity import bytes_a_prompt
 from recover.models.host import Model, Prompts
 from recover.models.names import resolve_device, resolve_model
@@ -149,7 +149,7 @@ def memory(model: Model, sae: SAE, prompts: Prompts) -> tuple[int, int]:
     """Bytes that attribution holds, and bytes that `recover.models.capacity` counts on for as many prompts."""
     assert sae.site is not None
     site, behavior = sae.site, AnswerLikelihood(torch.zeros(len(prompts), dtype=torch.long, device=model.device))
-    used = held(lambda: attribution(model, sae, site, prompts, behavior), model.device)
+    used = held(lambda: attribution_of(model, sae, site, prompts, behavior), model.device)
     sizes = {"n_layers": model.n_layers, "d_model": model.d_model, "d_sae": sae.d_sae, "pos": prompts.ids.shape[1]}
     return used, len(prompts) * bytes_a_prompt(model.module.config, **sizes)
 

@@ -13,9 +13,9 @@ from property_tests.strategies import POINTWISE, SEEDS, Scene, costly, randn, sc
 from recover.defenses.defended import defend
 from recover.evidence.attribution.linear_error import LinearError
 from recover.evidence.attribution.parts import LEAVES, attribute, first_order, gradient, parts_of, split
-from recover.planted.pinned import pinned_layers
 from recover.saes.sae import SAE
 from recover.types import Surface
+from tests.pinned_world import pinned_layers
 
 
 def linear_map(d_model: int, seed: int) -> LinearError:

@@ -16,12 +16,12 @@ from recover.evidence.certificate import certify
 from recover.models.generation import answered, generate, n_answer
 from recover.models.host import Edit, Model
 from recover.numerics.metrics import norm
-from recover.planted.pinned import pinned_layers
 from recover.search.constraints.pinned import Pinned
 from recover.search.pinned import find_pinned, shorten
 from recover.tasks.behaviors import ForcedAnswer
 from recover.types import Site, Surface
 from tests.models import D_MODEL, FAMILIES, N_LAYERS, left_padded, tiny_lm, token_rows
+from tests.pinned_world import pinned_layers
 
 
 @dataclass(frozen=True)

@@ -357,7 +357,7 @@ def configurations(draw: st.DrawFn) -> dict[str, Any]:
     return {
         "model": draw(st.sampled_from(["smollm2", "org/name", "./folder"])),
         "clamps": draw(st.lists(clamp, min_size=1, max_size=2)),
-        "task": draw(st.sampled_from(["ioi", "python:recover.tasks.ioi:examples"])),
+        "task": draw(st.sampled_from(["ioi", "python:recover.tasks.ioi:make_examples"])),
         "prompts": draw(st.fixed_dictionaries({"n": st.integers(1, 99)}, optional={"seed": st.integers(0, 9)})),
         "search": {
             "budget": draw(st.floats(1e-3, 1e3)),

@@ -6,7 +6,7 @@ The public names. Start at `search.py`; `check.py` is the whole protocol.
 from recover.checks.verification import Law, verify
 from recover.defenses.clamps import Clamp, Defense, Floor, Mode, Scale, Set
 from recover.defenses.defended import Defended, defend
-from recover.defenses.selection import attribution, contrast, largest, select_features
+from recover.defenses.selection import attributions, contrast, largest, select_features
 from recover.defenses.speech import say
 from recover.evidence.attribution.parts import Attribution, attribute
 from recover.evidence.certificate import Certificate, certify
@@ -124,7 +124,7 @@ __all__ = [
     "answered",
     "ask",
     "attribute",
-    "attribution",
+    "attributions",
     "bootstrap",
     "certify",
     "check",

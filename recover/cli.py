@@ -23,8 +23,7 @@ from recover.checks.verification import fitting, stand_in, supported, told, veri
 from recover.models.host import Model
 from recover.models.names import resolve_model
 from recover.planted import KINDS, MIXTURES
-from recover.planted.selftest import report as selftest_report
-from recover.planted.selftest import run_selftest, to_json
+from recover.planted.selftest import run_selftest, selftest_report, to_json
 from recover.protocol.workers import LostWorkerError, joined
 from recover.report import compare, load_run, rebuild_report, seeds_to_text, to_text, write_figures
 from recover.run.config import load_config

@@ -18,7 +18,6 @@ from recover.evidence.certificate import certify
 from recover.evidence.transfer import FitSchedule
 from recover.models.host import Model
 from recover.numerics.metrics import norm
-from recover.planted.pinned import pinned_layers
 from recover.protocol import phases
 from recover.protocol.bench import Bench
 from recover.protocol.checking import check
@@ -36,6 +35,7 @@ from recover.tasks.dialogue import Dialogue, Request, ask
 from recover.tasks.examples import Examples
 from recover.types import Site, Surface
 from tests.models import D_MODEL, VOCAB, plain_forward, tiny_lm
+from tests.pinned_world import pinned_layers
 from tests.settings import arranged
 
 LIGHT = Plan(

@@ -11,8 +11,6 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-import recover as rc
-from recover.defenses import selection
 from recover.defenses.clamps import Clamp, Defense, Set
 from recover.defenses.defended import Defended, defend
 from recover.evidence.attribution.linear_error import PENALTIES, LinearError, error_activations, fit_linear_error
@@ -278,9 +276,3 @@ def test_a_clamp_of_several_at_a_site_holds_all_their_features() -> None:
     parts = split(sae, held, randn(1, 1, 8), randn(1, 1, 8, seed=1), None, 20)
     change = sae.encode(randn(1, 1, 8) + randn(1, 1, 8, seed=1)) - sae.encode(randn(1, 1, 8))
     assert_close(parts["clamped"], change[..., :3] @ sae.W_dec[:3])
-
-
-def test_the_package_keeps_its_function_of_the_name_of_this_module() -> None:
-    """`rc.attribution` selects features; the module is reached by its path."""
-    assert rc.attribution is selection.attribution
-    assert rc.attribute is attribute

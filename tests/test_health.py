@@ -267,7 +267,7 @@ def test_values_that_are_not_finite_agree_with_nothing() -> None:
 
 @pytest.mark.parametrize("reach", [0.0, -1.0, math.inf, math.nan])
 def test_a_reach_that_is_no_norm_is_refused(reach: float) -> None:
-    with pytest.raises(InputError, match="is no norm"):
+    with pytest.raises(InputError, match="reach must be finite and positive"):
         probe(rise, reach=reach)
 
 

@@ -13,7 +13,6 @@ from recover.evidence.certificate import certify
 from recover.models.generation import answered, generate
 from recover.models.host import Model
 from recover.numerics.metrics import norm
-from recover.planted.pinned import PinnedWorld, pinned_layers
 from recover.saes.sae import from_sae_lens
 from recover.search.ascent import Schedule
 from recover.search.constraints.pinned import Pin, Pinned
@@ -22,6 +21,7 @@ from recover.tasks.behaviors import ForcedAnswer, LogitDifference
 from recover.types import InputError, Site, Surface
 from tests.by_hand import sae_lens_sae
 from tests.models import D_MODEL, VOCAB, left_padded, tiny_lm, token_rows
+from tests.pinned_world import PinnedWorld, pinned_layers
 
 SITES = (Site(1), Site(2), Site(3))
 

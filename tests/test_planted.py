@@ -30,7 +30,7 @@ from recover.planted import (
     undone_clamp,
     write_only,
 )
-from recover.planted.degenerate import VARIANTS as SHAPES
+from recover.planted.geometry import VARIANTS as SHAPES
 from recover.planted.hard import VARIANTS as READOUTS
 
 SEEDS = range(4)

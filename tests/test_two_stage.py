@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from torch import Tensor
@@ -83,9 +81,10 @@ def test_a_search_goes_on_from_a_better_opening(answers: tuple[Tensor, Tensor]) 
     assert bool(changed.any())
     with torch.no_grad():
         assert bool((objective(start)[0] > objective(target.start)[0])[changed].all())
-    found = find_pinned(target, BUDGET, Schedule(steps=100), start=start)
-    alone = find_pinned(target, BUDGET, Schedule(steps=1, restarts=0))
-    assert int(found.recovered.sum()) >= int(alone.recovered.sum())
+        slack, without = (target(free)[1] for free in (target.within(start, BUDGET), target.start))
+    # With no step all that is looked at is where it begins, and no delta.
+    begun = find_pinned(target, BUDGET, Schedule(steps=0, restarts=0), start=start)
+    assert_close(begun.slack, torch.maximum(slack, without), atol=1e-4, rtol=1e-4)
+    found = find_pinned(target, BUDGET, Schedule(steps=20, restarts=0), start=start)
+    assert bool((found.slack >= without - 1e-4).all())
     assert bool((found.norm <= BUDGET).all())
-    unopened = find_pinned(target, BUDGET, Schedule(steps=1, restarts=0), start=start)
-    assert not torch.equal(unopened.free, replace(alone).free)

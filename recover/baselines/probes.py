@@ -1,4 +1,4 @@
-"""The published baseline for several sites (reference: What the published code does), to be measured against.
+"""Random probes: the published baseline for several sites (reference: What the published code does).
 
 From a delta of zero at the first site, for every example of a batch at once:
 
@@ -44,7 +44,7 @@ def find_probed(
     corrections: int = CORRECTIONS,
     rate: float = RATE,
 ) -> RestoredSolution:
-    """Search as the publication does.
+    """Search as the publication does, from a delta of zero at the first site.
 
     Args:
         defended: a defense put into a model, with deltas after the clamp of its first site.
@@ -53,7 +53,7 @@ def find_probed(
         on_step: called with (steps done, examples still being searched) after every step.
         probes: random combinations of features.
         corrections: steps along the drift direction after each step.
-        rate: Adam's.
+        rate: Adam's learning rate.
 
     Returns:
         For each example the delta with the largest slack met, whatever it does to the clamped features.

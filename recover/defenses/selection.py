@@ -31,7 +31,7 @@ from recover.tasks.examples import Contrast, Examples
 from recover.types import Float, InputError, Progress, Residual, Site, Tensor
 
 __all__ = [
-    "attribution",
+    "attribution_of",
     "attributions",
     "contrast",
     "contrast_of",
@@ -142,13 +142,13 @@ def attributions(
     rows = torch.arange(len(examples.ids))
     for batch in torch.split(rows, batch_size or len(rows)):
         part = examples.select(batch)
-        total += attribution(model, sae, site, part.prompts, part.behavior)
+        total += attribution_of(model, sae, site, part.prompts, part.behavior)
         if progress is not None:
             progress("attribution", int(batch[-1]) + 1, len(rows))
     return total
 
 
-def attribution(model: Model, sae: SAE, site: Site, prompts: Prompts, behavior: Behavior) -> Float[Tensor, "d_sae"]:
+def attribution_of(model: Model, sae: SAE, site: Site, prompts: Prompts, behavior: Behavior) -> Float[Tensor, "d_sae"]:
     """Summed attribution of each feature to the score, in units of the score, over one batch of prompts.
 
     Padding and first tokens count for nothing. Divide by the number of prompts for the mean.

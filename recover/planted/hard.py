@@ -32,7 +32,16 @@ from torch import nn
 from recover.defenses.clamps import Clamp, Defense, Set
 from recover.numerics.subspaces import NullSpace
 from recover.planted.network import build_network
-from recover.planted.world import Atoms, Draw, Planted, answers, blocks, clamped, context_codes, examples, planted_sae
+from recover.planted.world import (
+    Atoms,
+    Draw,
+    Planted,
+    blocks,
+    clamped,
+    context_codes,
+    make_examples,
+    planted_sae,
+)
 from recover.tasks.behaviors import LogitDifference
 from recover.types import Tensor
 
@@ -96,7 +105,7 @@ def hard_readout(
     features = n_answers + n_context
     T = blocks(draw, d_model, [features, n_answers + 1], spread=[0.4, 0.0])
     atoms = Atoms.of(T)
-    target, _ = answers(draw, n_prompts, n_answers)
+    target, _ = draw_answers(draw, n_prompts, n_answers)
     rows = torch.arange(n_prompts)
     codes = context_codes(draw, n_prompts, len(T), range(n_answers, features))
     codes[rows, target] = draw.uniform(2.0, 4.0, n_prompts)
@@ -124,7 +133,7 @@ def hard_readout(
         name="hard_readout",
         model=model,
         defense=Defense((Clamp(sae, where[:n_answers].tolist(), mode, only_active=True),), skip_first=draw.below(2)),
-        examples=examples(prompts, LogitDifference(target, torch.full_like(target, n_answers))),
+        examples=make_examples(prompts, LogitDifference(target, torch.full_like(target, n_answers))),
         budget=float(smallest.max()) * draw.number(1.3, 2.0),
         expected=("RECOVERABLE", "INCONCLUSIVE"),
         specific=None,

@@ -30,7 +30,7 @@ import torch
 from recover.defenses.clamps import Clamp, Defense, Mode, Scale, Set
 from recover.numerics.subspaces import NullSpace
 from recover.planted.network import Linear, Monotone, build_network
-from recover.planted.world import Atoms, Draw, Planted, answers, clamped, distance, examples, planted_sae
+from recover.planted.world import Atoms, Draw, Planted, clamped, distance, draw_answers, make_examples, planted_sae
 from recover.tasks.behaviors import LogitDifference
 from recover.types import Site
 
@@ -58,7 +58,7 @@ def two_layers(
     second = Atoms.of(first.T @ J.T)
     known = c.stop if bypass == "features" else c.start
 
-    target, other = answers(draw, n_prompts, n_answers)
+    target, other = draw_answers(draw, n_prompts, n_answers)
     rows = torch.arange(n_prompts)
     codes = torch.zeros(n_prompts, c.stop, dtype=torch.float64)
     codes[rows, target] = draw.uniform(2.0, 4.0, n_prompts)
@@ -100,7 +100,7 @@ def two_layers(
         name="two_layers",
         model=model,
         defense=Defense(tuple(clamps), skip_first=draw.below(2)),
-        examples=examples(prompts, LogitDifference(target, other)),
+        examples=make_examples(prompts, LogitDifference(target, other)),
         budget=float(smallest.max()) * draw.number(1.3, 2.0),
         expected=("RECOVERABLE",),
         specific=None,

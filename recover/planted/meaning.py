@@ -46,7 +46,16 @@ from torch import nn
 from recover.defenses.clamps import Clamp, Defense, Mode, Scale, Set
 from recover.numerics.subspaces import NullSpace
 from recover.planted.network import build_network
-from recover.planted.world import Atoms, Draw, Planted, answers, blocks, clamped, context_codes, examples, planted_sae
+from recover.planted.world import (
+    Atoms,
+    Draw,
+    Planted,
+    blocks,
+    clamped,
+    context_codes,
+    make_examples,
+    planted_sae,
+)
 from recover.tasks.behaviors import ChoiceMargin
 from recover.types import Tensor
 
@@ -89,7 +98,7 @@ def write_only(
     features = n_answers + n_context
     T = blocks(draw, d_model, [features, n_answers], spread=[0.4, 0.0])
     atoms = Atoms.of(T)
-    target, _ = answers(draw, n_prompts, n_answers)
+    target, _ = draw_answers(draw, n_prompts, n_answers)
     codes = context_codes(draw, n_prompts, len(T), range(n_answers, features))
     codes[torch.arange(n_prompts), target] = draw.uniform(2.0, 4.0, n_prompts)
     gamma, v = draw.number(0.5, 2.0), draw.number(1.0, 3.0)
@@ -111,7 +120,7 @@ def write_only(
         name="write_only",
         model=model,
         defense=Defense((clamp,), skip_first=draw.below(2)),
-        examples=examples(prompts, likeliest(target, n_answers + 1)),
+        examples=make_examples(prompts, likeliest(target, n_answers + 1)),
         budget=v / gamma * draw.number(1.3, 2.0),
         expected=("RECOVERABLE",),
         specific=False,
@@ -166,7 +175,7 @@ def shared_route(
         name="shared_route",
         model=model,
         defense=Defense((Clamp(sae, where[:k].tolist(), mode, only_active=True),), skip_first=draw.below(2)),
-        examples=examples(prompts, likeliest(target, n_answers + 1)),
+        examples=make_examples(prompts, likeliest(target, n_answers + 1)),
         budget=float(smallest.max()) * draw.number(1.3, 1.6),
         expected=("RECOVERABLE",),
         specific=True,
@@ -204,7 +213,7 @@ def undone_clamp(
     if gated:
         codes, target = _gated_codes(draw, n_prompts, len(T), k, n_context, n_answers)
     else:
-        target, _ = answers(draw, n_prompts, n_answers)
+        target, _ = draw_answers(draw, n_prompts, n_answers)
         codes = context_codes(draw, n_prompts, len(T), range(k, k + n_context))
         codes[torch.arange(n_prompts), target] = draw.uniform(2.0, 4.0, n_prompts)
     codes[:, unseen:] = KAPPA * codes[:, :k]
@@ -236,7 +245,7 @@ def undone_clamp(
         name="undone_clamp",
         model=model,
         defense=Defense((Clamp(sae, where[:k].tolist(), mode, only_active=True),), skip_first=draw.below(2)),
-        examples=examples(prompts, likeliest(target, n_answers + 1)),
+        examples=make_examples(prompts, likeliest(target, n_answers + 1)),
         budget=float(smallest.max()) * draw.number(1.3, 1.6),
         expected=("RECOVERABLE",),
         specific=False,
@@ -256,7 +265,7 @@ def likeliest(target: Tensor, n_tokens: int) -> ChoiceMargin:
 
 def _gated_codes(draw: Draw, batch: int, n: int, k: int, n_context: int, n_answers: int) -> tuple[Tensor, Tensor]:
     """Every gate feature active, the copy of the answer at 3 or more; and the answers."""
-    target, _ = answers(draw, batch, n_answers)
+    target, _ = draw_answers(draw, batch, n_answers)
     codes = context_codes(draw, batch, n, range(k, k + n_context))
     codes[:, :k] = draw.uniform(2.0, 4.0, batch, k)
     codes[torch.arange(batch), k + n_context + target] = draw.uniform(3.0, 4.0, batch)

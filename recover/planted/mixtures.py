@@ -82,7 +82,16 @@ from recover.defenses.clamps import Clamp, Defense, Set
 from recover.numerics.subspaces import NullSpace
 from recover.planted.meaning import KAPPA, RHO, TAU, Gated, _closing, _gated_codes, likeliest
 from recover.planted.network import build_network
-from recover.planted.world import Atoms, Draw, Planted, answers, blocks, clamped, context_codes, examples, planted_sae
+from recover.planted.world import (
+    Atoms,
+    Draw,
+    Planted,
+    blocks,
+    clamped,
+    context_codes,
+    make_examples,
+    planted_sae,
+)
 from recover.tasks.behaviors import LogitDifference
 from recover.types import Bool, Float, InputError, Int, Tensor
 
@@ -162,7 +171,7 @@ def half_erased(
     T = blocks(draw, d_model, [k + n_answers, n_context + n_groups, 1 + n_answers], spread=[0.4, 0.4, 0.0])
     atoms, a, known = Atoms.of(T), range(k, k + n_answers), k + n_answers + n_context + n_groups
     context, copies, x = range(a.stop, a.stop + n_context), known - n_groups, known
-    target, _ = answers(draw, n_prompts, n_answers)
+    target, _ = draw_answers(draw, n_prompts, n_answers)
     rows = torch.arange(n_prompts)
     codes = _codes(draw, target, len(T), k, context)
     codes[rows, copies + target // members] = draw.uniform(3.0, 4.0, n_prompts)
@@ -203,7 +212,7 @@ def half_erased(
         name="half_erased",
         model=model,
         defense=Defense((Clamp(sae, where[: a.stop].tolist(), Set(value), only_active=False),), draw.below(2)),
-        examples=examples(prompts, likeliest(target, n_answers + 1)),
+        examples=make_examples(prompts, likeliest(target, n_answers + 1)),
         budget=max(opened, float(smallest.max())) * draw.number(1.3, 1.6),
         expected=("RECOVERABLE",),
         specific=None,
@@ -261,7 +270,7 @@ def partly_erased(
         name="partly_erased",
         model=model,
         defense=Defense((Clamp(sae, where[: a.stop].tolist(), Set(value), only_active=False),), draw.below(2)),
-        examples=examples(prompts, likeliest(target, n_answers + 1)),
+        examples=make_examples(prompts, likeliest(target, n_answers + 1)),
         budget=max(opened, float(smallest.max())) * draw.number(1.3, 1.6),
         expected=("RECOVERABLE",),
         specific=None,
@@ -321,7 +330,7 @@ def some_routes(
         name="some_routes",
         model=model,
         defense=Defense((Clamp(sae, where[: k + 1].tolist(), mode, only_active=True),), draw.below(2)),
-        examples=examples(prompts, likeliest(target, n_answers + 1)),
+        examples=make_examples(prompts, likeliest(target, n_answers + 1)),
         budget=longest * draw.number(1.3, 1.6),
         expected=("RECOVERABLE",),
         specific=True if float(open_too.double().mean()) >= 0.75 else None,
@@ -384,7 +393,7 @@ def undone_and_route(
         name="undone_and_route",
         model=model,
         defense=Defense((Clamp(sae, where[:k].tolist(), mode, only_active=True),), draw.below(2)),
-        examples=examples(prompts, likeliest(target, n_answers + 1)),
+        examples=make_examples(prompts, likeliest(target, n_answers + 1)),
         budget=longest * draw.number(1.3, 1.6),
         expected=("RECOVERABLE",),
         specific=True,
@@ -418,7 +427,7 @@ def weak_predicate(
     features = n_answers + n_context
     T = blocks(draw, d_model, [features, n_answers], spread=[0.4, 0.0])
     atoms, context = Atoms.of(T), range(n_answers, features)
-    target, other = answers(draw, n_prompts, n_answers)
+    target, other = draw_answers(draw, n_prompts, n_answers)
     prior = torch.zeros(n_answers, dtype=torch.float64)
     if variant == "prior":
         prior[draw.order(n_answers)] = torch.linspace(0, 1, n_answers, dtype=torch.float64)
@@ -438,7 +447,7 @@ def weak_predicate(
         name="weak_predicate",
         model=model,
         defense=Defense((Clamp(sae, where[:n_answers].tolist(), Set(value), only_active=False),), draw.below(2)),
-        examples=examples(prompts, LogitDifference(target, other)),
+        examples=make_examples(prompts, LogitDifference(target, other)),
         budget=max(-value / gamma, float(around.norm())) * draw.number(1.3, 2.0),
         expected=("RECOVERABLE",),
         specific=None,
@@ -495,5 +504,5 @@ def _sorts(
     if not 0 < first < n_prompts:
         raise InputError(f"share: {share} of {n_prompts} prompts is {first}, which leaves one sort empty")
     order = draw.order(n_prompts)
-    target = torch.cat([answers(draw, n, n_answers)[0] for n in (first, n_prompts - first)])
+    target = torch.cat([draw_answers(draw, n, n_answers)[0] for n in (first, n_prompts - first)])
     return target[order], (torch.arange(n_prompts) < first)[order]

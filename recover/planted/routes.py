@@ -34,7 +34,7 @@ from torch import nn
 from recover.defenses.clamps import Clamp, Defense, Mode, Scale, Set
 from recover.numerics.subspaces import NullSpace
 from recover.planted.network import Monotone, build_network
-from recover.planted.world import Atoms, Draw, Planted, answers, clamped, distance, examples, planted_sae
+from recover.planted.world import Atoms, Draw, Planted, clamped, distance, draw_answers, make_examples, planted_sae
 from recover.tasks.behaviors import LogitDifference
 from recover.types import Tensor
 
@@ -70,7 +70,7 @@ def complete_bottleneck(
     draw = Draw(seed)
     features = n_answers + n_context
     atoms = Atoms.draw(draw, features, d_model)
-    target, other = answers(draw, n_prompts, n_answers)
+    target, other = draw_answers(draw, n_prompts, n_answers)
     codes = _codes(draw, n_prompts, n_answers, n_context, features, target)
     mode, architecture = _clamp(draw)
     sae, where = planted_sae(draw, atoms.T, atoms.W, d_sae, architecture=architecture)
@@ -92,7 +92,7 @@ def complete_bottleneck(
         name="complete_bottleneck",
         model=model,
         defense=Defense((clamp,), skip_first=draw.below(2)),
-        examples=examples(prompts, LogitDifference(target, other)),
+        examples=make_examples(prompts, LogitDifference(target, other)),
         budget=10 ** draw.number(0.0, 3.0),
         expected=("NOT_RECOVERED_AT_BUDGET",),
         specific=None,
@@ -160,7 +160,7 @@ def _bypass(
     first_copy = n_answers + n_context
     n = first_copy + n_answers
     atoms = Atoms.draw(draw, n, d_model)
-    target, other = answers(draw, n_prompts, n_answers)
+    target, other = draw_answers(draw, n_prompts, n_answers)
     codes = _codes(draw, n_prompts, n_answers, n_context, n, target)
     mode, architecture = _clamp(draw)
     gamma = draw.number(0.5, 2.0)
@@ -193,7 +193,7 @@ def _bypass(
         name=name,
         model=model,
         defense=Defense((clamp,), skip_first=draw.below(2)),
-        examples=examples(prompts, LogitDifference(target, other)),
+        examples=make_examples(prompts, LogitDifference(target, other)),
         budget=float(smallest.max()) * draw.number(1.3, 2.0),
         expected=("RECOVERABLE",),
         specific=None,

@@ -23,7 +23,8 @@ from typing import Any
 
 import torch
 
-from recover.planted import KINDS, MIXTURES, Planted
+from recover.planted.kinds import KINDS, MIXTURES
+from recover.planted.world import Planted
 from recover.protocol.checking import check
 from recover.protocol.records import without_nan
 from recover.protocol.verdict import Verdict, certified_norm
@@ -150,7 +151,7 @@ def norm_error(world: Planted, said: Verdict) -> float | None:
     return float(torch.where(same, 0.0, (measured - known).abs() / known).nan_to_num(nan=torch.inf).max())
 
 
-def report(outcomes: Sequence[Outcome]) -> str:
+def selftest_report(outcomes: Sequence[Outcome]) -> str:
     """The confusion matrix, a line for each kind, and every miss with the verdict's own reasons."""
     counts = Counter((" or ".join(outcome.expected), outcome.given) for outcome in outcomes)
     rows, columns = (sorted({pair[i] for pair in counts}) for i in range(2))

@@ -179,12 +179,12 @@ def distance(
     return norms
 
 
-def examples(prompts: Prompts, behavior: Behavior) -> Examples:
+def make_examples(prompts: Prompts, behavior: Behavior) -> Examples:
     """The prompts as examples, numbered."""
     return Examples([f"{row:03d}" for row in range(len(prompts))], prompts, behavior)
 
 
-def answers(draw: Draw, batch: int, n_answers: int) -> tuple[Int[Tensor, "batch"], Int[Tensor, "batch"]]:
+def draw_answers(draw: Draw, batch: int, n_answers: int) -> tuple[Int[Tensor, "batch"], Int[Tensor, "batch"]]:
     """For each example its answer, and another one; every answer comes up as often as every other."""
     target = torch.arange(batch) % n_answers
     target = target[draw.order(batch)]

@@ -34,7 +34,7 @@ from recover.run.objects import Objects
 from recover.run.setting import Chosen, Setting, load_setting, threads
 from recover.types import InputError, Progress
 
-__all__ = ["FromConfig", "OtherRunError", "beside_published", "run", "run_check", "run_seeds"]
+__all__ = ["FromConfig", "OtherRunError", "beside_published", "run_check", "run_seeds", "run_source"]
 
 
 @dataclass(frozen=True)
@@ -98,10 +98,10 @@ def run_check(
         InputError: anything that the configuration names cannot be used, or the folder cannot.
         LostWorkerError: another worker has gone.
     """
-    return run(FromConfig(config, keep_text), out, progress, workers)
+    return run_source(FromConfig(config, keep_text), out, progress, workers)
 
 
-def run(source: Source, out: Path, progress: Progress | None = None, workers: Workers = ALONE) -> dict[str, Any]:
+def run_source(source: Source, out: Path, progress: Progress | None = None, workers: Workers = ALONE) -> dict[str, Any]:
     """Check what a source gives and leave the artifacts in `out`; arguments and errors as of `run_check`."""
     with workers.together():
         folder = RunFolder(out, holds=workers.leads)

@@ -32,7 +32,7 @@ import enum
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar, runtime_checkable
+from typing import Any, ClassVar, Generic, Protocol, TypeVar, runtime_checkable
 
 import torch
 from pydantic import NonNegativeInt, PositiveInt
@@ -134,13 +134,14 @@ class Point:
     drift: PerExample
 
 
+@runtime_checkable
 class Terrain(Protocol):
     """What an ascent climbs: an objective and what may be done to its examples."""
 
     def look(self, delta: Tensor) -> Point:
         """What there is to know at `delta`; a forward and at least one backward pass."""
 
-    def select(self, rows: Tensor) -> Self:
+    def select(self, rows: Tensor) -> Any:
         """The terrain of the examples `rows` alone."""
 
 
@@ -359,6 +360,7 @@ def find_perturbation(
 def scale_to(delta: Delta, length: float | PerExample) -> Delta:
     """`delta` with each example's norm set to `length`; zero stays zero.
 
+    >>> import torch
     >>> scale_to(torch.tensor([[[3.0, 4.0]], [[0.0, 0.0]]]), 10.0)
     tensor([[[6., 8.]],
     <BLANKLINE>

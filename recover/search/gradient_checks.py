@@ -1,4 +1,4 @@
-"""Is the gradient that a search follows the derivative of what it climbs? Asked of values alone, on a few examples.
+"""Check that the gradient a search follows is the derivative of what it climbs, by values alone, on a few examples.
 
 A gradient can be reversed, vanish, or lack a part (an SAE's error computed under `no_grad` loses all that flows through
 it), and a search that follows it finds less than there is and does not notice. So, example by example:
@@ -11,8 +11,8 @@ it), and a search that follows it finds less than there is and does not notice. 
    score and of the slack, `f`, from the same passes.
 4. *Agreement*. `C` misses the derivative by what the function bends, of order `h^2`, and by rounding. A value is known
    up to `eta = rounding (1 + |f|) + ADDED_UP ||G|| (||point|| + h)`, `rounding` for the sums that make a logit, the
-   second part for those that read the residual, `G` being the gradient of all directions, held ones too, which a
-   projection leaves a rounding of. So `C` is known up to `noise = eta / h`. With
+   second part for those that read the residual, `G` being the gradient of all directions, of inadmissible ones too, of
+   which a projection leaves a rounding. So `C` is known up to `noise = eta / h`. With
    `scale = max(|D|, |F|, |B|, ||g|| / sqrt(n))`, the last the slope of a random direction (`g` the admissible gradient,
    `n` the dimension of the admissible space), there is agreement at a step if
 
@@ -58,7 +58,7 @@ DIRECTIONS = 4
 STEPS = (0.1, 0.03, 0.003)
 TOLERANCE, HIDDEN = 0.05, 100.0
 LOGIT_ROUNDING = 64 * torch.finfo(torch.float32).eps
-"""Of a value, as a share of 1 plus its size, in float32."""
+"""Rounding of a value in float32, as a share of 1 plus its size."""
 
 Directions = Float[Tensor, "batch draws pos d_model"]
 PerValue = Float[Tensor, "value batch"]
@@ -67,7 +67,7 @@ PerDraw = Float[Tensor, "value batch draws"]
 
 @dataclass(frozen=True, eq=False)
 class Agreement:
-    """Gradients held against differences, the worst of all points, directions and values of each example.
+    """Gradients compared with differences: the worst of all points, directions and values of each example.
 
     Attributes:
         agrees: whether every directional derivative agrees, and nothing is hidden.
@@ -97,7 +97,7 @@ def finite_differences(
     *,
     rounding: float = LOGIT_ROUNDING,
 ) -> Agreement:
-    """Hold the gradients of score and slack against central differences, in admissible directions.
+    """Compare the gradients of score and slack with central differences, in admissible directions.
 
     Args:
         objective: score and slack of a delta.
@@ -122,7 +122,7 @@ def error_channel(
     reach: float | None = None,
     rounding: float = LOGIT_ROUNDING,
 ) -> Agreement:
-    """The same in directions that lie in the SAE's error: does the gradient that flows through it arrive?
+    """Compare gradients with differences in directions of the SAE's error: does the gradient through it arrive?
 
     A direction `v` has the part `J v` that the SAE's reconstruction follows, `J = dD(E(h))/dh` at the defended state,
     and the part `e = v - J v` that it leaves to the error (see `decompose`). Each direction is replaced by its `e`,
@@ -166,7 +166,7 @@ def _compare(
     """Steps 1 to 6, with every direction passed through `channel`."""
     far = torch.as_tensor(reach, dtype=like.dtype, device=like.device).expand(like.shape[0])
     if not bool((torch.isfinite(far) & (far > 0)).all()):
-        raise InputError(f"reach: {reach} is no norm; give a finite number above 0, as a rule the budget")
+        raise InputError(f"reach must be finite and positive, got {reach}; give a norm, as a rule the budget")
     generator = torch.Generator().manual_seed(seed)
     draws = torch.randn(DIRECTIONS + 1, *like.shape[1:], generator=generator).to(like)
     # Projected as a whole batch, as each example may have its own constraint.
@@ -321,5 +321,5 @@ def _values(objective: Objective, deltas: Directions) -> PerDraw:
 
 
 def _none_if(rounding: Bool[Tensor, "batch"], delta: Delta) -> Delta:
-    """Zero where `delta` is no more than rounding."""
+    """`delta`, and zero where it is no more than rounding."""
     return delta.masked_fill(by_example(rounding), 0.0)

@@ -61,7 +61,7 @@ def smallest_perturbation(
     *,
     rounds: int = 20,
 ) -> Minimum:
-    """For each example the smallest norm of an admissible delta with positive slack.
+    """Find for each example the smallest norm of an admissible delta with positive slack.
 
     Args:
         objective: score and slack of a delta.

@@ -1,6 +1,6 @@
-"""Search for a pinned delta within a budget, and for a short one: what of it counts is the whole, corrections included.
+"""Search for a pinned delta within a budget, and for a short one; its norm is that of the whole, corrections included.
 
-*Within a budget* (`recover_pinned`): search among the free parts with the budget as their bound. Where a find's whole
+*Within a budget* (`find_pinned`): search among the free parts with the budget as their bound. Where a find's whole
 delta is longer than that, it is shortened to fit; where it then no longer reaches the goal, the search goes on from
 there with a smaller bound for the free parts.
 
@@ -55,7 +55,7 @@ class PinnedSolution:
 
     @property
     def norm(self) -> PerExample:
-        """Of the whole delta."""
+        """The norm of the whole delta."""
         return norm(self.delta)
 
     @property
@@ -105,7 +105,7 @@ def find_pinned(
 
 
 def shorten(pinned: Pinned, free: Residual, goal: float | None = None, steps: int = 40) -> Residual:
-    """Free parts of a shorter whole delta that still reaches the goal; where `free` does not reach it, `free`.
+    """Find free parts of a shorter whole delta that still reaches the goal; where `free` does not reach it, `free`.
 
     Args:
         pinned: the objective.

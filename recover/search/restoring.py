@@ -30,7 +30,7 @@ from recover.types import Bool, Delta, InputError, Int, PerExample, Rows, Tensor
 __all__ = ["Restoration", "RestoredSolution", "search_restoring"]
 
 HALVINGS = 6
-"""Of a random start that cannot be restored."""
+"""How often a random start that cannot be restored is halved."""
 
 
 @runtime_checkable
@@ -99,7 +99,7 @@ def search_restoring(
     schedule: Schedule,
     on_step: Callable[[int, int], None] | None = None,
 ) -> RestoredSolution:
-    """The best that is met from any start: those given, and as many random ones as the schedule says.
+    """Search from the given starts, and from as many random ones as the schedule says.
 
     Args:
         restoration: what must stay.

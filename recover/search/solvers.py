@@ -6,9 +6,9 @@ AutoAttack does (Croce and Hein 2020):
 1. *Solve*. Each of these runs on every example, whatever the others found:
 
    ===============  ===========================================================================================
-   `ascent`         `recover`: steepest ascent with Newton lengths, within the budget
+   `ascent`         `find_perturbation`: steepest ascent with Newton lengths, within the budget
    `adam`           projected Adam within the budget: it has momentum, and a step of its own for each coordinate
-   `smallest_norm`  `minimum.smallest_norm`: without a budget, to the edge of the goal, toward the edge's normal
+   `smallest_norm`  `smallest_perturbation`: without a budget, to the edge of the goal, toward the edge's normal
    `random`         random admissible draws at the budget's norm; from the best a walk closer; no gradients
    ===============  ===========================================================================================
 
@@ -60,7 +60,7 @@ class Found:
 
 
 Solver = Callable[[Objective, Delta, Feasible, float, Schedule], Found]
-"""Of an objective, a start, the admissible deltas, a budget and a schedule."""
+"""A function of an objective, a start, the admissible deltas, a budget and a schedule."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +102,7 @@ def by_ascent(objective: Objective, start: Delta, feasible: Feasible, budget: fl
 
 
 def by_adam(objective: Objective, start: Delta, feasible: Feasible, budget: float, schedule: Schedule) -> Found:
-    """Projected Adam within the budget, with the restarts of `recover`."""
+    """Projected Adam within the budget, with the restarts of `find_perturbation`."""
     within = find_perturbation(objective, start, feasible, budget, schedule, rule=ProjectedAdam)
     return Found(*_pulled(objective, within.delta), within)
 
@@ -164,7 +164,7 @@ def worst_case(
     solvers: Mapping[str, Solver] = SOLVERS,
     on_solver: Callable[[str, int], None] | None = None,
 ) -> WorstCase:
-    """For each example the best that any solver finds.
+    """Find for each example the best that any solver finds.
 
     Args:
         objective: score and slack of a delta.
@@ -187,7 +187,7 @@ def worst_case(
             slacks = torch.stack([one.within.slack for one in found.values()])
             on_solver(name, int((slacks < schedule.goal).all(dim=0).sum()))
 
-    # Whether gradients are to be believed is judged of what they found, and draws are held against that.
+    # Whether gradients are to be believed is judged by what they found, and draws are compared with that.
     climbed = [one.within for one in found.values() if one.share is None]
     drawn = [one.within for one in found.values() if one.share is not None]
     first_to = partial(_better, goal=schedule.goal)
@@ -248,7 +248,7 @@ def _near(
 
 
 def _shorter(found: Found, rows: Rows, delta: Delta, size: PerExample) -> Found:
-    """`found`, with those of these rows that are shorter."""
+    """`found`, with `delta` in place of the rows where it is shorter."""
     kept = _where(size < found.norm[rows], delta, found.delta[rows])
     least = torch.minimum(size, found.norm[rows])
     return replace(found, delta=found.delta.index_copy(0, rows, kept), norm=found.norm.index_copy(0, rows, least))
@@ -287,7 +287,7 @@ def _slack(objective: Objective, delta: Delta) -> PerExample:
 
 
 def _told(slack: Tensor) -> Tensor:
-    """What is not finite is worth nothing."""
+    """The slack, with minus infinity where it is not finite."""
     return slack.where(torch.isfinite(slack), -torch.inf)
 
 

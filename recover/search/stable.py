@@ -1,4 +1,4 @@
-"""C2 and C3 as they are, and not by way of C1: the largest score at which features, or what they write, stay.
+"""Search under C2 or C3 themselves, and not by way of C1: clamped features, or what they write, stay.
 
 C1 forbids every move along what the clamped features read. C2 forbids less: that features change. Of each clamped
 feature, position and site it says, with *awake* for what is not zero in the defended state,

@@ -32,7 +32,7 @@ from recover.tasks.ioi import token_id
 from recover.tasks.questions import LETTERS, Question, load
 from recover.types import Bool, InputError, Int, Progress, Site, Tensor
 
-__all__ = ["OBJECTIVES", "ORDERS", "behavior", "examples", "kept", "prompt", "right"]
+__all__ = ["OBJECTIVES", "ORDERS", "behavior", "kept", "make_examples", "prompt", "right"]
 
 Order = tuple[int, ...]
 Objective = Literal["choice_margin", "choice_cross_entropy", "vocabulary_margin"]
@@ -149,7 +149,7 @@ def draw(questions: Sequence[Question], n: int | None, seed: int) -> list[Questi
     return list(questions) if n is None else random.Random(seed).sample(questions, len(questions))[:n]
 
 
-def examples(
+def make_examples(
     model: Model,
     *,
     n: int | None = None,

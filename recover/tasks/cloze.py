@@ -33,7 +33,7 @@ from recover.tasks.ioi import token_id
 from recover.tasks.prose import RELATIONS
 from recover.types import InputError, Int, Progress, Site, Tensor
 
-__all__ = ["Asked", "Fact", "examples", "known", "load_file", "right", "shipped"]
+__all__ = ["Asked", "Fact", "known", "load_file", "make_examples", "right", "shipped"]
 
 BATCH = 64
 
@@ -71,7 +71,7 @@ class Asked:
         return Asked([self.facts[row] for row in rows], self.target[index], self.others[index])
 
 
-def examples(
+def make_examples(
     model: Model,
     *,
     forget: str = "geography",

@@ -30,7 +30,7 @@ from recover.tasks.files import numbered, read_text
 from recover.tasks.prose import ORDINARY, UNSERVABLE
 from recover.types import InputError
 
-__all__ = ["draw", "examples", "load", "load_file", "shipped"]
+__all__ = ["draw", "load", "load_file", "make_examples", "shipped"]
 
 Shipped = Literal["ordinary", "unservable"]
 
@@ -38,7 +38,7 @@ COLUMNS = "goal,target (as AdvBench) or Behavior,...,ContextString,BehaviorID (a
 ID_LENGTH = 200
 
 
-def examples(
+def make_examples(
     model: Model,
     *,
     n: int | None = None,

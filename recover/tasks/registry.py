@@ -43,11 +43,11 @@ class Task(Protocol):
 
 
 TASKS: Mapping[str, Task] = {
-    "ioi": ioi.examples,
-    "choice": choice.examples,
-    "cloze": cloze.examples,
-    "probe": probe.examples,
-    "refusal": refusal.examples,
+    "ioi": ioi.make_examples,
+    "choice": choice.make_examples,
+    "cloze": cloze.make_examples,
+    "probe": probe.make_examples,
+    "refusal": refusal.make_examples,
 }
 OWN = "python:"
 HANDED = ("model", "progress")

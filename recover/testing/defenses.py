@@ -42,7 +42,7 @@ from recover.protocol.runtime import Runtime
 from recover.run.config import Config, load_config
 from recover.run.objects import Objects
 from recover.run.progress import shown
-from recover.run.runner import OtherRunError, run, run_check
+from recover.run.runner import OtherRunError, run_check, run_source
 from recover.saes.names import shipped_saes
 from recover.tasks.examples import Examples
 from recover.testing.assertions import (
@@ -152,7 +152,7 @@ class Defenses:
             seeded = replace(plan, seed=plan.seed + seed)
             objects = Objects(model, defense, examples, budget, seeded, runtime or Runtime())
             folder = self.folder / objects.name
-            found.append((self._once(name, folder, partial(run, objects, folder)), folder))
+            found.append((self._once(name, folder, partial(run_source, objects, folder)), folder))
         return self._remembered(name, found)
 
     def _once(self, name: str, folder: Path, run: Run) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Which deltas leave every clamped feature of a defense as it is: at one site exactly, at several to first order.
+"""The deltas that leave every clamped feature of a defense as it is: at one site exactly, at several to first order.
 
 A delta enters at the first clamped site. Over one site the admissible deltas are the null space of the clamped encoder
 columns (C1). A later site sees what the blocks between make of a delta, so that over several sites a delta must keep
@@ -119,7 +119,7 @@ class JacobianOrthogonal(Constraint):
 
         Args:
             first: C1, or C1+.
-            rows: the Jacobian. A row that is not finite is not held; a search meets the same gradient, and says so.
+            rows: the Jacobian. A row that is not finite is left out; a search meets the same gradient, and says so.
             read: norm of the encoder column that each row is of.
         """
         wide = torch.where(rows.isfinite().all(dim=(2, 3), keepdim=True), rows.double(), 0.0)

@@ -64,12 +64,18 @@ class Constraint(ABC):
 
     @abstractmethod
     def select(self, rows: Rows) -> Constraint:
-        """The same for the examples `rows`; itself where it is the same for all."""
+        """The constraint of the examples `rows`; itself where all examples share one."""
 
 
 @dataclass(frozen=True, eq=False)
 class EncoderOrthogonal(Constraint):
-    """C1: `A^T delta = 0` at every position, for directions `A` that must not be touched."""
+    """C1: `A^T delta = 0` at every position, for directions `A` that must not be touched.
+
+    >>> import torch
+    >>> from recover.search import EncoderOrthogonal
+    >>> EncoderOrthogonal(torch.tensor([[1.0], [0.0]])).project(torch.tensor([[[3.0, 4.0]]]))
+    tensor([[[0., 4.]]])
+    """
 
     directions: Float[Tensor, "d_model k"]
     stage: ClassVar[int] = 0
@@ -160,6 +166,11 @@ class DecodeStable(Constraint):
 class Budget(Constraint):
     """C4: `||delta||_F <= eps` for each example, over all its positions.
 
+    >>> import torch
+    >>> from recover.search import Budget
+    >>> Budget(1.0).violation(torch.tensor([[[3.0, 4.0]]]))
+    tensor([4.])
+
     Raises:
         InputError: `eps` is not a finite number above 0.
     """
@@ -169,7 +180,7 @@ class Budget(Constraint):
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.eps) and self.eps > 0):
-            raise InputError(f"budget: {self.eps} is no norm; give a finite number above 0")
+            raise InputError(f"budget must be finite and positive, got {self.eps}")
 
     def project(self, delta: Residual) -> Residual:
         """`delta`, scaled down to the budget where it is longer."""

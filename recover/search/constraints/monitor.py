@@ -1,4 +1,4 @@
-"""What clamped features of every site do when a delta enters at the first: watched, differentiated, never tabulated.
+"""Watch what the clamped features of every site do when a delta enters at the first, and differentiate it.
 
 `Phi(delta)` stacks the pre-activations of the clamped features of all sites, at the positions that a delta touches,
 read *after* the clamp of each site: drift is measured there (reference: Definitions). Not every row must be kept:
@@ -51,7 +51,7 @@ the third, so that what was brought back is not run into again."""
 DENSE_ROWS, DENSE_NUMBERS = 256, 2**25
 """Rows, and numbers in the Jacobian of a batch, up to which it is stored."""
 STEPS = 200
-"""Of conjugate gradients at most."""
+"""Steps of conjugate gradients at most."""
 TOLERANCE = 1e-5
 """Share of the largest singular value up to which what back-propagation gives is rounding."""
 
@@ -269,7 +269,7 @@ class RowSpace(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class DenseRows:
-    """By the singular values of a stored Jacobian.
+    """The row space by the singular values of a stored Jacobian.
 
     Attributes:
         jacobian: where it is from.
@@ -306,7 +306,7 @@ class DenseRows:
 
 @dataclass(frozen=True, eq=False)
 class IteratedRows:
-    """By conjugate gradients. Where they are cut short, drift tells: a search believes what it measures."""
+    """The row space by conjugate gradients; where they are cut short, the measured drift shows it."""
 
     jacobian: Jacobian
     tolerance: float
@@ -329,7 +329,7 @@ class IteratedRows:
 
 
 def jacobian_row_space(jacobian: Jacobian, *, dense: bool | None = None, tolerance: float = TOLERANCE) -> RowSpace:
-    """The row space of a Jacobian.
+    """The row space of a Jacobian, stored where it is small and iterated where it is large.
 
     Args:
         jacobian: at one delta.

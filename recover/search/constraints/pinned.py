@@ -36,7 +36,7 @@ from recover.types import Delta, Float, InputError, PerExample, Residual, Rows, 
 __all__ = ["FreeParts", "Pin", "Pinned"]
 
 HALVINGS = 30
-"""Of the share by which a delta is shortened until it is within the budget."""
+"""Bisections of the share by which a delta is shortened until it is within the budget."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +77,7 @@ class Pin:
         return einsum(missing, self.answer, "batch pos k, k d_model -> batch pos d_model").to(state.dtype)
 
     def select(self, rows: Rows) -> Pin:
-        """The same for the examples `rows`."""
+        """The pin of the examples `rows` alone."""
         return Pin(self.clamps, self.reference[rows])
 
 
@@ -152,7 +152,7 @@ class Pinned:
         return self.defended.zero_delta
 
     def asking(self, behavior: Behavior) -> Pinned:
-        """The same examples, asked for another behavior."""
+        """These examples with another behavior as the goal."""
         return Pinned(self.defended.asking(behavior), self.pins)
 
     def select(self, rows: Rows) -> Pinned:

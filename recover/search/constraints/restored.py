@@ -1,4 +1,4 @@
-"""Jacobian search: a delta at the first of several clamped sites, under which the features of all of them stay.
+"""Restored search: a delta at the first of several clamped sites, under which the features of all of them stay.
 
 Later sites see what the blocks between make of a delta. To first order they stay if it keeps out of the row space of a
 Jacobian (`recover.search.constraints.monitor`); what curvature adds is taken back by Gauss-Newton. The climb is that of
@@ -33,16 +33,16 @@ DRIFT = 1e-3
 CORRECTIONS = 8
 """Gauss-Newton steps of one restoration at most."""
 ROUNDS = 3
-"""Of restoring and clipping."""
+"""Rounds of restoring and clipping."""
 LOOSE_DRIFT, LINEAR_ROUNDS, CLEAR = 1e-2, 3, 1.0
-"""Of a search with one Jacobian: relative drift that is allowed, rounds, and the slack that is left for restoring."""
+"""In a search with one Jacobian: relative drift that is allowed, rounds, and the slack that is left for restoring."""
 TURNS = 4
 """Rounds of keeping what a direction would wake."""
 
 
 @dataclass(frozen=True, eq=False)
 class Restored:
-    """The nearest found with the clamped features back in place.
+    """The nearest delta found with the clamped features back in place.
 
     Attributes:
         drift: relative, of `delta`.

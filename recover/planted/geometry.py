@@ -30,7 +30,7 @@ from recover.defenses.clamps import Clamp, Defense, Set
 from recover.numerics.subspaces import NullSpace
 from recover.planted.meaning import WithNone
 from recover.planted.network import Monotone, build_network
-from recover.planted.world import DEAD, SITE, THRESHOLD, Atoms, Draw, Planted, answers, distance, examples
+from recover.planted.world import DEAD, SITE, THRESHOLD, Atoms, Draw, Planted, distance, draw_answers, make_examples
 from recover.saes.activations import JumpReLU
 from recover.saes.sae import SAE
 from recover.tasks.behaviors import LogitDifference
@@ -86,7 +86,7 @@ def degenerate_geometry(
         gamma = draw.number(0.5, 2.0) * (draw.below(3) > 0)
         f: nn.Module = WithNone(0.0)
     else:
-        target, other = answers(draw, n_prompts, n_answers)
+        target, other = draw_answers(draw, n_prompts, n_answers)
         gamma = draw.number(0.5, 2.0)
         f = Monotone(Monotone.NAMES[draw.below(len(Monotone.NAMES))])
     rows = torch.arange(n_prompts)
@@ -121,7 +121,7 @@ def degenerate_geometry(
         name="degenerate_geometry",
         model=model,
         defense=Defense((clamp,)),
-        examples=examples(prompts, LogitDifference(target, other)),
+        examples=make_examples(prompts, LogitDifference(target, other)),
         budget=(float(smallest.max()) if reachable else 10.0) * draw.number(1.3, 2.0),
         expected=("RECOVERABLE" if reachable else "NOT_RECOVERED_AT_BUDGET",),
         specific=None,
