@@ -53,6 +53,7 @@ from recover.planted.world import (
     blocks,
     clamped,
     context_codes,
+    draw_answers,
     make_examples,
     planted_sae,
 )
