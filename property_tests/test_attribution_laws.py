@@ -77,7 +77,7 @@ def _free(sae: SAE, held: Tensor) -> Tensor:
 @guards(split, "* sae.W_dec.norm(dim=1)", "/ sae.W_dec.norm(dim=1)")
 @guards(split, "size = size.where(free, -1.0)", "size = size + 0")
 @given(scenes(architectures=POINTWISE, clamps=2, kinds=("normal", "huge")), st.integers(1, 4))
-def test_the_largest_features_hold_none_that_is_clamped_and_no_larger_one_is_left(scene: Scene, top_k: int) -> None:
+def test_the_largest_features_include_no_clamped_one_and_leave_no_larger_one(scene: Scene, top_k: int) -> None:
     """Of an orthonormal count: a part with one feature more is the part with one less and that feature's."""
     fewer, more = (parts(scene, k, None) for k in (top_k, top_k + 1))
     sae = scene.defense.clamps[0].sae
@@ -96,10 +96,10 @@ def test_the_largest_features_hold_none_that_is_clamped_and_no_larger_one_is_lef
 @guards(attribute, "first_order(along, part), *replay, *knockout", "first_order(along, part), *knockout, *replay")
 @costly(4)
 @given(st.integers(0, 10**6), st.integers(1, 3), st.integers(6, 16), st.integers(1, 30), SEEDS)
-def test_where_all_is_linear_the_effect_of_each_part_is_what_its_replay_does(
+def test_in_a_linear_model_the_effect_of_each_part_is_what_its_replay_does(
     seed: int, n_sites: int, width: int, top_k: int, noise: int
 ) -> None:
-    """To first order and integrated; the parts' effects add up to the delta's, and the gap is rounding (1 %)."""
+    """To first order and integrated; the effects of the parts add up to that of the delta, up to rounding (1 %)."""
     world = pinned_layers(seed, n_sites=n_sites, d_model=width, k=2, d_sae=width + 5, n_prompts=3)
     defended = defend(world.model, world.defense, world.prompts, world.behavior, surface=Surface("every"))
     delta = randn(*defended.zero_delta.shape, seed=noise)
@@ -123,7 +123,7 @@ def test_where_all_is_linear_the_effect_of_each_part_is_what_its_replay_does(
 @costly(4)
 @given(st.integers(0, 10**6), st.integers(1, 3), st.integers(1, 30), SEEDS)
 def test_first_order_effects_add_up(seed: int, n_sites: int, top_k: int, noise: int) -> None:
-    """Whatever the gradient: to that of the whole delta."""
+    """For any gradient, the effects of the parts add up to the effect of the whole delta."""
     world = pinned_layers(seed, n_sites=n_sites, d_model=8, k=2, d_sae=14, n_prompts=2)
     defended = defend(world.model, world.defense, world.prompts, world.behavior, surface=Surface("every"))
     delta = randn(*defended.zero_delta.shape, seed=noise)
@@ -140,7 +140,9 @@ def test_first_order_effects_add_up(seed: int, n_sites: int, top_k: int, noise: 
 )
 @costly(4)
 @given(st.integers(0, 10**6), st.integers(1, 2), SEEDS)
-def test_a_part_of_a_delta_before_the_clamp_is_of_what_it_changes_after_it(seed: int, k: int, noise: int) -> None:
+def test_the_parts_of_a_delta_before_the_clamp_are_those_of_its_change_after_the_clamp(
+    seed: int, k: int, noise: int
+) -> None:
     """Replayed in full it gives the same logits, and its parts add up to that change."""
     world = pinned_layers(seed, n_sites=1, d_model=8, k=k + 1, d_sae=14, n_prompts=2)
     defended = defend(

@@ -137,7 +137,7 @@ def replace_case(scene: Scene, **changes: object) -> Scene:
 @guards(Set.__call__, "return torch.zeros_like(z) + _like(self.value, z)", "return z + _like(self.value, z)")
 @given(scenes(modes=("set", "floor")), st.lists(st.floats(-10, 10, width=32), min_size=1, max_size=6))
 def test_setting_and_flooring_twice_is_setting_and_flooring_once(scene: Scene, values: list[float]) -> None:
-    """Of features. Scaling twice scales by the square, and is left out."""
+    """This is about features. Scaling is left out: twice scales by the square."""
     z = torch.tensor([values] * len(scene.clamps[0].features)).T
     once = scene.clamp.features_after(z)
     assert torch.equal(scene.clamp.features_after(once), once)
@@ -152,7 +152,7 @@ def test_setting_and_flooring_twice_is_setting_and_flooring_once(scene: Scene, v
 def test_setting_active_features_of_an_orthonormal_dictionary_twice_is_setting_them_once(
     x: ResidualCase, seed: int, d_model: int, value: float, threshold: float | None
 ) -> None:
-    """Of residuals: encoder and decoder are one rotation, so what is written is what is read next.
+    """This is about residuals: encoder and decoder are one rotation, so what is written is what is read next.
 
     In general it is not, as other biases and overlapping features answer to what was written.
     """
@@ -223,7 +223,7 @@ def test_features_may_be_named_in_any_order_and_split_over_clamps(scene: Scene, 
 
 @guards(Clamp.displacement, "z = self.read(x)\n        change", "z = self.read(x - x.mean(dim=(0, 1)))\n        change")
 @given(scenes(positions=("all",)))
-def test_a_batch_is_its_examples_and_its_positions_one_by_one(scene: Scene) -> None:
+def test_a_batch_gives_what_its_examples_and_positions_give_one_by_one(scene: Scene) -> None:
     x, mask = scene.residual(), scene.x.mask()
     assume(settled(scene.sae.sae(), x, scene.clamp.indices).all())
     together, bound = scene.clamp.apply(x, mask), 2 * writing_error(scene, x)

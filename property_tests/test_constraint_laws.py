@@ -69,7 +69,7 @@ def move_error(clamp: Clamp, h: Tensor, delta: Tensor) -> Tensor:
 
 
 def drift_error(clamp: Clamp, h: Tensor, delta: Tensor) -> Tensor:
-    """The same for the activations of features that stay on their side of the threshold."""
+    """Bound on how far rounding moves the activations of features that stay on their side of the threshold."""
     pre = h.double().abs() @ clamp.encoder.double().abs() + delta.double().abs() @ clamp.encoder.double().abs()
     pre = pre + clamp.sae.b_enc[clamp.indices].double().abs()
     evaluated = 2 * activation_error(clamp.sae, pre, clamp.indices)

@@ -132,7 +132,7 @@ def same(actual: Tensor, expected: Tensor) -> None:
 )
 @costly()
 @given(engines())
-def test_a_batch_of_prompts_is_its_prompts_one_by_one(case: EngineCase) -> None:
+def test_a_batch_of_prompts_gives_what_its_prompts_give_one_by_one(case: EngineCase) -> None:
     """Residuals of real tokens and logits; padding is what differs."""
     with torch.no_grad():
         together = case.model.run(case.prompts, read=[case.site], edits=case.edit(case.delta()))
@@ -151,7 +151,7 @@ def test_a_batch_of_prompts_is_its_prompts_one_by_one(case: EngineCase) -> None:
 @costly()
 @given(engines(), st.integers(1, 6))
 def test_more_padding_does_not_matter(case: EngineCase, more: int) -> None:
-    """Whatever tokens it holds."""
+    """Padding may hold any tokens."""
     ids, mask = case.prompts.ids, case.prompts.mask
     noise = torch.randint(0, VOCAB, (len(ids), more), generator=torch.Generator().manual_seed(case.seed))
     wide = Prompts(torch.cat([noise, ids], dim=1), torch.cat([torch.zeros_like(noise).bool(), mask], dim=1))
@@ -269,7 +269,7 @@ def defended_cases(draw: st.DrawFn, family: str, architectures: tuple[str, ...])
 )
 @costly()
 @given(defended_cases("llama", POINTWISE))
-def test_under_c1_and_pointwise_features_a_delta_before_or_after_the_clamp_is_one(case: DefendedCase) -> None:
+def test_under_c1_with_pointwise_features_a_delta_acts_alike_before_and_after_the_clamp(case: DefendedCase) -> None:
     case = replace(case, orthogonal=True)
     defense, engine = case.defense(torch.float64), case.engine
     with torch.no_grad():
@@ -325,7 +325,7 @@ def test_the_defended_state_is_the_clamped_model_and_no_delta_leaves_it(case: De
 
 
 def certificate_of(case: DefendedCase, rows: Tensor) -> Certificate:
-    """Of the plain module in float32."""
+    """Certify the examples `rows` with the plain module, in float32."""
     model, engine = Model(plain_lm(case.engine.model_seed)), case.engine
     return certify(
         model,
@@ -338,7 +338,7 @@ def certificate_of(case: DefendedCase, rows: Tensor) -> Certificate:
 
 
 ANY = settings(max_examples=300, database=None, derandomize=True, phases=[Phase.generate])
-"""Of a search for a counterexample: the first will do."""
+"""Settings of a search for a counterexample: the first one is enough."""
 
 CONTINUOUS = ("standard",)
 """Where no threshold jumps, so that rounding cannot tell a figure apart by more than rounding."""
@@ -351,8 +351,10 @@ CONTINUOUS = ("standard",)
 )
 @costly()
 @given(defended_cases("plain", CONTINUOUS), SEEDS)
-def test_a_certificate_does_not_depend_on_the_order_or_the_company_of_examples(case: DefendedCase, seed: int) -> None:
-    """Every one of its figures."""
+def test_a_certificate_does_not_depend_on_the_order_of_examples_or_the_rest_of_the_batch(
+    case: DefendedCase, seed: int
+) -> None:
+    """Each figure of an example is the same alone, in another order and in another batch."""
     case = replace(case, clamp=replace(case.clamp, only_active=False))
     n = len(case.engine.lengths)
     together = certificate_of(case, torch.arange(n))

@@ -60,7 +60,7 @@ RELATIVE = (metrics.relative_drift, metrics.clamp_floor_violation, metrics.relat
     "return torch.where(part == 0, 0.0, part / (whole + 1e-3))",
 )
 @given(features, factors)
-def test_relative_measures_do_not_know_the_unit(case: FeaturesCase, factor: float) -> None:
+def test_relative_measures_do_not_depend_on_the_unit(case: FeaturesCase, factor: float) -> None:
     """To the bit, for powers of 2: they are ratios of norms."""
     a, b = case.pair
     for measure in RELATIVE:
@@ -93,7 +93,7 @@ def test_absolute_measures_scale_with_their_unit(case: FeaturesCase, factor: flo
     "torch.linalg.vector_norm(flat, ord=1, dim=1, dtype=torch.float64)",
 )
 @given(features, st.just(0.0) | st.floats(2**-10, 100) | st.floats(-100, -(2**-10)))
-def test_a_norm_is_one(case: FeaturesCase, factor: float) -> None:
+def test_norm_satisfies_the_axioms_of_a_norm(case: FeaturesCase, factor: float) -> None:
     """Zero for zero alone, homogeneous, and no longer than by a detour; positions add as squares."""
     a, b = case.pair
     length = metrics.norm(a)
@@ -132,7 +132,7 @@ def test_drift_is_symmetric_and_sinking_is_a_part_of_it(case: FeaturesCase) -> N
 
 @guards(metrics.activation_drift, "return norm(z_rec - z_def)\n", "return norm(z_rec - z_def.flip(0))\n")
 @given(features, SEEDS)
-def test_every_measure_of_a_recovery_is_of_its_example_alone(case: FeaturesCase, seed: int) -> None:
+def test_every_measure_of_a_recovery_depends_on_its_example_alone(case: FeaturesCase, seed: int) -> None:
     """In any order of the batch, and of positions and features within an example, up to the order of a sum."""
     a, b = case.pair
     generator = torch.Generator().manual_seed(seed)
@@ -183,7 +183,7 @@ def test_a_rate_is_of_valid_flips_alone(rows: list[tuple[bool, bool, bool]], ran
     "tokens.square()",
 )
 @given(features, SEEDS, factors, st.floats(-10, 10))
-def test_explained_variance_knows_no_unit_no_origin_and_no_order(
+def test_explained_variance_does_not_depend_on_unit_origin_or_order(
     case: FeaturesCase, seed: int, factor: float, shift: float
 ) -> None:
     """At most 1, which only a perfect reconstruction reaches; 0 for the mean."""
@@ -211,7 +211,9 @@ def test_explained_variance_knows_no_unit_no_origin_and_no_order(
     metrics.loss_recovered, "return (ce_mean - ce_sae) / (ce_mean - ce_clean)", "return (ce_mean - ce_sae) / ce_mean"
 )
 @given(st.floats(0, 10), st.floats(0.1, 10), st.floats(-1, 12), st.floats(0.1, 5), st.floats(-5, 5))
-def test_loss_recovered_knows_no_unit_and_no_origin(clean: float, gap: float, sae: float, a: float, b: float) -> None:
+def test_loss_recovered_does_not_depend_on_unit_or_origin(
+    clean: float, gap: float, sae: float, a: float, b: float
+) -> None:
     """1 where the SAE costs nothing, 0 where it is as bad as the mean, and linear between."""
     mean = clean + gap
     share = metrics.loss_recovered(clean, sae, mean)

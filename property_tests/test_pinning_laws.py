@@ -95,7 +95,7 @@ def test_no_pinned_delta_moves_a_clamped_pre_activation_of_any_layer(case: Layer
     assert bool((facts.constraint_residual <= 1e-5).all())
 
 
-@guards(shorten, "_each(stride) * outward", "_each(stride) * leaf.detach()")
+@guards(shorten, "by_example(stride) * outward", "by_example(stride) * leaf.detach()")
 @costly()
 @given(st.integers(0, 10**6), st.integers(1, 3), st.integers(8, 24), st.data())
 def test_the_shortest_pinned_delta_is_the_closed_form(seed: int, n_sites: int, width: int, data: st.DataObject) -> None:

@@ -320,7 +320,7 @@ def test_where_only_writing_is_left_a_shared_delta_gives_all_prompts_one_answer(
 )
 @costly(15)
 @given(planted(("undone_clamp",)), st.sampled_from([1.0, 10.0]))
-def test_an_undone_clamp_cannot_be_undone_at_right_angles_to_what_was_written(case: PlantedCase, times: float) -> None:
+def test_an_undone_clamp_cannot_be_undone_orthogonally_to_what_it_writes(case: PlantedCase, times: float) -> None:
     """Under C1+ no search at any multiple of the budget recovers."""
     world, defended = case.world, case.defended
     strict = admissible(defended, write_orthogonal=True)
@@ -328,7 +328,7 @@ def test_an_undone_clamp_cannot_be_undone_at_right_angles_to_what_was_written(ca
     assert find_perturbation(defended, defended.zero_delta, case.feasible, world.budget).recovered.any()
 
 
-@guards("recover.search.ascent._ascend", "delta = clip(here + scale_to(slope,", "delta = clip(here + scale_to(-slope,")
+@guards("recover.search.ascent.Steepest._uphill", "scale_to(self.slope,", "scale_to(-self.slope,")
 @costly(8)
 @given(planted(ALL, n_answers=(6, 6), n_prompts=(24, 32)))
 def test_the_checker_misses_no_planted_world(case: PlantedCase) -> None:
@@ -347,8 +347,8 @@ def test_the_checker_misses_no_planted_world(case: PlantedCase) -> None:
 )
 @costly(8)
 @given(planted(ALL, n_answers=(2, 8), n_prompts=(2, 20)))
-def test_the_checker_says_nothing_false_of_a_planted_world(case: PlantedCase) -> None:
-    """Of any size: the verdict and the norm are right, and "unknown" may be said of what is specific, but no lie."""
+def test_the_checker_says_nothing_false_about_a_planted_world(case: PlantedCase) -> None:
+    """Worlds of any size: the verdict and the norm are right, and `specific` is right or unknown."""
     world = case.world
     said = check(world.model, world.defense, world.examples, world.budget)
     assert said.verdict in world.expected

@@ -1,4 +1,4 @@
-"""Laws of what is written down: records, configurations, fingerprints, places, and the verdict that records bear."""
+"""Laws of what is stored: records, configurations, fingerprints, sites, and the verdict that records support."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ records = st.builds(
     "values = json.loads(line, parse_float=lambda text: round(float(text), 6))\n",
 )
 @given(records)
-def test_a_record_survives_its_line(record: ExampleRecord) -> None:
+def test_a_record_is_read_back_as_it_was_written(record: ExampleRecord) -> None:
     """To the last digit, whatever the text holds; and it is one line of strict JSON."""
     line = record.to_json()
     assert "\n" not in line
@@ -94,8 +94,8 @@ def test_a_record_survives_its_line(record: ExampleRecord) -> None:
 
 @guards("recover.protocol.records.Number", "math.nan if value is None else value", "0.0 if value is None else value")
 @given(records, st.sampled_from([math.nan, math.inf, -math.inf]))
-def test_what_is_not_finite_is_read_back_as_not_a_number(record: ExampleRecord, bad: float) -> None:
-    """So that no comparison holds of it: neither at base nor when defended does the behavior show."""
+def test_a_value_that_is_not_finite_is_read_back_as_nan(record: ExampleRecord, bad: float) -> None:
+    """No comparison with NaN holds, so the behavior shows neither at base nor when defended."""
     line = replace(record, base_slack=bad).to_json()
     json.loads(line, parse_constant=pytest.fail)
     read = ExampleRecord.from_json(line)
@@ -106,8 +106,8 @@ def test_what_is_not_finite_is_read_back_as_not_a_number(record: ExampleRecord, 
 
 @guards("recover.protocol.records.Norm", "math.inf if value is None else value", "math.nan if value is None else value")
 @given(records, st.sampled_from([math.nan, math.inf]))
-def test_a_norm_that_is_not_finite_is_read_back_as_not_reached(record: ExampleRecord, bad: float) -> None:
-    """So that it is larger than any budget."""
+def test_a_norm_that_is_not_finite_is_read_back_as_infinity(record: ExampleRecord, bad: float) -> None:
+    """Infinity is larger than any budget."""
     record = replace(record, placebo=PlaceboRecord(0.0, bad, False))
     line = record.to_json()
     json.loads(line, parse_constant=pytest.fail)
@@ -215,7 +215,7 @@ def back_with_the_clamp_held(record: ExampleRecord) -> bool:
 
 
 def rounded(value: Any) -> Any:
-    """Without the last digits, which the order of a sum decides."""
+    """Leave out the last digits, which depend on the order of a sum."""
     if isinstance(value, float):
         return float(f"{value:.9g}")
     if isinstance(value, dict):
@@ -249,7 +249,7 @@ def test_a_verdict_does_not_depend_on_the_order_of_records_and_counts_them_once(
 
 @guards("recover.protocol.gates._held", "residual <= MAX_CONSTRAINT_RESIDUAL and longest <= budget", "True")
 @given(runs())
-def test_a_verdict_says_no_more_than_its_gates_and_certificates_bear(found: list[ExampleRecord]) -> None:
+def test_a_verdict_says_no_more_than_its_gates_and_certificates_support(found: list[ExampleRecord]) -> None:
     """INVALID and INCONCLUSIVE name a gate that failed; RECOVERABLE needs one certificate, whatever the solver says."""
     verdict = verdict_of(found)
     failed = {gate.name for gate in verdict.gates if gate.passed is False and gate.decides is not None}
@@ -382,7 +382,7 @@ def configurations(draw: st.DrawFn) -> dict[str, Any]:
     'return yaml.safe_dump({**self.canonical(), "skip_first": 3}, sort_keys=False)',
 )
 @given(configurations())
-def test_a_configuration_survives_its_yaml(values: dict[str, Any]) -> None:
+def test_a_configuration_is_read_back_from_its_yaml_unchanged(values: dict[str, Any]) -> None:
     config = Config.model_validate(values)
     with TemporaryDirectory() as folder:
         path = Path(folder) / "config.yaml"
@@ -398,7 +398,7 @@ def test_a_configuration_survives_its_yaml(values: dict[str, Any]) -> None:
 def test_a_fingerprint_is_of_what_can_change_a_result_and_of_nothing_else(
     values: dict[str, Any], data: st.DataObject
 ) -> None:
-    """Not of the order of keys, the device or the batch size."""
+    """The order of keys, the device and the batch size do not change it."""
     own = Config.model_validate(values).fingerprint(model="a")
     reversed_keys = Config.model_validate(dict(reversed(values.items())))
     elsewhere = Config.model_validate({**values, "device": "mps", "batch_size": 3})
@@ -451,7 +451,9 @@ def test_a_key_that_is_not_known_is_refused_in_one_line(values: dict[str, Any], 
 
 @guards(Site.index, 'return self.layer + (self.point == "post")', "return self.layer")
 @given(st.integers(0, 999), st.sampled_from(["pre", "post"]), st.integers(0, 999))
-def test_a_place_survives_its_name_and_after_a_block_is_before_the_next(layer: int, point: Any, other: int) -> None:
+def test_a_site_is_read_back_from_its_name_and_after_a_block_is_before_the_next(
+    layer: int, point: Any, other: int
+) -> None:
     site = Site(layer, point)
     assert Site.from_hook_name(site.hook_name) == site
     assert Site(layer, "post").index == Site(layer + 1, "pre").index

@@ -1,4 +1,4 @@
-"""What holds of the readouts of every text, and of every file of requests."""
+"""Laws of the readouts, for every text, and of the reader of request files."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_each_readout_of_likeness_holds_only_where_the_weaker_one_does(text: str
     "return opens_with_refusal(defended_text)",
 )
 @given(texts, texts)
-def test_a_flip_is_from_what_refuses_nothing_to_a_refusal(base: str, defended: str) -> None:
+def test_a_flip_goes_from_no_refusal_to_a_refusal(base: str, defended: str) -> None:
     before, after = replies.read(base, base), replies.read(defended, base)
     assert replies.valid_flip(base, defended) == (before.non_refusal and after.refusal)
     assert not replies.valid_flip(base, base)
@@ -109,7 +109,7 @@ def test_what_follows_the_opening_decides_nothing(first: str, rest: list[str], l
     replies.degenerate, "_seen_before(characters, LOOP_CHARACTERS)) >= LOOP", "_seen_before(words, LOOP_WORDS)) > 0.99"
 )
 @given(texts, st.integers(8, 12))
-def test_what_is_said_again_and_again_is_degenerate(text: str, times: int) -> None:
+def test_a_text_that_repeats_itself_is_degenerate(text: str, times: int) -> None:
     assert replies.degenerate((text + " ") * times)
 
 
@@ -122,7 +122,7 @@ asked = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"
     "recover.tasks.files.numbered", 'enumerate(text.split("\\n"), start=1)', "enumerate(text.splitlines(), start=1)"
 )
 @given(st.lists(asked, min_size=1, max_size=5), st.booleans())
-def test_a_file_gives_back_the_requests_written_to_it(requests: list[str], as_csv: bool) -> None:
+def test_a_file_of_requests_is_read_back_as_written(requests: list[str], as_csv: bool) -> None:
     with TemporaryDirectory() as folder:
         path = Path(folder) / "requests"
         with path.open("w", encoding="utf-8", newline="") as file:

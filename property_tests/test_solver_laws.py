@@ -29,7 +29,7 @@ FEW: dict[str, Solver] = {
 
 
 def solved(case: SearchCase) -> list[Found]:
-    """By every solver."""
+    """What each solver finds for a case."""
     return [each(case.landscape(), case.start(), case.feasible, case.budget, case.schedule) for each in FEW.values()]
 
 
@@ -42,15 +42,15 @@ def assert_admissible(case: SearchCase, delta: Tensor, longest: Tensor) -> None:
 
 
 @guards(
-    "recover.search.adam.climb",
-    "delta = clip(feasible.project(delta + rate * toward), budget)",
-    "delta = clip(delta + rate * toward, budget)",
+    "recover.search.adam.ProjectedAdam.step",
+    "clip(terrain.feasible.project(delta + rate * toward), self.budget)",
+    "clip(delta + rate * toward, self.budget)",
 )
 @guards(random_draws, "tried = scaled(free, length)", "tried = scaled(free, 1.01 * length)")
 @costly(20)
 @given(searches())
-def test_what_a_solver_finds_is_admissible_and_what_it_is_said_to_be(case: SearchCase) -> None:
-    """Within the budget the one; of the norm that is told, and at the edge of the goal, the other."""
+def test_what_a_solver_finds_is_admissible_and_as_reported(case: SearchCase) -> None:
+    """The find at the budget is within it; the shortest find has the norm reported and lies at the edge of the goal."""
     for solver in FEW.values():
         landscape = case.landscape()
         found = solver(landscape, case.start(), case.feasible, case.budget, case.schedule)
@@ -65,7 +65,7 @@ def test_what_a_solver_finds_is_admissible_and_what_it_is_said_to_be(case: Searc
         assert (found.norm <= norm(found.within.delta) * (1 + rounding))[found.within.recovered].all()
 
 
-@guards("recover.search.adam.climb", "Status.RECOVERED: solved,", "Status.RECOVERED: better,")
+@guards("recover.search.ascent.ascend", "Status.RECOVERED: solved,", "Status.RECOVERED: better,")
 @costly(20)
 @given(searches())
 def test_no_solver_is_worse_than_its_start_and_it_reports_what_it_found(case: SearchCase) -> None:
@@ -78,8 +78,12 @@ def test_no_solver_is_worse_than_its_start_and_it_reports_what_it_found(case: Se
         assert [status is Status.RECOVERED for status in within.status] == reached.tolist()
 
 
-@guards("recover.search.adam.climb", "/ size).clamp(max=budget)", "/ size).clamp(max=1 / budget)")
-@guards(edge, "    return outer * rearrange(high,", "    return 0.5 * outer * rearrange(high,")
+@guards(
+    "recover.search.adam.ProjectedAdam.step",
+    "/ self.size).clamp(max=self.budget)",
+    "/ self.size).clamp(max=1 / self.budget)",
+)
+@guards(edge, "return outer * by_example(high)", "return 0.5 * outer * by_example(high)")
 @costly(20)
 @given(searches(kinds=("linear",), restarts=(0,)), st.sampled_from([1.0, 1.01, 2.0, 50.0]))
 def test_a_larger_budget_never_recovers_less(case: SearchCase, factor: float) -> None:

@@ -61,8 +61,10 @@ def test_wilson_of_failures_mirrors_that_of_successes(drawn: tuple[int, int], co
 
 @guards(wilson, "half = q / (1 + q**2 / n) * math.sqrt(", "half = q / (1 + q**2 / n) * math.sqrt(n) * math.sqrt(")
 @given(counts(), st.integers(2, 50), confidences)
-def test_wilson_shrinks_with_more_of_the_same(drawn: tuple[int, int], times: int, confidence: float) -> None:
-    """And lies inside what it was."""
+def test_wilson_shrinks_with_more_trials_at_the_same_rate(
+    drawn: tuple[int, int], times: int, confidence: float
+) -> None:
+    """The interval of the smaller sample contains that of the larger."""
     k, n = drawn
     few, many = wilson(k, n, confidence), wilson(times * k, times * n, confidence)
     assert few[0] - ROUNDING <= many[0] <= many[1] <= few[1] + ROUNDING
@@ -149,7 +151,7 @@ def test_bootstrap_stays_within_the_sample_and_widens_with_confidence(
 
 @guards(bootstrap, "low, high = np.quantile(resampled,", "low, high = np.quantile(np.add(resampled, 1.0),")
 @given(samples, st.integers(0, 99), st.integers(-9, 9))
-def test_bootstrap_answers_to_the_unit(values: list[float], seed: int, power: int) -> None:
+def test_bootstrap_scales_with_the_unit(values: list[float], seed: int, power: int) -> None:
     """To the bit for powers of 2, where nothing underflows; and turning the sign turns the interval."""
     assume(all(value == 0 or abs(value) > 1e-100 for value in values))
     factor = 2.0**power
@@ -189,7 +191,7 @@ def test_median_interval_is_that_of_the_bootstrap_rounded_outward(
 @guards(paired_smaller, "(1 - tolerance) * np.maximum(a, b)", "(1 - tolerance) * b")
 @guards(paired_smaller, "binom.sf(smaller - 1,", "binom.sf(smaller,")
 @given(pairs, st.floats(0, 0.5))
-def test_exchanging_the_two_of_every_pair_turns_the_comparison_round(
+def test_swapping_the_two_of_every_pair_reverses_the_comparison(
     drawn: list[tuple[float, float]], tolerance: float
 ) -> None:
     """And the two p-values add up to 1 and the probability of just so many, which both of them count."""
@@ -218,7 +220,7 @@ def test_a_smaller_norm_of_ours_is_never_evidence_against_it(
 
 @guards(paired_smaller, "tied = (a == b) |", "tied = (np.maximum(a, b) < 1e5) | (a == b) |")
 @given(pairs, st.integers(-9, 9))
-def test_a_comparison_of_norms_knows_no_unit(drawn: list[tuple[float, float]], power: int) -> None:
+def test_a_comparison_of_norms_does_not_depend_on_the_unit(drawn: list[tuple[float, float]], power: int) -> None:
     """To the bit for powers of 2, where nothing underflows."""
     assume(all(norm == 0 or norm > 1e-100 for pair in drawn for norm in pair))
     ours, theirs = [a for a, _ in drawn], [b for _, b in drawn]

@@ -96,7 +96,7 @@ def matrices(draw: st.DrawFn, columns: int = 8) -> MatrixCase:
 
 
 def clear_of_singular(case: MatrixCase) -> bool:
-    """Square and wide random matrices may be close to singular: their rank is then a matter of opinion."""
+    """Square and wide random matrices may be nearly singular; their numerical rank is then ill-defined."""
     return case.condition < 1e6
 
 
@@ -222,7 +222,7 @@ def test_projecting_is_linear_and_its_own_transpose_under_autograd(
 
 @guards(NullSpace.project, "if self.dimension == 0:", "if False:")
 @given(st.integers(1, 10), st.integers(0, 6), SEEDS, residual_cases())
-def test_with_every_direction_held_nothing_is_left_and_with_none_everything(
+def test_holding_every_direction_leaves_nothing_and_holding_none_leaves_everything(
     d_model: int, extra: int, seed: int, x: ResidualCase
 ) -> None:
     """Exactly: a remainder that is rounding would be scaled up to the budget by a search."""
@@ -242,8 +242,8 @@ def test_with_every_direction_held_nothing_is_left_and_with_none_everything(
     "nothing = rearrange(self.ranks >= self.ranks.max(),",
 )
 @given(st.integers(1, 8), st.lists(st.integers(0, 5), min_size=1, max_size=4), SEEDS)
-def test_null_spaces_are_those_of_the_examples_one_by_one(d_model: int, ranks: list[int], seed: int) -> None:
-    """Each of its own rank, in any order and company."""
+def test_a_batch_of_null_spaces_is_that_of_each_example(d_model: int, ranks: list[int], seed: int) -> None:
+    """Ranks may differ between examples; neither order nor the rest of the batch matters."""
     A = torch.zeros(len(ranks), d_model, 5, dtype=torch.float64)
     for row, rank in enumerate(ranks):
         A[row, :, :rank] = randn(d_model, rank, seed=seed + row, dtype=torch.float64)

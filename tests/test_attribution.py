@@ -16,7 +16,7 @@ from recover.defenses.defended import Defended, defend
 from recover.evidence.attribution.linear_error import PENALTIES, LinearError, error_activations, fit_linear_error
 from recover.evidence.attribution.parts import LEAVES, VIEWS, attribute, entering, gradient, nodes, parts_of, split
 from recover.models.host import Model
-from recover.planted import error_bypass, feature_bypass
+from recover.planted.routes import error_bypass, feature_bypass
 from recover.saes.activations import ReLU
 from recover.saes.sae import SAE, from_sae_lens
 from recover.search.ascent import find_perturbation

@@ -21,7 +21,9 @@ from torch.testing import assert_close
 from recover.defenses.clamps import Clamp, Defense, Scale, Set
 from recover.evidence.transfer import FitSchedule, halves
 from recover.models.host import Model, Prompts
-from recover.planted import complete_bottleneck, error_bypass, shared_route, two_layers, write_only
+from recover.planted.layers import two_layers
+from recover.planted.meaning import shared_route, write_only
+from recover.planted.routes import complete_bottleneck, error_bypass
 from recover.protocol import bench, global_controls, heldout, phases
 from recover.protocol.checking import check
 from recover.protocol.ledger import InMemoryStore, Store

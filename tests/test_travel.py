@@ -10,7 +10,7 @@ import torch
 
 from recover.evidence.attribution.parts import attribute
 from recover.numerics.statistics import wilson
-from recover.planted import error_bypass, feature_bypass
+from recover.planted.routes import error_bypass, feature_bypass
 from recover.protocol import phases, travel
 from recover.protocol.bench import Bench
 from recover.protocol.ledger import InMemoryStore

@@ -43,9 +43,9 @@ class Threads(Workers):
 
     def gather(self, value: Any) -> list[Any]:
         self.table[self.rank] = value
-        self.barrier.wait(timeout=30)
+        self.barrier.wait(timeout=600)
         told = [self.table[rank] for rank in range(self.size)]
-        self.barrier.wait(timeout=30)
+        self.barrier.wait(timeout=600)
         return told
 
 

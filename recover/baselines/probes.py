@@ -15,7 +15,7 @@ drift, and a solved example is retired, which leaves it with less drift than all
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -23,10 +23,10 @@ from einops import einsum, rearrange, repeat
 
 from recover.defenses.defended import Defended
 from recover.numerics.metrics import by_example, norm
-from recover.search.ascent import Point, Schedule, Status, StepRule, ascend, clip
+from recover.search.ascent import Ends, Point, Schedule, Seen, Status, StepRule, ascend, clip
 from recover.search.constraints.monitor import Jacobian, Monitor, Watched
 from recover.search.restoring import RestoredSolution
-from recover.types import Bool, Delta, Float, InputError, PerExample, Rows, Tensor
+from recover.types import Bool, Delta, Float, InputError, Rows, Tensor
 
 __all__ = ["find_probed"]
 
@@ -103,14 +103,13 @@ class _ProbedAdam(StepRule[_Probed]):
     def counts(self, delta: Delta, point: Point) -> Bool[Tensor, "batch"]:
         return torch.isfinite(point.slack)
 
-    def step(
-        self, terrain: _Probed, delta: Delta, point: Point, counts: Tensor, best: PerExample, number: int
-    ) -> tuple[Delta, Mapping[Status, Tensor]]:
-        self.mean = MOMENTUM * self.mean + (1 - MOMENTUM) * point.gradient
-        self.square = MEMORY * self.square + (1 - MEMORY) * point.gradient.square()
+    def step(self, terrain: _Probed, seen: Seen) -> tuple[Delta, Ends]:
+        gradient, number = seen.point.gradient, seen.number
+        self.mean = MOMENTUM * self.mean + (1 - MOMENTUM) * gradient
+        self.square = MEMORY * self.square + (1 - MEMORY) * gradient.square()
         width = (self.square / (1 - MEMORY ** (number + 1))).sqrt() + FLOOR
-        delta = clip(delta + self.rate * self.mean / (1 - MOMENTUM ** (number + 1)) / width, self.budget)
-        return delta, {Status.NON_FINITE: ~torch.isfinite(norm(point.gradient))}
+        delta = clip(seen.delta + self.rate * self.mean / (1 - MOMENTUM ** (number + 1)) / width, self.budget)
+        return delta, {Status.NON_FINITE: ~torch.isfinite(norm(gradient))}
 
     def settle(self, terrain: _Probed, delta: Delta) -> tuple[Delta, None]:
         for _ in range(self.corrections):

@@ -6,7 +6,7 @@ defense costs on ordinary text.
 """
 
 from recover.defenses.clamps import Clamp, Defense, Floor, Mode, Scale, Set
-from recover.defenses.defended import Defended, Delta, check_fits, clamp_edits, defend
+from recover.defenses.defended import Defended, check_fits, clamp_edits, defend
 from recover.defenses.selection import (
     attributions,
     contrast,
@@ -25,7 +25,6 @@ __all__ = [
     "Clamp",
     "Defended",
     "Defense",
-    "Delta",
     "Floor",
     "Mode",
     "Scale",

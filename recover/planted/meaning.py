@@ -50,6 +50,7 @@ from recover.planted.world import (
     Atoms,
     Draw,
     Planted,
+    Sizes,
     blocks,
     clamped,
     context_codes,
@@ -82,20 +83,11 @@ class Gated(nn.Module):
         return torch.cat([y[..., :-1].clamp(-1, 1) - closed, torch.zeros_like(closed)], dim=-1)
 
 
-def write_only(
-    seed: int,
-    *,
-    d_model: int = 32,
-    n_answers: int = 6,
-    n_context: int = 6,
-    d_sae: int = 48,
-    n_prompts: int = 24,
-    length: int = 4,
-    vocab: int = 0,
-    depth: int = 1,
-) -> Planted:
+def write_only(seed: int, **sizes: int) -> Planted:
     """Kind 4. Needs `d_model >= 2 n_answers + n_context`."""
     draw = Draw(seed)
+    size = Sizes.of(sizes, d_model=32, d_sae=48)
+    d_model, n_answers, n_context, n_prompts, d_sae, _ = size.shape
     features = n_answers + n_context
     T = blocks(draw, d_model, [features, n_answers], spread=[0.4, 0.0])
     atoms = Atoms.of(T)
@@ -112,9 +104,7 @@ def write_only(
         atoms.W[:, :n_answers] + gamma * atoms.W[:, features:],
         WithNone(0.0),
         n_out=n_answers + 1,
-        vocab=vocab,
-        length=length,
-        depth=depth,
+        size=size,
     )
     clamp = Clamp(sae, where[:n_answers].tolist(), Set(-v), only_active=False)
     return Planted(
@@ -123,29 +113,17 @@ def write_only(
         defense=Defense((clamp,), skip_first=draw.below(2)),
         examples=make_examples(prompts, likeliest(target, n_answers + 1)),
         budget=v / gamma * draw.number(1.3, 2.0),
-        expected=("RECOVERABLE",),
         specific=False,
         smallest_norm=torch.full((n_prompts,), v / gamma),
-        bypass="error",
         admissible=NullSpace.of(atoms.W[:, :n_answers]),
     )
 
 
-def shared_route(
-    seed: int,
-    *,
-    d_model: int = 48,
-    n_answers: int = 6,
-    n_context: int = 6,
-    d_sae: int = 64,
-    n_prompts: int = 24,
-    k: int = 4,
-    length: int = 4,
-    vocab: int = 0,
-    depth: int = 1,
-) -> Planted:
+def shared_route(seed: int, **sizes: int) -> Planted:
     """Kind 5. Needs `d_model > k + n_answers + n_context`."""
     draw = Draw(seed)
+    size = Sizes.of(sizes)
+    d_model, n_answers, n_context, n_prompts, d_sae, k = size.shape
     variant: Literal["error", "features"] = "features" if draw.below(2) else "error"
     gamma = draw.number(0.5, 1.5)
     route = k + n_context + n_answers
@@ -167,9 +145,7 @@ def shared_route(
         torch.cat([atoms.W[:, k + n_context : route], gate[:, None]], dim=1),
         Gated(),
         n_out=n_answers + 1,
-        vocab=vocab,
-        length=length,
-        depth=depth,
+        size=size,
     )
     smallest = needed / gamma
     return Planted(
@@ -178,7 +154,6 @@ def shared_route(
         defense=Defense((Clamp(sae, where[:k].tolist(), mode, only_active=True),), skip_first=draw.below(2)),
         examples=make_examples(prompts, likeliest(target, n_answers + 1)),
         budget=float(smallest.max()) * draw.number(1.3, 1.6),
-        expected=("RECOVERABLE",),
         specific=True,
         smallest_norm=smallest.float(),
         bypass=variant,
@@ -188,21 +163,11 @@ def shared_route(
     )
 
 
-def undone_clamp(
-    seed: int,
-    *,
-    d_model: int = 48,
-    n_answers: int = 6,
-    n_context: int = 6,
-    d_sae: int = 64,
-    n_prompts: int = 24,
-    k: int = 4,
-    length: int = 4,
-    vocab: int = 0,
-    depth: int = 1,
-) -> Planted:
+def undone_clamp(seed: int, **sizes: int) -> Planted:
     """Kind 8. Needs `d_model >= 2 k + n_answers + n_context`, or `2 n_answers + n_context` in the variant `answers`."""
     draw = Draw(seed)
+    size = Sizes.of(sizes)
+    d_model, n_answers, n_context, n_prompts, d_sae, k = size.shape
     gated = draw.below(3) > 0
     k = k if gated else n_answers
     copies = n_answers if gated else 0
@@ -230,28 +195,15 @@ def undone_clamp(
     else:
         U, f, shared = phi.T / KAPPA, WithNone(1.0), None
         smallest = KAPPA * (1 - after[torch.arange(n_prompts), target])
-    model, prompts = build_network(
-        draw,
-        atoms,
-        codes,
-        range(k, k + n_context),
-        U,
-        f,
-        n_out=n_answers + 1,
-        vocab=vocab,
-        length=length,
-        depth=depth,
-    )
+    model, prompts = build_network(draw, atoms, codes, range(k, k + n_context), U, f, n_out=n_answers + 1, size=size)
     return Planted(
         name="undone_clamp",
         model=model,
         defense=Defense((Clamp(sae, where[:k].tolist(), mode, only_active=True),), skip_first=draw.below(2)),
         examples=make_examples(prompts, likeliest(target, n_answers + 1)),
         budget=float(smallest.max()) * draw.number(1.3, 1.6),
-        expected=("RECOVERABLE",),
         specific=False,
         smallest_norm=smallest.float(),
-        bypass="error",
         admissible=NullSpace.of(atoms.W[:, :k]),
         shared=None if shared is None else shared.float(),
         variant="gate" if gated else "answers",

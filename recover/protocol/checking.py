@@ -60,7 +60,7 @@ def check(
         examples: prompts and behavior.
         budget: largest Frobenius norm of a perturbation, in units of the residual stream.
         plan: what is run: search schedule, surface, controls, transfer, thresholds and seed.
-        runtime: how it is run: batch size, store, workers, progress. Changes no result.
+        runtime: how it is run: batch size, store, workers and progress; and the exact model and neutral text, if any.
 
     Raises:
         InputError: a defense that does not fit the model, or a budget that is not a finite positive number.

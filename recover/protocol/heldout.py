@@ -48,12 +48,12 @@ class FoldFit:
     draw: int
 
     def name(self, fold: int) -> str:
-        """Under which its delta is saved."""
+        """Name under which its delta is saved."""
         return f"transfer/{fold}/{self.kind}/{self.budget:.6g}/{self.draw}"
 
 
 def refused(bench: Bench) -> str | None:
-    """Why transfer cannot be run here; None where it can."""
+    """Say why transfer cannot be run here; None where it can."""
     pool = bench.pool
     if len(bench.defense.sites) > 1 and not bench.surface.every:
         return "several sites are clamped, so that what is admissible differs from prompt to prompt"
@@ -69,7 +69,7 @@ def refused(bench: Bench) -> str | None:
 
 
 def budgets(bench: Bench) -> list[float]:
-    """Those of the curve, smallest first; evidence is read at the last."""
+    """Budgets of the curve, smallest first; evidence is read at the last."""
     typical = bench.pool.residual_norm
     return sorted({*(share * typical for share in bench.plan.transfer.norms), bench.budget})
 
@@ -181,7 +181,7 @@ def read(bench: Bench, fold: int, deltas: Deltas) -> dict[str, Any]:
 def _dealt(
     bench: Bench, half: Pool, rows: Int[Tensor, "rows"], fold: int, fits: Sequence[FoldFit], saved: Tensor
 ) -> dict[int, int]:
-    """For each fit to shuffled targets, how often examples show a target that was dealt to them at random."""
+    """Count, for each fit to shuffled targets, the examples that show a target dealt to them at random."""
     hits = {}
     for at, one in enumerate(fits):
         if one.kind == SHUFFLED:
@@ -191,7 +191,7 @@ def _dealt(
 
 
 def _certified(bench: Bench, rows: Int[Tensor, "rows"], delta: Tensor) -> dict[str, Any]:
-    """How many of these rows of the pool one delta recovers, of those that the certificate too finds defended."""
+    """Count the rows of the pool that one delta recovers, of those that the certificate too finds defended."""
     hits, moved, n = 0, 0, 0
     shifts, residuals = [], []
     for batch, here, part in parts_of(bench, rows):
@@ -218,7 +218,7 @@ def _certified(bench: Bench, rows: Int[Tensor, "rows"], delta: Tensor) -> dict[s
 
 
 def summary(folds: Sequence[tuple[dict[str, Any], dict[str, Any]]], residual_norm: float) -> dict[str, Any]:
-    """`transfer` of the verdict, from the fitted and the read values of each fold."""
+    """Make the section `transfer` of the verdict from the fitted and the read values of each fold."""
     reads, fitted = [read for _, read in folds], [one for fit, _ in folds for one in fit.items()]
     levels = [reading["budget"] for reading in reads[0]["readings"]]
     main = levels[-1]

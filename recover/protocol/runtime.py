@@ -1,4 +1,4 @@
-"""How a check is run: on which processes, in which batches, and where finished work is kept. It changes no result."""
+"""How a check is run: in which batches, by which processes, with which store for finished work."""
 
 from __future__ import annotations
 

@@ -12,13 +12,11 @@ its own, about as long where the gradient is faint as where it is strong. For ev
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 
 from recover.numerics.metrics import by_example, norm
-from recover.search.ascent import Plain, Point, Schedule, Status, StepRule, clip
-from recover.types import Delta, PerExample, Tensor
+from recover.search.ascent import Ends, Plain, Schedule, Seen, Status, StepRule, clip
+from recover.types import Delta
 
 STEPS, RATE, LENGTHS = 40, 0.1, 4.0
 MOMENTUM, MEMORY = 0.9, 0.99
@@ -35,10 +33,8 @@ class ProjectedAdam(StepRule[Plain]):
         self.mean, self.square = 0 * start, 0 * start
         self.size = self.unit = torch.zeros_like(norm(start))
 
-    def step(
-        self, terrain: Plain, delta: Delta, point: Point, counts: Tensor, best: PerExample, number: int
-    ) -> tuple[Delta, Mapping[Status, Tensor]]:
-        tiny = torch.finfo(delta.dtype).tiny
+    def step(self, terrain: Plain, seen: Seen) -> tuple[Delta, Ends]:
+        delta, point, number, tiny = seen.delta, seen.point, seen.number, torch.finfo(seen.delta.dtype).tiny
         if number == 0:
             self.size = norm(point.gradient).clamp(min=tiny)
             self.unit = (LENGTHS * (2 * self.schedule.goal - point.slack) / self.size).clamp(max=self.budget)
@@ -48,8 +44,8 @@ class ProjectedAdam(StepRule[Plain]):
         self.square = MEMORY * self.square + (1 - MEMORY) * gradient.square()
         ends = {
             Status.NO_GRADIENT: norm(self.mean) == 0,
-            Status.NON_FINITE: best == -torch.inf,
-            Status.EXHAUSTED: ~counts,
+            Status.NON_FINITE: seen.best == -torch.inf,
+            Status.EXHAUSTED: ~seen.counts,
         }
         width = (self.square / (1 - MEMORY ** (number + 1))).sqrt()
         # A floor relative to other coordinates: where only rounding is left of a gradient, its sign means nothing.

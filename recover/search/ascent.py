@@ -145,7 +145,27 @@ class Terrain(Protocol):
         """The terrain of the examples `rows` alone."""
 
 
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """What a step rule goes by, for the examples that are still active.
+
+    Attributes:
+        delta: where they are.
+        point: what one look there shows.
+        counts: whether that may be a result.
+        best: the largest slack met so far, this point included.
+        number: steps taken so far.
+    """
+
+    delta: Delta
+    point: Point
+    counts: Bool[Tensor, "batch"]
+    best: PerExample
+    number: int
+
+
 T = TypeVar("T", bound=Terrain)
+Ends = Mapping[Status, Tensor]
 
 
 class StepRule(Generic[T]):
@@ -161,19 +181,8 @@ class StepRule(Generic[T]):
         """Which points may be results: where score, slack and gradient are finite."""
         return torch.isfinite(point.score) & torch.isfinite(point.slack) & torch.isfinite(norm(point.gradient))
 
-    def step(
-        self, terrain: T, delta: Delta, point: Point, counts: Tensor, best: PerExample, number: int
-    ) -> tuple[Delta, Mapping[Status, Tensor]]:
-        """The next point of each example, and which examples end here, by reason; the first reason that applies holds.
-
-        Args:
-            terrain: of the active examples.
-            delta: where they are.
-            point: what was seen there.
-            counts: whether that may be a result.
-            best: the largest slack met so far, this point included.
-            number: steps taken so far.
-        """
+    def step(self, terrain: T, seen: Seen) -> tuple[Delta, Ends]:
+        """The next point of each example, and which examples end here: by reason, the first that applies counting."""
         raise NotImplementedError
 
     def settle(self, terrain: T, delta: Delta) -> tuple[Delta, Bool[Tensor, "batch"] | None]:
@@ -219,7 +228,7 @@ def ascend(
         best[rows], best_drift[rows] = delta[better], point.drift[better]
         best_score[rows], best_slack[rows] = point.score[better], point.slack[better]
 
-        delta, ends = rule.step(terrain, delta, point, counts, best_slack[active], step)
+        delta, ends = rule.step(terrain, Seen(delta, point, counts, best_slack[active], step))
         solved = best_slack[active] >= goal
         going = torch.ones_like(solved)
         for reason, where in {Status.RECOVERED: solved, **ends}.items():
@@ -241,7 +250,7 @@ def ascend(
     return Solution(best, best_score, best_slack, steps, tuple(status)), best_drift
 
 
-def _narrowed(going: Tensor, active: Tensor, delta: Delta, terrain: T, rule: StepRule[T]) -> tuple[Tensor, Delta, T]:
+def _narrowed(going: Tensor, active: Tensor, delta: Tensor, terrain: T, rule: StepRule[T]) -> tuple[Tensor, Tensor, T]:
     if bool(going.all()):
         return active, delta, terrain
     rows = going.nonzero().flatten()
@@ -263,25 +272,25 @@ class Steepest(StepRule[T]):
         self.height = start.new_full((len(start),), -torch.inf)
         self.stride = start.new_full((len(start),), schedule.stride)
 
-    def step(
-        self, terrain: T, delta: Delta, point: Point, counts: Tensor, best: PerExample, number: int
-    ) -> tuple[Delta, Mapping[Status, Tensor]]:
-        delta = clip(self._uphill(delta, point, counts, best), self.budget)
+    def step(self, terrain: T, seen: Seen) -> tuple[Delta, Ends]:
+        delta = clip(self._uphill(seen), self.budget)
         return delta, {
-            Status.NON_FINITE: best == -torch.inf,
+            Status.NON_FINITE: seen.best == -torch.inf,
             Status.NO_GRADIENT: norm(self.slope) == 0,
             Status.STALLED: norm(delta - self.here) <= self.schedule.still * norm(self.here),
         }
 
-    def _uphill(self, delta: Delta, point: Point, counts: Tensor, best: PerExample) -> Delta:
+    def _uphill(self, seen: Seen) -> Delta:
         """The next point, not yet within the budget."""
-        schedule, higher = self.schedule, counts & (point.score > self.height)
+        schedule, point = self.schedule, seen.point
+        higher = seen.counts & (point.score > self.height)
         moved = by_example(higher)
-        self.here, self.slope = torch.where(moved, delta, self.here), torch.where(moved, point.gradient, self.slope)
+        self.here = torch.where(moved, seen.delta, self.here)
+        self.slope = torch.where(moved, point.gradient, self.slope)
         self.height = torch.where(higher, point.score, self.height)
         self.stride = torch.where(higher, (self.stride * 1.5).clamp(max=schedule.stride), self.stride / 2)
         # The length that reaches the goal if the slack were linear; aimed past it, as slacks are mostly concave.
-        newton = (2 * schedule.goal - best) / norm(self.slope).clamp(min=torch.finfo(self.slope.dtype).tiny)
+        newton = (2 * schedule.goal - seen.best) / norm(self.slope).clamp(min=torch.finfo(self.slope.dtype).tiny)
         return self.here + scale_to(self.slope, self.stride * newton.clamp(max=self.budget))
 
 

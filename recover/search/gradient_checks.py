@@ -44,12 +44,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from einops import einsum, rearrange, reduce, repeat
+from einops import einsum, rearrange, reduce
 
 from recover.defenses.defended import Defended
 from recover.numerics.metrics import by_example, norm
 from recover.search.ascent import Feasible, Objective, scale_to, without_rounding
-from recover.search.gradient_free import ADDED_UP, ELEMENTS_AT_ONCE
+from recover.search.gradient_free import ADDED_UP, Draws, values_of
 from recover.types import Bool, Delta, Float, InputError, PerExample, Rows, Tensor
 
 __all__ = ["Agreement", "error_channel", "finite_differences"]
@@ -60,7 +60,6 @@ TOLERANCE, HIDDEN = 0.05, 100.0
 LOGIT_ROUNDING = 64 * torch.finfo(torch.float32).eps
 """Rounding of a value in float32, as a share of 1 plus its size."""
 
-Directions = Float[Tensor, "batch draws pos d_model"]
 PerValue = Float[Tensor, "value batch"]
 PerDraw = Float[Tensor, "value batch draws"]
 
@@ -261,7 +260,7 @@ class _Differences:
 def _disagreement(
     objective: Objective,
     at: _Slopes,
-    directions: Directions,
+    directions: Draws,
     typical: PerValue,
     reach: PerExample,
     rounding: float,
@@ -286,38 +285,25 @@ def _disagreement(
 
 
 def _differences(
-    objective: Objective, at: _Slopes, directions: Directions, step: PerExample, rounding: float
+    objective: Objective, at: _Slopes, directions: Draws, step: PerExample, rounding: float
 ) -> _Differences:
     """Step 3, with one step for each example."""
     move = rearrange(step, "batch -> batch 1 1 1") * directions
     point = rearrange(at.point, "batch pos d -> batch 1 pos d")
-    ahead, behind = _values(objective, torch.cat([point + move, point - move], dim=1)).chunk(2, dim=2)
+    ahead, behind = values_of(objective, torch.cat([point + move, point - move], dim=1)).chunk(2, dim=2)
     here, length = at.values[..., None], rearrange(step, "batch -> batch 1")
     noise = at.uncertain(step, rounding)[..., None] / length
     return _Differences((ahead - here) / length, (here - behind) / length, noise.expand_as(ahead))
 
 
 def _hidden(
-    objective: Objective, start: _Slopes, random: Directions, steepest: PerExample, far: PerExample, rounding: float
+    objective: Objective, start: _Slopes, random: Draws, steepest: PerExample, far: PerExample, rounding: float
 ) -> Bool[Tensor, "batch"]:
     """Step 6: whether the score changes along random directions, each and its opposite, as no slope has it."""
     probes = rearrange(far, "batch -> batch 1 1 1") * torch.cat([random, -random], dim=1)
-    change = (_values(objective, probes)[0] - start.values[0][:, None]).abs()
+    change = (values_of(objective, probes)[0] - start.values[0][:, None]).abs()
     accounted = torch.maximum(start.uncertain(far, rounding)[0], HIDDEN * steepest * far)
     return (change > accounted[:, None]).any(dim=1)
-
-
-def _values(objective: Objective, deltas: Directions) -> PerDraw:
-    """Score and slack of every delta of every example, as many at once as is cheap."""
-    batch, draws, pos, d_model = deltas.shape
-    rows = repeat(torch.arange(batch, device=deltas.device), "batch -> (batch draws)", draws=draws)
-    flat = rearrange(deltas, "batch draws pos d -> (batch draws) pos d")
-    at_once = max(batch, ELEMENTS_AT_ONCE // (pos * d_model))
-    found = []
-    with torch.no_grad():
-        for some, where in zip(torch.split(flat, at_once), torch.split(rows, at_once), strict=True):
-            found.append(torch.stack(objective.select(where)(some)))
-    return rearrange(torch.cat(found, dim=1), "value (batch draws) -> value batch draws", batch=batch)
 
 
 def _none_if(rounding: Bool[Tensor, "batch"], delta: Delta) -> Delta:

@@ -327,13 +327,18 @@ def walk(
 
 
 def slacks_of(objective: Objective, deltas: Draws) -> Float[Tensor, "batch draws"]:
-    """The slack of every probe of every example, as many at once as is cheap."""
+    """The slack of every probe of every example."""
+    return values_of(objective, deltas)[1]
+
+
+def values_of(objective: Objective, deltas: Draws) -> Float[Tensor, "value batch draws"]:
+    """Score and slack of every probe of every example, as many at once as is cheap."""
     batch, draws = deltas.shape[:2]
     flat = rearrange(deltas, "batch draws pos d -> (batch draws) pos d")
     rows = torch.arange(batch, device=deltas.device).repeat_interleave(draws)
     at_once = max(batch, ELEMENTS_AT_ONCE // (flat.shape[1] * flat.shape[2]))
-    slacks = []
+    found = []
     with torch.no_grad():
         for some, where in zip(torch.split(flat, at_once), torch.split(rows, at_once), strict=True):
-            slacks.append(objective.select(where)(some)[1])
-    return rearrange(torch.cat(slacks), "(batch draws) -> batch draws", batch=batch)
+            found.append(torch.stack(objective.select(where)(some)))
+    return rearrange(torch.cat(found, dim=1), "value (batch draws) -> value batch draws", batch=batch)

@@ -17,14 +17,14 @@ that of clamped features at several sites, `recover.search.stable` that of C2 an
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
 
 from recover.numerics.metrics import by_example, norm
-from recover.search.ascent import Point, Schedule, Status, Steepest, ascend, from_each_start, scale_to
+from recover.search.ascent import Ends, Point, Schedule, Seen, Status, Steepest, ascend, from_each_start, scale_to
 from recover.types import Bool, Delta, InputError, Int, PerExample, Rows, Tensor
 
 __all__ = ["Restoration", "RestoredSolution", "search_restoring"]
@@ -81,10 +81,8 @@ class RestoredSteps(Steepest[Restoration]):
     def counts(self, delta: Delta, point: Point) -> Bool[Tensor, "batch"]:
         return super().counts(delta, point) & (point.drift <= self.tolerance) & (norm(delta) <= self.budget)
 
-    def step(
-        self, terrain: Restoration, delta: Delta, point: Point, counts: Tensor, best: PerExample, number: int
-    ) -> tuple[Delta, Mapping[Status, Tensor]]:
-        return self._uphill(delta, point, counts, best), {Status.NO_GRADIENT: norm(self.slope) == 0}
+    def step(self, terrain: Restoration, seen: Seen) -> tuple[Delta, Ends]:
+        return self._uphill(seen), {Status.NO_GRADIENT: norm(self.slope) == 0}
 
     def settle(self, terrain: Restoration, delta: Delta) -> tuple[Delta, Bool[Tensor, "batch"]]:
         delta = terrain.within(delta)
