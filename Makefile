@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet -c constraints.txt
 
-.PHONY: check test test-portable thorough mutations mutations-sample mutations-check docs lint format clean
+.PHONY: check test test-portable thorough mutations mutations-sample mutations-check docs schema lint format clean
 
 check: $(VENV)/.installed
 	$(BIN)/recover check analyses/ioi_smollm2.yaml --out runs/ioi_smollm2
@@ -35,6 +35,10 @@ mutations-check: $(VENV)/.installed-dev
 # Warnings are errors (not with --quiet, which would hide them), and so is what a page would load from elsewhere.
 docs: $(VENV)/.installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict -f docs/mkdocs.yml
+
+# verdict.schema.json is generated from the models of the verdict; a test says where it is behind them.
+schema: $(VENV)/.installed
+	$(BIN)/python -m recover.protocol.schema
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

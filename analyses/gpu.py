@@ -32,6 +32,7 @@ from recover.defenses.selection import attribution_of
 from recover.models.capacity import bytes_a_prompt
 from recover.models.host import Model, Prompts
 from recover.models.names import resolve_device, resolve_model
+from recover.protocol.verdict_model import Verdict
 from recover.run.config import Config, load_config
 from recover.run.runner import run_check
 from recover.run.setting import package_versions
@@ -70,15 +71,19 @@ class Figures:
     displacement: float | None
 
     @classmethod
-    def of(cls, verdict: Mapping[str, Any]) -> Figures:
-        """Read from `verdict.json`."""
-        counts, recovery = verdict["counts"], verdict["recovery"]
+    def of(cls, verdict: Verdict) -> Figures:
+        """Read from a verdict."""
+        counts, recovery = verdict.counts, verdict.recovery
+        assert verdict.minimum_norm is not None
         return cls(
-            *(int(counts[name]) for name in ("n", "base", "defended", "valid_flips")),
-            int(recovery["recovered"]),
-            recovery["norm_mean"],
-            verdict["minimum_norm"]["median"],
-            recovery["clamp_displacement_mean"],
+            counts.n,
+            counts.base,
+            counts.defended,
+            counts.valid_flips,
+            recovery.recovered,
+            recovery.norm_mean,
+            verdict.minimum_norm.median,
+            recovery.clamp_displacement_mean,
         )
 
     def __str__(self) -> str:

@@ -228,19 +228,50 @@ def _default(value: Any) -> str:
 
 
 def schema_table(schema: Mapping[str, Any]) -> str:
-    """The keys of `verdict.json`, and of the sections in it."""
-    rows = []
-    for name, what in schema["properties"].items():
-        values = [what["const"]] if "const" in what else what.get("enum", [])
-        listed = [*_inner(what), *(value if isinstance(value, str) else json.dumps(value) for value in values)]
-        rows.append((f"`{name}`", ", ".join(f"`{one}`" for one in listed) or "sentences"))
-    return table(("key", "holds"), rows)
+    """Every key of `verdict.json` by its path, with what it holds, as the models of the verdict describe them."""
+    return table(("key", "kind", "meaning"), list(_keys(schema, schema.get("$defs", {}), "")))
 
 
-def _inner(what: Mapping[str, Any]) -> list[str]:
-    """The keys of a section, or of those in a list; of several forms that it may have, all."""
-    forms = (what, what.get("items", {}), *what.get("anyOf", ()), *what.get("oneOf", ()))
-    return list(dict.fromkeys(key for one in forms for key in one.get("properties", ())))
+def _keys(what: Mapping[str, Any], sections: Mapping[str, Any], path: str) -> Iterator[tuple[str, ...]]:
+    for name, part in what.get("properties", {}).items():
+        here = f"{path}.{name}".lstrip(".")
+        yield f"`{here}`", _form(part, sections), part.get("description", "")
+        for inner, many in _sections(part, sections):
+            yield from _keys(inner, sections, f"{here}{many}")
+
+
+def _sections(
+    part: Mapping[str, Any], sections: Mapping[str, Any], many: str = ""
+) -> Iterator[tuple[Mapping[str, Any], str]]:
+    """The sections that a value may be or hold, with `[]` where it is a list of them and `.*` where they have names."""
+    if "$ref" in part:
+        yield sections[part["$ref"].rpartition("/")[2]], many
+    for one in part.get("anyOf", ()):
+        yield from _sections(one, sections, many)
+    if isinstance(part.get("items"), dict):
+        yield from _sections(part["items"], sections, f"{many}[]")
+    if isinstance(part.get("additionalProperties"), dict):
+        yield from _sections(part["additionalProperties"], sections, f"{many}.*")
+
+
+def _form(part: Mapping[str, Any], sections: Mapping[str, Any]) -> str:
+    """What kind of value it is, in words; sections follow below their own key."""
+    if "$ref" in part:
+        inner = sections[part["$ref"].rpartition("/")[2]]
+        return _form(inner, sections) if "enum" in inner else "section"
+    if "anyOf" in part:
+        kinds = dict.fromkeys(_form(one, sections) for one in part["anyOf"])
+        return " or ".join(kinds)
+    values = [part["const"]] if "const" in part else part.get("enum")
+    if values is not None:
+        return ", ".join(f"`{one if isinstance(one, str) else json.dumps(one)}`" for one in values)
+    if part.get("type") == "array":
+        items = part.get("prefixItems") or [part["items"]]
+        return f"{'two' if 'prefixItems' in part else 'list'}: {_form(items[0], sections)}"
+    if part.get("type") == "object" and isinstance(part.get("additionalProperties"), dict):
+        return f"by name: {_form(part['additionalProperties'], sections)}"
+    names = {"integer": "whole number", "string": "text", "boolean": "true or false", "null": "`null`"}
+    return names.get(part.get("type", ""), part.get("type", "section"))
 
 
 def docstring(module: str) -> str:

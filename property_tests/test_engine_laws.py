@@ -603,7 +603,7 @@ def test_a_check_in_batches_of_another_size_counts_the_same(case: CheckCase, bat
 def test_the_clamp_of_these_checks_can_be_undone() -> None:
     """Or the two laws above would hold of nothing."""
     found = CheckCase(10, 10, 0, 20.0, 15.0).run()
-    assert found.counts["valid_flips"] > 0
+    assert found.counts.valid_flips > 0
     assert isinstance(hard_clamp().clamps[0].sae, SAE)
     assert isinstance(hard_clamp().clamps[0].mode, Set)
     with TemporaryDirectory() as folder:

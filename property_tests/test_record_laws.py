@@ -16,34 +16,37 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest, fisher_exact
 
 from property_tests.guards import guards
-from recover.evidence.certificate import Certificate
-from recover.evidence.rules import Rules
-from recover.protocol.phases import KEPT
-from recover.protocol.records import ExampleRecord, PlaceboRecord, SearchRecord
-from recover.protocol.verdict import Verdict
+from recover.evidence.rules import Rules, decided_by
+from recover.protocol.records import CertificateRecord, ExampleRecord, PlaceboRecord, SearchRecord, SmallestRecord
+from recover.protocol.verdict_model import Verdict
 from recover.run.config import Config, load_config
 from recover.search.ascent import Status
 from recover.search.solvers import SOLVERS
 from recover.types import InputError, Site
-from tests.hand_made import at_smallest, certified, conclude, flip, missed, placebo
+from tests.hand_made import at_smallest, certified, conclude, flip, missed, placebo, transfer
 
 finite = st.floats(allow_nan=False, allow_infinity=False)
 norms = st.floats(min_value=0, allow_nan=False)
 LISTS = ("preactivation_shift", "threshold_margin")
+COUNTS = ("dormant", "reactivated")
 
 
 @st.composite
-def certificates(draw: st.DrawFn, numbers: st.SearchStrategy[float] = finite) -> dict[str, Any]:
+def certificates(draw: st.DrawFn, numbers: st.SearchStrategy[float] = finite) -> CertificateRecord:
     k = draw(st.integers(1, 3))
     values: dict[str, Any] = {}
-    for field in fields(Certificate):
-        if "Bool" in str(field.type):
+    for field in fields(CertificateRecord):
+        if field.name in ("shows", "held"):
             values[field.name] = draw(st.booleans())
         elif field.name in LISTS:
-            values[field.name] = draw(st.lists(numbers | st.none(), min_size=k, max_size=k))
+            values[field.name] = tuple(draw(st.lists(numbers | st.none(), min_size=k, max_size=k)))
         else:
-            values[field.name] = draw(numbers | st.none())
-    return values
+            values[field.name] = draw(numbers if field.name in COUNTS else numbers | st.none())
+    return CertificateRecord(**values)
+
+
+def shortened(facts: CertificateRecord) -> SmallestRecord:
+    return SmallestRecord(**{field.name: getattr(facts, field.name) for field in fields(SmallestRecord)})
 
 
 searched = st.builds(
@@ -67,7 +70,7 @@ records = st.builds(
     strict_defended_slack=finite,
     search=st.none() | searched,
     certificate=st.none() | certificates(),
-    smallest=st.none() | certificates().map(lambda facts: {name: facts[name] for name in KEPT}),
+    smallest=st.none() | certificates().map(shortened),
     placebo=st.none() | compared,
     write_orthogonal=st.none() | compared,
     reached_at=st.none() | st.dictionaries(st.text(), st.booleans(), max_size=3),
@@ -126,7 +129,7 @@ BUDGETS = (1.0, 2.5, 5.0, 10.0, 20.0, 40.0)
 def wild_flips(draw: st.DrawFn, record: ExampleRecord) -> ExampleRecord:
     """This flip, searched, with a certificate that may say anything, and need not agree with the search."""
     facts, smallest = draw(certificates(st.floats(0, 1e3))), draw(certificates(st.floats(0, 1e3)))
-    facts |= {"reactivated": 0.0, "dormant": 2.0, "defended_slack": record.defended_slack}
+    facts = replace(facts, reactivated=0.0, dormant=2.0, defended_slack=record.defended_slack)
     by_solver = {name: draw(sizes) for name in SOLVERS}
     least = min(by_solver.values())
     winner = None if math.isinf(least) else min(by_solver, key=by_solver.__getitem__)
@@ -136,7 +139,7 @@ def wild_flips(draw: st.DrawFn, record: ExampleRecord) -> ExampleRecord:
         record,
         search=search,
         certificate=facts,
-        smallest={name: smallest[name] for name in KEPT},
+        smallest=shortened(smallest),
         placebo=draw(placebos),
         write_orthogonal=draw(placebos),
         reached_at={f"{budget:g}": draw(st.booleans()) for budget in BUDGETS},
@@ -203,15 +206,19 @@ def transfers(draw: st.DrawFn) -> dict[str, Any]:
     names = ("own", "write_orthogonal", "shuffled", "dealt", "random")
     hits = [int(n * draw(st.sampled_from(share))) for n, share in zip(counts, shares, strict=True)]
     readings = {name: {"hits": k, "n": n} for name, k, n in zip(names, hits, counts, strict=True)}
-    return {"budget": draw(st.floats(0.1, 1e3)), "readings": readings}
+    return transfer(budget=draw(st.floats(0.1, 1e3)), readings=readings)
 
 
-def verdict_of(records: list[ExampleRecord], transfer: dict[str, Any] | None = None) -> Verdict:
-    return conclude(*records, curve=BUDGETS, transfer=transfer)
+def _size(norm: float | None) -> float:
+    return math.inf if norm is None else norm
+
+
+def verdict_of(records: list[ExampleRecord], read: dict[str, Any] | None = None) -> Verdict:
+    return conclude(*records, curve=BUDGETS, transfer=read)
 
 
 def back_with_the_clamp_held(record: ExampleRecord) -> bool:
-    return record.certificate is not None and record.certificate["shows"] and record.certificate["held"]
+    return record.certificate is not None and record.certificate.shows and record.certificate.held
 
 
 def rounded(value: Any) -> Any:
@@ -225,8 +232,8 @@ def rounded(value: Any) -> Any:
 
 @guards(
     "recover.protocol.verdict.counts",
-    '"base": sum(r.shows_at_base for r in records)',
-    '"base": int(records[0].shows_at_base)',
+    "base=sum(r.shows_at_base for r in records)",
+    "base=int(records[0].shows_at_base)",
 )
 @given(runs(), st.randoms())
 def test_a_verdict_does_not_depend_on_the_order_of_records_and_counts_them_once(
@@ -242,9 +249,9 @@ def test_a_verdict_does_not_depend_on_the_order_of_records_and_counts_them_once(
     assert one.counts == other.counts
     flips = [record for record in found if record.base_slack > 0 and not record.defended_slack > 0]
     back = [record for record in flips if back_with_the_clamp_held(record)]
-    assert (one.counts["valid_flips"], one.recovery["recovered"]) == (len(flips), len(back))
-    low, high = one.recovery["wilson95"]
-    assert not flips or low <= one.recovery["rate"] <= high
+    assert (one.counts.valid_flips, one.recovery.recovered) == (len(flips), len(back))
+    low, high = one.recovery.wilson95
+    assert not flips or low <= one.recovery.rate <= high
 
 
 @guards("recover.protocol.gates._held", "residual <= MAX_CONSTRAINT_RESIDUAL and longest <= budget", "True")
@@ -267,9 +274,7 @@ def test_a_verdict_says_no_more_than_its_gates_and_certificates_support(found: l
             assert verdict.verdict == "NOT_RECOVERED_AT_BUDGET"
             assert not failed
             assert not any(map(back_with_the_clamp_held, found))
-    long = [
-        r.certificate for r in found if r.certificate and (r.certificate["norm"] is None or r.certificate["norm"] > 20)
-    ]
+    long = [r.certificate for r in found if r.certificate and (r.certificate.norm is None or r.certificate.norm > 20)]
     assert not long or verdict.verdict in ("INVALID", "INCONCLUSIVE")
     assert not any(word in " ".join(verdict.reasons) for word in ("robust", "safe"))
     json.dumps(verdict.to_dict(), allow_nan=False)
@@ -277,8 +282,8 @@ def test_a_verdict_says_no_more_than_its_gates_and_certificates_support(found: l
 
 @guards(
     "recover.protocol.verdict.nearest",
-    'if c is not None and c["shows"] and c["held"]]',
-    'if c is not None and c["shows"]]',
+    "if c is not None and c.shows and c.held]",
+    "if c is not None and c.shows]",
 )
 @given(runs())
 def test_a_larger_budget_of_the_curve_holds_no_fewer_and_only_what_is_certified(found: list[ExampleRecord]) -> None:
@@ -287,37 +292,37 @@ def test_a_larger_budget_of_the_curve_holds_no_fewer_and_only_what_is_certified(
     near = []
     for record in found:
         if record.search is not None:
-            both = [c for c in (record.certificate, record.smallest) if c is not None and c["shows"] and c["held"]]
-            near.append(min((c["norm"] for c in both if c["norm"] is not None), default=math.inf))
-    rates = [point["rate"] for point in verdict.curve]
+            both = [c for c in (record.certificate, record.smallest) if c is not None and c.shows and c.held]
+            near.append(min((c.norm for c in both if c.norm is not None), default=math.inf))
+    rates = [point.rate for point in verdict.curve]
     assert rates == sorted(rates)
     assert len(rates) == (len(BUDGETS) if near else 0)
     for point in verdict.curve:
-        low, high = point["wilson95"]
-        assert low <= point["rate"] <= high
-        assert point["rate"] == sum(norm <= point["budget"] for norm in near) / len(near)
+        low, high = point.wilson95
+        assert low <= point.rate <= high
+        assert point.rate == sum(norm <= point.budget for norm in near) / len(near)
     assert (verdict.minimum_norm is None) == (not near)
     if verdict.minimum_norm is not None:
-        low, high = verdict.minimum_norm["quartiles"]
-        assert low <= verdict.minimum_norm["median"] <= high
-        first, last = verdict.minimum_norm["interval95"]
-        assert first <= last
-        assert verdict.minimum_norm["unreached"] == sum(math.isinf(norm) for norm in near)
+        low, high = verdict.minimum_norm.quartiles
+        assert _size(low) <= _size(verdict.minimum_norm.median) <= _size(high)
+        first, last = verdict.minimum_norm.interval95
+        assert _size(first) <= _size(last)
+        assert verdict.minimum_norm.unreached == sum(math.isinf(norm) for norm in near)
 
 
 @guards(
     "recover.protocol.verdict.decide",
-    'specific=finding.specific if name == "RECOVERABLE" else None,',
-    "specific=finding.specific,",
+    'by = finding.rule if finding is not None and kind == "RECOVERABLE" else None',
+    "by = finding.rule if finding is not None else None",
 )
-@guards("recover.evidence.rules._judged", "if min(lows) > rules.most:", "if max(lows) > rules.most - 1:")
-@guards("recover.evidence.rules._judged", "if min(lows) > rules.most:", "if max(lows) > rules.most:")
+@guards(decided_by, "most = min(own.wilson95[0], ", "most = 1 + max(own.wilson95[0], ")
+@guards(decided_by, "most = min(own.wilson95[0], ", "most = max(own.wilson95[0], ")
 @given(runs() | recovered_runs() | recovered_runs(), transfers())
 def test_only_what_is_recoverable_is_specific_and_only_with_shared_deltas_that_beat_chance(
-    found: list[ExampleRecord], transfer: dict[str, Any]
+    found: list[ExampleRecord], shared: dict[str, Any]
 ) -> None:
     """Whatever transfer and placebo say; and the verdict itself does not depend on them."""
-    verdict, without = verdict_of(found, transfer), verdict_of(found)
+    verdict, without = verdict_of(found, shared), verdict_of(found)
     assert verdict.verdict == without.verdict
     assert without.specific is None
     if verdict.specific is None:
@@ -325,14 +330,14 @@ def test_only_what_is_recoverable_is_specific_and_only_with_shared_deltas_that_b
     assert verdict.verdict == "RECOVERABLE"
     if verdict.specific:
         for name in ("own", "write_orthogonal"):
-            ours, shuffled = transfer["readings"][name], transfer["readings"]["shuffled"]
+            ours, shuffled = shared["readings"][name], shared["readings"]["shuffled"]
             assert binomtest(ours["hits"], ours["n"]).proportion_ci(0.95, method="wilson").low > Rules().most
             assert ours["hits"] * shuffled["n"] > shuffled["hits"] * ours["n"]
             table = [[counts["hits"], counts["n"] - counts["hits"]] for counts in (ours, shuffled)]
             # Corrected for the comparisons made it would be larger still.
             assert fisher_exact(table, alternative="greater").pvalue <= Rules().alpha
         for name in ("dealt", "random"):
-            chance = transfer["readings"][name]
+            chance = shared["readings"][name]
             assert chance["hits"] <= Rules().max_chance * chance["n"]
 
 

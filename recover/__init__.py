@@ -18,11 +18,10 @@ from recover.models.names import load_model, resolve_model
 from recover.numerics.statistics import bootstrap, wilson
 from recover.numerics.subspaces import NullSpace, row_space
 from recover.protocol.checking import check
-from recover.protocol.gates import Gate
 from recover.protocol.ledger import InMemoryStore, Store
 from recover.protocol.plan import Plan, TransferPlan
 from recover.protocol.runtime import Runtime
-from recover.protocol.verdict import Verdict
+from recover.protocol.verdict_model import Gate, Verdict
 from recover.protocol.workers import LostWorkerError, Workers, joined
 from recover.run.config import Config, load_config
 from recover.run.runner import run_check

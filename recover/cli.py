@@ -1,7 +1,7 @@
 """The command line: `recover init`, `check`, `report`, `compare`, `selftest` and `verify`.
 
-Exit status: 0 it ran, whatever the verdict; 1 a condition of `--fail-if` holds, the selftest missed, a law is broken; 2
-unusable input, told in one line; 130 interrupted (run the same command again to go on).
+Exit status: 0 the command ran, whatever the verdict; 1 a `--fail-if` condition holds, the selftest missed, or a law is
+broken; 2 unusable input, explained in one line; 130 interrupted (run the same command again to resume).
 """
 
 from __future__ import annotations
@@ -37,37 +37,49 @@ CONDITIONS = {"recoverable": "RECOVERABLE", "inconclusive": "INCONCLUSIVE", "inv
 UNUSABLE, INTERRUPTED = 2, 130
 PROMPTS_VERIFIED = 4
 SHORT = len("sha256:") + 12
-MODEL_NAMED = "a name of ours (smollm2, gemma3-270m), a hub id, a local folder or a .gguf file"
-SAE_NAMED = "a name of ours (smollm2-l15), a folder, or release:sae_id"
-SPREAD = "spread a model that one card cannot hold over all"
+MODEL_NAMED = "a built-in name (smollm2, gemma3-270m), a hub id, a local folder or a .gguf file"
+SAE_NAMED = "a built-in name (smollm2-l15), a local folder, or release:sae_id"
+SPREAD = "how to spread a model over all GPUs when one cannot hold it"
 # The flags that override DEFENSE.yaml: flag, dotted key, type, choices, help.
 OVERRIDES: tuple[tuple[str, str, type, tuple[str, ...] | None, str], ...] = (
     ("--model", "model", str, None, MODEL_NAMED),
     ("--sae", "clamps.sae", str, None, SAE_NAMED),
-    ("--mode", "clamps.mode", str, ("set", "scale", "floor"), "what the clamp does"),
-    ("--value", "clamps.value", float, None, "the value set, factor, or floor"),
+    ("--mode", "clamps.mode", str, ("set", "scale", "floor"), "how the clamp edits a feature"),
+    ("--value", "clamps.value", float, None, "the value to set, the factor, or the floor"),
     ("--positions", "clamps.positions", str, ("all", "last", "prompt", "answer"), "where the clamp acts"),
-    ("--skip-first", "skip_first", int, None, "tokens at a prompt's start that the clamp leaves alone"),
-    ("--task", "task", str, None, "the behavior (ioi, choice, cloze, refusal)"),
-    ("--n", "prompts.n", int, None, "how many prompts"),
-    ("--seed", "prompts.seed", int, None, "seed of the prompts"),
-    ("--control-seed", "controls.seed", int, None, "seed of the search, the split and the controls"),
-    ("--prompts", "prompts.file", str, None, "a file of your own prompts"),
-    ("--budget", "search.budget", float, None, "largest norm of a perturbation"),
-    ("--placement", "search.placement", str, ("after_clamp", "before_clamp"), "where a perturbation enters"),
-    ("--sites", "search.sites", str, ("first", "every"), "where it enters: the first clamped site, or every one"),
-    ("--steps", "search.steps", int, None, "search steps at most"),
-    ("--dtype", "dtype", str, ("float32", "bfloat16"), "of the model"),
-    ("--device", "device", str, None, "auto, cpu, cuda, cuda:N or mps"),
+    (
+        "--skip-first",
+        "skip_first",
+        int,
+        None,
+        "number of tokens at the start of each prompt that the clamp leaves alone",
+    ),
+    ("--task", "task", str, None, "the behavior to test (ioi, choice, cloze, refusal)"),
+    ("--n", "prompts.n", int, None, "number of prompts"),
+    ("--seed", "prompts.seed", int, None, "seed for choosing the prompts"),
+    ("--control-seed", "controls.seed", int, None, "seed for the search, the transfer split and the controls"),
+    ("--prompts", "prompts.file", str, None, "file of your own prompts"),
+    ("--budget", "search.budget", float, None, "largest norm allowed for a perturbation"),
+    (
+        "--placement",
+        "search.placement",
+        str,
+        ("after_clamp", "before_clamp"),
+        "whether a perturbation enters before or after the clamp",
+    ),
+    ("--sites", "search.sites", str, ("first", "every"), "whether it enters at the first clamped site or at every one"),
+    ("--steps", "search.steps", int, None, "largest number of search steps"),
+    ("--dtype", "dtype", str, ("float32", "bfloat16"), "number format of the model"),
+    ("--device", "device", str, None, "where to run: auto, cpu, cuda, cuda:N or mps"),
     ("--device-map", "device_map", str, get_args(DeviceMap), SPREAD),
 )
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, with one line for a mistake."""
+    """argparse, with mistakes reported in one line."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Refuses what it does not know, naming the nearest flag that it does."""
+        """Refuse an unknown argument and name the nearest known one."""
         known, unknown = super().parse_known_args(args, namespace)
         if unknown:
             flag = unknown[0].partition("=")[0]
@@ -82,64 +94,95 @@ class Parser(argparse.ArgumentParser):
 
 def parser() -> argparse.ArgumentParser:
     """All commands and flags."""
-    top = Parser(prog="recover", description="With an SAE clamp held, can the behavior still be brought back?")
+    top = Parser(
+        prog="recover", description="With SAE features clamped, can the suppressed behavior still be recovered?"
+    )
     commands = top.add_subparsers(dest="command", required=True, parser_class=Parser)
     check = commands.add_parser(
         "check",
-        help="check a defense: a verdict on stdout, the artifacts in --out",
-        description="Check a defense. Flags override DEFENSE.yaml; those of a clamp do so in every clamp.",
-        epilog="Exit status: 0 the check ran; 1 a condition of --fail-if holds; 2 unusable input, told in one line; "
-        "130 interrupted, and the same command goes on.",
+        help="check a defense: print the verdict, write the artifacts to --out",
+        description="Check a defense. Flags override DEFENSE.yaml; flags for clamps apply to every clamp.",
+        epilog="Exit status: 0 the check ran; 1 a --fail-if condition holds; 2 unusable input, explained in one line; "
+        "130 interrupted (run the same command again to resume).",
     )
-    check.add_argument("defense", nargs="?", type=Path, metavar="DEFENSE.yaml", help="default: 64 features on IOI")
-    check.add_argument("--out", type=Path, required=True, help="folder for the artifacts; an interrupted run resumes")
+    check.add_argument(
+        "defense",
+        nargs="?",
+        type=Path,
+        metavar="DEFENSE.yaml",
+        help="the defense (default: 64 features on the IOI task)",
+    )
+    check.add_argument(
+        "--out", type=Path, required=True, help="folder for the artifacts, from which an interrupted run resumes"
+    )
     for flag, key, kind, choices, text in OVERRIDES:
         metavar = None if choices else flag.removeprefix("--").replace("-", "_").upper()
         check.add_argument(flag, dest=key, type=kind, choices=choices, metavar=metavar, help=text)
-    check.add_argument("--features", help="indices, such as 3,17,42, or top:N by attribution")
-    check.add_argument("--only-active", action=argparse.BooleanOptionalAction, help="edit active features only")
-    check.add_argument("--batch-size", help="examples at once (default: as memory allows)")
-    check.add_argument("--threads", help="of the CPU (default: one for small models, on which more gain little)")
+    check.add_argument("--features", help="feature indices, such as 3,17,42, or top:N by attribution")
+    check.add_argument(
+        "--only-active", action=argparse.BooleanOptionalAction, help="edit a feature only where it is active"
+    )
+    check.add_argument("--batch-size", help="examples per batch (default: as many as fit in memory)")
+    check.add_argument("--threads", help="CPU threads (default: one for small models, which gain little from more)")
     check.add_argument(
         "--seeds",
         type=positive,
         default=1,
         metavar="N",
-        help="run N control seeds, and say how often each verdict came",
+        help="run N control seeds and count the verdicts",
     )
-    check.add_argument("--keep-text", action="store_true", help="let prompts appear in the artifacts")
+    check.add_argument("--keep-text", action="store_true", help="include the text of prompts in the artifacts")
     check.add_argument(
-        "--fail-if", action="append", choices=CONDITIONS, default=[], help="exit 1 on this verdict; repeatable"
+        "--fail-if",
+        action="append",
+        choices=CONDITIONS,
+        default=[],
+        help="exit with status 1 on this verdict; repeatable",
     )
-    report = commands.add_parser("report", help="rebuild report.html and report.md from the artifacts")
-    report.add_argument("dir", type=Path, metavar="DIR")
-    report.add_argument("--figures", type=Path, metavar="OUT", help="figures for a paper there: PDF, PNG and CSV")
+    report = commands.add_parser("report", help="rebuild report.html and report.md from the artifacts of a run")
+    report.add_argument("dir", type=Path, metavar="DIR", help="folder of a finished run")
+    report.add_argument(
+        "--figures", type=Path, metavar="OUT", help="also write figures for a paper to OUT (PDF, PNG and CSV)"
+    )
     laws = commands.add_parser(
         "verify",
-        help="hold the laws that checks rest on to your model and SAE",
-        description="Hold the laws that checks rest on to a model and an SAE, on a few neutral prompts.",
-        epilog="Exit status: 0 all that apply hold; 1 one does not; 2 unusable input, told in one line. An SAE that "
-        "does not fit is told of, and breaks no law.",
+        help="test your model and SAE against the laws that checks rely on",
+        description="Test a model and an SAE, on a few neutral prompts, against the laws that checks rely on.",
+        epilog="Exit status: 0 every applicable law holds; 1 a law is broken; 2 unusable input, explained in one line. "
+        "An SAE that fits the model badly is reported, but breaks no law.",
     )
     laws.add_argument("--model", required=True, help=MODEL_NAMED)
-    laws.add_argument("--sae", help=f"{SAE_NAMED} (default: one drawn at random)")
-    laws.add_argument("--site", help="such as blocks.4.hook_resid_pre (default: the SAE's own, or the middle)")
-    laws.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the model")
-    laws.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    laws.add_argument("--sae", help=f"{SAE_NAMED} (default: a random one)")
+    laws.add_argument(
+        "--site", help="such as blocks.4.hook_resid_pre (default: the site of the SAE, or the middle layer)"
+    )
+    laws.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="number format of the model")
+    laws.add_argument("--device", default="auto", help="where to run: auto, cpu, cuda, cuda:N or mps")
     laws.add_argument("--device-map", choices=get_args(DeviceMap), help=SPREAD)
-    start = commands.add_parser("init", help="write defense.yaml and test_defense.py, to be edited and run by pytest")
-    start.add_argument("dir", type=Path, nargs="?", default=Path(), metavar="DIR", help="default: here")
-    beside = commands.add_parser("compare", help="finished runs side by side")
-    beside.add_argument("dirs", type=Path, nargs="+", metavar="DIR")
+    start = commands.add_parser(
+        "init", help="write defense.yaml and test_defense.py for you to edit and run with pytest"
+    )
+    start.add_argument(
+        "dir",
+        type=Path,
+        nargs="?",
+        default=Path(),
+        metavar="DIR",
+        help="folder for both files (default: the current one)",
+    )
+    beside = commands.add_parser("compare", help="compare finished runs side by side")
+    beside.add_argument("dirs", type=Path, nargs="+", metavar="DIR", help="folders of finished runs, two or more")
     planted = commands.add_parser(
         "selftest",
-        help="judge planted models whose answer is known",
-        description="Judge small planted models whose answer is known, and compare.",
-        epilog="Exit status: 0 no miss; 1 a miss; 2 unusable input, told in one line.",
+        help="test the checker on planted models whose answer is known",
+        description="Check small planted models whose answer is known, and compare the verdicts with it.",
+        epilog="Exit status: 0 no miss; 1 a miss; 2 unusable input, explained in one line.",
     )
-    planted.add_argument("--seeds", type=positive, default=20, metavar="N", help="worlds of each kind (default: 20)")
-    planted.add_argument("--mixtures", action="store_true", help="worlds between the pure kinds too")
-    planted.add_argument("--json", type=Path, metavar="FILE", help="write every outcome there")
+    planted.add_argument(
+        "--seeds", type=positive, default=20, metavar="N", help="planted models of each kind (default: 20)"
+    )
+    planted.add_argument("--mixtures", action="store_true", help="include mixtures of the kinds")
+    planted.add_argument("--json", type=Path, metavar="FILE", help="write every outcome to FILE")
     return top
 
 
@@ -156,12 +199,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"recover: {error}", file=sys.stderr)
         return INTERRUPTED
     except KeyboardInterrupt:
-        print("recover: interrupted; the same command goes on where this one stopped", file=sys.stderr)
+        print("recover: interrupted; run the same command again to resume", file=sys.stderr)
         return INTERRUPTED
 
 
 def overrides(options: argparse.Namespace) -> dict[str, Any]:
-    """What the flags say, by dotted key; None where a flag was not given.
+    """The values of the flags by dotted key; None for a flag that was not given.
 
     Raises:
         InputError: `--features` cannot be read.
@@ -199,7 +242,7 @@ def _check(options: argparse.Namespace) -> int:
             text = to_text(verdicts[0]) if options.seeds == 1 else seeds_to_text(verdicts)
             _say(f"{text}\n\nArtifacts: {options.out}")
     failing = {CONDITIONS[condition] for condition in options.fail_if}
-    return int(any(verdict["verdict"] in failing for verdict in verdicts))
+    return int(any(verdict.verdict in failing for verdict in verdicts))
 
 
 def _report(options: argparse.Namespace) -> int:
@@ -222,7 +265,7 @@ def _init(options: argparse.Namespace) -> int:
     }
     for path in files:
         if path.exists():
-            raise InputError(f"{path}: is there already; move it, or give another folder")
+            raise InputError(f"{path}: already exists; move it or give another folder")
     try:
         options.dir.mkdir(parents=True, exist_ok=True)
         for path, template in files.items():
@@ -230,13 +273,13 @@ def _init(options: argparse.Namespace) -> int:
     except OSError as error:
         raise InputError(f"{options.dir}: cannot be written ({error.strerror}); give another folder") from None
     yaml, test = files
-    _say(f"{yaml}\n{test}\nEdit the two marked lines of {yaml}, and run `pytest {test}`.")
+    _say(f"{yaml}\n{test}\nEdit the two marked lines of {yaml}, then run `pytest {test}`.")
     return 0
 
 
 def _selftest(options: argparse.Namespace) -> int:
     if options.json is not None and not options.json.parent.is_dir():
-        raise InputError(f"--json {options.json}: there is no folder {options.json.parent}; make it first")
+        raise InputError(f"--json {options.json}: the folder {options.json.parent} does not exist")
     with shown() as progress:
         kinds = (*KINDS, *MIXTURES) if options.mixtures else tuple(KINDS)
         outcomes = run_selftest(range(options.seeds), kinds, progress=progress)
@@ -257,7 +300,7 @@ def _verify(options: argparse.Namespace) -> int:
     prompts = model.tokenize(NEUTRAL[:PROMPTS_VERIFIED])
     sae = stand_in(model, prompts, site or Site(model.n_layers // 2)) if given is None else given
     laws = verify(model, sae, prompts, site)
-    named = "an SAE drawn at random, as no --sae is given," if given is None else f"SAE {options.sae}"
+    named = "a random SAE (no --sae given)" if given is None else f"SAE {options.sae}"
     place = site or sae.site
     fits = fitting(model, sae, model.tokenize(NEUTRAL), place) if given is not None and place is not None else []
     lines = [
@@ -279,9 +322,9 @@ COMMANDS = {
 
 
 def positive(text: str) -> int:
-    """A count that an option gives."""
+    """Parse a positive whole number."""
     if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
+        raise argparse.ArgumentTypeError(f"expected a positive whole number, got {text!r}")
     return int(text)
 
 

@@ -13,11 +13,12 @@ import numpy as np
 
 from recover.defenses.utility import Utility
 from recover.protocol.records import ExampleRecord, ReplyRecord
+from recover.protocol.verdict_model import Verdict
 from recover.saes.fit import Fit
 from tests.hand_made import SHOWS_THROUGHOUT, certified, conclude, flip, missed, placebo, transfer
 
 CONFIG = "model: tiny\ntask: ioi\nprompts: {n: 64, seed: 0}\n"
-Run = tuple[dict[str, Any], Sequence[ExampleRecord]]
+Run = tuple[Verdict, Sequence[ExampleRecord]]
 WHOLE: dict[str, Any] = {
     "utility": Utility(3.0, 3.25, 0.25, 100, False),
     "curve": (2.0, 20.0, 40.0),
@@ -32,9 +33,17 @@ REPLY = ReplyRecord(False, False, False, True, False, 1e-8, 1e-7)
 
 
 def run(*records: ExampleRecord, **evidence: Any) -> Run:
-    """A verdict as `verdict.json` holds it, and its records."""
+    """A verdict as it is read back from `verdict.json`, and its records."""
     said = conclude(*records, **evidence)
-    return json.loads(json.dumps(said.to_dict(), allow_nan=False)), said.records
+    return Verdict.from_json(json.dumps(said.to_dict(), allow_nan=False)), said.records
+
+
+def changed(verdict: Verdict, **sections: Any) -> Verdict:
+    """The verdict with other plain values for some of its sections, whole or one level down."""
+    values = verdict.to_dict()
+    for name, section in sections.items():
+        values[name] = values[name] | section if isinstance(values[name], dict) else section
+    return Verdict.model_validate(values)
 
 
 def flips(n: int = 12, near: Sequence[float] = (1.5, 3.0, 8.0, 30.0)) -> list[ExampleRecord]:
@@ -57,8 +66,8 @@ def many(n: int) -> list[ExampleRecord]:
         one = certified(
             flip(f"prompt-{row:04}", near=near),
             drift=float(draw.exponential(1e-6)),
-            preactivation_shift=draw.exponential(1e-6, 64).tolist(),
-            threshold_margin=draw.normal(-4, 2, 64).tolist(),
+            preactivation_shift=tuple(draw.exponential(1e-6, 64).tolist()),
+            threshold_margin=tuple(draw.normal(-4, 2, 64).tolist()),
         )
         made.append(replace(one, placebo=placebo(near * float(draw.uniform(0.7, 2.5))), write_orthogonal=placebo(near)))
     return made
@@ -69,17 +78,17 @@ def _several_sites() -> Run:
     verdict, records = run(
         *(replace(one, answered=True, refused=True, reply=REPLY) for one in flips(8, (3.0,))), **WHOLE
     )
-    clamp = verdict["threat_model"]["clamps"][0]
+    clamp = verdict.to_dict()["threat_model"]["clamps"][0]
     other = clamp | {"site": "blocks.2.hook_resid_pre", "mode": "floor", "value": [1.0, 2.5]}
     sites = ["blocks.1.hook_resid_pre", "blocks.2.hook_resid_pre"]
     threat = {"clamps": [clamp, other], "sites": sites, "delta_sites": sites, "positions": "first 8 of the answer"}
     part = {"replay": {"hits": 6, "rate": 0.75, "wilson95": [0.41, 0.93]}}
     part |= {"knockout": {"hits": 2, "rate": 0.25, "wilson95": [0.07, 0.59]}}
-    verdict["threat_model"] |= threat
-    shares = {"integrated_share": 0.5, "said": None}
+    names = ("first_order_share", "integrated_share", "replay_share", "knockout_share")
+    shares = dict.fromkeys(names, 0.5) | {"norm_mean": 3.0, "said": None}
     parts = dict.fromkeys(("full", "error", "free", "clamped"), part | shares)
-    verdict["attribution"] = {"n": 8, "gap": 0.125, "integrated_gap": 0.0, "parts": parts}
-    return verdict, records
+    travel = {"n": 8, "top_k": 16, "effect_mean": 2.0, "gap": 0.125, "integrated_gap": 0.0, "parts": parts}
+    return changed(verdict, threat_model=threat, attribution=travel), records
 
 
 SHOWING = [replace(SHOWS_THROUGHOUT, id=f"s{row}") for row in range(3)]
@@ -102,7 +111,7 @@ def folder(path: Path, made: Run, config: str = CONFIG, features: Sequence[Seque
     """The artifacts of a run that its reports are made of."""
     verdict, records = made
     path.mkdir(parents=True)
-    (path / "verdict.json").write_text(json.dumps(verdict))
+    (path / "verdict.json").write_text(json.dumps(verdict.to_dict()))
     (path / "config.yaml").write_text(config)
     (path / "run.json").write_text(json.dumps({"features": features}))
     (path / "examples.jsonl").write_text("".join(record.to_json() + "\n" for record in records))

@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from importlib.resources import files
 from typing import Any
 
 import jsonschema
 
-from recover.protocol.phases import KEPT
 from recover.protocol.plan import Plan
-from recover.protocol.records import ExampleRecord, PlaceboRecord, SearchRecord
-from recover.protocol.verdict import Gathered, Verdict, decide
+from recover.protocol.records import CertificateRecord, ExampleRecord, PlaceboRecord, SearchRecord, SmallestRecord
+from recover.protocol.verdict import Gathered, decide
+from recover.protocol.verdict_model import Verdict
 from recover.saes.fit import Fit
 
 BUDGET = 20.0
@@ -63,8 +63,8 @@ FACTS: dict[str, Any] = {
     "relative_norm": 0.2,
     "displacement": 8.0,
     "constraint_residual": 1e-7,
-    "preactivation_shift": [1e-6, 3e-6],
-    "threshold_margin": [-2.0, 1.0],
+    "preactivation_shift": (1e-6, 3e-6),
+    "threshold_margin": (-2.0, 1.0),
     "drift": 1e-5,
     "relative_drift": 1e-6,
     "decode_drift": 2e-5,
@@ -92,12 +92,23 @@ def flip(name: str, *, status: str = "RECOVERED", slack: float = 0.5, near: floa
         1.0,
         -1.0,
         SearchRecord(status, 3, 1.5, slack, near, "smallest_norm" if reached else None, by_solver, 0.0),
-        FACTS | {"slack": slack, "shows": slack > 0, "norm": within, "relative_norm": within / 20} | facts,
-        {fact: FACTS[fact] for fact in KEPT} | {"shows": reached, "norm": size, "relative_norm": size / 20},
+        CertificateRecord(
+            **_frozen(
+                FACTS | {"slack": slack, "shows": slack > 0, "norm": within, "relative_norm": within / 20} | facts
+            )
+        ),
+        SmallestRecord(
+            **{field.name: FACTS[field.name] for field in fields(SmallestRecord)}
+            | {"shows": reached, "norm": size, "relative_norm": size / 20}
+        ),
         reached_at={"2": near <= 2, "20": near <= 20, "40": near <= 40},
         longer=status == "RECOVERED",
         undefended=True,
     )
+
+
+def _frozen(facts: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in facts.items()}
 
 
 def missed(name: str, *, status: str = "EXHAUSTED", near: float = 30.0, **facts: Any) -> ExampleRecord:
@@ -114,13 +125,13 @@ def searched(record: ExampleRecord, **changes: Any) -> ExampleRecord:
 def certified(record: ExampleRecord, **facts: Any) -> ExampleRecord:
     """The record, with other facts about its delta within the budget."""
     assert record.certificate is not None
-    return replace(record, certificate=record.certificate | facts)
+    return replace(record, certificate=replace(record.certificate, **_frozen(facts)))
 
 
 def at_smallest(record: ExampleRecord, **facts: Any) -> ExampleRecord:
     """The record, with other facts about its smallest delta."""
     assert record.smallest is not None
-    return replace(record, smallest=record.smallest | facts)
+    return replace(record, smallest=replace(record.smallest, **facts))
 
 
 def placebo(smallest: float) -> PlaceboRecord:

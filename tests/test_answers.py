@@ -24,7 +24,7 @@ from recover.protocol.checking import check
 from recover.protocol.ledger import InMemoryStore
 from recover.protocol.plan import Plan, TransferPlan
 from recover.protocol.reading import shown
-from recover.protocol.verdict import Verdict
+from recover.protocol.verdict_model import Verdict
 from recover.report.html import to_html
 from recover.report.text import to_text
 from recover.saes.activations import ReLU
@@ -145,7 +145,7 @@ def test_what_flips_is_read_from_what_is_said(dialogue: Dialogue, checked: tuple
     assert flips == expected
     assert [record.id for record in checked[0].records if record.search is not None] == expected
     assert 3 <= len(flips) < len(dialogue.served) < len(dialogue)
-    assert checked[0].counts["base"] == len(dialogue.served)
+    assert checked[0].counts.base == len(dialogue.served)
 
 
 def test_saved_deltas_bring_answers_back_in_speech_made_by_hand(
@@ -162,28 +162,27 @@ def test_saved_deltas_bring_answers_back_in_speech_made_by_hand(
         assert record.reply.non_refusal is not refusal.opens_with_refusal(said)
         assert record.reply.base_like is refusal.base_like(said, dialogue.texts[row])
         assert record.certificate is not None
-        assert max(record.certificate["preactivation_shift"]) < 1e-4
-        assert record.certificate["relative_drift"] < 1e-5
-        assert record.back is (record.certificate["held"] and record.reply.base_like)
+        assert max(record.certificate.preactivation_shift) < 1e-4
+        assert record.certificate.relative_drift < 1e-5
+        assert record.back is (record.certificate.held and record.reply.base_like)
     assert verdict.verdict == "RECOVERABLE"
-    assert verdict.recovery["recovered"] == sum(record.back for record in flips) > 0
-    replies = verdict.recovery["replies"]
-    assert replies["n"] == len(flips)
-    assert replies["non_refusal"]["hits"] == sum(r.reply.non_refusal for r in flips if r.reply)
-    assert replies["token_for_token"]["hits"] == sum(r.certificate["shows"] for r in flips if r.certificate)
+    assert verdict.recovery.recovered == sum(record.back for record in flips) > 0
+    replies = verdict.recovery.replies
+    assert replies.n == len(flips)
+    assert replies.non_refusal.hits == sum(r.reply.non_refusal for r in flips if r.reply)
+    assert replies.token_for_token.hits == sum(r.certificate.shows for r in flips if r.certificate)
 
 
 def test_a_placebo_is_the_answer_to_another_request(checked: tuple[Verdict, InMemoryStore]) -> None:
-    placebo = checked[0].controls["placebo"]
-    assert placebo["n"] == checked[0].counts["valid_flips"]
+    placebo = checked[0].controls.placebo
+    assert placebo.n == checked[0].counts.valid_flips
 
 
 def test_transfer_is_read_at_every_site(checked: tuple[Verdict, InMemoryStore]) -> None:
-    transfer = checked[0].transfer
+    transfer = checked[0].shared
     assert transfer is not None
-    assert "refused" not in transfer
-    assert transfer["n"] >= 1
-    assert transfer["preactivation_shift_max"] < 1e-3  # shared free parts are pinned for each request by itself
+    assert transfer.n >= 1
+    assert transfer.preactivation_shift_max < 1e-3  # shared free parts are pinned for each request by itself
 
 
 def test_a_shared_delta_brings_back_what_is_said_freely_like_the_own_answer(dialogue: Dialogue) -> None:
@@ -225,10 +224,11 @@ def test_its_verdict_fits_the_schema_and_is_told_in_words(checked: tuple[Verdict
         "seconds": 1.0,
     }
     jsonschema.validate(values, schema)
-    text = " ".join(to_text(values).split())
+    verdict = Verdict.model_validate(values)
+    text = " ".join(to_text(verdict).split())
     assert "first 3 of the answer positions at blocks.1.hook_resid_pre and blocks.2.hook_resid_pre" in text
     assert "free replies of" in text
-    assert "free replies" in to_html(values, "")
+    assert "free replies" in to_html(verdict, "")
 
 
 def test_a_resumed_check_is_an_uninterrupted_one(dialogue: Dialogue, checked: tuple[Verdict, InMemoryStore]) -> None:
@@ -243,14 +243,14 @@ def test_a_resumed_check_is_an_uninterrupted_one(dialogue: Dialogue, checked: tu
 def test_an_exact_model_certifies_in_float64(dialogue: Dialogue) -> None:
     exact = Model(tiny_lm(scale=8.0).double())
     verdict = run(dialogue, exact=exact)
-    assert verdict.recovery["preactivation_shift_max"] < 2e-6
-    assert verdict.recovery["recovered"] > 0
+    assert verdict.recovery.preactivation_shift_max < 2e-6
+    assert verdict.recovery.recovered > 0
 
 
 def test_only_served_requests_count_and_none_is_no_check(dialogue: Dialogue) -> None:
     declined = dialogue.select(dialogue.refused)
     verdict = run(declined)
-    assert (verdict.verdict, verdict.counts["base"]) == ("INVALID", 0)
+    assert (verdict.verdict, verdict.counts.base) == ("INVALID", 0)
 
 
 @pytest.mark.parametrize("n_sites", [2, 3])

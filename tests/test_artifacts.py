@@ -181,7 +181,7 @@ def test_numbers_that_are_not_finite_are_the_same_before_and_after_a_restart(ope
     assert math.isnan(after.search.slack)
     assert after.search.smallest == math.inf
     assert not after.shows_at_base
-    assert after.certificate["threshold_margin"] == [0.5, None]
+    assert after.certificate.threshold_margin == (0.5, None)
 
 
 def test_records_are_written_a_line_each(opened):

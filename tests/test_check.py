@@ -210,8 +210,8 @@ def test_a_stricter_predicate_is_counted_beside_the_own(finished: tuple[Verdict,
     assert_close([record.strict_defended_slack for record in verdict.records], under, atol=1e-3, rtol=0)
     strict = [row for row in range(N) if base[row] > 0 >= under[row]]
     assert [record.id for record in verdict.records if record.strict_flip] == [f"e{row}" for row in strict]
-    assert 2 <= len(strict) == verdict.counts["strict_flips"] != verdict.counts["valid_flips"]
-    assert verdict.recovery["searched"] == verdict.counts["valid_flips"]
+    assert 2 <= len(strict) == verdict.counts.strict_flips != verdict.counts.valid_flips
+    assert verdict.recovery.searched == verdict.counts.valid_flips
 
 
 def test_shared_deltas_are_read_on_the_other_half_alone(finished: tuple[Verdict, InMemoryStore]) -> None:
@@ -242,13 +242,13 @@ def test_shared_deltas_are_read_on_the_other_half_alone(finished: tuple[Verdict,
 def test_a_tiny_budget_recovers_nothing() -> None:
     verdict = run_small(budget=1e-4)
     assert valid(verdict)["verdict"] == "NOT_RECOVERED_AT_BUDGET"
-    assert verdict.recovery["recovered"] == 0
+    assert verdict.recovery.recovered == 0
     assert failed(verdict) == ["norm_at_budget"]  # a caution
-    assert any("it was the budget that stopped them" in reason for reason in verdict.reasons)
+    assert any("so the budget limited them" in reason for reason in verdict.reasons)
     # Longer ones bring it back, so that nobody may say that nothing does.
     assert verdict.minimum_norm is not None
-    assert verdict.minimum_norm["unreached"] == 0
-    assert not any("no admissible perturbation that was drawn" in reason for reason in verdict.reasons)
+    assert verdict.minimum_norm.unreached == 0
+    assert not any("no admissible random perturbation" in reason for reason in verdict.reasons)
 
 
 def test_both_placements_say_the_same_of_a_pointwise_sae(small: tuple[Verdict, InMemoryStore]) -> None:
@@ -256,10 +256,10 @@ def test_both_placements_say_the_same_of_a_pointwise_sae(small: tuple[Verdict, I
     assert valid(small[0])["threat_model"]["placement"] == "after_clamp"
     assert valid(verdict)["threat_model"]["placement"] == "before_clamp"
     assert verdict.counts == small[0].counts
-    assert abs(verdict.recovery["recovered"] - small[0].recovery["recovered"]) <= 1
+    assert abs(verdict.recovery.recovered - small[0].recovery.recovered) <= 1
     assert verdict.minimum_norm is not None
     assert small[0].minimum_norm is not None
-    assert verdict.minimum_norm["median"] == pytest.approx(small[0].minimum_norm["median"], rel=1e-3)
+    assert verdict.minimum_norm.median == pytest.approx(small[0].minimum_norm.median, rel=1e-3)
 
 
 def test_an_sae_that_does_not_fit_is_invalid_and_nothing_is_searched() -> None:
@@ -270,7 +270,7 @@ def test_an_sae_that_does_not_fit_is_invalid_and_nothing_is_searched() -> None:
     assert valid(verdict)["verdict"] == "INVALID"
     assert "fit" in failed(verdict)
     assert not store.deltas
-    assert verdict.recovery["searched"] == 0
+    assert verdict.recovery.searched == 0
 
 
 def test_a_clamp_that_suppresses_nothing_is_invalid() -> None:
@@ -299,7 +299,7 @@ def test_random_features_that_the_behavior_does_not_need_are_invalid(kind: Calla
     n = len(world.examples.ids)
     assert valid(verdict)["verdict"] == "INVALID"
     assert failed(verdict) == ["valid_flips"]
-    assert (verdict.counts["base"], verdict.counts["defended"], verdict.counts["valid_flips"]) == (n, n, 0)
+    assert (verdict.counts.base, verdict.counts.defended, verdict.counts.valid_flips) == (n, n, 0)
     assert verdict.reasons[0].startswith(f"valid_flips: 0 of {n} examples")
     assert list(store.units) == ["fit", "accounting/0"]
 
@@ -334,7 +334,7 @@ def test_how_much_text_may_suffer_is_for_the_plan_to_say() -> None:
 def test_without_neutral_text_its_gate_is_not_run(small: tuple[Verdict, InMemoryStore]) -> None:
     (gate,) = [gate for gate in small[0].gates if gate.name == "utility"]
     assert (gate.passed, gate.detail) == (None, "no neutral text was given")
-    assert small[0].fit["utility"] is None
+    assert small[0].fit.utility is None
 
 
 def test_a_replay_that_disagrees_is_inconclusive() -> None:
@@ -384,13 +384,13 @@ def test_a_defense_over_two_layers_is_checked_as_one() -> None:
     for record, norm in zip(verdict.records, world.smallest_norm.tolist(), strict=True):
         assert record.certificate is not None
         assert record.smallest is not None
-        assert record.certificate["shows"]
-        assert record.certificate["held"]
-        assert record.smallest["held"]
-        assert record.smallest["norm"] == pytest.approx(norm, rel=0.01)
+        assert record.certificate.shows
+        assert record.certificate.held
+        assert record.smallest.held
+        assert record.smallest.norm == pytest.approx(norm, rel=0.01)
     why = "several sites are clamped, so that what is admissible differs from prompt to prompt"
     assert values["transfer"] == {"refused": why}
-    assert f"whether it is specific is unknown: transfer: {why}" in verdict.reasons
+    assert f"specificity unknown: transfer was not run: {why}" in verdict.reasons
     assert not any(name.startswith("transfer/") for name in (*store.deltas, *store.units))
 
 
@@ -489,7 +489,7 @@ def test_the_certificate_is_of_the_delta_as_the_store_reads_it_back() -> None:
     store = Halving()
     verdict = run_small(store=store)
     assert isinstance(store, Store)
-    assert verdict.counts["valid_flips"] == len(verdict.records)
+    assert verdict.counts.valid_flips == len(verdict.records)
     for record in verdict.records:
         for facts, name in ((record.certificate, record.id), (record.smallest, f"{record.id}{SMALLEST}")):
             assert facts is not None
@@ -520,8 +520,8 @@ def test_texts_are_kept_only_where_given(small: tuple[Verdict, InMemoryStore]) -
 def test_batches_of_another_size_say_the_same(small: tuple[Verdict, InMemoryStore]) -> None:
     verdict = run_small(batch_size=12)
     assert verdict.counts == small[0].counts
-    assert verdict.recovery["recovered"] == small[0].recovery["recovered"]
-    assert verdict.recovery["norm_mean"] == pytest.approx(small[0].recovery["norm_mean"], rel=1e-2)
+    assert verdict.recovery.recovered == small[0].recovery.recovered
+    assert verdict.recovery.norm_mean == pytest.approx(small[0].recovery.norm_mean, rel=1e-2)
 
 
 def test_the_whole_protocol_by_its_default_plan() -> None:
@@ -557,7 +557,7 @@ def test_the_whole_protocol_by_its_default_plan() -> None:
 def test_another_seed_draws_another_split_and_other_controls(small: tuple[Verdict, InMemoryStore]) -> None:
     store = InMemoryStore()
     verdict = run_small(plan=replace(LIGHT, seed=1), store=store)
-    assert (small[0].provenance["control_seed"], verdict.provenance["control_seed"]) == (0, 1)
+    assert (small[0].provenance.control_seed, verdict.provenance.control_seed) == (0, 1)
     assert verdict.counts == small[0].counts
     one, other = units(small[1]), units(store)
     assert {unit for unit in one if one[unit] != other[unit]} >= {"placebo/0", "transfer/1"}
@@ -589,7 +589,7 @@ def test_progress_is_told_phase_by_phase_to_the_end(small: tuple[Verdict, InMemo
 
 
 def test_the_time_of_each_phase_is_told_as_a_share(small: tuple[Verdict, InMemoryStore]) -> None:
-    spent = small[0].provenance["phases"]
+    spent = small[0].provenance.phases
     assert list(spent) == ["fit", "accounting", *PHASES, "undo", "health", "placebo_features", "transfer"]
     assert sum(spent.values()) == pytest.approx(1, abs=1e-4 * len(spent))
     assert all(share >= 0 for share in spent.values())
@@ -598,7 +598,7 @@ def test_the_time_of_each_phase_is_told_as_a_share(small: tuple[Verdict, InMemor
         took[unit.split("/")[0]] += json.loads(text)["seconds"]
     for phase, share in spent.items():
         assert share == pytest.approx(took[phase] / took.total(), abs=1e-4)
-    assert small[0].provenance["phase_seconds"] == pytest.approx(took.total(), abs=0.06)
+    assert small[0].provenance.phase_seconds == pytest.approx(took.total(), abs=0.06)
 
 
 def test_a_bad_budget_is_refused_even_where_nothing_would_be_searched() -> None:

@@ -28,9 +28,11 @@ from recover import cli
 from recover.protocol.folder import CONFIG, DELTAS, EXAMPLES, MARKDOWN, REPORT, RUN, SEEDS, UNITS, VERDICT, RunFolder
 from recover.protocol.phases import PHASES
 from recover.protocol.plan import Plan
+from recover.protocol.verdict_model import Transfer
 from recover.run import progress, runner, setting
 from recover.run.config import load_config
 from recover.tasks import ioi
+from tests.hand_made import PROVENANCE, SHOWS_THROUGHOUT, conclude, flip, transfer
 
 N, BATCH = 40, 16
 SCHEMA = json.loads(resources.files("recover.protocol").joinpath("verdict.schema.json").read_text())
@@ -398,9 +400,9 @@ GOOD = {"prompt": "Mary and John left and John gave the key to", "io": "Mary", "
         (["--control-seed", "-1"], ["controls.seed", "greater than or equal to 0"]),
         (["--control-seed", str(2**31)], ["controls.seed", "less than"]),
         (["--control-seed", "x"], ["--control-seed", "'x'"]),
-        (["--seeds", "0"], ["--seeds", "'0' is not a whole number from 1"]),
-        (["--seeds", "-2"], ["--seeds", "'-2' is not a whole number from 1"]),
-        (["--seeds", "two"], ["--seeds", "'two' is not a whole number from 1"]),
+        (["--seeds", "0"], ["--seeds", "expected a positive whole number, got '0'"]),
+        (["--seeds", "-2"], ["--seeds", "expected a positive whole number, got '-2'"]),
+        (["--seeds", "two"], ["--seeds", "expected a positive whole number, got 'two'"]),
         (["--batch-size", "0"], ["batch_size: must be auto or a whole number from 1"]),
         (["--batch-size", "²"], ["batch_size"]),
         (["--features", "1,x"], ["--features '1,x'", "3,17,42"]),
@@ -631,12 +633,23 @@ def test_lost_records_are_written_again_from_the_units(recover, finished, earlie
     assert verdict_of(earlier) == verdict_of(finished)
 
 
-@pytest.mark.parametrize("damage", ["", "{", "[]", "{}", '{"schema": "recover.verdict/2"}', '{"schema": "other"}'])
+@pytest.mark.parametrize("damage", ["", "{", "[]", "{}", '{"schema": "recover.verdict/2"}', '{"schema": 3}'])
 def test_a_damaged_verdict_is_refused_by_report_and_mended_by_check(recover, finished, earlier, capsys, damage):
     (earlier / VERDICT).write_text(damage)
     assert refused(call(capsys, "report", earlier), f"{earlier}: verdict.json is damaged")
     assert recover("--batch-size", BATCH)[0] == 0
     assert verdict_of(earlier) == verdict_of(finished)
+
+
+def test_a_verdict_of_another_schema_is_refused_in_a_line_that_names_it_and_what_opens_it(earlier, capsys):
+    values = json.loads((earlier / VERDICT).read_text()) | {"schema": "recover.verdict/1"}
+    (earlier / VERDICT).write_text(json.dumps(values))
+    version = values["provenance"]["versions"]["recover"]
+    assert refused(
+        call(capsys, "report", earlier),
+        f"{earlier}: verdict.json cannot be opened: its schema is 'recover.verdict/1'",
+        f"open it with recover {version}, which wrote it",
+    )
 
 
 def test_report_of_an_unfinished_run(earlier, capsys):
@@ -792,7 +805,7 @@ def test_ctrl_c_is_told_in_one_line(child, resumes, tmp_path, write, late):
     process, error = child(tmp_path / "out", write, signal.SIGINT, late)
     process.join()
     assert process.exitcode == 130
-    assert error.read_text() == "recover: interrupted; the same command goes on where this one stopped\n"
+    assert error.read_text() == "recover: interrupted; run the same command again to resume\n"
     resumes(tmp_path / "out")
 
 
@@ -855,16 +868,17 @@ def test_several_seeds_have_a_folder_each_and_are_counted(recover, tmp_path, mon
 def test_seeds_go_on_from_the_control_seed_and_different_verdicts_are_counted_apart(recover, tmp_path, monkeypatch):
     def said(config, out, **_):
         seed = config.controls.seed
-        name, specific = [("RECOVERABLE", True), ("RECOVERABLE", "unknown"), ("INCONCLUSIVE", "unknown")][seed % 3]
-        reading = {"heldout_rate": 0.5, "write_orthogonal_heldout_rate": None, "shuffled_rate": 0.25}
-        return {
+        name, specific = [("RECOVERABLE", True), ("RECOVERABLE", None), ("INCONCLUSIVE", None)][seed % 3]
+        made = conclude(flip("x"), transfer=transfer(), provenance=PROVENANCE | {"control_seed": seed})
+        assert isinstance(made.transfer, Transfer)
+        read = {"heldout_rate": 0.5, "write_orthogonal_heldout_rate": None, "shuffled_rate": 0.25}
+        changes = {
             "verdict": name,
             "specific": specific,
-            "transfer": reading if name == "RECOVERABLE" else None,
-            "controls": {"placebo": {"median_norm": 2.0, "own_median_norm": None}},
-            "recovery": {"recovered": seed, "searched": 9},
-            "provenance": {"control_seed": seed},
+            "transfer": made.transfer.model_copy(update=read) if name == "RECOVERABLE" else None,
+            "recovery": made.recovery.model_copy(update={"recovered": seed, "searched": 9}),
         }
+        return made.model_copy(update=changes)
 
     monkeypatch.setattr(runner, "run_check", said)
     (tmp_path / "out").mkdir()
@@ -888,8 +902,7 @@ def test_seeds_go_on_from_the_control_seed_and_different_verdicts_are_counted_ap
 
 
 def test_seeds_that_cannot_be_counted_are_told_in_one_line(recover, tmp_path, monkeypatch):
-    verdict = {"verdict": "INVALID", "specific": "unknown"}
-    monkeypatch.setattr(runner, "run_check", lambda *_, **__: verdict)
+    monkeypatch.setattr(runner, "run_check", lambda *_, **__: conclude(SHOWS_THROUGHOUT))
     (tmp_path / "out" / SEEDS).mkdir(parents=True)
     assert refused(recover("--seeds", 2), f"--out {tmp_path / 'out'}: seeds.json cannot be written")
 
@@ -906,7 +919,7 @@ def in_a_process(*arguments):
 
 def without_progress(stderr):
     """What is left without the lines that a slow run, on a busy machine, prints every ten seconds."""
-    return re.sub(r"recover: [\w ,]+ \d+ of \d+\n", "", stderr)
+    return re.sub(r"recover: [\w ,+]+: \d+ of \d+\n", "", stderr)
 
 
 def test_as_a_module_with_nothing_but_the_verdict_on_its_streams(root, finished, tmp_path):
@@ -945,10 +958,10 @@ def test_progress_is_a_bar_for_each_phase_on_a_terminal(monkeypatch):
             report("search", done, 5)
         report("transfer, fold 1 of 2", 7, 60)  # never at its end
     first, second, third, fourth, last = sys.stderr.getvalue().split("\n")
-    assert re.search(r"\rloading 00:00 *$", first)
-    assert re.search(r"accounting: 100%.* 40/40 ", second)
-    assert re.search(r"search: 100%.* 5/5 ", third)
-    assert re.search(r"transfer, fold 1 of 2: .* 7/60 ", fourth)
+    assert re.search(r"\rloading the model 00:00 *$", first)
+    assert re.search(r"finding valid flips: 100%.* 40/40 ", second)
+    assert re.search(r"searching for perturbations: 100%.* 5/5 ", third)
+    assert re.search(r"fitting one shared perturbation, fold 1 of 2: .* 7/60 ", fourth)
     assert last == ""
 
 
@@ -960,7 +973,9 @@ def test_progress_is_told_phase_by_phase(recover, monkeypatch):
     ends = [line.split("\r")[-1].split("|")[0].strip() for line in terminal.getvalue().split("\n") if line]
     phases = [re.sub(r"( \d\d:\d\d|: +\d+%)$", "", end) for end in ends]
     fold = "transfer, fold 1 of 1"
-    assert phases == ["loading", "accounting", *PHASES, "placebo_features", fold]
+    told = ["loading", "accounting", *PHASES, "placebo_features", fold]
+    assert phases == [progress.title(phase) for phase in told]
+    assert not set(told) & set(phases)  # each has words of its own
     assert all(end.endswith("100%") or re.search(r"\d\d:\d\d$", end) for end in ends)
 
 
@@ -973,5 +988,6 @@ def test_progress_is_a_few_lines_in_a_log(monkeypatch, capsys):
         for done in range(1, 7):
             report("transfer, fold 1 of 2", done, 64)
     assert capsys.readouterr().err == (
-        "recover: transfer, fold 1 of 2 2 of 64\nrecover: transfer, fold 1 of 2 5 of 64\n"
+        "recover: fitting one shared perturbation, fold 1 of 2: 2 of 64\n"
+        "recover: fitting one shared perturbation, fold 1 of 2: 5 of 64\n"
     )

@@ -1,6 +1,5 @@
 """Runs side by side, the report rebuilt from a folder, and figures for a paper, through the command line."""
 
-import copy
 import csv
 import json
 import zlib
@@ -11,7 +10,7 @@ import pytest
 from recover.cli import main
 from recover.report.evidence_figures import figures_of
 from recover.report.paper import COLORS, rendered
-from tests.finished_runs import CONFIG, RUNS, folder
+from tests.finished_runs import CONFIG, RUNS, changed, folder
 
 
 @pytest.fixture
@@ -55,9 +54,9 @@ def test_runs_stand_side_by_side(runs, capsys):
 
 
 def test_what_differs_is_told(tmp_path, runs, capsys):
-    verdict, records = copy.deepcopy(RUNS["RECOVERABLE"])
-    verdict["threat_model"]["clamps"][0]["value"] = -1.0
-    verdict["provenance"]["sae_sha256"] = {"x": "1" * 64}
+    verdict, records = RUNS["RECOVERABLE"]
+    clamp = verdict.to_dict()["threat_model"]["clamps"][0] | {"value": -1.0}
+    verdict = changed(verdict, threat_model={"clamps": [clamp]}, provenance={"sae_sha256": {"x": "1" * 64}})
     config, features = CONFIG.replace("n: 64", "n: 32"), ([*range(9)],)
     other = folder(tmp_path / "deep" / "strong", (verdict, records), config, features)
     status, text, _ = call(capsys, "compare", runs["strong"], other, runs["broken"])
@@ -97,7 +96,7 @@ def test_columns_that_are_too_many_go_on_below(tmp_path, capsys):
 )
 def test_bad_folders_are_refused_in_one_line(tmp_path, runs, capsys, arguments, words):
     damaged, records = (folder(tmp_path / name, RUNS["RECOVERABLE"]) for name in ("damaged", "records"))
-    (damaged / "verdict.json").write_text(json.dumps(RUNS["INVALID"][0] | {"gates": 3}))
+    (damaged / "verdict.json").write_text(json.dumps(RUNS["INVALID"][0].to_dict() | {"gates": 3}))
     (records / "examples.jsonl").write_text('{"id": "a"}\n')
     status, out, error = call(capsys, "compare", *(tmp_path / name for name in arguments))
     assert (status, out) == (2, "")

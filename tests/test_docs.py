@@ -7,6 +7,7 @@ import doctest
 import importlib
 import importlib.util
 import inspect
+import json
 import pkgutil
 import re
 import subprocess
@@ -21,6 +22,7 @@ from pydantic import BaseModel
 import recover
 from recover import cli
 from recover.protocol import gates
+from recover.protocol.verdict_model import Counts, Gate
 from recover.run.config import Config
 from recover.saes.fit import Fit
 from recover.tasks import TASKS
@@ -205,25 +207,42 @@ def test_the_page_of_verdicts_has_every_gate_and_what_it_decides():
     page = (PAGES / "explanation" / "verdicts.md").read_text(encoding="utf-8")
     table = dict(re.findall(r"^\| `(\w+)` \| .+ \| (`?\w+`?) \|$", page, flags=re.MULTILINE))
     fit = Fit("blocks.0.hook_resid_pre", 0.9, 10.0, 1.0, "blocks.0.hook_resid_pre", 0.0, 100)
-    made = [*gates.fit_gates([fit]), gates.flips_gate({"valid_flips": 1, "n": 1}), gates.utility_gate(None, 1.0)]
+    made = [
+        *gates.fit_gates([fit]),
+        gates.flips_gate(Counts(n=1, base=1, defended=0, valid_flips=1, strict_flips=1)),
+        gates.utility_gate(None, 1.0),
+    ]
     cautions = {"norm_at_budget"}
-    made += [gates.Gate(name, None, "", None if name in cautions else "INCONCLUSIVE") for name in gates.SEARCH_GATES]
+    made += [Gate(name, None, "", None if name in cautions else "INCONCLUSIVE") for name in gates.SEARCH_GATES]
     assert {gate.name: f"`{gate.decides}`" if gate.decides else "caution" for gate in made} == {
         name: decides for name, decides in table.items() if name in {gate.name for gate in made}
     }
 
 
-def test_the_page_of_artifacts_has_every_key_of_the_verdict(hooks):
-    gates_of = {"items": {"properties": {"name": {}, "passed": {}}}}
-    either = {"oneOf": [{"type": "null"}, {"properties": {"why": {}}}, {"properties": {"n": {}, "hits": {}}}]}
-    schema = {"gates": gates_of, "transfer": either, "verdict": {"enum": ["A", True]}, "reasons": {}}
-    assert hooks.schema_table({"properties": schema}).splitlines()[2:] == [
-        "| `gates` | `name`, `passed` |",
-        "| `transfer` | `why`, `n`, `hits` |",
-        "| `verdict` | `A`, `true` |",
-        "| `reasons` | sentences |",
+def test_the_page_of_artifacts_has_every_key_of_the_verdict_with_its_meaning(hooks):
+    section = {"properties": {"n": {"type": "integer", "description": "how many"}}}
+    either = {"anyOf": [{"$ref": "#/$defs/Some"}, {"type": "null"}], "description": "a part"}
+    properties = {
+        "gates": {"type": "array", "items": {"$ref": "#/$defs/Some"}, "description": "checks"},
+        "parts": {"type": "object", "additionalProperties": {"$ref": "#/$defs/Some"}, "description": "by part"},
+        "transfer": either,
+        "verdict": {"enum": ["A", True], "description": "the answer"},
+        "wilson95": {"type": "array", "prefixItems": [{"type": "number"}, {"type": "number"}], "description": "95%"},
+    }
+    assert hooks.schema_table({"properties": properties, "$defs": {"Some": section}}).splitlines()[2:] == [
+        "| `gates` | list: section | checks |",
+        "| `gates[].n` | whole number | how many |",
+        "| `parts` | by name: section | by part |",
+        "| `parts.*.n` | whole number | how many |",
+        "| `transfer` | section or `null` | a part |",
+        "| `transfer.n` | whole number | how many |",
+        "| `verdict` | `A`, `true` | the answer |",
+        "| `wilson95` | two: number | 95% |",
     ]
     assert "<!-- verdict schema -->" in (PAGES / "reference" / "artifacts.md").read_text(encoding="utf-8")
+    rows = hooks.schema_table(json.loads(hooks.SCHEMA.read_text(encoding="utf-8"))).splitlines()[2:]
+    assert any(row.startswith("| `recovery.rate` | number or `null` | recovered as a share") for row in rows)
+    assert not [row for row in rows if row.endswith("|  |")]  # every key says what it means
 
 
 def test_ruled_tables_become_markdown(hooks, monkeypatch):

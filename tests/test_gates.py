@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from recover.defenses.utility import Utility
-from recover.protocol.gates import SEARCH_GATES, Gate, flips_gate, health_gates, search_gates, tolerated, utility_gate
+from recover.protocol.gates import SEARCH_GATES, flips_gate, health_gates, search_gates, tolerated, utility_gate
 from recover.protocol.records import ExampleRecord
+from recover.protocol.verdict_model import Counts, Gate, Health
 from tests.hand_made import BUDGET, SHOWS_THROUGHOUT, certified, conclude, failed, flip, missed, searched, validated
 
 INF = math.inf
@@ -38,7 +39,7 @@ def decides(name: str, *records: ExampleRecord) -> None:
 
 
 def test_records_that_are_well_pass_every_gate() -> None:
-    gates = search_gates(of(3), BUDGET, "float32") + health_gates({"n": 8, "finite_differences": 8, "error_channel": 8})
+    gates = search_gates(of(3), BUDGET, "float32") + health_gates(Health(n=8, finite_differences=8, error_channel=8))
     assert [one.name for one in gates] == list(SEARCH_GATES)
     assert all(one.passed is True for one in gates)
     assert {one.name for one in gates if one.decides is None} == {"norm_at_budget"}
@@ -57,7 +58,7 @@ def test_gradient(status: str) -> None:
         assert gate("gradient", missed("x", status=other)).passed
     both = gate("gradient", missed("x", status="NO_GRADIENT"), missed("y", status="MISLED"), flip("z"))
     assert both.detail.startswith("1 of 3 searches met a zero gradient")
-    assert "score, 1 a gradient that does not account" in both.detail
+    assert "score; 1 met a gradient that does not predict" in both.detail
 
 
 def test_gradient_free_where_a_draw_was_better() -> None:
@@ -80,7 +81,10 @@ def test_gradient_free_where_a_draw_came_closer() -> None:
     assert gate("gradient_free", *of(40, won("x", 2.21), won("y", 2.21))).passed
     assert gate("gradient_free", searched(won("x", INF), winner="adam")).passed
     # One that counts as both is one.
-    assert "on 1 of 1 a search" in gate("gradient_free", searched(won("x", INF), status="OUTDONE")).detail
+    assert (
+        "on 1 of 1 examples a gradient-free search"
+        in gate("gradient_free", searched(won("x", INF), status="OUTDONE")).detail
+    )
 
 
 @pytest.mark.parametrize("facts", [{"slack": None}, {"drift": None}, {"preactivation_shift": [1e-6, None]}])
@@ -134,7 +138,7 @@ def test_held_where_all_that_came_back_moved_features() -> None:
     decides("held", flip("x", held=False), missed("y"))
     assert gate("held", flip("x", held=False), flip("y")).passed
     assert gate("held", missed("x", held=False)).passed
-    assert "stayed where they were on 1 of 2" in gate("held", flip("x", held=False), flip("y"), missed("z")).detail
+    assert "held still on 1 of 2" in gate("held", flip("x", held=False), flip("y"), missed("z")).detail
 
 
 def reached(name: str, near: float = 3.0, **budgets: bool) -> ExampleRecord:
@@ -146,7 +150,7 @@ def test_monotone_in_budget_is_of_the_worst_case_over_solvers() -> None:
     lost = reached("x", b5=True, b10=False, b20=True)
     found = gate("monotone_in_budget", lost, flip("y"))
     assert found.passed
-    assert "on 1 steepest ascent alone lost at a larger budget" in found.detail
+    assert "on 1, steepest ascent alone lost at a larger budget" in found.detail
     whole = gate("monotone_in_budget", reached("x", b5=False, b10=True, b20=True))
     assert whole.passed
     assert "ascent" not in whole.detail
@@ -178,7 +182,9 @@ def test_undefended() -> None:
     decides("undefended", *of(9, lost))
     assert gate("undefended", *of(10, lost)).passed
     assert not gate("undefended", *of(10, lost, replace(lost, id="y"))).passed
-    assert "came back on 1 of 2" in gate("undefended", lost, flip("y"), replace(flip("z"), undefended=None)).detail
+    assert (
+        "the search recovers 1 of 2" in gate("undefended", lost, flip("y"), replace(flip("z"), undefended=None)).detail
+    )
 
 
 def test_unbounded() -> None:
@@ -199,7 +205,7 @@ def test_unbounded_says_nothing_against_what_was_recovered() -> None:
     lost = missed("x", near=INF)
     found = gate("unbounded", lost, flip("y"))
     assert found.passed
-    assert "without a budget 1 of 2 are recovered; on 1 it is not known why not" in found.detail
+    assert "with no budget 1 of 2 are recovered; for 1 the reason is unknown" in found.detail
     for facts in ({"held": False}, {"shows": False}, {"defended_slack": 0.1}):
         assert not gate("unbounded", lost, flip("y", **facts)).passed
 
@@ -213,13 +219,13 @@ def test_norm_at_budget_is_a_caution(norm: float, passes: bool) -> None:
     assert verdict.verdict == "RECOVERABLE"
     assert not failed(verdict)
     assert (found.detail in verdict.reasons) is not passes
-    assert found.detail.startswith(f"{int(not passes)} of 1 searches that failed")
+    assert found.detail.startswith(f"{int(not passes)} of 1 failed searches")
 
 
 @pytest.mark.parametrize("status", ["UNMOVED", "NOTHING_ADMISSIBLE"])
 def test_a_budget_stops_nothing_where_nothing_would_help(status: str) -> None:
     found = gate("norm_at_budget", missed("x", status=status, norm=20.0, near=math.inf), missed("y"))
-    assert (found.passed, found.detail[:33]) == (True, "0 of 2 searches that failed ended")
+    assert (found.passed, found.detail[:28]) == (True, "0 of 2 failed searches ended")
 
 
 @pytest.mark.parametrize("name", ["finite_differences", "error_channel"])
@@ -243,7 +249,7 @@ def test_health_that_was_not_measured_did_not_pass() -> None:
 
 def test_valid_flips() -> None:
     for flips in (0, 1):
-        found = flips_gate({"n": 3, "valid_flips": flips})
+        found = flips_gate(Counts(n=3, base=3, defended=0, valid_flips=flips, strict_flips=flips))
         assert (found.passed, found.decides) == (flips > 0, "INVALID")
         assert found.detail.startswith(f"{flips} of 3 examples")
     assert conclude(SHOWS_THROUGHOUT, flip("x")).verdict == "RECOVERABLE"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,6 +14,7 @@ import torch
 from recover.checks.verification import verify
 from recover.models.host import Model
 from recover.models.names import resolve_model
+from recover.protocol.verdict_model import Verdict
 from recover.run.config import load_config
 from recover.saes.names import load_sae
 from recover.types import InputError
@@ -159,8 +159,8 @@ def test_the_pretended_device_refuses_the_cpus_tensors() -> None:
 def test_a_whole_check_keeps_to_its_device(gpu: Any, folder: Path, light: dict[str, Any], tmp_path: Path) -> None:
     done = on_pretended("-m", "tests.pretend", "check", str(folder / "light.yaml"), "--out", str(tmp_path / "run"))
     assert done.returncode == 0, done.stderr[-2000:]
-    verdict = json.loads((tmp_path / "run" / "verdict.json").read_text())
-    assert verdict["provenance"]["device"] == "pretend:0"
+    verdict = Verdict.from_json((tmp_path / "run" / "verdict.json").read_text())
+    assert verdict.provenance.device == "pretend:0"
     assert gpu.apart(gpu.measure(load_config(folder / "light.yaml")), gpu.Figures.of(verdict)) == []
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import replace
-from importlib.resources import files
 from typing import Any
 
 import jsonschema
@@ -17,11 +15,11 @@ from recover.evidence.rules import Reading, TransferEvidence
 from recover.planted import KINDS
 from recover.protocol import heldout
 from recover.protocol.bench import Bench
-from recover.protocol.heldout import evidence, summary
+from recover.protocol.heldout import summary
 from recover.protocol.plan import Plan
-from recover.protocol.records import without_nan
+from recover.protocol.verdict_model import Transfer
 
-SCHEMA = json.loads(files("recover.protocol").joinpath("verdict.schema.json").read_text())["properties"]["transfer"]
+SCHEMA = Transfer.model_json_schema()
 Folds = list[tuple[dict[str, Any], dict[str, Any]]]
 
 
@@ -94,7 +92,7 @@ def folds() -> Folds:
 
 def test_the_totals_of_two_folds_by_hand() -> None:
     found = summary(folds(), residual_norm=50.0)
-    jsonschema.validate(without_nan(found), SCHEMA, cls=jsonschema.Draft202012Validator)
+    jsonschema.validate(found.model_dump(mode="json"), SCHEMA, cls=jsonschema.Draft202012Validator)
     expected = {
         "budget": 12.5,
         "relative_norm": 0.25,
@@ -121,12 +119,12 @@ def test_the_totals_of_two_folds_by_hand() -> None:
         "constraint_residual_max": 4e-7,
     }
     for name, value in expected.items():
-        assert found[name] == pytest.approx(value), name
+        assert getattr(found, name) == pytest.approx(value), name
     # Wilson at 8 of 9, z = 1.96: (8/9 + z^2/18 -+ z sqrt(8/729 + z^2/324)) / (1 + z^2/9).
-    assert found["wilson95"] == pytest.approx([0.5650, 0.9801], abs=1e-4)
+    assert found.wilson95 == pytest.approx([0.5650, 0.9801], abs=1e-4)
     # At 6 of 9: (2/3 + z^2/18 -+ z sqrt(2/81 + z^2/324)) / (1 + z^2/9).
-    assert found["write_orthogonal_wilson95"] == pytest.approx([0.3542, 0.8794], abs=1e-4)
-    assert found["readings"] == {
+    assert found.write_orthogonal_wilson95 == pytest.approx([0.3542, 0.8794], abs=1e-4)
+    assert found.model_dump()["readings"] == {
         "own": {"hits": 8, "n": 9},
         "write_orthogonal": {"hits": 6, "n": 9},
         "shuffled": {"hits": 2, "n": 18},
@@ -137,8 +135,8 @@ def test_the_totals_of_two_folds_by_hand() -> None:
 
 def test_the_curve_of_two_folds_by_hand() -> None:
     """Every point by the readings of the search's own model, so that the points are of one kind."""
-    low, high = summary(folds(), residual_norm=50.0)["curve"]
-    assert low == pytest.approx(
+    low, high = summary(folds(), residual_norm=50.0).curve
+    assert dict(low) == pytest.approx(
         {
             "budget": 5.0,
             "relative_norm": 0.1,
@@ -152,7 +150,7 @@ def test_the_curve_of_two_folds_by_hand() -> None:
             "weak_shuffled_rate": 3 / 8,
         }
     )
-    assert high == pytest.approx(
+    assert dict(high) == pytest.approx(
         {
             "budget": 12.5,
             "relative_norm": 0.25,
@@ -170,15 +168,15 @@ def test_the_curve_of_two_folds_by_hand() -> None:
 
 def test_what_the_rules_of_evidence_are_given() -> None:
     found = summary(folds(), residual_norm=50.0)
-    assert evidence(found) == TransferEvidence(
+    assert found.evidence == TransferEvidence(
         Reading(8, 9), Reading(6, 9), Reading(2, 18), Reading(7, 18), Reading(3, 90)
     )
 
 
 def test_one_fold_is_its_own_total() -> None:
     found = summary(folds()[:1], residual_norm=50.0)
-    assert (found["hits"], found["n"], found["train_rate"], found["undo_cosine"]) == (3, 4, 1.0, 0.25)
-    assert found["readings"]["random"] == {"hits": 2, "n": 40}
+    assert (found.hits, found.n, found.train_rate, found.undo_cosine) == (3, 4, 1.0, 0.25)
+    assert found.readings.random == Reading(2, 40)
 
 
 def test_a_behavior_without_targets_has_no_shuffled_rate() -> None:
@@ -186,12 +184,12 @@ def test_a_behavior_without_targets_has_no_shuffled_rate() -> None:
     for _, read in given:
         read["fits"] = [fit for fit in read["fits"] if fit["kind"] != "shuffled"]
     found = summary(given, residual_norm=50.0)
-    assert math.isnan(found["shuffled_rate"])
-    assert math.isnan(found["weak_shuffled_rate"])
+    assert found.shuffled_rate is None
+    assert found.weak_shuffled_rate is None
     # Chance is what is left of it.
-    assert found["chance_rate"] == pytest.approx(3 / 90)
-    assert found["readings"]["shuffled"] == found["readings"]["dealt"] == {"hits": 0, "n": 0}
-    jsonschema.validate(without_nan(found), SCHEMA, cls=jsonschema.Draft202012Validator)
+    assert found.chance_rate == pytest.approx(3 / 90)
+    assert found.readings.shuffled == found.readings.dealt == Reading(0, 0)
+    jsonschema.validate(found.model_dump(mode="json"), SCHEMA, cls=jsonschema.Draft202012Validator)
 
 
 @pytest.mark.parametrize("name", ["preactivation_shift_max", "constraint_residual_max"])
@@ -199,14 +197,14 @@ def test_a_largest_value_that_was_not_finite_is_not_known(name: str) -> None:
     given = folds()
     given[0][1]["c1"][name] = None
     found = summary(given, residual_norm=50.0)
-    assert math.isnan(found[name])
-    assert found["heldout_rate"] == pytest.approx(8 / 9)
+    assert getattr(found, name) is None
+    assert found.heldout_rate == pytest.approx(8 / 9)
 
 
 def test_a_cosine_that_is_no_number_is_left_out() -> None:
     given = folds()
     given[1][1]["fits"][1]["undo_cosine"] = None
-    assert summary(given, residual_norm=50.0)["undo_cosine"] == 0.25
+    assert summary(given, residual_norm=50.0).undo_cosine == 0.25
 
 
 @pytest.fixture(scope="module")

@@ -111,7 +111,7 @@ def test_the_checker_recovers_what_can_be(kind: Callable[..., Planted]) -> None:
     assert world.smallest_norm is not None
     said = check(world.model, world.defense, world.examples, world.budget)
     assert said.verdict == "RECOVERABLE"
-    assert said.recovery["recovered"] == int(torch.isfinite(world.smallest_norm).sum())
+    assert said.recovery.recovered == int(torch.isfinite(world.smallest_norm).sum())
 
 
 def test_what_may_be_said_of_each() -> None:

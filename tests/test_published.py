@@ -31,6 +31,7 @@ from recover import cli
 from recover.models import hub as hubs
 from recover.models import names
 from recover.models.host import Model
+from recover.protocol.verdict_model import Verdict
 from recover.report.html import to_html
 from recover.report.markdown import to_markdown
 from recover.report.published import PublishedFigure, check_path, compared, lookup
@@ -45,6 +46,7 @@ from recover.tasks.dialogue import stops
 from recover.tasks.prose import ORDINARY
 from recover.types import InputError, Site
 from tests import finished_runs, hub_layout
+from tests.hand_made import conclude, flip
 from tests.models import left_padded, plain_forward, tiny_lm
 from tests.saes import random_sae
 
@@ -197,13 +199,16 @@ def test_what_was_published_is_no_part_of_the_fingerprint() -> None:
     assert with_it.fingerprint() == load_config().fingerprint()
 
 
-VERDICT: dict[str, Any] = {
-    "verdict": "RECOVERABLE",
-    "counts": {"valid_flips": 20},
-    "recovery": {"searched": 20, "rate": 0.75, "wilson95": [0.53, 0.89], "drift_mean": 0.5, "norm_mean": None},
-    "curve": [{"budget": 2.0, "rate": 0.25, "wilson95": [0.1, 0.5]}],
-    "transfer": None,
-}
+def _made() -> Verdict:
+    """Of 20 flips, with figures put in by hand."""
+    made = conclude(*(flip(f"e{row}") for row in range(20)), curve=(2.0,))
+    found = {"searched": 20, "rate": 0.75, "wilson95": (0.53, 0.89), "drift_mean": 0.5, "norm_mean": None}
+    (point,) = made.curve
+    curve = (point.model_copy(update={"rate": 0.25, "wilson95": (0.1, 0.5)}),)
+    return made.model_copy(update={"recovery": made.recovery.model_copy(update=found), "curve": curve})
+
+
+VERDICT = _made()
 
 
 @pytest.mark.parametrize(
@@ -228,35 +233,35 @@ def test_ours_agrees_within_the_tolerance_on_the_side_that_counts(
     figure: str, value: float, tolerance: float | None, agrees: Any, expected: bool | None
 ) -> None:
     (row,) = compared(VERDICT, [PublishedFigure(figure, value, tolerance, agrees)], "here")
-    assert row["agrees"] is expected
-    assert row["ours"] == lookup(VERDICT, figure)
+    assert row.agrees is expected
+    assert row.ours == lookup(VERDICT, figure)
 
 
 def test_a_rate_brings_its_own_interval() -> None:
     rows = compared(VERDICT, [PublishedFigure(name, 0.0) for name in ("recovery.rate", "curve[0].rate")], "here")
-    assert [row["wilson95"] for row in rows] == [[0.53, 0.89], [0.1, 0.5]]
+    assert [row.wilson95 for row in rows] == [(0.53, 0.89), (0.1, 0.5)]
     (other,) = compared(VERDICT, [PublishedFigure("recovery.drift_mean", 0.0)], "here")
-    assert other["wilson95"] is None
+    assert other.wilson95 is None
 
 
-def published(name: str, verdict: dict[str, Any]) -> dict[str, Any]:
+def published(name: str, verdict: Verdict) -> Verdict:
     """A verdict with the figures of a setting beside it, as the schema has them."""
     beside = beside_published(verdict, setting(name))
-    jsonschema.validate(beside, SCHEMA, cls=jsonschema.Draft202012Validator)
+    jsonschema.validate(beside.to_dict(), SCHEMA, cls=jsonschema.Draft202012Validator)
     return beside
 
 
 def test_pages_show_both_figures_and_whether_they_agree() -> None:
     verdict, records = finished_runs.run(*finished_runs.flips(), **finished_runs.WHOLE)
     beside = published("ioi_gpt2", verdict)
-    assert {name: beside[name] for name in verdict} == verdict
-    rate, drift = verdict["recovery"]["rate"], verdict["recovery"]["drift_mean"]
-    assert (rate, verdict["counts"]["valid_flips"]) == (0.75, 12)
+    assert beside.model_copy(update={"published": ()}) == verdict
+    rate, drift = verdict.recovery.rate, verdict.recovery.drift_mean
+    assert (rate, verdict.counts.valid_flips) == (0.75, 12)
     text = " ".join(to_text(beside).split())
     assert "Published: Cui, Shen and Yang, arXiv 2606.18322, IOI on GPT-2 small" in text
     assert "DISAGREES recovery.rate: published 1 (37 of 37; 95% interval 0.906 to 1), ours 0.75" in text
-    assert "ours 0.75 (95% interval 0.468 to 0.911); agrees from 0.906" in text
-    assert f"agrees recovery.drift_mean: published 0.78, ours {drift:.3g}; agrees up to 0.78" in text
+    assert "ours 0.75 (95% interval 0.468 to 0.911); agrees if at least 0.906" in text
+    assert f"agrees recovery.drift_mean: published 0.78, ours {drift:.3g}; agrees if at most 0.78" in text
     for page in (to_html(beside, "", records), to_markdown(beside)):
         plain = page.replace("\\", "")
         assert "recovery.rate: published 1 (37 of 37; 95% interval 0.906 to 1)" in plain
@@ -268,8 +273,8 @@ def test_pages_show_both_figures_and_whether_they_agree() -> None:
 def test_a_run_without_a_search_measured_nothing() -> None:
     verdict, _ = finished_runs.run()
     beside = published("ioi_gpt2", verdict)
-    assert (beside["verdict"], verdict["recovery"]["reactivated_share"]) == ("INVALID", 0.0)
-    assert [row["agrees"] for row in beside["published"]] == [None, None, None, False]
+    assert (beside.verdict, verdict.recovery.reactivated_share) == ("INVALID", 0.0)
+    assert [row.agrees for row in beside.published] == [None, None, None, False]
     text = to_text(beside)
     assert re.search(r"not measured +recovery\.reactivated_share: published 0\.016, ours none", text)
     assert "the run is INVALID" in text
@@ -361,14 +366,14 @@ def test_a_setting_runs_from_a_cache_of_the_hubs_layout(
     monkeypatch.setattr(hubs, "hub_reachable", None)
     config = load_config(FOLDER / f"{name}.yaml", SHORT | {key.replace("__", "."): v for key, v in changes.items()})
     verdict = run_check(config, tmp_path / "out")
-    jsonschema.validate(verdict, SCHEMA, cls=jsonschema.Draft202012Validator)
-    assert verdict["counts"]["valid_flips"] > 0
-    assert verdict["recovery"]["searched"] > 0
-    assert verdict["threat_model"]["sites"] == [site.hook_name for site in SITES[name]]
-    assert verdict["provenance"]["model"] == f"{config.model} (cache, revision:{hub_layout.REVISION})"
-    assert [row["figure"] for row in verdict["published"]] == [one.figure for one in config.published.figures]  # type: ignore[union-attr]
-    for row in verdict["published"]:
-        assert isinstance(row["ours"], int | float), row["figure"]
+    jsonschema.validate(verdict.to_dict(), SCHEMA, cls=jsonschema.Draft202012Validator)
+    assert verdict.counts.valid_flips > 0
+    assert verdict.recovery.searched > 0
+    assert verdict.threat_model.sites == [site.hook_name for site in SITES[name]]
+    assert verdict.provenance.model == f"{config.model} (cache, revision:{hub_layout.REVISION})"
+    assert [row.figure for row in verdict.published] == [one.figure for one in config.published.figures]  # type: ignore[union-attr]
+    for row in verdict.published:
+        assert isinstance(row.ours, int | float), row.figure
     for page in (to_text(verdict), (tmp_path / "out" / "report.html").read_text()):
         assert "arXiv 2606.18322" in page
     assert "arXiv 2606.18322" in (tmp_path / "out" / "report.md").read_text()

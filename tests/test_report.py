@@ -1,6 +1,5 @@
 """What a person reads: verdicts of every kind, as text and as a page, without the JSON in hand."""
 
-import copy
 import json
 import math
 import re
@@ -19,6 +18,7 @@ from recover.report.rendering import WIDTH
 from recover.report.text import seeds_to_text, to_text
 from recover.report.words import prose
 from recover.saes.fit import Fit
+from tests.finished_runs import changed
 from tests.hand_made import SHOWS_THROUGHOUT, at_smallest, certified, flip, missed, placebo, transfer
 
 SCHEMA = json.loads(resources.files("recover.protocol").joinpath("verdict.schema.json").read_text())
@@ -63,8 +63,8 @@ HELD = {
     "relative_norm": 0.0625,
     "displacement": 475.0,
     "constraint_residual": 2e-8,
-    "preactivation_shift": [3e-6, 1e-6],
-    "threshold_margin": [-4.0, -6.0],
+    "preactivation_shift": (3e-6, 1e-6),
+    "threshold_margin": (-4.0, -6.0),
     "drift": 0.0,
     "relative_drift": 0.0,
     "decode_drift": 0.0,
@@ -87,9 +87,9 @@ def records(recovered=3, flips=4, n=10, **changes):
 def make(rows=None, explained=0.875, better_by=0.0, evidence=None, **changes):
     fit = Fit("blocks.4.hook_resid_pre", explained, 31.5, 0.95, "blocks.4.hook_resid_pre", better_by, 512)
     gathered = Gathered(records() if rows is None else rows, [fit], **{"utility": None} | (evidence or {}))
-    verdict = decide(gathered, Plan(), 20.0, "float32", THREAT, PROVENANCE).to_dict()
-    jsonschema.validate(verdict, SCHEMA, cls=jsonschema.Draft202012Validator)
-    return verdict | changes
+    verdict = decide(gathered, Plan(), 20.0, "float32", THREAT, PROVENANCE)
+    jsonschema.validate(verdict.to_dict(), SCHEMA, cls=jsonschema.Draft202012Validator)
+    return verdict.model_copy(update=changes)
 
 
 FULL = {
@@ -155,11 +155,11 @@ def test_its_figures_are_those_of_the_records():
         "mean norm 12, 6.2% of the residual norm; the clamp itself displaces the residual by 475",
         "clamped features drifted by at most 0.0e+00, their pre-activations by at most 3.0e-06",
         # Zero drift is true of any delta here, and the reader is told so.
-        "100% of them sit below their threshold (median margin -5.00)",
+        "100% of them are below their threshold (median margin -5.00)",
         "whether the recovery is specific to this behavior is unknown",
         # Of 3, 3, 3 and 30, and the residual's norm is 20.
-        "smallest norm median 3, quartiles 3 and 30; relative to the residual norm 15.0%, to the clamp's displacement "
-        "0.63% (medians)",
+        "smallest norm median 3, quartiles 3 and 30; median ratio to the residual norm 15.0%, to the clamp's "
+        "displacement 0.63%",
         "found by smallest_norm 4",
         "not run 3: utility, finite_differences, error_channel",
     ):
@@ -212,7 +212,7 @@ def test_where_transfer_is_read_with_a_stricter_predicate_the_weaker_one_stands_
 def test_seeds_are_counted_and_stand_in_a_table():
     """Two that say the same come first; what was not run is a dash, what was not reached says so."""
     specific, again = (make(controlled(), evidence=FULL) for _ in range(2))
-    again["provenance"] = again["provenance"] | {"control_seed": 6}
+    again = changed(again, provenance={"control_seed": 6})
     failing = make(records(constraint_residual=0.25))
     refused = VERDICTS["RECOVERABLE, transfer refused"]
     lines = seeds_to_text([failing, specific, refused, again]).splitlines()
@@ -234,11 +234,11 @@ def test_seeds_are_counted_and_stand_in_a_table():
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("INVALID", "fit: the SAE explains 0.250 of the variance at blocks.4.hook_resid_pre; at least 0.5 is asked"),
+        ("INVALID", "fit: the SAE explains 0.250 of the variance at blocks.4.hook_resid_pre; at least 0.5 is required"),
         ("INVALID", "FAILED 1: fit"),
-        ("INCONCLUSIVE", "held: largest constraint residual 2.5e-01 (1e-05 allowed)"),
+        ("INCONCLUSIVE", "held: largest constraint residual 2.5e-01 (tolerance 1e-05)"),
         ("INCONCLUSIVE", "FAILED 1: held"),
-        ("NOT_RECOVERED_AT_BUDGET", "a larger budget or another search may"),
+        ("NOT_RECOVERED_AT_BUDGET", "a larger budget or another search may find one"),
         ("NOT_RECOVERED_AT_BUDGET", "recovered 0 of 4"),
         ("RECOVERABLE", "FAILED none"),
     ],
@@ -256,7 +256,7 @@ def test_never_robust_or_safe(name):
 def test_nothing_to_search_is_said():
     text = flat(to_text(make([SHOWS_THROUGHOUT])))
     assert text.startswith("INVALID")
-    assert "valid_flips: 0 of 1 examples show the behavior without the defense and not with it" in text
+    assert "valid_flips: 0 of 1 examples show the behavior without the defense and lose it with it" in text
     assert "Search not run" in text
 
 
@@ -264,24 +264,24 @@ def test_nothing_to_search_is_said():
 def test_numbers_that_were_not_finite_are_not_shown_as_numbers(missing):
     """One example of four overflowed: whatever is missing, there is a page, and no figure is made up."""
     rows = records()
-    gone = {missing: [None, None] if isinstance(rows[1].certificate[missing], list) else None}
+    gone = {missing: (None, None) if isinstance(getattr(rows[1].certificate, missing), tuple) else None}
     rows[1] = certified(rows[1], **gone)
-    if missing in rows[1].smallest:
+    if hasattr(rows[1].smallest, missing):
         rows[1] = at_smallest(rows[1], **gone)
     verdict = make(rows, evidence=FULL)
     text = to_text(verdict)
     to_html(verdict, "")
     assert not re.search(r"\b(None|nan)\b", text)
     inconclusive = missing in ("slack", "norm", "constraint_residual", "drift", "preactivation_shift")
-    assert verdict["verdict"] == ("INCONCLUSIVE" if inconclusive else "RECOVERABLE")
+    assert verdict.verdict == ("INCONCLUSIVE" if inconclusive else "RECOVERABLE")
     if missing in ("drift", "preactivation_shift"):
         assert "not defined" in text
 
 
 def test_a_fit_that_is_not_a_number_is_invalid():
     verdict = make(explained=float("nan"))
-    assert verdict["verdict"] == "INVALID"
-    assert verdict["fit"]["explained_variance"] is None
+    assert verdict.verdict == "INVALID"
+    assert verdict.fit.explained_variance is None
     assert "explained variance not defined" in to_text(verdict)
 
 
@@ -295,9 +295,8 @@ def test_specific_is_said_where_it_is_known(specific, words):
     [("set", 0.0, "set to 0"), ("scale", 0.5, "scaled by 0.5"), ("floor", 3.0, "kept at 3 or more")],
 )
 def test_clamps_in_words(mode, value, words):
-    verdict = copy.deepcopy(make())
-    clamp = verdict["threat_model"]["clamps"][0] | {"mode": mode, "value": value, "only_active": False}
-    verdict["threat_model"]["clamps"] = [clamp]
+    clamp = THREAT["clamps"][0] | {"mode": mode, "value": value, "only_active": False}
+    verdict = changed(make(), threat_model={"clamps": [clamp]})
     assert f"{words}, at all positions" in flat(to_text(verdict))
 
 
@@ -333,10 +332,10 @@ def test_the_page_is_whole_and_fetches_nothing(name):
     assert not re.search(r"https?:|url\(|@import", source)
     text = flat(" ".join(page.text))
     assert f"<h1>{name.partition(',')[0]}</h1>" in source
-    for reason in VERDICTS[name]["reasons"]:
+    for reason in VERDICTS[name].reasons:
         assert reason in text
-    for gate in VERDICTS[name]["gates"]:
-        assert gate["name"] in text
+    for gate in VERDICTS[name].gates:
+        assert gate.name in text
     for fact in ("recover 0.1.0, torch 2.9.0", "tiny (folder, sha256:00)", "model: tiny"):
         assert fact in text
 

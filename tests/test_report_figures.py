@@ -20,7 +20,7 @@ DRAWN = {name: figures_of(*made) for name, made in RUNS.items()}
 
 @pytest.mark.parametrize("name", RUNS)
 def test_the_runs_are_what_they_are_called(name):
-    assert RUNS[name][0]["verdict"] == name.partition(",")[0]
+    assert RUNS[name][0].verdict == name.partition(",")[0]
 
 
 def rows_of(panel):
@@ -31,11 +31,11 @@ def test_rates_and_intervals_are_the_verdicts():
     verdict, _ = RUNS["RECOVERABLE"]
     rows = rows_of(DRAWN["RECOVERABLE"]["rates"].panel)
     own = rows["own target (C1)"]
-    assert (own.value, [own.low, own.high]) == (verdict["recovery"]["rate"], verdict["recovery"]["wilson95"])
+    assert (own.value, (own.low, own.high)) == (verdict.recovery.rate, verdict.recovery.wilson95)
     assert own.count == "9 of 12"
-    assert rows["unrelated target (placebo)"].value == verdict["controls"]["placebo"]["rate"]
-    assert rows["own target, C1+"].value == verdict["controls"]["write_orthogonal"]["rate"]
-    assert rows["one random direction"].value == verdict["controls"]["random"]["rate"]
+    assert rows["unrelated target (placebo)"].value == verdict.controls.placebo.rate
+    assert rows["own target, C1+"].value == verdict.controls.write_orthogonal.rate
+    assert rows["one random direction"].value == verdict.controls.random.rate
     # By hand: undone, 3 of 12; 12 of the 15 that show without a clamp are suppressed, of random features 1 in 10.
     assert rows["undoing the clamp, best scale"].count == "3 of 12"
     suppressed = DRAWN["RECOVERABLE"]["suppression"].panel.rows
@@ -46,10 +46,10 @@ def test_one_dot_an_example_and_medians_as_in_the_verdict():
     verdict, records = RUNS["RECOVERABLE"]
     figure = DRAWN["RECOVERABLE"]["norms"]
     own, plus, other = figure.panel.strips
-    assert own.median == verdict["minimum_norm"]["median"] == 8.0
-    assert plus.median == verdict["controls"]["write_orthogonal"]["median_norm"] == 10.0
+    assert own.median == verdict.minimum_norm.median == 8.0
+    assert plus.median == verdict.controls.write_orthogonal.median_norm == 10.0
     assert math.isinf(other.median)
-    assert verdict["controls"]["placebo"]["median_norm"] is None
+    assert verdict.controls.placebo.median_norm is None
     assert own.values == (1.5, 3.0, 8.0, 30.0) * 3
     assert other.values == (3.0, math.inf, 16.0, math.inf) * 3
     assert figure.table[1] == ("e000", "1.5", "1.88", "3")
@@ -60,8 +60,8 @@ def test_one_dot_an_example_and_medians_as_in_the_verdict():
 def test_the_budget_curve_stands_beside_that_of_the_placebo():
     verdict, _ = RUNS["RECOVERABLE"]
     own, plus, other = DRAWN["RECOVERABLE"]["budget"].panel.curves
-    assert [(p.at, p.rate, [p.low, p.high]) for p in own.points] == [
-        (p["budget"], p["rate"], p["wilson95"]) for p in verdict["curve"]
+    assert [(p.at, p.rate, (p.low, p.high)) for p in own.points] == [
+        (p.budget, p.rate, p.wilson95) for p in verdict.curve
     ]
     # Within 2, 20 and 40: 1.875 a quarter; 3.75, 10 too; 37.5 too. Of the placebo none, 3 and 16, and no more.
     assert [p.rate for p in plus.points] == [0.25, 0.75, 1.0]
@@ -70,11 +70,11 @@ def test_the_budget_curve_stands_beside_that_of_the_placebo():
 
 def test_transfer_is_drawn_as_counted():
     verdict, _ = RUNS["RECOVERABLE"]
-    readings, panel = verdict["transfer"]["readings"], DRAWN["RECOVERABLE"]["readings"].panel
+    readings, panel = verdict.transfer.readings, DRAWN["RECOVERABLE"]["readings"].panel
     counts = {"held out (C1)": "own", "held out, C1+": "write_orthogonal", "shuffled targets": "shuffled"}
     for name, key in (counts | {"random directions": "random", "random targets": "dealt"}).items():
-        assert rows_of(panel)[name].count == f"{readings[key]['hits']} of {readings[key]['n']}"
-    assert panel.line == (verdict["statistics"]["rules"]["most"], "required")
+        assert rows_of(panel)[name].count == f"{getattr(readings, key).hits} of {getattr(readings, key).n}"
+    assert panel.line == (verdict.statistics.rules.most, "required")
     curves = {one.name: [(p.at, p.rate) for p in one.points] for one in DRAWN["RECOVERABLE"]["transfer"].panel.curves}
     assert curves["held out (C1)"] == [(20.0, 0.3), (60.0, 0.95)]
     assert curves["undoing the clamp"] == [(20.0, 0.07), (60.0, 0.07)]
@@ -186,7 +186,7 @@ class Page(HTMLParser):
 @pytest.mark.parametrize("name", RUNS)
 def test_the_page_is_well_formed_and_every_figure_can_be_read_without_seeing_it(name):
     verdict, records = RUNS[name]
-    source = to_html(verdict, CONFIG, records, [(3, 17)] * len(verdict["threat_model"]["clamps"]))
+    source = to_html(verdict, CONFIG, records, [(3, 17)] * len(verdict.threat_model.clamps))
     page = Page(source)
     assert len(page.ids) == len(set(page.ids))
     assert set(page.labels) <= set(page.ids)
@@ -216,9 +216,9 @@ def test_four_questions_are_answered(name):
     assert "In tiny: 2 features at blocks.1.hook_resid_pre, set to -5 where active" in clamped
     assert "indirect object identification" in clamped
     opening = {"RECOVERABLE": "Yes: with the clamp held", "NOT_RECOVERED_AT_BUDGET": "Not by this search"}
-    assert recoverable.startswith(opening.get(verdict["verdict"], "Not answered"))
-    if verdict["verdict"] == "RECOVERABLE":
-        assert specific.startswith({True: "Yes: ", False: "No: "}.get(verdict["specific"], "Unknown: "))
+    assert recoverable.startswith(opening.get(verdict.verdict, "Not answered"))
+    if verdict.verdict == "RECOVERABLE":
+        assert specific.startswith({True: "Yes: ", False: "No: "}.get(verdict.specific, "Unknown: "))
     else:
         assert specific.startswith("Not applicable")
 
@@ -237,17 +237,17 @@ def test_cautions_name_what_the_figures_give_cause_for():
 def test_the_page_for_a_pull_request(name):
     verdict, _ = RUNS[name]
     text = to_markdown(verdict, CONFIG)
-    assert text.startswith(f"## recover: {verdict['verdict']}\n")
+    assert text.startswith(f"## recover: {verdict.verdict}\n")
     assert not re.search(r"\b(None|nan|inf)\b", text)
     assert text.count("<details>") == text.count("</details>") == 1
-    for gate in verdict["gates"]:
-        assert f"| {gate['name']} | " in text
+    for gate in verdict.gates:
+        assert f"| {gate.name} | " in text
     for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}) == 1
 
 
 def test_markdown_of_the_user_is_escaped():
-    verdict = RUNS["RECOVERABLE"][0] | {"reasons": []}
+    verdict = RUNS["RECOVERABLE"][0]
     text = to_markdown(verdict, "task: '<b>|*x*'\n")
     assert r"The behavior: &lt;b>\|\*x\*." in text
 

@@ -258,8 +258,8 @@ def test_the_command_prints_saves_and_exits(
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["--seeds", "0"], "'0' is not a whole number from 1"),
-        (["--seeds", "x"], "'x' is not a whole number from 1"),
+        (["--seeds", "0"], "expected a positive whole number, got '0'"),
+        (["--seeds", "x"], "expected a positive whole number, got 'x'"),
         (["--json", "/no/such/folder/file.json"], "there is no folder /no/such/folder"),
         (["--sedes", "1"], "did you mean --seeds?"),
     ],

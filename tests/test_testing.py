@@ -20,9 +20,10 @@ import yaml
 
 from recover.cli import main
 from recover.protocol.records import ReplyRecord
+from recover.protocol.verdict_model import AttributionFigures, PartFigures, Rate
 from recover.run.config import load_config
 from recover.testing import defenses
-from tests.hand_made import SHOWS_THROUGHOUT, certified, flip
+from tests.hand_made import GOOD, SHOWS_THROUGHOUT, certified, conclude, flip
 
 pytest_plugins = ["pytester"]
 
@@ -197,8 +198,7 @@ def test_a_whole_answer_is_back_where_what_is_said_is_like_the_own(tmp_path, nor
     reply = ReplyRecord(False, False, False, True, False, 0.0, 0.0)
     said = certified(flip("a", near=math.inf), shows=False, norm=norm)
     write(tmp_path, [replace(said, answered=True, refused=True, reply=reply)])
-    verdict = {"verdict": "RECOVERABLE", "recovery": {"budget": 20.0, "searched": 1}}
-    found = defenses.Checked("by hand", (verdict,), (tmp_path,))
+    found = defenses.Checked("by hand", (conclude(flip("a")),), (tmp_path,))
     if not back:
         defenses.assert_not_recovered(found, budget=budget)
         return
@@ -212,8 +212,10 @@ def test_drift_and_attribution_are_held_to_their_bounds(tmp_path):
     drifts = [1e-4, 0.25, 1e-5]
     records = [flip(str(row), relative_drift=one) for row, one in enumerate(drifts)]
     write(tmp_path, [*records, SHOWS_THROUGHOUT])
-    parts = {"error": {"replay": {"rate": 0.75}}, "clamped": {"replay": {"rate": 0.0}}}
-    verdict = {"verdict": "RECOVERABLE", "attribution": {"parts": parts}}
+    figures = dict.fromkeys(PartFigures.model_fields) | {"knockout": Rate.of([False])}
+    parts = {"error": PartFigures(**figures | {"replay": Rate.of([True] * 3 + [False])})}
+    attribution = AttributionFigures(n=4, top_k=16, effect_mean=1.0, gap=0.0, integrated_gap=0.0, parts=parts)
+    verdict = conclude(flip("a"), transfer={"refused": "several sites"}).model_copy(update={"attribution": attribution})
     found = defenses.Checked("by hand", (verdict,), (tmp_path,))
     defenses.assert_drift_below(found, 0.25)
     defenses.assert_attribution(found, part="error", at_least=0.75)
@@ -224,16 +226,15 @@ def test_drift_and_attribution_are_held_to_their_bounds(tmp_path):
         defenses.assert_drift_below(found, 0.2)
     with pytest.raises(pytest.fail.Exception, match=rf"replay of error alone .* 75%; expected at least 80%{where}"):
         defenses.assert_attribution(found, part="error", at_least=0.8)
-    write(tmp_path, [replace(flip("a"), certificate=flip("a").certificate | {"relative_drift": None})])  # from zero
+    write(tmp_path, [flip("a", relative_drift=None)])  # from zero
     with pytest.raises(pytest.fail.Exception, match=rf"drift of inf, .* on 1 of 1 valid flips; .* most 0.5{where}"):
         defenses.assert_drift_below(found, 0.5)
-    refused = {"transfer": {"refused": "several sites"}, "specific": "unknown"}
-    unasked = defenses.Checked("by hand", (verdict | refused,), (tmp_path,))
     with pytest.raises(pytest.fail.Exception, match=rf"transfer was not run \(several sites\); expected True{where}"):
-        defenses.assert_specific(unasked)
-    unsaid = defenses.Checked("by hand", ({"verdict": "INVALID", "reasons": ["fit: 0.1"]},), (tmp_path,))
+        defenses.assert_specific(found)
+    invalid = conclude(flip("a"), fits=[replace(GOOD, explained_variance=0.1)])
+    unsaid = defenses.Checked("by hand", (invalid,), (tmp_path,))
     for assertion in (defenses.assert_not_recovered, defenses.assert_recoverable, defenses.assert_specific):
-        with pytest.raises(pytest.fail.Exception, match=r"says nothing either way \(fit: 0.1\)"):
+        with pytest.raises(pytest.fail.Exception, match=r"says nothing either way \(fit: .* 0.100 of the"):
             assertion(unsaid)
 
 
@@ -242,7 +243,7 @@ def test_a_later_session_searches_nothing_and_seeds_are_checked_each(suite, monk
 def test_shut(check_defense):
     found = checked(check_defense, "complete_bottleneck")
     assert len(found.verdicts) == 2
-    assert len({one["provenance"]["control_seed"] for one in found.verdicts}) == 2
+    assert len({one.provenance.control_seed for one in found.verdicts}) == 2
     assert_not_recovered(found)
 """
     result = suite(tests, "--recovery-seeds", "2", "--recovery-dir", "kept")
@@ -381,7 +382,7 @@ def test_what_init_writes_is_not_written_over_and_every_key_is_known(pytester, c
     assert Path("suite/defense.yaml").read_text().count("EDIT") == 2
     assert load_config("suite/defense.yaml").clamps[0].features == (12, 345, 678)
     assert main(["init", "suite"]) == 2
-    assert "suite/defense.yaml: is there already" in capsys.readouterr().err
+    assert "suite/defense.yaml: already exists" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

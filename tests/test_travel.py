@@ -16,6 +16,7 @@ from recover.protocol.bench import Bench
 from recover.protocol.ledger import InMemoryStore
 from recover.protocol.plan import Plan
 from recover.protocol.records import ExampleRecord, PartRecord
+from recover.protocol.verdict_model import Rate
 from recover.report.text import sections
 from recover.tasks.replies import read
 from tests.hand_made import conclude, flip, validated
@@ -42,21 +43,21 @@ def example(name: str, scale: float, **said: Any) -> ExampleRecord:
 def test_shares_are_of_the_effect_of_all_examples_together_and_rates_of_examples() -> None:
     found = travel.summary([example("a", 1.0), example("b", 3.0), flip("c")])
     assert found is not None
-    assert (found["n"], found["effect_mean"]) == (2, 4.0)
+    assert (found.n, found.effect_mean) == (2, 4.0)
     # 12 to first order and 8 integrated, where the effect is 8.
-    assert (found["gap"], found["integrated_gap"]) == (-0.5, 0.0)
-    error, free, clamped = (found["parts"][name] for name in ("error", "free", "clamped"))
-    assert error["first_order_share"] == pytest.approx(2 / 3)
-    assert error["integrated_share"] == pytest.approx(0.75)
-    assert error["replay_share"] == pytest.approx(0.7)
-    assert error["knockout_share"] == pytest.approx(0.2)
-    assert error["integrated_share"] + free["integrated_share"] + clamped["integrated_share"] == pytest.approx(1)
+    assert (found.gap, found.integrated_gap) == (-0.5, 0.0)
+    error, free, clamped = (found.parts[name] for name in ("error", "free", "clamped"))
+    assert error.first_order_share == pytest.approx(2 / 3)
+    assert error.integrated_share == pytest.approx(0.75)
+    assert error.replay_share == pytest.approx(0.7)
+    assert error.knockout_share == pytest.approx(0.2)
+    assert error.integrated_share + free.integrated_share + clamped.integrated_share == pytest.approx(1)
     # Scores with the error alone are 1.4 and 4.2, without it 0.4 and 1.2; the behavior shows above 1.
-    assert error["replay"] == {"hits": 2, "rate": 1.0, "wilson95": list(wilson(2, 2))}
-    assert error["knockout"] == {"hits": 1, "rate": 0.5, "wilson95": list(wilson(1, 2))}
-    assert (free["replay"]["hits"], clamped["replay"]["hits"], clamped["knockout"]["hits"]) == (1, 0, 2)
-    assert error["said"] is None
-    assert error["norm_mean"] == 3.0
+    assert error.replay == Rate(hits=2, rate=1.0, wilson95=wilson(2, 2))
+    assert error.knockout == Rate(hits=1, rate=0.5, wilson95=wilson(1, 2))
+    assert (free.replay.hits, clamped.replay.hits, clamped.knockout.hits) == (1, 0, 2)
+    assert error.said is None
+    assert error.norm_mean == 3.0
 
 
 def test_what_is_said_is_counted_where_it_was_read() -> None:
@@ -66,28 +67,27 @@ def test_what_is_said_is_counted_where_it_was_read() -> None:
     ]
     found = travel.summary(records)
     assert found is not None
-    assert found["parts"]["error"]["said"]["non_refusal"]["hits"] == 2
-    assert found["parts"]["error"]["said"]["base_like"]["hits"] == 1
-    assert found["parts"]["free"]["said"] is None
+    assert found.parts["error"].said.non_refusal.hits == 2
+    assert found.parts["error"].said.base_like.hits == 1
+    assert found.parts["free"].said is None
 
 
 def test_where_there_is_nothing_there_is_no_section_and_no_share_of_nothing() -> None:
     assert travel.summary([flip("a")]) is None
     still = travel.summary([example("a", 0.0)])
     assert still is not None
-    assert (still["gap"], still["parts"]["error"]["integrated_share"]) == (None, None)
+    assert (still.gap, still.parts["error"].integrated_share) == (None, None)
 
 
 def test_the_verdict_has_a_section_that_its_schema_knows_and_the_page_tells() -> None:
     said = validated(conclude(example("a", 1.0), example("b", 3.0)))
     assert said["attribution"]["parts"]["error"]["integrated_share"] == pytest.approx(0.75)
-    rows = dict(sections(said)["travel"].rows)
+    rows = dict(sections(conclude(example("a", 1.0), example("b", 3.0)))["travel"].rows)
     assert rows["SAE error"].startswith("75% of the effect on the score; recovers 2 of 2 alone; ")
     assert rows["linear estimate"].startswith("the gradient at the defended state overestimates the effect by 50%")
     nothing = validated(conclude(flip("a")))
     assert nothing["attribution"] is None
-    older = {name: value for name, value in said.items() if name != "attribution"}
-    assert sections(older)  # of a run before there was such a section
+    assert sections(conclude(flip("a")))["travel"].rows == []
 
 
 def test_a_record_with_parts_survives_its_line() -> None:
@@ -123,8 +123,8 @@ def test_the_phase_says_where_the_bypass_of_a_planted_world_is(kind: Any) -> Non
     found = travel.summary([ExampleRecord.of(one) for one in values.values()])
     assert found is not None
     here, there = ("error", "free") if world.bypass == "error" else ("free", "error")
-    assert found["parts"][here]["integrated_share"] > 0.95
-    assert found["parts"][here]["replay"]["hits"] == found["n"] == len(world.examples.ids)
-    assert found["parts"][here]["knockout"]["hits"] == 0
-    assert found["parts"][there]["replay"]["hits"] == 0
-    assert found["integrated_gap"] == pytest.approx(0, abs=1e-3)
+    assert found.parts[here].integrated_share > 0.95
+    assert found.parts[here].replay.hits == found.n == len(world.examples.ids)
+    assert found.parts[here].knockout.hits == 0
+    assert found.parts[there].replay.hits == 0
+    assert found.integrated_gap == pytest.approx(0, abs=1e-3)

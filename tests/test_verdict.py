@@ -12,11 +12,13 @@ import torch
 
 from recover.defenses.utility import Utility
 from recover.evidence.certificate import Certificate
-from recover.evidence.rules import Rules
+from recover.evidence.rules import Rule, Rules
 from recover.numerics.statistics import median_interval
+from recover.protocol import reasons, schema
 from recover.protocol.phases import KEPT
 from recover.protocol.plan import Plan
 from recover.protocol.records import ExampleRecord, SearchRecord, certificate_values, search_values
+from recover.protocol.verdict_model import OtherSchemaError, Transfer, Verdict
 from recover.saes.fit import Fit
 from recover.search.ascent import Status
 from recover.search.solvers import WorstCase
@@ -50,7 +52,7 @@ def test_one_recovered_flip_is_recoverable_and_not_yet_specific() -> None:
     assert (values["verdict"], values["specific"]) == ("RECOVERABLE", "unknown")
     assert values["counts"] == {"n": 5, "base": 3, "defended": 2, "valid_flips": 2, "strict_flips": 2}
     assert "1 of 2 valid flips" in values["reasons"][0]
-    assert "unknown: transfer: several sites are clamped" in values["reasons"][1]
+    assert "specificity unknown: transfer was not run: several sites are clamped" in values["reasons"][1]
     assert values["transfer"] == refused
     assert not failed(verdict)
 
@@ -62,7 +64,7 @@ def test_flips_by_the_stricter_predicate_are_counted_apart() -> None:
         replace(SHOWS_THROUGHOUT, strict_defended_slack=-0.1),
         replace(flip("z"), strict_defended_slack=0.1),
     ).counts
-    assert (counts["valid_flips"], counts["strict_flips"]) == (3, 2)
+    assert (counts.valid_flips, counts.strict_flips) == (3, 2)
 
 
 def test_figures_of_recovery_by_hand() -> None:
@@ -93,10 +95,10 @@ def test_figures_of_recovery_by_hand() -> None:
         "steps_mean": 3.0,
     }
     for name, value in expected.items():
-        assert found[name] == pytest.approx(value), name
+        assert getattr(found, name) == pytest.approx(value), name
     # Wilson at 2 of 3: (2/3 + z^2/6 -+ z sqrt(2/27 + z^2/36)) / (1 + z^2/3), z = 1.96.
-    assert found["wilson95"] == pytest.approx([0.2077, 0.9385], abs=1e-4)
-    assert found["won_by"] == {"smallest_norm": 2, "ascent": 1}
+    assert found.wilson95 == pytest.approx([0.2077, 0.9385], abs=1e-4)
+    assert found.won_by == {"smallest_norm": 2, "ascent": 1}
 
 
 def test_nothing_recovered_is_not_recovered_at_this_budget() -> None:
@@ -262,7 +264,7 @@ def test_a_line_that_is_no_record_is_refused(line: str) -> None:
 def test_a_line_with_the_certificate_of_another_version_is_refused() -> None:
     values = json.loads(flip("x").to_json())
     del values["certificate"]["drift"]
-    with pytest.raises(ValueError, match="version"):
+    with pytest.raises(ValueError, match="drift"):
         ExampleRecord.from_json(json.dumps(values))
 
 
@@ -363,13 +365,13 @@ def test_the_distribution_of_smallest_norms_by_hand() -> None:
     """Quartiles are members of the sample, the upper one where two would do; what was not reached is infinite."""
     smallest = conclude(*SIX).minimum_norm
     assert smallest is not None
-    assert (smallest["median"], smallest["quartiles"], smallest["unreached"]) == (8.0, [5.0, INF], 2)
+    assert (smallest.median, smallest.quartiles, smallest.unreached) == (8.0, (5.0, None), 2)
     # Over displacement: 0.25, 1, 2, infinite, 0.5, infinite.
-    assert smallest["median_over_displacement"] == 2.0
+    assert smallest.median_over_displacement == 2.0
     # Of the residual's norm: 0.15, 0.25, 0.1, infinite, 0.1, infinite.
-    assert smallest["median_over_residual"] == 0.25
-    assert smallest["interval95"] == list(median_interval([2.0, 3.0, 5.0, 8.0, INF, INF]))
-    assert smallest["by_solver"] == pytest.approx(
+    assert smallest.median_over_residual == 0.25
+    assert smallest.interval95 == (median_interval([2.0, 3.0, 5.0, 8.0, INF, INF])[0], None)
+    assert smallest.by_solver == pytest.approx(
         {"ascent": 1.05 * 8, "adam": 1.04 * 8, "smallest_norm": 8.0, "random": 16.0}
     )
     values = validated(conclude(*SIX))
@@ -380,7 +382,7 @@ def test_the_distribution_of_smallest_norms_by_hand() -> None:
 def test_of_five_the_quartiles_are_the_second_the_third_and_the_fourth() -> None:
     smallest = conclude(*(flip(f"e{size}", near=float(size)) for size in (9, 1, 7, 3, 5))).minimum_norm
     assert smallest is not None
-    assert (smallest["median"], smallest["quartiles"], smallest["unreached"]) == (5.0, [3.0, 7.0], 0)
+    assert (smallest.median, smallest.quartiles, smallest.unreached) == (5.0, (3.0, 7.0), 0)
 
 
 def test_the_interval_does_not_depend_on_the_order_of_examples() -> None:
@@ -398,27 +400,27 @@ def test_a_smallest_norm_is_one_that_a_certificate_bears_out() -> None:
         (at_smallest(flip("x", near=3.0), held=False), 4.0, 0.2),
         (at_smallest(flip("x", near=3.0), shows=False), 4.0, 0.2),
         (at_smallest(flip("x", near=3.0), norm=None), 4.0, 0.2),
-        (at_smallest(missed("x", near=30.0), held=False), INF, INF),
+        (at_smallest(missed("x", near=30.0), held=False), None, None),
         (flip("x", near=5.0, norm=4.0, relative_norm=0.2), 4.0, 0.2),
     ):
         smallest = conclude(record).minimum_norm
         assert smallest is not None
-        assert (smallest["median"], smallest["median_over_residual"]) == (norm, pytest.approx(share))
-        assert smallest["median_over_displacement"] == norm / 8
+        assert (smallest.median, smallest.median_over_residual) == (norm, pytest.approx(share))
+        assert smallest.median_over_displacement == (None if norm is None else norm / 8)
 
 
 def test_the_share_of_the_residual_is_known_where_nothing_within_the_budget_was_any_use() -> None:
     """The delta within the budget may be zero, and says nothing of the residual."""
     smallest = conclude(missed("x", near=30.0, norm=0.0, relative_norm=0.0)).minimum_norm
     assert smallest is not None
-    assert (smallest["median"], smallest["median_over_residual"]) == (30.0, 1.5)
+    assert (smallest.median, smallest.median_over_residual) == (30.0, 1.5)
 
 
 def test_ratios_that_are_not_numbers_are_left_out_of_a_median() -> None:
     one, two = flip("x", near=2.0, displacement=None), flip("y", near=3.0, displacement=1.5)
     smallest = conclude(one, two).minimum_norm
     assert smallest is not None
-    assert (smallest["median"], smallest["median_over_displacement"]) == (3.0, 2.0)
+    assert (smallest.median, smallest.median_over_displacement) == (3.0, 2.0)
     assert validated(conclude(one))["minimum_norm"]["median_over_displacement"] is None
 
 
@@ -559,7 +561,7 @@ def test_a_mechanism_that_survived_is_told_where_the_budget_was_too_small(found:
     if said:
         hits, n = found["readings"]["own"]["hits"], found["readings"]["own"]["n"]
         assert reasons[0].startswith("beyond the budget, one perturbation of norm 60 shared by all prompts")
-        assert f"{hits} of {n} that it was not fitted to" in reasons[0]
+        assert f"{hits} of {n} held-out prompts" in reasons[0]
 
 
 def test_a_shared_perturbation_of_the_budget_is_not_beyond_it() -> None:
@@ -580,14 +582,14 @@ def test_a_clamp_that_breaks_ordinary_text_is_a_caution(broken: Utility, passes:
     assert values["fit"]["utility"] == asdict(broken)
     told = [reason for reason in values["reasons"] if "breaks ordinary text" in reason]
     assert len(told) == (not passes)
-    assert passes or "3.00 nats a token without it and 4.50 with it" in told[0]
+    assert passes or "3.00 nats per token without it and 4.50 with it" in told[0]
 
 
 def test_the_largest_cost_on_neutral_text_is_that_of_the_plan() -> None:
     verdict = conclude(
         flip("x"), utility=Utility(3.0, 3.25, 0.25, 100, False), plan=replace(Plan(), max_loss_increase=0.5)
     )
-    assert any("0.5 more is where a model counts as broken" in gate.detail for gate in verdict.gates)
+    assert any("an increase above 0.5 counts as broken" in gate.detail for gate in verdict.gates)
 
 
 @pytest.mark.parametrize(("suppressed", "said"), [(25, True), (24, False)])
@@ -596,11 +598,11 @@ def test_random_features_that_suppress_as_much_are_a_caution(suppressed: int, sa
     draws = [{"base": 100, "suppressed": suppressed, "recovered": 0}]
     for records in ((flip("x"), flip("y")), (missed("x"), missed("y"))):
         verdict = conclude(*records, SHOWS_THROUGHOUT, replace(SHOWS_THROUGHOUT, id="d"), placebo_features=draws)
-        told = [reason for reason in verdict.reasons if "hardly these features" in reason]
+        told = [reason for reason in verdict.reasons if "choice of features matters little" in reason]
         assert len(told) == said
-        assert not said or "on 25% of the examples, against 50% with those of the defense" in told[0]
+        assert not said or "on 25% of examples, and the defense does so on 50%" in told[0]
     bad = conclude(flip("x"), fits=[replace(GOOD, explained_variance=0.1)], placebo_features=draws)
-    assert not any("hardly these features" in reason for reason in bad.reasons)
+    assert not any("choice of features matters little" in reason for reason in bad.reasons)
 
 
 def test_a_search_with_nothing_to_search_says_so() -> None:
@@ -610,7 +612,7 @@ def test_a_search_with_nothing_to_search_says_so() -> None:
     records += [missed("longer", status="UNMOVED"), missed("tried", status="EXHAUSTED")]
     reasons = conclude(*records).reasons
     assert any(reason.startswith("on 1 of them nothing is admissible at all") for reason in reasons)
-    assert any(reason.startswith("on 2 of them no admissible perturbation that was drawn") for reason in reasons)
+    assert any(reason.startswith("on 2 of them no admissible random perturbation") for reason in reasons)
     assert not any("of them n" in reason for reason in conclude(flip("x"), *records).reasons)
 
 
@@ -621,3 +623,70 @@ def test_the_verdict_keeps_its_records_and_where_it_came_from() -> None:
     assert "records" not in values
     assert values["provenance"]["model"] == "tiny"
     assert values["threat_model"]["budget"] == 20.0
+
+
+def test_the_schema_in_the_package_is_the_one_that_the_models_generate() -> None:
+    assert json.loads(schema.PATH.read_text(encoding="utf-8")) == schema.verdict_schema()
+
+
+@pytest.mark.parametrize("found", [transfer(), NOTHING, {"refused": "several sites"}, None])
+def test_a_verdict_is_read_back_as_it_was_written(found: dict[str, Any] | None) -> None:
+    verdict = conclude(*as_easy(), transfer=found, curve=(2.0, 20.0))
+    written = json.dumps(verdict.to_dict(), allow_nan=False)
+    read = Verdict.from_json(written)
+    assert read.model_copy(update={"records": verdict.records}) == verdict
+    assert json.dumps(read.to_dict()) == written
+
+
+@pytest.mark.parametrize(
+    ("found", "rule"),
+    [
+        (transfer(), Rule.MECHANISM_SURVIVED),
+        (NOTHING, Rule.NO_MORE_THAN_CHANCE),
+        ({"refused": "several sites"}, Rule.NOT_RUN),
+        (None, None),
+    ],
+)
+def test_a_verdict_keeps_the_rule_that_decided_and_of_an_older_one_it_follows(
+    found: dict[str, Any] | None, rule: Rule | None
+) -> None:
+    verdict = conclude(*as_easy(), transfer=found)
+    assert verdict.statistics.specific_by is rule
+    values = verdict.to_dict()
+    del values["statistics"]["specific_by"]
+    older = Verdict.from_json(json.dumps(values))
+    assert older.statistics.specific_by is rule
+    assert reasons.because(older) == reasons.because(verdict)
+    assert (rule is None) == (reasons.deciding(older) is None)
+    assert rule is None or reasons.deciding(older) in verdict.reasons
+
+
+@pytest.mark.parametrize("rule", [one for one in Rule if one is not Rule.NOT_RUN])
+def test_every_rule_has_a_sentence_that_says_what_it_decided(rule: Rule) -> None:
+    read = Transfer.model_validate(transfer())
+    said = reasons.specificity(rule, read, 12, Rules())
+    assert said.startswith({True: "specific: ", False: "not specific: ", None: "specificity unknown: "}[rule.specific])
+    assert said not in [reasons.specificity(one, read, 12, Rules()) for one in Rule if one is not rule]
+
+
+@pytest.mark.parametrize("named", ["recover.verdict/1", "recover.verdict/9"])
+def test_a_verdict_of_another_schema_names_it_and_what_opens_it(named: str) -> None:
+    values = conclude(flip("x")).to_dict() | {"schema": named}
+    with pytest.raises(OtherSchemaError, match=f"{named}.*open it with the version of recover that wrote it"):
+        Verdict.from_json(json.dumps(values))
+    values["provenance"]["versions"] = {"recover": "7.1"}
+    with pytest.raises(OtherSchemaError, match=r"open it with recover 7\.1, which wrote it"):
+        Verdict.from_json(json.dumps(values))
+
+
+@pytest.mark.parametrize("damage", ["{}", "[]", "{", '{"schema": 3}', '{"schema": "recover.verdict/2"}'])
+def test_what_is_no_verdict_is_refused(damage: str) -> None:
+    with pytest.raises(ValueError):  # noqa: PT011 (JSON's or pydantic's)
+        Verdict.from_json(damage)
+
+
+def test_a_key_that_a_section_does_not_have_is_refused() -> None:
+    values = conclude(flip("x")).to_dict()
+    values["recovery"]["more"] = 1
+    with pytest.raises(ValueError, match="more"):
+        Verdict.from_json(json.dumps(values))

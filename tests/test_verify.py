@@ -261,7 +261,7 @@ def test_the_command_without_an_sae_draws_one_and_says_so(tmp_path: Path, capsys
     out = capsys.readouterr().out.splitlines()
     assert out[0].startswith(f"{folder} (folder, sha256:")
     assert out[0].endswith("in float32 on cpu")
-    assert out[1] == "an SAE drawn at random, as no --sae is given, at blocks.2.hook_resid_pre"
+    assert out[1] == "a random SAE (no --sae given) at blocks.2.hook_resid_pre"
     assert [line.split()[1] for line in out[3:15]] == ["holds"] * 12
     assert out[16:18] == [
         "What can be run with this model",

@@ -31,7 +31,8 @@ from recover.protocol.phases import PHASES, Done, Phase, accounting, curve_budge
 from recover.protocol.plan import Plan
 from recover.protocol.records import ExampleRecord
 from recover.protocol.runtime import Runtime
-from recover.protocol.verdict import Gathered, Verdict, decide
+from recover.protocol.verdict import Gathered, decide
+from recover.protocol.verdict_model import RefusedTransfer, Transfer, Verdict
 from recover.saes.fit import Fit, measure_fit
 from recover.search.constraints.linear import Budget
 from recover.tasks.behaviors import positions_read
@@ -213,11 +214,11 @@ def _fold(bench: Bench, ledger: Ledger, fold: int, progress: Progress) -> None:
     ledger.run("transfer", 2 * fold + 1, lambda: heldout.read(bench, fold, ledger.store))
 
 
-def _transfer(bench: Bench, ledger: Ledger) -> dict[str, Any]:
+def _transfer(bench: Bench, ledger: Ledger) -> Transfer | RefusedTransfer:
     """Summarize what `heldout` found, or say why it was not run."""
     begun = ledger.values("transfer")
     if begun["refused"] is not None:
-        return {"refused": begun["refused"]}
+        return RefusedTransfer(refused=begun["refused"])
     folds = [
         (ledger.values("transfer", 2 * fold), ledger.values("transfer", 2 * fold + 1))
         for fold in range(bench.plan.transfer.folds)
@@ -264,7 +265,7 @@ def threat_model(bench: Bench) -> dict[str, Any]:
     elif several:
         constraint += "; at later sites, to the first order, nothing that moves a clamped pre-activation"
     return {
-        "access": "white-box, one perturbation an example",
+        "access": "white-box, one perturbation per example",
         "sites": [site.hook_name for site in defense.sites],
         "positions": "last" if reads == 1 else f"last {reads}" if spoken is None else f"first {reads} of the answer",
         "delta_sites": [site.hook_name for site in bench.surface.enters(defense.sites)],

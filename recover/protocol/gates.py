@@ -10,13 +10,12 @@ A gate `decides` what its failure makes of the verdict:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, Literal
 
 from recover.defenses.utility import Utility
-from recover.protocol.records import ExampleRecord
+from recover.protocol.records import CertificateRecord, ExampleRecord
+from recover.protocol.verdict_model import Counts, Gate, Health
 from recover.saes.fit import Fit
 from recover.search.ascent import Status
 
@@ -30,18 +29,7 @@ OUTDONE_BY = 1.1
 """How many times longer a gradient's find must be than a random draw's to count as outdone."""
 HONEST = {Status.NOTHING_ADMISSIBLE.name, Status.UNMOVED.name}
 """Failures that are an answer: nothing admissible changes what the behavior depends on."""
-Decides = Literal["INVALID", "INCONCLUSIVE"]
 Searched = Sequence[ExampleRecord]
-
-
-@dataclass(frozen=True)
-class Gate:
-    """A condition; `passed` is None where it was not run, and `detail` then says why."""
-
-    name: str
-    passed: bool | None
-    detail: str
-    decides: Decides | None = "INCONCLUSIVE"
 
 
 def fit_gates(fits: Sequence[Fit]) -> list[Gate]:
@@ -56,7 +44,7 @@ def fit_gates(fits: Sequence[Fit]) -> list[Gate]:
             "fit",
             not low,
             f"the SAE explains {worst.explained_variance:.3f} of the variance at {worst.site}; "
-            f"at least {MIN_EXPLAINED_VARIANCE} is asked" + ("; wrong model or wrong hook point?" if low else ""),
+            f"at least {MIN_EXPLAINED_VARIANCE} is required" + ("; wrong model or wrong hook point?" if low else ""),
             "INVALID",
         ),
         Gate(
@@ -64,7 +52,7 @@ def fit_gates(fits: Sequence[Fit]) -> list[Gate]:
             not off,
             f"it explains {strayed.better_by:.3f} more at {strayed.better_site} than at {strayed.site}; wrong hook?"
             if off
-            else f"no other site is explained better by more than {MAX_BETTER_BY} ({strayed.better_site} is best)",
+            else f"the SAE explains no other site better by more than {MAX_BETTER_BY} ({strayed.better_site} is best)",
             "INVALID",
         ),
     ]
@@ -75,12 +63,12 @@ def worst_fit(fits: Sequence[Fit]) -> Fit:
     return min(fits, key=lambda fit: -math.inf if math.isnan(fit.explained_variance) else fit.explained_variance)
 
 
-def flips_gate(counts: Mapping[str, int]) -> Gate:
+def flips_gate(counts: Counts) -> Gate:
     """Whether there is anything to bring back."""
     return Gate(
         "valid_flips",
-        counts["valid_flips"] > 0,
-        f"{counts['valid_flips']} of {counts['n']} examples show the behavior without the defense and not with it",
+        counts.valid_flips > 0,
+        f"{counts.valid_flips} of {counts.n} examples show the behavior without the defense and lose it with it",
         "INVALID",
     )
 
@@ -90,13 +78,13 @@ def utility_gate(utility: Utility | None, most: float) -> Gate:
     if utility is None:
         return Gate("utility", None, "no neutral text was given", None)
     words = (
-        f"on neutral text the defense changes the loss from {utility.loss_off:.2f} to {utility.loss_on:.2f} nats a "
-        f"token; {most:g} more is where a model counts as broken"
+        f"on neutral text the defense changes the loss from {utility.loss_off:.2f} to {utility.loss_on:.2f} nats per "
+        f"token; an increase above {most:.3g} counts as broken"
     )
     if utility.broken:
         words = (
-            f"the defense breaks ordinary text: loss on neutral text is {utility.loss_off:.2f} nats a token without it "
-            f"and {utility.loss_on:.2f} with it, so what it suppresses is not this behavior alone"
+            f"the defense breaks ordinary text (the loss on neutral text is {utility.loss_off:.2f} nats per token "
+            f"without it and {utility.loss_on:.2f} with it), so it does not suppress this behavior alone"
         )
     return Gate("utility", not utility.broken, words, None)
 
@@ -133,18 +121,18 @@ SEARCH_GATES = (
 )
 
 
-def health_gates(health: Mapping[str, Any] | None) -> list[Gate]:
+def health_gates(health: Health | None) -> list[Gate]:
     """Whether gradients account for values, on a sample."""
     told = {
-        "finite_differences": "slopes along the gradient and along random admissible directions equal differences",
-        "error_channel": "the same within the SAE's error",
+        "finite_differences": "slopes along the gradient and random admissible directions match finite differences",
+        "error_channel": "slopes within the SAE's error match finite differences",
     }
     if health is None:
         return [Gate(name, None, "not run") for name in told]
-    n = health["n"]
+    n = health.n
     return [
-        Gate(name, n - health[name] <= tolerated(n), f"{words}: on {health[name]} of {n} examples")
-        for name, words in told.items()
+        Gate(name, n - agree <= tolerated(n), f"{words} on {agree} of {n} examples")
+        for (name, words), agree in zip(told.items(), (health.finite_differences, health.error_channel), strict=True)
     ]
 
 
@@ -153,14 +141,9 @@ def tolerated(n: int) -> int:
     return max(int(TOLERATED * n), 1 if n >= 10 else 0)
 
 
-def suppressed(certificate: Mapping[str, Any]) -> bool:
-    """Whether the defended replay agrees that the behavior is gone; a model in half precision may have it otherwise."""
-    return certificate["defended_slack"] is not None and certificate["defended_slack"] <= 0
-
-
 def recovered(record: ExampleRecord) -> bool:
     """Back by certificate, with the clamp held, where it was gone."""
-    return record.certificate is not None and suppressed(record.certificate) and record.back
+    return record.certificate is not None and record.certificate.suppressed and record.back
 
 
 def hopeless(record: ExampleRecord) -> bool:
@@ -175,7 +158,7 @@ def _gradient(searched: Searched) -> Gate:
         "gradient",
         flat + misled == 0,
         f"{flat} of {len(searched)} searches met a zero gradient where random admissible perturbations change the "
-        f"score, {misled} a gradient that does not account for how it changes",
+        f"score; {misled} met a gradient that does not predict the change",
     )
 
 
@@ -189,7 +172,7 @@ def _gradient_free(searched: Searched) -> Gate:
     return Gate(
         "gradient_free",
         unsolved == 0 and won <= tolerated(len(searched)),
-        f"on {won + unsolved} of {len(searched)} a search without gradients found what those with gradients did not",
+        f"on {won + unsolved} of {len(searched)} examples a gradient-free search found what gradient searches missed",
     )
 
 
@@ -200,41 +183,41 @@ def _finite(searched: Searched) -> Gate:
         if r.search is not None and r.certificate is not None
     )
     return Gate(
-        "finite", broken == 0, f"{broken} of {len(searched)} searches, or replays, met values that are not finite"
+        "finite", broken == 0, f"{broken} of {len(searched)} searches or replays met values that are not finite"
     )
 
 
-def _measured(certificate: Mapping[str, Any]) -> bool:
+def _measured(certificate: CertificateRecord) -> bool:
     """Whether what every certificate has could be measured; ratios may be infinite, and thresholds missing."""
-    return None not in (certificate["slack"], certificate["drift"], *certificate["preactivation_shift"])
+    return None not in (certificate.slack, certificate.drift, *certificate.preactivation_shift)
 
 
 def _replay(searched: Searched, tolerance: float) -> Gate:
     apart = max(
-        _or_inf(r.search.slack - (math.nan if r.certificate["slack"] is None else r.certificate["slack"]))
+        _or_inf(r.search.slack - (math.nan if r.certificate.slack is None else r.certificate.slack))
         for r in searched
         if r.search is not None and r.certificate is not None
     )
-    n, flips = len(searched), sum(r.certificate is not None and suppressed(r.certificate) for r in searched)
+    n, flips = len(searched), sum(r.certificate is not None and r.certificate.suppressed for r in searched)
     return Gate(
         "replay",
         apart <= tolerance and flips > 0,
-        f"suffix-only search and whole-model replay differ by at most {apart:.1e} logits; {tolerance:g} allowed"
+        f"suffix-only search and whole-model replay differ by at most {apart:.1e} logits (tolerance {tolerance:g})"
         + (f"; on {n - flips} of {n} the replay shows the behavior with the clamp alone" if flips < n else ""),
     )
 
 
 def _held(searched: Searched, budget: float) -> Gate:
     certificates = [r.certificate for r in searched if r.certificate is not None]
-    residual = max(_or_inf(c["constraint_residual"]) for c in certificates)
-    longest = max(_or_inf(c["norm"]) for c in certificates)
-    back = [c["held"] for c in certificates if c["shows"]]
+    residual = max(_or_inf(c.constraint_residual) for c in certificates)
+    longest = max(_or_inf(c.norm) for c in certificates)
+    back = [c.held for c in certificates if c.shows]
     return Gate(
         "held",
         residual <= MAX_CONSTRAINT_RESIDUAL and longest <= budget and (any(back) or not back),
-        f"largest constraint residual {residual:.1e} ({MAX_CONSTRAINT_RESIDUAL:g} allowed), "
-        f"largest norm {longest:.4f} (budget {budget:g}); where the behavior is back, the clamped features stayed "
-        f"where they were on {sum(back)} of {len(back)}",
+        f"largest constraint residual {residual:.1e} (tolerance {MAX_CONSTRAINT_RESIDUAL:g}), "
+        f"largest norm {longest:.4f} (budget {budget:g}); where the behavior came back, the clamped features "
+        f"held still on {sum(back)} of {len(back)}",
     )
 
 
@@ -252,15 +235,21 @@ def _monotone(searched: Searched) -> Gate:
     return Gate(
         "monotone_in_budget",
         missed <= tolerated(n),
-        f"on {missed} of {n} one budget's search came closer than the smallest norm of all solvers"
-        + (f"; on {lost} steepest ascent alone lost at a larger budget what it had found at a smaller" if lost else ""),
+        f"on {missed} of {n} examples the search at one budget beat the smallest norm of all solvers"
+        + (
+            f"; on {lost}, steepest ascent alone lost at a larger budget what it had found at a smaller one"
+            if lost
+            else ""
+        ),
     )
 
 
 def _doubled(searched: Searched) -> Gate:
     more = sum(bool(r.longer) and r.search is not None and r.search.status != "RECOVERED" for r in searched)
     return Gate(
-        "doubled_steps", more <= tolerated(len(searched)), f"twice the steps recover {more} more of {len(searched)}"
+        "doubled_steps",
+        more <= tolerated(len(searched)),
+        f"twice the steps recover {more} more of {len(searched)} examples",
     )
 
 
@@ -269,7 +258,7 @@ def _undefended(searched: Searched) -> Gate:
     return Gate(
         "undefended",
         n - back <= tolerated(n),
-        f"with the clamp off, from where it would put the state, a search came back on {back} of {n}",
+        f"with the clamp off, starting from the state that the clamp would give, the search recovers {back} of {n}",
     )
 
 
@@ -280,21 +269,20 @@ def _unbounded(searched: Searched) -> Gate:
     return Gate(
         "unbounded",
         open_ == 0 or any(map(recovered, searched)),
-        f"without a budget {reached} of {len(searched)} are recovered"
-        + (f"; on {open_} it is not known why not" if open_ else ""),
+        f"with no budget {reached} of {len(searched)} are recovered"
+        + (f"; for {open_} the reason is unknown" if open_ else ""),
     )
 
 
 def _at_budget(searched: Searched, budget: float) -> Gate:
     left = [r for r in searched if r.certificate is not None and not recovered(r)]
     stuck = sum(
-        _or_inf(r.certificate["norm"]) >= 0.99 * budget for r in left if r.certificate is not None and not hopeless(r)
+        _or_inf(r.certificate.norm) >= 0.99 * budget for r in left if r.certificate is not None and not hopeless(r)
     )
     return Gate(
         "norm_at_budget",
         stuck == 0,
-        f"{stuck} of {len(left)} searches that failed ended at the budget's edge, where it was the budget that stopped "
-        "them",
+        f"{stuck} of {len(left)} failed searches ended at the largest norm allowed, so the budget limited them",
         None,
     )
 

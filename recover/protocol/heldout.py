@@ -23,14 +23,14 @@ from einops import repeat
 
 from recover.evidence.certificate import certify
 from recover.evidence.controls import averaged, cosine, displacement, undone
-from recover.evidence.rules import Reading, TransferEvidence
+from recover.evidence.rules import Reading
 from recover.evidence.transfer import FitSchedule, Pool, Problem, fit_shared, halves, random_shared
 from recover.models.generation import texts
 from recover.numerics.metrics import norm
-from recover.numerics.statistics import wilson
 from recover.protocol.bench import Bench
 from recover.protocol.phases import BatchProgress, Deltas, Done
 from recover.protocol.reading import exchangeable, exchanged, one_for_all, parts_of, shown, shown_as_asked
+from recover.protocol.verdict_model import Transfer, TransferPoint, TransferReadings
 from recover.search.constraints.admissible import JacobianOrthogonal
 from recover.search.constraints.pinned import Pinned
 from recover.tasks import replies as refusal
@@ -217,7 +217,7 @@ def _certified(bench: Bench, rows: Int[Tensor, "rows"], delta: Tensor) -> dict[s
     }
 
 
-def summary(folds: Sequence[tuple[dict[str, Any], dict[str, Any]]], residual_norm: float) -> dict[str, Any]:
+def summary(folds: Sequence[tuple[dict[str, Any], dict[str, Any]]], residual_norm: float) -> Transfer:
     """Make the section `transfer` of the verdict from the fitted and the read values of each fold."""
     reads, fitted = [read for _, read in folds], [one for fit, _ in folds for one in fit.items()]
     levels = [reading["budget"] for reading in reads[0]["readings"]]
@@ -236,71 +236,51 @@ def summary(folds: Sequence[tuple[dict[str, Any], dict[str, Any]]], residual_nor
     def trained(kind: str, budget: float) -> Reading:
         return total([v for name, v in fitted if f"/{kind}/{budget:.6g}/" in name], "fitted")
 
-    curve = [
-        {
-            "budget": budget,
-            "relative_norm": budget / residual_norm,
-            "train_rate": trained(C1, budget).rate,
-            "heldout_rate": of(C1, budget).rate,
-            "write_orthogonal_heldout_rate": of(C1_PLUS, budget).rate,
-            "shuffled_rate": of(SHUFFLED, budget).rate,
-            "random_rate": control("random", budget).rate,
-            "undo_rate": control("undo", budget).rate,
-            "weak_heldout_rate": of(C1, budget, "weak_hits", "weak_n").rate,
-            "weak_shuffled_rate": of(SHUFFLED, budget, "weak_hits", "weak_n").rate,
-        }
+    def cosine_of(kind: str) -> float:
+        fits = [one for read in reads for one in read["fits"] if (one["kind"], one["budget"]) == (kind, main)]
+        return _widest([one["undo_cosine"] for one in fits])
+
+    curve = tuple(
+        TransferPoint(
+            budget=budget,
+            relative_norm=budget / residual_norm,
+            train_rate=trained(C1, budget).rate,
+            heldout_rate=of(C1, budget).rate,
+            write_orthogonal_heldout_rate=of(C1_PLUS, budget).rate,
+            shuffled_rate=of(SHUFFLED, budget).rate,
+            random_rate=control("random", budget).rate,
+            undo_rate=control("undo", budget).rate,
+            weak_heldout_rate=of(C1, budget, "weak_hits", "weak_n").rate,
+            weak_shuffled_rate=of(SHUFFLED, budget, "weak_hits", "weak_n").rate,
+        )
         for budget in levels
-    ]
+    )
     own, plus = (total([read[kind] for read in reads]) for kind in (C1, C1_PLUS))
-    shuffled, random = of(SHUFFLED, main), control("random", main)
-    dealt = of(SHUFFLED, main, "dealt_hits", "dealt_n")
-    fits = [one for read in reads for one in read["fits"] if one["budget"] == main]
-    return {
-        "budget": main,
-        "relative_norm": main / residual_norm,
-        "residual_norm": residual_norm,
-        "one_for_all": any(read.get("one_for_all", False) for read in reads),
-        "n": own.n,
-        "hits": own.hits,
-        "train_rate": trained(C1, main).rate,
-        "heldout_rate": own.rate,
-        "wilson95": list(wilson(own.hits, own.n)),
-        "random_rate": random.rate,
-        "shuffled_rate": shuffled.rate,
-        "dealt_rate": dealt.rate,
-        "chance_rate": max((r for r in (dealt.rate, random.rate) if not math.isnan(r)), default=math.nan),
-        "undo_rate": control("undo", main).rate,
-        "undo_cosine": _widest([one["undo_cosine"] for one in fits if one["kind"] == C1]),
-        "write_orthogonal_heldout_rate": plus.rate,
-        "write_orthogonal_wilson95": list(wilson(plus.hits, plus.n)),
-        "write_orthogonal_undo_cosine": _widest([one["undo_cosine"] for one in fits if one["kind"] == C1_PLUS]),
-        "weak_heldout_rate": of(C1, main, "weak_hits", "weak_n").rate,
-        "weak_shuffled_rate": of(SHUFFLED, main, "weak_hits", "weak_n").rate,
-        "back_but_features_moved": sum(
-            read[kind]["back_but_features_moved"] for read in reads for kind in (C1, C1_PLUS)
-        ),
-        **{
-            name: _largest([read[kind][name] for read in reads for kind in (C1, C1_PLUS)])
-            for name in ("preactivation_shift_max", "constraint_residual_max")
-        },
-        "readings": {
-            name: {"hits": reading.hits, "n": reading.n}
-            for name, reading in (
-                ("own", own),
-                ("write_orthogonal", plus),
-                ("shuffled", shuffled),
-                ("dealt", dealt),
-                ("random", random),
-            )
-        },
-        "curve": curve,
-    }
-
-
-def evidence(transfer: dict[str, Any]) -> TransferEvidence:
-    """What `evidence.judge` asks of it."""
-    readings = {name: Reading(**reading) for name, reading in transfer["readings"].items()}
-    return TransferEvidence(**readings, one_for_all=transfer.get("one_for_all", False))
+    dealt, last = of(SHUFFLED, main, "dealt_hits", "dealt_n"), curve[-1]
+    readings = TransferReadings(
+        own=own, write_orthogonal=plus, shuffled=of(SHUFFLED, main), dealt=dealt, random=control("random", main)
+    )
+    certified = [read[kind] for read in reads for kind in (C1, C1_PLUS)]
+    chances = (rate for rate in (dealt.rate, readings.random.rate) if not math.isnan(rate))
+    return Transfer(
+        residual_norm=residual_norm,
+        one_for_all=any(read.get("one_for_all", False) for read in reads),
+        n=own.n,
+        hits=own.hits,
+        wilson95=own.wilson95,
+        dealt_rate=dealt.rate,
+        chance_rate=max(chances, default=math.nan),
+        undo_cosine=cosine_of(C1),
+        write_orthogonal_wilson95=plus.wilson95,
+        write_orthogonal_undo_cosine=cosine_of(C1_PLUS),
+        back_but_features_moved=sum(one["back_but_features_moved"] for one in certified),
+        preactivation_shift_max=_largest([one["preactivation_shift_max"] for one in certified]),
+        constraint_residual_max=_largest([one["constraint_residual_max"] for one in certified]),
+        readings=readings,
+        curve=curve,
+        # What evidence is read at is the last point; held-out rates of it are by certificate.
+        **dict(last) | {"heldout_rate": own.rate, "write_orthogonal_heldout_rate": plus.rate},
+    )
 
 
 def _fits(bench: Bench, targeted: bool) -> list[FoldFit]:

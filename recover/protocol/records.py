@@ -2,7 +2,8 @@
 
 A verdict is computed from records alone, so that a resumed run and an uninterrupted one cannot differ. Floats are
 written with as many digits as Python needs to read the same float back. What is not finite (no threshold; a clamp that
-overflows) becomes null, which JSON has; it reads as NaN where a number must be, and as infinity where a norm must be.
+overflows) becomes null, which JSON has; it reads as NaN where a number must be, as infinity where a norm must be, and
+as None in a certificate and in the sections of a verdict.
 """
 
 from __future__ import annotations
@@ -10,16 +11,21 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, ConfigDict, TypeAdapter, with_config
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, with_config
 
 from recover.evidence.certificate import Certificate
 from recover.search.solvers import WorstCase
 
 Number = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
 Norm = Annotated[float, BeforeValidator(lambda value: math.inf if value is None else value)]
+Figure = Annotated[
+    float | None,
+    BeforeValidator(lambda value: None if isinstance(value, float) and not math.isfinite(value) else value),
+]
+"""A number; None where it is not finite or could not be measured."""
 STRICT = ConfigDict(extra="forbid")
 
 
@@ -49,6 +55,50 @@ class SearchRecord:
     def by_gradient(self) -> float:
         """The smallest norm that the solvers other than `random` found."""
         return min((norm for name, norm in self.by_solver.items() if name != "random"), default=math.inf)
+
+
+@with_config(STRICT)
+@dataclass(frozen=True)
+class CertificateRecord:
+    """The certificate of one delta: what `Certificate` holds of one example, norms in units of the residual."""
+
+    shows: Annotated[bool, Field(description="whether the behavior is back, with the clamp held")]
+    score: Annotated[Figure, Field(description="the behavior's score, recovered")]
+    slack: Annotated[Figure, Field(description="the behavior's slack, recovered; it shows where positive")]
+    defended_slack: Annotated[Figure, Field(description="the behavior's slack, defended")]
+    norm: Annotated[Figure, Field(description="norm of the delta")]
+    relative_norm: Annotated[Figure, Field(description="norm as a share of the defended residual's")]
+    displacement: Annotated[Figure, Field(description="norm of how far the clamp moves the residual")]
+    constraint_residual: Annotated[Figure, Field(description="||A^T delta|| / (||A|| ||delta||)")]
+    preactivation_shift: Annotated[tuple[Figure, ...], Field(description="shift of each clamped pre-activation")]
+    threshold_margin: Annotated[tuple[Figure, ...], Field(description="defended pre-activation minus threshold")]
+    drift: Annotated[Figure, Field(description="norm of the change of the clamped features")]
+    relative_drift: Annotated[Figure, Field(description="drift as a share of the features' norm")]
+    decode_drift: Annotated[Figure, Field(description="norm of what that drift writes to the residual")]
+    clamp_floor_violation: Annotated[Figure, Field(description="sinking of raised features, share of their norm")]
+    rounding: Annotated[Figure, Field(description="shifts and drifts up to this count as rounding")]
+    held: Annotated[bool, Field(description="whether the clamped features stayed where they were")]
+    dormant: Annotated[float, Field(description="number of inactive clamped features, over positions")]
+    reactivated: Annotated[float, Field(description="number of those that became active")]
+
+    @property
+    def suppressed(self) -> bool:
+        """The defended replay agrees that the behavior is gone; a model in half precision may have it otherwise."""
+        return self.defended_slack is not None and self.defended_slack <= 0
+
+
+@with_config(STRICT)
+@dataclass(frozen=True)
+class SmallestRecord:
+    """The certificate of the smallest delta: whether it holds, and its size."""
+
+    shows: Annotated[bool, Field(description="whether the behavior is back, with the clamp held")]
+    held: Annotated[bool, Field(description="whether the clamped features stayed where they were")]
+    slack: Annotated[Figure, Field(description="the behavior's slack, recovered; it shows where positive")]
+    norm: Annotated[Figure, Field(description="norm of the delta")]
+    relative_norm: Annotated[Figure, Field(description="norm as a share of the defended residual's")]
+    displacement: Annotated[Figure, Field(description="norm of how far the clamp moves the residual")]
+    constraint_residual: Annotated[Figure, Field(description="||A^T delta|| / (||A|| ||delta||)")]
 
 
 @with_config(STRICT)
@@ -118,8 +168,8 @@ class ExampleRecord:
     Attributes:
         base_slack, defended_slack: in logits; the behavior shows where positive.
         strict_base_slack, strict_defended_slack: the same for the predicate that transfer is read with.
-        certificate: of the delta within the budget: the fields of `Certificate`, numbers or lists of numbers.
-        smallest: of the smallest delta: those that say whether it holds.
+        certificate: of the delta within the budget.
+        smallest: of the smallest delta.
         placebo: None where there is no unrelated target that does not show already.
         write_orthogonal: the search under C1+.
         reached_at: for each budget of the curve, whether a search at that budget alone brought the behavior back.
@@ -138,8 +188,8 @@ class ExampleRecord:
     strict_base_slack: Number
     strict_defended_slack: Number
     search: SearchRecord | None = None
-    certificate: dict[str, Any] | None = None
-    smallest: dict[str, Any] | None = None
+    certificate: CertificateRecord | None = None
+    smallest: SmallestRecord | None = None
     placebo: PlaceboRecord | None = None
     write_orthogonal: PlaceboRecord | None = None
     reached_at: dict[str, bool] | None = None
@@ -177,9 +227,9 @@ class ExampleRecord:
 
         A whole answer shows where what is said under the delta, freely, is like the model's own (`base_like`).
         """
-        if self.certificate is None or not self.certificate["held"]:
+        if self.certificate is None or not self.certificate.held:
             return False
-        return bool(self.certificate["shows"]) if self.reply is None else self.reply.base_like
+        return self.certificate.shows if self.reply is None else self.reply.base_like
 
     def to_json(self) -> str:
         """One line of `examples.jsonl`."""
@@ -193,10 +243,7 @@ class ExampleRecord:
         Raises:
             ValueError: they are not those of an example of this version.
         """
-        record = _RECORD.validate_python(dict(values))
-        if record.certificate is not None and record.certificate.keys() != _MEASURED:
-            raise ValueError("not the certificate of this version")
-        return record
+        return _RECORD.validate_python(dict(values))
 
     @classmethod
     def from_json(cls, line: str) -> ExampleRecord:
@@ -212,7 +259,6 @@ class ExampleRecord:
 
 
 _RECORD = TypeAdapter(ExampleRecord)
-_MEASURED = {field.name for field in fields(Certificate)}
 
 
 def search_values(found: WorstCase) -> list[dict[str, Any]]:

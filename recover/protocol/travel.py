@@ -12,11 +12,11 @@ from statistics import fmean
 from typing import Any
 
 from recover.evidence.attribution.parts import TOP_K, Attribution
-from recover.numerics.statistics import wilson
 from recover.protocol.records import ExampleRecord, PartRecord, without_nan
+from recover.protocol.verdict_model import AttributionFigures, Part, PartFigures, Rate, SaidReading
 from recover.tasks.replies import ReplyReading
 
-PARTS = ("full", "error", "free", "top_k", "clamped")
+PARTS: tuple[Part, ...] = ("full", "error", "free", "top_k", "clamped")
 SAID = ("error", "free", "clamped")
 """Those under whose replay the model is let speak, where the behavior is a whole answer."""
 POINTS = 4
@@ -28,8 +28,8 @@ def part_values(
 ) -> list[dict[str, dict[str, Any]]]:
     """A `PartRecord` for each part of each example of a batch; with how what is said under some parts reads."""
     columns = {
-        name: {key: value.tolist() for key, value in vars(view).items()}
-        for name, view in found.views.items()
+        str(name): {key: value.tolist() for key, value in vars(found.views[name]).items()}
+        for name in found.views
         if name in PARTS
     }
     values = []
@@ -42,11 +42,10 @@ def part_values(
     return values
 
 
-def summary(records: Sequence[ExampleRecord]) -> dict[str, Any] | None:
+def summary(records: Sequence[ExampleRecord]) -> AttributionFigures | None:
     """The section `attribution` of a verdict; None where no example has one.
 
-    `gap` is the share of the effect that the gradient at the defended state misses (negative where it promises too
-    much), `integrated_gap` the same of the gradient averaged along the delta. A share is None where there is no effect.
+    A `gap` is negative where the gradient promises too much. A share is None where there is no effect.
     """
     each = [record.attribution for record in records if record.attribution is not None]
     if not each:
@@ -54,36 +53,35 @@ def summary(records: Sequence[ExampleRecord]) -> dict[str, Any] | None:
     full = [parts["full"] for parts in each]
     effect = sum(one.replay_score - one.knockout_score for one in full)
     first, along = sum(one.first_order for one in full), sum(one.integrated for one in full)
-    return {
-        "n": len(each),
-        "top_k": TOP_K,
-        "effect_mean": effect / len(each),
-        "gap": _share(effect - first, effect),
-        "integrated_gap": _share(effect - along, effect),
-        "parts": {name: _part([parts[name] for parts in each], full, first, along) for name in PARTS},
-    }
+    return AttributionFigures(
+        n=len(each),
+        top_k=TOP_K,
+        effect_mean=effect / len(each),
+        gap=_share(effect - first, effect),
+        integrated_gap=_share(effect - along, effect),
+        parts={name: _part([parts[name] for parts in each], full, first, along) for name in PARTS},
+    )
 
 
-def _part(parts: Sequence[PartRecord], full: Sequence[PartRecord], first: float, along: float) -> dict[str, Any]:
+def _part(parts: Sequence[PartRecord], full: Sequence[PartRecord], first: float, along: float) -> PartFigures:
     """One part over all examples."""
     n, said = len(parts), [part for part in parts if part.base_like is not None]
     start, end = (sum(getattr(one, key) for one in full) for key in ("knockout_score", "replay_score"))
-    return {
-        "norm_mean": fmean(part.norm for part in parts),
-        "first_order_share": _share(sum(part.first_order for part in parts), first),
-        "integrated_share": _share(sum(part.integrated for part in parts), along),
-        "replay_share": _share(sum(part.replay_score for part in parts) - start, end - start),
-        "knockout_share": _share(sum(part.knockout_score for part in parts) - start, end - start),
-        "replay": _rate([part.replay_slack > 0 for part in parts]),
-        "knockout": _rate([part.knockout_slack > 0 for part in parts]),
-        "said": {key: _rate([bool(getattr(part, key)) for part in said]) for key in ("non_refusal", "base_like")}
+    return PartFigures(
+        norm_mean=fmean(part.norm for part in parts),
+        first_order_share=_share(sum(part.first_order for part in parts), first),
+        integrated_share=_share(sum(part.integrated for part in parts), along),
+        replay_share=_share(sum(part.replay_score for part in parts) - start, end - start),
+        knockout_share=_share(sum(part.knockout_score for part in parts) - start, end - start),
+        replay=Rate.of(part.replay_slack > 0 for part in parts),
+        knockout=Rate.of(part.knockout_slack > 0 for part in parts),
+        said=SaidReading(
+            non_refusal=Rate.of(bool(part.non_refusal) for part in said),
+            base_like=Rate.of(bool(part.base_like) for part in said),
+        )
         if len(said) == n
         else None,
-    }
-
-
-def _rate(hits: Sequence[bool]) -> dict[str, Any]:
-    return {"hits": sum(hits), "rate": sum(hits) / len(hits), "wilson95": list(wilson(sum(hits), len(hits)))}
+    )
 
 
 def _share(part: float, whole: float) -> float | None:

@@ -10,8 +10,8 @@
 2. *Pages*. `to_text` is the terminal page, `to_html` and `to_markdown` are `report.html` and `report.md`;
    `rebuild_report` writes both again, and `compare` shows several runs side by side.
 3. *Sentences*. `answer_questions` answers four questions about a run, `cautions` lists why its figures may mislead.
-4. *Figures*. `figures_of` gives the figures of a run as data, `write_figures` draws them for a paper, and `plot_style`
-   is the style of both for figures of your own.
+4. *Figures*. `figures_of` gives the figures of a run as data, `write_figures` draws them for a paper, and figures of
+   your own have the same style within `plot_style`.
 
 The prose is in `words.yaml`, the sentences with figures in `templates/`, and the number formats in
 `recover.numerics.formats`.

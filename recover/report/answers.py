@@ -12,7 +12,8 @@ from typing import Any, Literal
 
 import yaml
 
-from recover.protocol import reasons as words
+from recover.protocol.reasons import because
+from recover.protocol.verdict_model import RefusedTransfer, Verdict
 from recover.report.rendering import gathered
 from recover.report.words import clamps, prose, specificity
 
@@ -30,8 +31,6 @@ Doubt = Literal[
     "transfer_refused",
     "stricter_predicate",
 ]
-DECIDING = ("specific: ", "not specific: ", "unknown: ", "whether it is specific is unknown: ")
-"""How the reason begins that decides it; see `recover.evidence.rules`."""
 FEW = 20
 """Valid flips below which an interval is wide: at 20 of 20 it still reaches down to 84%."""
 
@@ -53,21 +52,19 @@ def task_of(config: Any) -> str | None:
     return f"{name} ({tasks[name]})" if name in tasks else name
 
 
-def answer_questions(verdict: Mapping[str, Any], config: Any = None) -> list[tuple[str, list[str]]]:
+def answer_questions(verdict: Verdict, config: Any = None) -> list[tuple[str, list[str]]]:
     """The four questions, each with the sentences that answer it.
 
     Args:
-        verdict: what `verdict.json` holds.
+        verdict: the verdict.
         config: what `config.yaml` holds, for the name of the behavior.
     """
-    transfer = verdict["transfer"]
     context = {
         "verdict": verdict,
-        "model": verdict["provenance"]["model"].partition(" ")[0],
-        "clamps": clamps(verdict["threat_model"]),
+        "model": verdict.provenance.model.partition(" ")[0],
+        "clamps": clamps(verdict.threat_model),
         "task": task_of(config),
-        "because": _because(verdict),
-        "transferred": transfer is not None and "refused" not in transfer,
+        "because": because(verdict) or specificity(verdict.specific),
         "doubts": doubts(verdict),
     }
     questions = {
@@ -79,36 +76,31 @@ def answer_questions(verdict: Mapping[str, Any], config: Any = None) -> list[tup
     return [(question, _sentences(block, **context)) for block, question in questions.items()]
 
 
-def cautions(verdict: Mapping[str, Any]) -> list[str]:
+def cautions(verdict: Verdict) -> list[str]:
     """Why the figures of a run may mislead, worst first; the last holds for any run."""
     return _sentences("cautions", verdict=verdict, doubts=doubts(verdict))
 
 
-def doubts(verdict: Mapping[str, Any]) -> set[Doubt]:
+def doubts(verdict: Verdict) -> set[Doubt]:
     """What the figures of a run give cause to doubt."""
-    found, controls, counts = verdict["recovery"], verdict["controls"], verdict["counts"]
-    placebo, unbounded, below = controls["placebo"], controls["unbounded"], found["below_threshold_share"]
+    found, controls, counts = verdict.recovery, verdict.controls, verdict.counts
+    placebo, unbounded = controls.placebo, controls.unbounded
     of_any_run: dict[Doubt, bool] = {
-        "transfer_refused": verdict["transfer"] is not None and "refused" in verdict["transfer"],
-        "stricter_predicate": counts["strict_flips"] != counts["valid_flips"],
+        "transfer_refused": isinstance(verdict.transfer, RefusedTransfer),
+        "stricter_predicate": counts.strict_flips != counts.valid_flips,
     }
     of_a_search: dict[Doubt, bool] = {
-        "few_flips": found["searched"] < FEW,
-        "features_compete": below is None,
-        "below_threshold": below is not None and below > 0.5,
-        "features_moved": found["back_but_features_moved"] > 0,
-        "placebo_as_easy": placebo is not None and placebo["rate"] > 0.5 * placebo["own_rate"],
+        "few_flips": found.searched < FEW,
+        "features_compete": found.features_compete,
+        "below_threshold": found.mostly_inactive,
+        "features_moved": found.back_but_features_moved > 0,
+        "placebo_as_easy": placebo is not None and placebo.easily_reached,
         "no_placebo": placebo is None,
-        "random_features": bool(words.features(controls["placebo_features"], counts)),
-        "search_incomplete": unbounded is not None and unbounded["rate"] < 1,
+        "random_features": verdict.random_features_suppress,
+        "search_incomplete": unbounded is not None and (unbounded.rate or 0.0) < 1,
     }
-    held = of_any_run | of_a_search if found["searched"] else of_any_run
+    held = of_any_run | of_a_search if found.searched else of_any_run
     return {doubt for doubt, holds in held.items() if holds}
-
-
-def _because(verdict: Mapping[str, Any]) -> str:
-    because = next((reason for reason in verdict["reasons"] if reason.startswith(DECIDING)), None)
-    return because.partition(": ")[2] if because else specificity(verdict["specific"])
 
 
 def _sentences(block: str, **context: Any) -> list[str]:

@@ -45,7 +45,7 @@ def compare(folders: Sequence[Path]) -> str:
         width = max(len(name) for name, _ in differing)
         for name, values in differing:
             lines += _told(name.ljust(width), dict(zip(names, values, strict=True)))
-    beside = {run.verdict["verdict"] for run in runs} & {"INVALID", "INCONCLUSIVE"}
+    beside = {run.verdict.verdict for run in runs} & {"INVALID", "INCONCLUSIVE"}
     if beside:
         lines += ["", f"Do not compare the figures of {' and '.join(sorted(beside))} runs."]
     return "\n".join(lines)
@@ -63,13 +63,14 @@ def _settings(run: FinishedRun) -> dict[str, Any]:
     """What a figure depends on: model, task, prompts, clamps, search, threat model, controls and rules."""
     config = parsed(run.config)
     asked: Mapping[str, Any] = config if isinstance(config, Mapping) else {}
-    provenance, threat = run.verdict["provenance"], run.verdict["threat_model"]
+    values = run.verdict.to_dict()
+    provenance, threat, rules = values["provenance"], values["threat_model"], values["statistics"]["rules"]
     told = {key: provenance[key] for key in ("model", "sae_sha256", "dtype")}
     told |= {key: value for key, value in asked.items() if key not in ELSEWHERE}
     told |= {f"clamp {number}": clamp for number, clamp in enumerate(threat["clamps"], start=1)}
     told |= {f"features {number}": sorted(features) for number, features in enumerate(run.features, start=1)}
     told |= {key: threat[key] for key in ("constraint", "placement", "positions", "delta_sites", "budget")}
-    return told | {"control seed": provenance["control_seed"], "rules": run.verdict["statistics"]["rules"]}
+    return told | {"control seed": provenance["control_seed"], "rules": rules}
 
 
 def _leaves(values: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:

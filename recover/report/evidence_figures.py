@@ -10,9 +10,9 @@ from typing import Any
 
 from recover.numerics.formats import number
 from recover.numerics.statistics import wilson
-from recover.protocol.gates import suppressed
-from recover.protocol.records import ExampleRecord, PlaceboRecord
+from recover.protocol.records import CertificateRecord, ExampleRecord, PlaceboRecord
 from recover.protocol.verdict import certified_norm
+from recover.protocol.verdict_model import Recovery, Verdict
 from recover.report.figures import (
     Curve,
     Curves,
@@ -37,14 +37,14 @@ Records = Sequence[ExampleRecord]
 NORM = "norm of the perturbation"
 
 
-def figures_of(verdict: Mapping[str, Any], records: Records = ()) -> dict[FigureKey, Figure]:
+def figures_of(verdict: Verdict, records: Records = ()) -> dict[FigureKey, Figure]:
     """The figures of a run by name, without those of parts that were not run.
 
     Args:
-        verdict: what `verdict.json` holds.
+        verdict: the verdict.
         records: the lines of `examples.jsonl`.
     """
-    searched = [r for r in records if r.search and r.certificate and suppressed(r.certificate)]
+    searched = [r for r in records if r.search and r.certificate and r.certificate.suppressed]
     built, words = {name: build(verdict, searched) for name, build in BUILDERS.items()}, prose().figures
     return {
         name: figure(name, words[name].title, words[name].reading, *found)
@@ -56,48 +56,45 @@ def figures_of(verdict: Mapping[str, Any], records: Records = ()) -> dict[Figure
 Built = tuple[Any, ...] | None
 
 
-def _suppression(verdict: Mapping[str, Any], _: Records) -> Built:
-    counts, features = verdict["counts"], verdict["controls"]["placebo_features"]
-    if not counts["base"]:
+def _suppression(verdict: Verdict, _: Records) -> Built:
+    counts, features = verdict.counts, verdict.controls.placebo_features
+    if not counts.base:
         return None
-    flips = (counts["valid_flips"], counts["base"])
+    flips = (counts.valid_flips, counts.base)
     rows = [_counted("features of the defense", "own", *flips)]
-    if features is not None:
-        draws = f"{features['draws']} draws pooled"
-        rows.append(Row("as many random features", "random", features["suppressed_rate"], count=draws))
+    if features is not None and features.suppressed_rate is not None:
+        draws = f"{features.draws} draws pooled"
+        rows.append(Row("as many random features", "random", features.suppressed_rate, count=draws))
     return (Intervals(tuple(rows), "suppressed, of examples that show the behavior without the clamp"),)
 
 
-def _rates(verdict: Mapping[str, Any], _: Records) -> Built:
-    found, controls, n = verdict["recovery"], verdict["controls"], verdict["recovery"]["searched"]
+def _rates(verdict: Verdict, _: Records) -> Built:
+    found, controls, n = verdict.recovery, verdict.controls, verdict.recovery.searched
     if not n:
         return None
-    rows = [_counted("own target (C1)", "own", found["recovered"], n)]
-    if (plus := controls["write_orthogonal"]) is not None:
-        rows.append(_counted("own target, C1+", "plus", round(plus["rate"] * n), n))
-    if (placebo := controls["placebo"]) is not None:
-        hits = round(placebo["rate"] * placebo["n"])
-        rows.append(_counted("unrelated target (placebo)", "placebo", hits, placebo["n"]))
-    if (random := controls["random"]) is not None:
-        rows.append(_counted("best of the random directions", "random", random["examples_reached"], random["n"]))
-        rows.append(Row("one random direction", "random", random["rate"], count="of all draws"))
-    if (undo := controls["undo"]) is not None:
-        rows.append(_counted("undoing the clamp, best scale", "undo", round(undo["rate"] * n), n))
+    rows = [_counted("own target (C1)", "own", found.recovered, n)]
+    if (plus := controls.write_orthogonal) is not None and plus.rate is not None:
+        rows.append(_counted("own target, C1+", "plus", round(plus.rate * n), n))
+    if (placebo := controls.placebo) is not None and placebo.rate is not None:
+        hits = round(placebo.rate * placebo.n)
+        rows.append(_counted("unrelated target (placebo)", "placebo", hits, placebo.n))
+    if (random := controls.random) is not None and random.rate is not None:
+        rows.append(_counted("best of the random directions", "random", random.examples_reached, random.n))
+        rows.append(Row("one random direction", "random", random.rate, count="of all draws"))
+    if (undo := controls.undo) is not None and undo.rate is not None:
+        rows.append(_counted("undoing the clamp, best scale", "undo", round(undo.rate * n), n))
     return (Intervals(tuple(rows), "valid flips recovered within the budget"),)
 
 
-def _replies(verdict: Mapping[str, Any], _: Records) -> Built:
-    read = verdict["recovery"]["replies"]
+def _replies(verdict: Verdict, _: Records) -> Built:
+    read = verdict.recovery.replies
     if read is None:
         return None
-    rows = tuple(
-        Row(words, "own", read[kind]["rate"], **interval(read[kind]["wilson95"]), count=_of(read[kind]["hits"], read))
-        for kind, words in prose().replies.items()
-    )
+    rows = tuple(rated(words, "own", getattr(read, kind), n=read.n) for kind, words in prose().replies.items())
     return (Intervals(rows, "of the replies under the perturbation"),)
 
 
-def _norms(verdict: Mapping[str, Any], searched: Records) -> Built:
+def _norms(verdict: Verdict, searched: Records) -> Built:
     columns = _smallest(searched)
     strips = tuple(
         Strip(name, tone, tuple(size for size in sizes if size is not None))
@@ -111,7 +108,7 @@ def _norms(verdict: Mapping[str, Any], searched: Records) -> Built:
         for row, r in enumerate(searched)
     ]
     table = [("example", *(name for name, _, _ in columns)), *rows]
-    return Dots(strips, f"smallest {NORM}", (verdict["recovery"]["budget"], "budget")), table
+    return Dots(strips, f"smallest {NORM}", (verdict.recovery.budget, "budget")), table
 
 
 def _smallest(searched: Records) -> list[tuple[str, Tone, list[float | None]]]:
@@ -126,11 +123,11 @@ def _reached(other: PlaceboRecord | None) -> float | None:
     return None if other is None else other.smallest
 
 
-def _budget(verdict: Mapping[str, Any], searched: Records) -> Built:
-    budgets = [point["budget"] for point in verdict["curve"]]
+def _budget(verdict: Verdict, searched: Records) -> Built:
+    budgets = [point.budget for point in verdict.curve]
     if len(budgets) < 2:
         return None
-    own = tuple(Point(p["budget"], p["rate"], *p["wilson95"]) for p in verdict["curve"])
+    own = tuple(Point(p.budget, p.rate, *p.wilson95) for p in verdict.curve)
     curves = [Curve("own target (C1)", "own", own)]
     for name, tone, sizes in _smallest(searched)[1:]:
         known = [size for size in sizes if size is not None]
@@ -138,53 +135,53 @@ def _budget(verdict: Mapping[str, Any], searched: Records) -> Built:
             within = [sum(size <= budget for size in known) for budget in budgets]
             points = (Point(at, k / len(known), *wilson(k, len(known))) for at, k in zip(budgets, within, strict=True))
             curves.append(Curve(name, tone, tuple(points)))
-    return (Curves(tuple(curves), "budget (largest norm allowed)", (verdict["recovery"]["budget"], "budget")),)
+    return (Curves(tuple(curves), "budget (largest norm allowed)", (verdict.recovery.budget, "budget")),)
 
 
-def _sizes(verdict: Mapping[str, Any], _: Records) -> Built:
-    found, smallest = verdict["recovery"], verdict["minimum_norm"]
-    if not found["searched"]:
+def _sizes(verdict: Verdict, _: Records) -> Built:
+    found, smallest = verdict.recovery, verdict.minimum_norm
+    if not found.searched:
         return None
     rows = []
-    if smallest is not None and smallest["median"] is not None:
-        rows.append(Row("smallest perturbation, median", "own", smallest["median"], **interval(smallest["interval95"])))
+    if smallest is not None and smallest.median is not None:
+        rows.append(Row("smallest perturbation, median", "own", smallest.median, **interval(smallest.interval95)))
     named: Sequence[tuple[str, float | None]] = (
-        ("perturbation within the budget, mean", found["norm_mean"]),
-        ("the budget", found["budget"]),
-        ("displacement by the clamp, mean", found["clamp_displacement_mean"]),
+        ("perturbation within the budget, mean", found.norm_mean),
+        ("the budget", found.budget),
+        ("displacement by the clamp, mean", found.clamp_displacement_mean),
         ("residual stream, mean", _residual(found)),
     )
     rows += [Row(name, "plain", value) for name, value in named if value]
     return (Intervals(tuple(rows), "norm", logarithmic=True),)
 
 
-def _residual(found: Mapping[str, Any]) -> float | None:
-    relative, norm = found["relative_norm_mean"], found["norm_mean"]
+def _residual(found: Recovery) -> float | None:
+    relative, norm = found.relative_norm_mean, found.norm_mean
     return norm / relative if relative and norm else None
 
 
-def _drift(_: Mapping[str, Any], searched: Records) -> Built:
+def _drift(_: Verdict, searched: Records) -> Built:
     certificates = [r.certificate for r in searched if r.certificate is not None]
 
-    def strip(name: str, tone: Tone, read: Callable[[Mapping[str, Any]], float | None]) -> Strip:
+    def strip(name: str, tone: Tone, read: Callable[[CertificateRecord], float | None]) -> Strip:
         values = (read(c) for c in certificates)
         return Strip(name, tone, tuple(value for value in values if value is not None))
 
-    def largest(certificate: Mapping[str, Any]) -> float | None:
-        shifts = certificate["preactivation_shift"]
-        return None if None in shifts else max(map(abs, shifts), default=None)
+    def largest(certificate: CertificateRecord) -> float | None:
+        shifts = [abs(shift) for shift in certificate.preactivation_shift if shift is not None]
+        return max(shifts, default=None) if len(shifts) == len(certificate.preactivation_shift) else None
 
     strips = [
-        strip("drift of the clamped features", "own", lambda c: c["drift"]),
+        strip("drift of the clamped features", "own", lambda c: c.drift),
         strip("largest shift of their pre-activations", "plus", largest),
-        strip("norm of the perturbation, for scale", "plain", lambda c: c["norm"]),
+        strip("norm of the perturbation, for scale", "plain", lambda c: c.norm),
     ]
     shown = tuple(one for one in strips if one.values)
     return (Dots(shown, "distance moved"),) if shown else None
 
 
-def _margins(_: Mapping[str, Any], searched: Records) -> Built:
-    margins = [m for r in searched if r.certificate for m in r.certificate["threshold_margin"] if m is not None]
+def _margins(_: Verdict, searched: Records) -> Built:
+    margins = [m for r in searched if r.certificate for m in r.certificate.threshold_margin if m is not None]
     if not margins:
         return None
     edges, counts = binned(margins)
@@ -199,14 +196,9 @@ TRANSFER: Sequence[tuple[str, Tone, str, str]] = (
 )
 
 
-def _ran(verdict: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    transfer = verdict["transfer"]
-    return None if transfer is None or "refused" in transfer else transfer
-
-
-def _transfer(verdict: Mapping[str, Any], _: Records) -> Built:
-    transfer = _ran(verdict)
-    if transfer is None or len(transfer["curve"]) < 2:
+def _transfer(verdict: Verdict, _: Records) -> Built:
+    transfer = verdict.shared
+    if transfer is None or len(transfer.curve) < 2:
         return None
     keys = [one[:3] for one in TRANSFER] + [
         ("undoing the clamp", "undo", "undo_rate"),
@@ -214,45 +206,33 @@ def _transfer(verdict: Mapping[str, Any], _: Records) -> Built:
     ]
     curves = []
     for name, tone, key in keys:
-        points = [Point(p["budget"], p[key]) for p in transfer["curve"] if p[key] is not None]
+        points = [Point(p.budget, rate) for p in transfer.curve if (rate := getattr(p, key)) is not None]
         if points:
             curves.append(Curve(name, tone, tuple(points)))
     return (Curves(tuple(curves), "norm of the shared perturbation"),) if curves else None
 
 
-def _readings(verdict: Mapping[str, Any], _: Records) -> Built:
-    transfer = _ran(verdict)
+def _readings(verdict: Verdict, _: Records) -> Built:
+    transfer = verdict.shared
     if transfer is None:
         return None
     named = [(name, tone, key) for name, tone, _, key in TRANSFER] + [("random targets", "shuffled", "dealt")]
-    readings = transfer["readings"]
-    rows = tuple(
-        _counted(name, tone, readings[key]["hits"], readings[key]["n"])
-        for name, tone, key in named
-        if readings.get(key) and readings[key]["n"]
-    )
-    most = verdict["statistics"]["rules"]["most"]
+    read = [(name, tone, getattr(transfer.readings, key)) for name, tone, key in named]
+    rows = tuple(_counted(name, tone, one.hits, one.n) for name, tone, one in read if one.n)
+    most = verdict.statistics.rules.most
     return (Intervals(rows, "held-out prompts recovered", line=(most, "required")),) if rows else None
 
 
-def _attribution(verdict: Mapping[str, Any], _: Records) -> Built:
-    found = verdict.get("attribution")
-    if not found:
+def _attribution(verdict: Verdict, _: Records) -> Built:
+    if verdict.attribution is None:
         return None
-    tried: Sequence[tuple[str, str, Tone]] = (
-        ("replay", "this part alone", "own"),
-        ("knockout", "without this part", "shuffled"),
-    )
-    rows = [
-        rated(prose().parts[name], tone, part[how], group)
-        for how, group, tone in tried
-        for name, part in found["parts"].items()
-        if part.get(how)
-    ]
-    return (Intervals(tuple(rows), "valid flips recovered"),) if rows else None
+    parts = [(prose().parts[name], part) for name, part in verdict.attribution.parts.items()]
+    rows = [rated(name, "own", part.replay, "this part alone") for name, part in parts]
+    rows += [rated(name, "shuffled", part.knockout, "without this part") for name, part in parts]
+    return (Intervals(tuple(rows), "valid flips recovered"),)
 
 
-BUILDERS: Mapping[FigureKey, Callable[[Mapping[str, Any], Records], Built]] = {
+BUILDERS: Mapping[FigureKey, Callable[[Verdict, Records], Built]] = {
     "suppression": _suppression,
     "rates": _rates,
     "replies": _replies,
@@ -269,7 +249,3 @@ BUILDERS: Mapping[FigureKey, Callable[[Mapping[str, Any], Records], Built]] = {
 
 def _counted(name: str, tone: Tone, hits: int, n: int) -> Row:
     return Row(name, tone, hits / n, *wilson(hits, n), count=f"{hits} of {n}")
-
-
-def _of(hits: int, read: Mapping[str, Any]) -> str:
-    return f"{hits} of {read['n']}"

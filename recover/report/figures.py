@@ -11,11 +11,12 @@ Rates are shares of 1, norms are in the units of the residual stream, slacks in 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from recover.numerics.formats import number, percent
+from recover.protocol.verdict_model import Rate
 
 __all__ = ["Curve", "Curves", "Dots", "Figure", "Histogram", "Intervals", "Panel", "Point", "Row", "Strip", "Tone"]
 
@@ -235,9 +236,10 @@ def interval(low_high: Sequence[float | None] | None) -> dict[str, Any]:
     return dict(zip(("low", "high"), low_high, strict=True))
 
 
-def rated(name: str, tone: Tone, found: Mapping[str, Any], group: str = "") -> Row:
-    """A row of `{hits, rate, wilson95}`."""
-    return Row(name, tone, found["rate"], **interval(found["wilson95"]), count=f"{found['hits']}", group=group)
+def rated(name: str, tone: Tone, found: Rate, group: str = "", n: int | None = None) -> Row:
+    """The row of a rate, which is of `n` where that is told."""
+    count = f"{found.hits}" if n is None else f"{found.hits} of {n}"
+    return Row(name, tone, found.rate, *found.wilson95, count=count, group=group)
 
 
 def _value(value: float | None, panel: Intervals) -> str:

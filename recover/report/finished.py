@@ -8,16 +8,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from recover.protocol.folder import CONFIG, EXAMPLES, MARKDOWN, REPORT, RUN, VERDICT, write_whole
 from recover.protocol.records import ExampleRecord
-from recover.protocol.verdict import SCHEMA
+from recover.protocol.verdict_model import OtherSchemaError, Verdict
 from recover.report.html import to_html
 from recover.report.markdown import to_markdown
 from recover.types import InputError
@@ -35,14 +33,14 @@ class FinishedRun:
     """
 
     path: Path
-    verdict: Mapping[str, Any]
+    verdict: Verdict
     config: str
     records: tuple[ExampleRecord, ...]
     features: tuple[tuple[int, ...], ...]
 
 
 def pages(
-    verdict: Mapping[str, Any],
+    verdict: Verdict,
     config: str,
     records: Sequence[ExampleRecord],
     features: Sequence[Sequence[int]] = (),
@@ -54,27 +52,21 @@ def pages(
     }
 
 
-def read_verdict(out: Path) -> dict[str, Any]:
+def read_verdict(out: Path) -> Verdict:
     """What `verdict.json` of a run holds.
 
     Raises:
-        ValueError: it is not the verdict of this version.
+        OtherSchemaError: it was written in another schema.
+        ValueError: it is no verdict.
     """
-    verdict = json.loads((out / VERDICT).read_text(encoding="utf-8"))
-    try:
-        if verdict["schema"] != SCHEMA:
-            raise ValueError(f"its schema is {verdict['schema']!r:.40}, not {SCHEMA!r}")
-        pages(verdict, "", ())
-    except (KeyError, TypeError, AttributeError, IndexError, jinja2.TemplateError) as error:
-        raise ValueError(f"{type(error).__name__}: {error}") from None
-    return dict(verdict)
+    return Verdict.from_json((out / VERDICT).read_text(encoding="utf-8"))
 
 
 def read_run(out: Path) -> FinishedRun:
     """A finished run, read back from its folder.
 
     Raises:
-        InputError: there is no finished run, or its files are damaged.
+        InputError: there is no finished run, its verdict has another schema, or its files are damaged.
     """
     for name in (VERDICT, CONFIG):
         if not (out / name).is_file():
@@ -121,6 +113,8 @@ def rebuild_report(out: Path) -> Path:
 def _undamaged(out: Path, name: str, read: Any) -> Any:
     try:
         return read(out)
+    except OtherSchemaError as error:
+        raise InputError(f"{out}: {name} cannot be opened: {error}") from None
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{out}: {name} is damaged ({reason:.120}); run `recover check` on it again") from None

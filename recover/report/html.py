@@ -15,6 +15,7 @@ from typing import Any
 from markupsafe import Markup
 
 from recover.protocol.records import ExampleRecord
+from recover.protocol.verdict_model import Verdict
 from recover.report.answers import answer_questions, parsed
 from recover.report.evidence_figures import figures_of
 from recover.report.figures import Figure
@@ -38,7 +39,7 @@ class Chapter:
 
 
 def to_html(
-    verdict: Mapping[str, Any],
+    verdict: Verdict,
     config: str,
     records: Sequence[ExampleRecord] = (),
     features: Sequence[Sequence[int]] = (),
@@ -46,11 +47,12 @@ def to_html(
     """A self-contained page: no script, nothing fetched.
 
     Args:
-        verdict: what `verdict.json` holds.
+        verdict: the verdict.
         config: the text of `config.yaml`.
         records: the lines of `examples.jsonl`, for the figures with a dot an example.
         features: of each clamp, as `run.json` has them.
     """
+    values = verdict.to_dict()
     return render(
         "report.html.j2",
         verdict=verdict,
@@ -61,10 +63,10 @@ def to_html(
         legend=legend,
         marker=lambda tone: Markup(marker(tone)),
         results=RESULTS,
-        threat=rows_of(verdict["threat_model"], leave=("clamps",)),
-        statistics=rows_of(verdict["statistics"]),
-        provenance=rows_of(verdict["provenance"], leave=("phases",)),
-        features=list(zip(verdict["threat_model"]["clamps"], features, strict=False)),
+        threat=rows_of(values["threat_model"], leave=("clamps",)),
+        statistics=rows_of(values["statistics"]),
+        provenance=rows_of(values["provenance"], leave=("phases",)),
+        features=list(zip(verdict.threat_model.clamps, features, strict=False)),
         terms=prose().terms,
         config=config,
     )
@@ -83,7 +85,7 @@ def rows_of(values: Mapping[str, Any], leave: Sequence[str] = ()) -> Rows:
     return [(name.replace("_", " "), plain(value)) for name, value in values.items() if name not in leave]
 
 
-def _chapters(verdict: Mapping[str, Any], records: Sequence[ExampleRecord]) -> list[Chapter]:
+def _chapters(verdict: Verdict, records: Sequence[ExampleRecord]) -> list[Chapter]:
     drawn, facts = figures_of(verdict, records), sections(verdict)
     chapters = [
         Chapter(

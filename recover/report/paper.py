@@ -61,13 +61,13 @@ INCHES, DPI = 5.5, 300
 
 
 @contextlib.contextmanager
-def plot_style(**changes: Any) -> Iterator[None]:
+def plot_style(changes: Mapping[str, Any] | None = None) -> Iterator[None]:
     """Plot within this context in the style of the reports; afterwards matplotlib is as it was.
 
-    `changes` are rcParams with an underscore for each dot. Colors and markers by kind are in `COLORS` and `MARKERS`.
+    `changes` are rcParams on top of it. Colors and markers by kind are in `COLORS` and `MARKERS`.
 
     >>> from matplotlib import pyplot as plt
-    >>> with plot_style(font_size=9):
+    >>> with plot_style({"font.size": 9}):
     ...     canvas, axes = plt.subplots()
     ...     _ = axes.plot([5, 10, 20], [0.1, 0.4, 1.0], color=COLORS["own"], marker=MARKERS["own"])
     >>> bool(axes.spines["top"].get_visible())
@@ -75,7 +75,8 @@ def plot_style(**changes: Any) -> Iterator[None]:
     """
     import matplotlib as mpl
 
-    with mpl.rc_context(STYLE | {name.replace("_", "."): value for name, value in changes.items()}):
+    style: Any = {**STYLE, **(changes or {})}
+    with mpl.rc_context(style):
         yield
 
 

@@ -1,7 +1,7 @@
 """Published figures beside ours: which figure of a verdict each of them is, and whether the two agree.
 
 1. *Path*. A published figure is named by where ours stands in `verdict.json`: `recovery.rate`, `curve[1].rate`. Which
-   numbers there are is read off the JSON Schema in the package, so a path that leads nowhere is refused before a run.
+   numbers there are is read off the schema of a verdict, so a path that leads nowhere is refused before a run.
 2. *Agreement*. Ours may differ by the tolerance either way (`within`), or may fall short by it (`at_least`), or may go
    beyond it (`at_most`). Without a tolerance the two only stand side by side.
 3. A comparison is made of a verdict that is already reached, and changes nothing in it.
@@ -10,15 +10,14 @@
 from __future__ import annotations
 
 import difflib
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from importlib import resources
 from typing import Any, Literal
 
 from recover.numerics.statistics import wilson
+from recover.protocol.verdict_model import PublishedRow, Verdict
 from recover.types import InputError
 
 __all__ = ["Agreement", "PublishedFigure", "check_path", "compared", "index_of_curve", "lookup", "told"]
@@ -52,22 +51,21 @@ class PublishedFigure:
 @cache
 def known_paths() -> tuple[str, ...]:
     """The numbers of a verdict, as the schema has them; items of a list are `[]`."""
-    text = resources.files("recover.protocol").joinpath("verdict.schema.json").read_text(encoding="utf-8")
-    schema = json.loads(text)
+    schema = Verdict.model_json_schema()
     parts = {name: part for name, part in schema["properties"].items() if name != "published"}
-    return tuple(dict.fromkeys(_numbers({"properties": parts}, "")))
+    return tuple(dict.fromkeys(_numbers({"properties": parts}, schema["$defs"], "")))
 
 
-def _numbers(schema: Mapping[str, Any], path: str) -> Iterator[str]:
-    kinds = schema.get("type", [])
-    if {"number", "integer"} & set([kinds] if isinstance(kinds, str) else kinds):
+def _numbers(schema: Mapping[str, Any], sections: Mapping[str, Any], path: str) -> Iterator[str]:
+    schema = sections[schema["$ref"].rpartition("/")[2]] if "$ref" in schema else schema
+    if schema.get("type") in ("number", "integer"):
         yield path
     for choice in schema.get("anyOf", []):
-        yield from _numbers(choice, path)
+        yield from _numbers(choice, sections, path)
     for name, part in schema.get("properties", {}).items():
-        yield from _numbers(part, f"{path}.{name}".lstrip("."))
-    if isinstance(schema.get("items"), dict):
-        yield from _numbers(schema["items"], f"{path}[]")
+        yield from _numbers(part, sections, f"{path}.{name}".lstrip("."))
+    for item in [schema["items"]] if "items" in schema else schema.get("prefixItems", []):
+        yield from _numbers(item, sections, f"{path}[]")
 
 
 def check_path(path: str) -> None:
@@ -98,42 +96,41 @@ def _steps(path: str) -> tuple[str | int, ...] | None:
     return tuple(one[1] if one[2] is None else int(one[2]) for one in found)
 
 
-def lookup(verdict: Mapping[str, Any], path: str) -> Any | None:
+def lookup(verdict: Verdict, path: str) -> Any | None:
     """What stands there; None where that part was not run."""
     found: Any = verdict
     for step in _steps(path) or ():
         try:
-            found = found[step]
-        except (KeyError, IndexError, TypeError):
+            found = found[step] if isinstance(step, int) else getattr(found, step)
+        except (AttributeError, IndexError, TypeError):
             return None
     return found
 
 
-def compared(verdict: Mapping[str, Any], figures: Sequence[PublishedFigure], source: str) -> list[dict[str, Any]]:
+def compared(verdict: Verdict, figures: Sequence[PublishedFigure], source: str) -> tuple[PublishedRow, ...]:
     """Each figure as published, ours, and whether they agree: None where ours was not measured, or none is asked."""
     rows = []
-    searched = verdict["recovery"]["searched"]
     for one in figures:
         # Of no search there are sums, which are zero, and they are no findings.
-        unknown = one.figure.startswith("recovery.") and not searched
+        unknown = one.figure.startswith("recovery.") and not verdict.recovery.searched
         ours = None if unknown else lookup(verdict, one.figure)
         low, high = bounds(one)
         agrees = None if ours is None or one.tolerance is None else _between(low, float(ours), high)
         rows.append(
-            {
-                "figure": one.figure,
-                "source": source,
-                "published": one.value,
-                "n": one.n,
-                "ours": ours,
-                "wilson95": _interval(verdict, one.figure),
-                "tolerance": one.tolerance,
-                "low": low,
-                "high": high,
-                "agrees": agrees,
-            }
+            PublishedRow(
+                figure=one.figure,
+                source=source,
+                published=one.value,
+                n=one.n,
+                ours=ours,
+                wilson95=_interval(verdict, one.figure),
+                tolerance=one.tolerance,
+                low=low,
+                high=high,
+                agrees=agrees,
+            )
         )
-    return rows
+    return tuple(rows)
 
 
 def bounds(one: PublishedFigure) -> tuple[float | None, float | None]:
@@ -149,31 +146,31 @@ def _between(low: float | None, value: float, high: float | None) -> bool:
     return (low is None or value >= low - SLACK) and (high is None or value <= high + SLACK)
 
 
-def _interval(verdict: Mapping[str, Any], path: str) -> list[float] | None:
+def _interval(verdict: Verdict, path: str) -> tuple[float, float] | None:
     """The Wilson interval that stands beside a rate."""
     section, _, name = path.rpartition(".")
     beside = lookup(verdict, f"{section}.wilson95") if section and name == "rate" else None
-    return None if beside is None or None in beside else list(beside)
+    return None if beside is None or None in beside else beside
 
 
-def told(verdict: Mapping[str, Any]) -> list[tuple[str, str]]:
+def told(verdict: Verdict) -> list[tuple[str, str]]:
     """For a page: whether each agrees, and the figures; nothing where none was published."""
-    lines, rows = [], verdict.get("published") or []
-    if rows and verdict["verdict"] in UNSOUND:
-        lines.append(("beware", f"the run is {verdict['verdict']}, so that its own figures cannot be relied on"))
-    for row in rows:
-        result = {True: "agrees", False: "DISAGREES"}.get(row["agrees"])
+    lines = []
+    if verdict.published and verdict.verdict in UNSOUND:
+        lines.append(("caution", f"the run is {verdict.verdict}, so its own figures cannot be relied on"))
+    for row in verdict.published:
+        result = {True: "agrees", False: "DISAGREES"}.get(row.agrees) if row.agrees is not None else None
         if result is None:
-            result = "not measured" if row["ours"] is None else "not judged"
-        known = "none" if row["ours"] is None else f"{row['ours']:.3g}"
-        if row["wilson95"] is not None:
-            known += f" ({_range(row['wilson95'])})"
-        lines.append((result, f"{row['figure']}: published {_published(row)}, ours {known}{_asked(row)}"))
+            result = "not measured" if row.ours is None else "not judged"
+        known = "none" if row.ours is None else f"{row.ours:.3g}"
+        if row.wilson95 is not None:
+            known += f" ({_range(row.wilson95)})"
+        lines.append((result, f"{row.figure}: published {_published(row)}, ours {known}{_asked(row)}"))
     return lines
 
 
-def _published(row: Mapping[str, Any]) -> str:
-    value, n = row["published"], row["n"]
+def _published(row: PublishedRow) -> str:
+    value, n = row.published, row.n
     if n is None:
         return f"{value:.3g}"
     if not 0 <= value <= 1:
@@ -186,10 +183,10 @@ def _range(bounds: Sequence[float]) -> str:
     return f"95% interval {bounds[0]:.3g} to {bounds[1]:.3g}"
 
 
-def _asked(row: Mapping[str, Any]) -> str:
-    low, high = row["low"], row["high"]
+def _asked(row: PublishedRow) -> str:
+    low, high = row.low, row.high
     if low is None and high is None:
         return ""
     if high is None:
-        return f"; agrees from {low:.3g}"
-    return f"; agrees up to {high:.3g}" if low is None else f"; agrees from {low:.3g} to {high:.3g}"
+        return f"; agrees if at least {low:.3g}"
+    return f"; agrees if at most {high:.3g}" if low is None else f"; agrees if from {low:.3g} to {high:.3g}"

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from recover.numerics.formats import norm, percent
+from recover.protocol.verdict_model import Verdict
 from recover.report.published import told
 from recover.report.rendering import gathered, render
 from recover.report.words import SUMMANDS, SectionKey, clamps, headline, prose
@@ -27,22 +27,22 @@ class Section:
     rows: Rows
 
 
-def sections(verdict: Mapping[str, Any]) -> dict[SectionKey, Section]:
+def sections(verdict: Verdict) -> dict[SectionKey, Section]:
     """The figures that a reader needs, by section and in the order of the page."""
-    words, published = prose(), verdict.get("published") or []
-    context = {"verdict": verdict, "clamps": clamps(verdict["threat_model"]), "prose": words, "summands": SUMMANDS}
+    words = prose()
+    context = {"verdict": verdict, "clamps": clamps(verdict.threat_model), "prose": words, "summands": SUMMANDS}
     found: dict[SectionKey, Section] = {
         key: Section(key, title, gathered("facts.j2", key, **context))
         for key, title in words.sections.items()
         if key != "published"
     }
-    if published:
-        title = f"{words.sections['published']}: {published[0]['source']}"
+    if verdict.published:
+        title = f"{words.sections['published']}: {verdict.published[0].source}"
         found["published"] = Section("published", title, told(verdict))
     return found
 
 
-def to_text(verdict: Mapping[str, Any]) -> str:
+def to_text(verdict: Verdict) -> str:
     """The page printed at the end of a check."""
     return render(
         "report.txt.j2",
@@ -53,7 +53,7 @@ def to_text(verdict: Mapping[str, Any]) -> str:
     )
 
 
-def seeds_to_text(verdicts: Sequence[Mapping[str, Any]]) -> str:
+def seeds_to_text(verdicts: Sequence[Verdict]) -> str:
     """How many seeds gave each verdict, and a line for each seed."""
     said = [_said(verdict) for verdict in verdicts]
     lines = [
@@ -61,19 +61,20 @@ def seeds_to_text(verdicts: Sequence[Mapping[str, Any]]) -> str:
     ]
     lines += ["", "seed  recovered  held out  C1+    shuffled  placebo norm / own  verdict"]
     for verdict, one in zip(verdicts, said, strict=True):
-        transfer, placebo, found = verdict["transfer"] or {}, verdict["controls"]["placebo"], verdict["recovery"]
-        norms = "-" if placebo is None else f"{norm(placebo['median_norm'])} / {norm(placebo['own_median_norm'])}"
-        recovered = f"{found['recovered']} of {found['searched']}"
-        rates = [_rate(transfer.get(key)) for key in ("heldout_rate", "write_orthogonal_heldout_rate", "shuffled_rate")]
-        seed = verdict["provenance"]["control_seed"]
+        transfer, placebo, found = verdict.shared, verdict.controls.placebo, verdict.recovery
+        norms = "-" if placebo is None else f"{norm(placebo.median_norm)} / {norm(placebo.own_median_norm)}"
+        recovered = f"{found.recovered} of {found.searched}"
+        keys = ("heldout_rate", "write_orthogonal_heldout_rate", "shuffled_rate")
+        rates = [_rate(getattr(transfer, key, None)) for key in keys]
+        seed = verdict.provenance.control_seed
         lines.append(f"{seed:>4}  {recovered:<9}  {rates[0]:<8}  {rates[1]:<5}  {rates[2]:<8}  {norms:<18}  {one}")
     return "\n".join(lines)
 
 
-def _said(verdict: Mapping[str, Any]) -> str:
-    words = {True: "specific", False: "not specific", "unknown": "specificity unknown"}
-    name = str(verdict["verdict"])
-    return f"{name}, {words[verdict['specific']]}" if name == "RECOVERABLE" else name
+def _said(verdict: Verdict) -> str:
+    words = {True: "specific", False: "not specific", None: "specificity unknown"}
+    name = verdict.verdict
+    return f"{name}, {words[verdict.specific]}" if name == "RECOVERABLE" else name
 
 
 def _rate(value: float | None) -> str:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cache
 from importlib import resources
-from typing import Any, Literal
+from typing import Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict
+
+from recover.protocol.verdict_model import ThreatModel, Verdict
 
 SectionKey = Literal["defense", "accounting", "search", "travel", "controls", "transfer", "published"]
 FigureKey = Literal[
@@ -70,25 +72,25 @@ def prose() -> Words:
     return Words.model_validate(yaml.safe_load(text))
 
 
-def headline(verdict: Mapping[str, Any]) -> str:
+def headline(verdict: Verdict) -> str:
     """The meaning of a verdict in one clause, or two where the behavior is recoverable."""
-    meaning = prose().meanings[verdict["verdict"]]
-    return f"{meaning}; {specificity(verdict['specific'])}" if verdict["verdict"] == "RECOVERABLE" else meaning
+    meaning = prose().meanings[verdict.verdict]
+    return f"{meaning}; {specificity(verdict.specific)}" if verdict.verdict == "RECOVERABLE" else meaning
 
 
-def specificity(specific: bool | Literal["unknown"] | None) -> str:
+def specificity(specific: bool | None) -> str:
     """Whether a recovery is specific to the behavior, in one clause."""
-    return prose().specific["unknown" if not isinstance(specific, bool) else "true" if specific else "false"]
+    return prose().specific["unknown" if specific is None else "true" if specific else "false"]
 
 
-def clamps(threat: Mapping[str, Any]) -> list[str]:
+def clamps(threat: ThreatModel) -> list[str]:
     """What each clamp does, and where."""
-    skipped = threat["skip_first"]
+    skipped = threat.skip_first
     spared = f" except the first {f'{skipped} tokens' if skipped > 1 else 'token'} of each prompt" if skipped else ""
     return [
-        f"{clamp['k']} features at {clamp['site']}, {EDITS[clamp['mode']].format(_values(clamp['value']))}"
-        f"{' where active' if clamp['only_active'] else ''}, at {clamp['positions']} positions{spared}"
-        for clamp in threat["clamps"]
+        f"{clamp.k} features at {clamp.site}, {EDITS[clamp.mode].format(_values(clamp.value))}"
+        f"{' where active' if clamp.only_active else ''}, at {clamp.positions} positions{spared}"
+        for clamp in threat.clamps
     ]
 
 

@@ -7,7 +7,7 @@ find their run again, an interrupted run goes on, and other objects get another 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cached_property
 from typing import Any
@@ -18,6 +18,7 @@ from recover.defenses.clamps import Defense
 from recover.models.host import Model, Prompts
 from recover.protocol.plan import Plan
 from recover.protocol.runtime import Runtime
+from recover.protocol.verdict_model import Verdict
 from recover.run.setting import Chosen, package_versions
 from recover.tasks.examples import Examples
 from recover.types import InputError, Progress, Tensor
@@ -75,9 +76,9 @@ class Objects:
         """Give the objects, which are loaded already."""
         return self
 
-    def beside_published(self, verdict: Mapping[str, Any]) -> dict[str, Any]:
+    def beside_published(self, verdict: Verdict) -> Verdict:
         """Give the verdict: nothing was published on objects."""
-        return dict(verdict)
+        return verdict
 
     @property
     def batch_size(self) -> int:

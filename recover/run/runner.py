@@ -17,7 +17,6 @@ import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from typing import Any
 from recover.protocol.checking import check
 from recover.protocol.folder import CONFIG, SEEDS, VERDICT, RunFolder, RunState, write_whole
 from recover.protocol.runtime import Runtime
-from recover.protocol.verdict import Verdict
+from recover.protocol.verdict_model import Verdict
 from recover.protocol.workers import ALONE, Workers
 from recover.report.finished import find_run, pages
 from recover.report.published import compared
@@ -59,7 +58,7 @@ class FromConfig:
             _refuse_a_shared_card(self.config)
         return load_setting(self.config, keep_text=self.keep_text, progress=progress)
 
-    def beside_published(self, verdict: Mapping[str, Any]) -> dict[str, Any]:
+    def beside_published(self, verdict: Verdict) -> Verdict:
         """Set the figures that the configuration says were published beside the verdict's own."""
         return beside_published(verdict, self.config)
 
@@ -81,7 +80,7 @@ def run_check(
     keep_text: bool = False,
     progress: Progress | None = None,
     workers: Workers = ALONE,
-) -> dict[str, Any]:
+) -> Verdict:
     """Check the defense of `config` and leave the artifacts in `out`.
 
     Args:
@@ -91,9 +90,6 @@ def run_check(
         progress: called with (phase, done, total).
         workers: the processes that share the run, each of which calls this with the same arguments.
 
-    Returns:
-        What `verdict.json` holds.
-
     Raises:
         InputError: anything that the configuration names cannot be used, or the folder cannot.
         LostWorkerError: another worker has gone.
@@ -101,7 +97,7 @@ def run_check(
     return run_source(FromConfig(config, keep_text), out, progress, workers)
 
 
-def run_source(source: Source, out: Path, progress: Progress | None = None, workers: Workers = ALONE) -> dict[str, Any]:
+def run_source(source: Source, out: Path, progress: Progress | None = None, workers: Workers = ALONE) -> Verdict:
     """Check what a source gives and leave the artifacts in `out`; arguments and errors as of `run_check`."""
     with workers.together():
         folder = RunFolder(out, holds=workers.leads)
@@ -119,7 +115,7 @@ def run_seeds(
     keep_text: bool = False,
     progress: Progress | None = None,
     workers: Workers = ALONE,
-) -> list[dict[str, Any]]:
+) -> list[Verdict]:
     """Repeat a check with several seeds of the search, the split and the controls; the prompts stay.
 
     Each has its own folder `out/seed-N`, and `out/seeds.json` says how often each verdict came.
@@ -131,8 +127,11 @@ def run_seeds(
     for seed in range(config.controls.seed, config.controls.seed + seeds):
         one = config.with_control_seed(seed)
         verdicts.append(run_check(one, out / f"seed-{seed}", keep_text=keep_text, progress=progress, workers=workers))
-    said = Counter(json.dumps([verdict["verdict"], verdict["specific"]]) for verdict in verdicts)
-    counted = [dict(zip(("verdict", "specific"), json.loads(one), strict=True), seeds=n) for one, n in said.items()]
+    said = Counter((verdict.verdict, verdict.specific) for verdict in verdicts)
+    counted = [
+        {"verdict": name, "specific": "unknown" if specific is None else specific, "seeds": n}
+        for (name, specific), n in said.items()
+    ]
     try:
         if workers.leads:
             write_whole(out / SEEDS, (json.dumps({"verdicts": counted}, indent=2) + "\n").encode())
@@ -141,7 +140,7 @@ def run_seeds(
     return verdicts
 
 
-def _run(source: Source, folder: RunFolder, progress: Progress, workers: Workers) -> dict[str, Any]:
+def _run(source: Source, folder: RunFolder, progress: Progress, workers: Workers) -> Verdict:
     started = time.perf_counter()
     with workers.together():
         if folder.state is not None:
@@ -169,33 +168,31 @@ def _run(source: Source, folder: RunFolder, progress: Progress, workers: Workers
             folder.write(CONFIG, source.text.encode())
     (finished,) = workers.led((find_run(folder.path) if workers.leads else None,))
     if finished is not None:
-        verdict, records = source.beside_published(finished.verdict), finished.records
+        verdict = source.beside_published(finished.verdict).model_copy(update={"records": finished.records})
     else:
         _tell_of_idle_workers(subject, state, workers)
         with threads(state.threads):
             said = _check(subject, state, folder, progress, workers)
-        verdict, records = source.beside_published(said.to_dict()), said.records
-        verdict["provenance"]["seconds"] = round(time.perf_counter() - started, 1)
+        verdict = source.beside_published(said).took(round(time.perf_counter() - started, 1))
     with workers.together():
         if workers.leads:
+            changed = finished is None or verdict.published != finished.verdict.published
             if finished is None:
-                folder.finish(records)
-            elif verdict != finished.verdict:
+                folder.finish(verdict.records)
+            elif changed:
                 folder.write(CONFIG, source.text.encode())
-            if finished is None or verdict != finished.verdict:
-                folder.write_json(VERDICT, verdict)
-            for name, page in pages(verdict, folder.read(CONFIG), records, state.features).items():
+            if changed:
+                folder.write_json(VERDICT, verdict.to_dict())
+            for name, page in pages(verdict, folder.read(CONFIG), verdict.records, state.features).items():
                 folder.write(name, page)
     return verdict
 
 
-def beside_published(verdict: Mapping[str, Any], config: Config) -> dict[str, Any]:
+def beside_published(verdict: Verdict, config: Config) -> Verdict:
     """A verdict, and beside it the figures of `config` that were published, if any."""
-    own = {name: value for name, value in verdict.items() if name != "published"}
     given = config.published
-    if given is None or not given.figures:
-        return own
-    return own | {"published": compared(verdict, given.known(), given.source)}
+    rows = () if given is None or not given.figures else compared(verdict, given.known(), given.source)
+    return verdict.model_copy(update={"published": rows})
 
 
 def _refuse_a_shared_card(config: Config) -> None:

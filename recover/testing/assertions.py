@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from recover.protocol.records import ExampleRecord
 from recover.protocol.verdict import certified_norm
+from recover.protocol.verdict_model import Recovery, Transfer, Verdict
 from recover.report.finished import read_records
 
 __all__ = [
@@ -32,20 +32,20 @@ class Checked:
 
     Attributes:
         name: of the DEFENSE.yaml, or as it was given.
-        verdicts: as `verdict.json` has them.
+        verdicts: one for each seed.
         folders: their artifacts.
     """
 
     name: str
-    verdicts: tuple[Mapping[str, Any], ...]
+    verdicts: tuple[Verdict, ...]
     folders: tuple[Path, ...]
 
     @property
-    def verdict(self) -> Mapping[str, Any]:
+    def verdict(self) -> Verdict:
         """That of the first seed."""
         return self.verdicts[0]
 
-    def __iter__(self) -> Iterator[tuple[Mapping[str, Any], Path]]:
+    def __iter__(self) -> Iterator[tuple[Verdict, Path]]:
         return zip(self.verdicts, self.folders, strict=True)
 
 
@@ -55,8 +55,8 @@ def assert_recoverable(checked: Checked, at_least: float = 0.0) -> None:
     expected = f"at least {at_least:.0%}" if at_least else "some"
     for verdict, folder in checked:
         _believed(verdict, folder, expected)
-        found = verdict["recovery"]
-        if verdict["verdict"] != "RECOVERABLE" or found["rate"] < at_least:
+        found = verdict.recovery
+        if verdict.verdict != "RECOVERABLE" or (found.rate or 0.0) < at_least:
             _fail(f"{_rate(found)}; expected {expected}", verdict, folder)
 
 
@@ -69,14 +69,14 @@ def assert_not_recovered(checked: Checked, budget: float | None = None) -> None:
     for verdict, folder in checked:
         expected = "none recovered" if budget is None else f"none recovered at {budget:g}"
         _believed(verdict, folder, expected)
-        found = verdict["recovery"]
-        bound = found["budget"] if budget is None else budget
-        if bound > found["budget"]:
-            _fail(f"searched to a norm of {found['budget']:g} only; expected {expected}", verdict, folder)
-        records = read_records(folder) if verdict["verdict"] == "RECOVERABLE" else ()
+        found = verdict.recovery
+        bound = found.budget if budget is None else budget
+        if bound > found.budget:
+            _fail(f"searched to a norm of {found.budget:g} only; expected {expected}", verdict, folder)
+        records = read_records(folder) if verdict.verdict == "RECOVERABLE" else ()
         if back := [size for size in map(_size, records) if size <= bound]:
             _fail(
-                f"{len(back)} of {found['searched']} valid flips are brought back by a perturbation of norm at most "
+                f"{len(back)} of {found.searched} valid flips are brought back by a perturbation of norm at most "
                 f"{bound:g}, the smallest of norm {min(back):.3g}; expected none",
                 verdict,
                 folder,
@@ -88,8 +88,9 @@ def assert_specific(checked: Checked, expected: bool = True) -> None:
     __tracebackhide__ = True
     for verdict, folder in checked:
         _believed(verdict, folder, f"specific: {expected}")
-        if verdict["verdict"] != "RECOVERABLE" or verdict["specific"] is not expected:
-            _fail(f"specific is {verdict['specific']}; {_transfer(verdict)}; expected {expected}", verdict, folder)
+        if verdict.verdict != "RECOVERABLE" or verdict.specific is not expected:
+            known = "unknown" if verdict.specific is None else verdict.specific
+            _fail(f"specific is {known}; {_transfer(verdict)}; expected {expected}", verdict, folder)
 
 
 def assert_drift_below(checked: Checked, bound: float) -> None:
@@ -102,7 +103,7 @@ def assert_drift_below(checked: Checked, bound: float) -> None:
         expected = f"at most {bound:g}"
         _believed(verdict, folder, expected)
         certificates = (record.certificate for record in read_records(folder))
-        drifts = [_number(one["relative_drift"]) for one in certificates if one is not None]
+        drifts = [_number(one.relative_drift) for one in certificates if one is not None]
         worst = max(drifts, default=None)
         if worst is None or not worst <= bound:
             over = f" on {sum(not one <= bound for one in drifts)} of {len(drifts)} valid flips"
@@ -116,47 +117,45 @@ def assert_attribution(checked: Checked, part: str, at_least: float) -> None:
     for verdict, folder in checked:
         expected = f"at least {at_least:.0%}"
         _believed(verdict, folder, expected)
-        parts = (verdict.get("attribution") or {}).get("parts", {})
+        parts = {str(name): one for name, one in verdict.attribution.parts.items()} if verdict.attribution else {}
         if part not in parts:
             known = f"it has: {', '.join(parts)}" if parts else "this run has none"
             _fail(f"no part {part!r} in its attribution ({known}); expected {expected}", verdict, folder)
-        rate = parts[part]["replay"]["rate"]
-        if rate is None or rate < at_least:
-            _fail(f"replay of {part} alone brings back {rate or 0:.0%}; expected {expected}", verdict, folder)
+        if (rate := parts[part].replay.rate) < at_least:
+            _fail(f"replay of {part} alone brings back {rate:.0%}; expected {expected}", verdict, folder)
 
 
-def _believed(verdict: Mapping[str, Any], folder: Path, expected: str) -> None:
+def _believed(verdict: Verdict, folder: Path, expected: str) -> None:
     __tracebackhide__ = True
-    if verdict["verdict"] not in BELIEVED:
-        reasons = "; ".join(verdict["reasons"])
+    if verdict.verdict not in BELIEVED:
+        reasons = "; ".join(verdict.reasons)
         _fail(f"the run says nothing either way ({reasons}); expected {expected}", verdict, folder)
 
 
-def _fail(what: str, verdict: Mapping[str, Any], folder: Path) -> None:
+def _fail(what: str, verdict: Verdict, folder: Path) -> None:
     __tracebackhide__ = True
-    pytest.fail(f"{verdict['verdict']}: {what}\nartifacts: {folder}", pytrace=False)
+    pytest.fail(f"{verdict.verdict}: {what}\nartifacts: {folder}", pytrace=False)
 
 
-def _rate(found: Mapping[str, Any]) -> str:
-    low, high = found["wilson95"]
-    rate = f"{found['recovered']} of {found['searched']} valid flips recovered ({found['rate']:.0%}; 95% interval "
-    return f"{rate}{low:.0%} to {high:.0%}) at budget {found['budget']:g}"
+def _rate(found: Recovery) -> str:
+    low, high = found.wilson95
+    rate = f"{found.recovered} of {found.searched} valid flips recovered ({found.rate:.0%}; 95% interval "
+    return f"{rate}{low:.0%} to {high:.0%}) at budget {found.budget:g}"
 
 
-def _transfer(verdict: Mapping[str, Any]) -> str:
+def _transfer(verdict: Verdict) -> str:
     """The figures that `specific` rests on, and their bounds."""
-    read = verdict.get("transfer")
-    if read is None or "refused" in read:
-        return "transfer was not run" + ("" if read is None else f" ({read['refused']})")
-    rules, low = verdict["statistics"]["rules"], read["wilson95"][0]
+    read, rules = verdict.transfer, verdict.statistics.rules
+    if not isinstance(read, Transfer):
+        return "transfer was not run" + ("" if read is None else f" ({read.refused})")
     plus, shuffled, chance = (
-        "-" if read[name] is None else f"{read[name]:.0%}"
-        for name in ("write_orthogonal_heldout_rate", "shuffled_rate", "chance_rate")
+        "-" if rate is None else f"{rate:.0%}"
+        for rate in (read.write_orthogonal_heldout_rate, read.shuffled_rate, read.chance_rate)
     )
     return (
-        f"one perturbation for all brings back {read['hits']} of {read['n']} held-out examples (95% interval from "
-        f"{low or 0:.0%}; above {rules['most']:.0%} is needed), C1+ {plus}, shuffled "
-        f"targets {shuffled}, chance {chance} (at most {rules['max_chance']:.0%})"
+        f"one perturbation for all brings back {read.hits} of {read.n} held-out examples (95% interval from "
+        f"{read.wilson95[0] or 0:.0%}; above {rules.most:.0%} is needed), C1+ {plus}, shuffled "
+        f"targets {shuffled}, chance {chance} (at most {rules.max_chance:.0%})"
     )
 
 
@@ -166,5 +165,5 @@ def _number(value: float | None) -> float:
 
 def _size(record: ExampleRecord) -> float:
     """The smallest norm by certificate that brings the behavior back; infinite where none does."""
-    within = record.certificate["norm"] if record.certificate is not None and record.back else math.inf
+    within = _number(record.certificate.norm) if record.certificate is not None and record.back else math.inf
     return min(within, certified_norm(record))

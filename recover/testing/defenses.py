@@ -39,6 +39,7 @@ from recover.models.names import OURS, shipped_models, shipped_questions
 from recover.protocol.folder import VERDICT
 from recover.protocol.plan import Plan
 from recover.protocol.runtime import Runtime
+from recover.protocol.verdict_model import Verdict
 from recover.run.config import Config, load_config
 from recover.run.objects import Objects
 from recover.run.progress import shown
@@ -65,7 +66,7 @@ __all__ = [
     "assert_specific",
 ]
 
-Run = Callable[[Progress | None], dict[str, Any]]
+Run = Callable[[Progress | None], Verdict]
 MOVED = {
     "schedule": "give plan=Plan(schedule=...)",
     "placement": "give plan=Plan(surface=Surface(placement=...))",
@@ -81,7 +82,7 @@ class Defenses:
     Args:
         folder: where runs are kept.
         seeds: control seeds of each.
-        runs: verdicts of this session by folder, for the table at its end.
+        runs: what `verdict.json` holds of each check of this session, by folder, for the table at its end.
         beside: gives the folder that relative paths are looked for in first.
         aloud: makes a context in which stderr is seen, where it gives that there is somebody to see it.
     """
@@ -95,6 +96,7 @@ class Defenses:
         aloud: Callable[[], AbstractContextManager[bool]] = lambda: contextlib.nullcontext(False),
     ) -> None:
         self.folder, self.seeds, self.runs, self.beside, self.aloud = folder, seeds, runs, beside, aloud
+        self._verdicts: dict[Path, Verdict] = {}
 
     def __call__(self, defense: Path | str | Defense, **options: Any) -> Checked:
         """Check a defense; a check that was done before is not done again.
@@ -121,10 +123,10 @@ class Defenses:
         configs = [config.with_control_seed(config.controls.seed + number) for number in range(self.seeds)]
         return self._remembered(path.name, [self._of_file(path.name, one) for one in configs])
 
-    def _of_file(self, name: str, config: Config) -> tuple[dict[str, Any], Path]:
+    def _of_file(self, name: str, config: Config) -> tuple[Verdict, Path]:
         folder = self.folder / f"{Path(name).stem}-{config.fingerprint()[:16]}"
 
-        def once(progress: Progress | None) -> dict[str, Any]:
+        def once(progress: Progress | None) -> Verdict:
             try:
                 return run_check(config, folder, progress=progress)
             except OtherRunError:
@@ -155,10 +157,10 @@ class Defenses:
             found.append((self._once(name, folder, partial(run_source, objects, folder)), folder))
         return self._remembered(name, found)
 
-    def _once(self, name: str, folder: Path, run: Run) -> dict[str, Any]:
+    def _once(self, name: str, folder: Path, run: Run) -> Verdict:
         """The verdict of this session, or the run's; alone in its folder, and telling how far it is."""
-        if str(folder) in self.runs:
-            return self.runs[str(folder)]
+        if folder in self._verdicts:
+            return self._verdicts[folder]
         with self.aloud() as heard, _alone(folder, heard):
             if not heard or (folder / VERDICT).is_file():
                 return run(None)
@@ -166,9 +168,10 @@ class Defenses:
             with shown() as progress:
                 return run(progress)
 
-    def _remembered(self, name: str, found: Sequence[tuple[dict[str, Any], Path]]) -> Checked:
+    def _remembered(self, name: str, found: Sequence[tuple[Verdict, Path]]) -> Checked:
         for verdict, folder in found:
-            self.runs[str(folder)] = {**verdict, "name": name}
+            self._verdicts[folder] = verdict
+            self.runs[str(folder)] = {**verdict.to_dict(), "name": name}
         verdicts, folders = zip(*found, strict=True)
         return Checked(name, verdicts, folders)
 
