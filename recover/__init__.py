@@ -24,6 +24,7 @@ from recover.protocol.runtime import Runtime
 from recover.protocol.verdict_model import Gate, Verdict
 from recover.protocol.workers import LostWorkerError, Workers, joined
 from recover.run.config import Config, load_config
+from recover.run.reopened import load_run
 from recover.run.runner import run_check
 from recover.saes.decomposition import Decomposition, decompose, recompose
 from recover.saes.fit import Fit, measure_fit
@@ -40,6 +41,7 @@ from recover.search.constraints.linear import (
 )
 from recover.search.constraints.pinned import Pinned
 from recover.search.constraints.restored import find_restored
+from recover.search.minimum import smallest_perturbation
 from recover.search.pinned import PinnedSolution, find_pinned
 from recover.search.restoring import RestoredSolution
 from recover.search.stable import find_stable
@@ -142,6 +144,7 @@ __all__ = [
     "load_config",
     "load_examples",
     "load_model",
+    "load_run",
     "load_sae",
     "load_sae_folder",
     "measure_fit",
@@ -151,6 +154,7 @@ __all__ = [
     "run_check",
     "say",
     "select_features",
+    "smallest_perturbation",
     "verify",
     "wilson",
 ]

@@ -26,6 +26,7 @@ from recover.report.finished import read_run as load_run
 from recover.report.html import to_html
 from recover.report.markdown import summary_rows, to_markdown
 from recover.report.paper import COLORS, MARKERS, plot_style, write_figures
+from recover.report.tables import columns, filled, plot_rates
 from recover.report.text import Section, sections, seeds_to_text, to_text
 
 __all__ = [
@@ -36,9 +37,12 @@ __all__ = [
     "Section",
     "answer_questions",
     "cautions",
+    "columns",
     "compare",
     "figures_of",
+    "filled",
     "load_run",
+    "plot_rates",
     "plot_style",
     "rebuild_report",
     "sections",
