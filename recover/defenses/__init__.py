@@ -32,6 +32,7 @@ __all__ = [
     "Utility",
     "attributions",
     "check_fits",
+    "choose_features",
     "clamp_edits",
     "contrast",
     "defend",
@@ -43,6 +44,5 @@ __all__ = [
     "mean_activations",
     "measure_utility",
     "say",
-    "select_features",
     "under",
 ]

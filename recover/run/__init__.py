@@ -16,9 +16,9 @@ from recover.run.setting import (
     Setting,
     build_bench,
     build_defense,
+    choose_features,
     load_setting,
     package_versions,
-    select_features,
 )
 
 __all__ = [
@@ -37,6 +37,7 @@ __all__ = [
     "beside_published",
     "build_bench",
     "build_defense",
+    "choose_features",
     "content_hash",
     "load_config",
     "load_run",
@@ -45,6 +46,5 @@ __all__ = [
     "run_check",
     "run_seeds",
     "run_source",
-    "select_features",
     "shown",
 ]

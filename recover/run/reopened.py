@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from einops import repeat
@@ -22,6 +21,7 @@ from recover.protocol.bench import Bench
 from recover.protocol.folder import CONFIG, DELTAS, EXAMPLES, RUN, RunState
 from recover.protocol.heldout import C1, split
 from recover.protocol.records import ExampleRecord
+from recover.protocol.verdict_model import Verdict
 from recover.report.finished import read_run
 from recover.run.config import load_config
 from recover.run.setting import Chosen, build_bench, load_setting
@@ -61,7 +61,7 @@ class SavedRun:
     """
 
     path: Path
-    verdict: Any
+    verdict: Verdict
     records: Mapping[str, ExampleRecord]
     deltas: Mapping[str, Tensor]
 
