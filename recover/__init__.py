@@ -51,7 +51,6 @@ __all__ = [
     "Verdict",
     "certify",
     "check",
-    "choose_features",
     "defend",
     "find_perturbation",
     "fit_shared",
@@ -61,5 +60,6 @@ __all__ = [
     "load_run",
     "load_sae",
     "run_check",
+    "select_features",
     "smallest_perturbation",
 ]

@@ -1,4 +1,4 @@
-"""The house: few folders, each with a stated purpose and an explicit list of public names, none of which is a module's."""
+"""The house: few folders, each with a stated purpose and a list of public names, none of which is a module's."""
 
 from __future__ import annotations
 

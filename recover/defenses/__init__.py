@@ -32,7 +32,6 @@ __all__ = [
     "Utility",
     "attributions",
     "check_fits",
-    "choose_features",
     "clamp_edits",
     "contrast",
     "defend",
@@ -44,5 +43,6 @@ __all__ = [
     "mean_activations",
     "measure_utility",
     "say",
+    "select_features",
     "under",
 ]

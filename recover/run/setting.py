@@ -107,7 +107,7 @@ class Setting:
         }
 
     def choose(self, batch_size: int, progress: Progress) -> list[Chosen]:
-        """Select the features of each clamp (`select_features`)."""
+        """Select the features of each clamp (`choose_features`)."""
         return choose_features(self, batch_size, progress)
 
     def build(self, chosen: Sequence[Chosen]) -> Defense:
@@ -202,7 +202,7 @@ def build_bench(setting: Setting, chosen: Sequence[Chosen] | None = None, batch_
         batch_size: the examples at once that it began with.
 
     Raises:
-        InputError: from `select_features` and `build_defense`.
+        InputError: from `choose_features` and `build_defense`.
     """
     size = batch_size or setting.batch_size
     return Bench(
