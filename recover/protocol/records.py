@@ -75,9 +75,7 @@ class CertificateRecord:
     drift: Annotated[Figure, Field(description="norm of the change of the clamped features")]
     relative_drift: Annotated[Figure, Field(description="drift as a share of the features' norm")]
     decode_drift: Annotated[Figure, Field(description="norm of what that drift writes to the residual")]
-    clamp_floor_violation: Annotated[
-        Figure, Field(description="sinking of raised features, share of their norm")
-    ]
+    clamp_floor_violation: Annotated[Figure, Field(description="sinking of raised features, share of their norm")]
     rounding: Annotated[Figure, Field(description="shifts and drifts up to this count as rounding")]
     held: Annotated[bool, Field(description="whether the clamped features stayed where they were")]
     dormant: Annotated[float, Field(description="number of inactive clamped features, over positions")]
