@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet -c constraints.txt
 
-.PHONY: check test thorough docs schema lint format clean
+.PHONY: check test test-portable thorough mutations mutations-sample mutations-check docs schema lint format clean
 
 check: $(VENV)/.installed
 	$(BIN)/recover check analyses/ioi_smollm2.yaml --out runs/ioi_smollm2
@@ -12,8 +12,25 @@ check: $(VENV)/.installed
 test: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
+# What computes, once more with the oldest kernels of PyTorch and MKL: rounding may decide no test.
+NUMERIC := activation admissible cgls certify clamp constraint controls decompose defended gradient_free metrics \
+	minimum pinning probes search soft_suffix solvers subspace transfer two_stage
+test-portable: $(VENV)/.installed-dev
+	ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=SSE4_2 OMP_NUM_THREADS=1 \
+		$(BIN)/python -m pytest -n auto --dist worksteal $(NUMERIC:%=tests/test_%.py)
+
 thorough: $(VENV)/.installed-dev
 	HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest property_tests
+
+# Break each line that a law guards, and see the law fail; `-sample` breaks six of them, `-check` only looks for stale guards.
+mutations: $(VENV)/.installed-dev
+	$(BIN)/python property_tests/mutations.py
+
+mutations-sample: $(VENV)/.installed-dev
+	$(BIN)/python property_tests/mutations.py --sample 6
+
+mutations-check: $(VENV)/.installed-dev
+	$(BIN)/python property_tests/mutations.py --check
 
 # Warnings are errors (not with --quiet, which would hide them), and so is what a page would load from elsewhere.
 docs: $(VENV)/.installed-docs

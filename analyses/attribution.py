@@ -39,7 +39,7 @@ from finished import Run, digest, open_run
 from points import Points
 
 from recover import run_check
-from recover.defenses.defended import Defended, Delta
+from recover.defenses.defended import Defended
 from recover.evidence import certificate
 from recover.evidence.attribution.movers import looks, undefended, writes
 from recover.evidence.attribution.parts import POINTS, TOP_K, VIEWS, attribute, entering, parts_of
@@ -53,7 +53,7 @@ from recover.run.config import load_config
 from recover.tasks import replies as refusal
 from recover.tasks.behaviors import Targeted
 from recover.tasks.examples import Examples
-from recover.types import InputError, Mask
+from recover.types import Delta, InputError, Mask
 
 SIZES = (1, 2, 4, 8, 16, 32, 64)
 """How many of the top components are put back and put in together."""
@@ -82,7 +82,7 @@ def effects(run: Run, part: Examples, delta: Delta) -> dict[str, Any]:
 def replay(run: Run, part: Examples, delta: Delta) -> dict[str, Any]:
     """What the certificate says of one part alone."""
     bench = run.bench
-    facts = certificate(bench.exact, bench.defense, part.prompts, part.behavior, delta, every_site=bench.every_site)
+    facts = certificate(bench.exact, bench.defense, part.prompts, part.behavior, delta, bench.surface)
     columns = {
         "score": facts.score.tolist(),
         "shows": facts.shows.tolist(),

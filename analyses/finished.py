@@ -12,7 +12,7 @@ from points import Points
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from recover.defenses.defended import Defended, Delta
+from recover.defenses.defended import Defended
 from recover.evidence.attribution.linear_error import LinearError, error_activations, fit_linear_error
 from recover.evidence.attribution.parts import entering
 from recover.protocol.bench import Bench
@@ -22,8 +22,8 @@ from recover.report.finished import read_records
 from recover.run.config import load_config
 from recover.run.setting import Chosen, build_bench, load_setting
 from recover.tasks.examples import Examples
-from recover.tasks.neutral import NEUTRAL
-from recover.types import InputError, Site
+from recover.tasks.prose import NEUTRAL
+from recover.types import Delta, InputError, Site
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +77,7 @@ def open_run(folder: Path, points: Points, top_k: int, n_points: int, stretch: f
     if setting.examples.ids != [record.id for record in records]:
         raise InputError(f"{folder}: its examples are not those that its {CONFIG} gives here; run recover check again")
     bench = build_bench(setting, Chosen.kept_by(state), state.batch_size)
-    if bench.every_site and stretch != 1:
+    if bench.surface.every and stretch != 1:
         raise InputError("--stretch: a pinned delta that is made longer is not pinned; leave it out")
     flips = {record.id: record for record in records if record.certificate is not None and record.id in deltas}
     if not flips:
@@ -87,7 +87,7 @@ def open_run(folder: Path, points: Points, top_k: int, n_points: int, stretch: f
 
 def linear_errors(bench: Bench) -> dict[Site, LinearError]:
     """For each site where a delta enters, fitted on neutral text under the defense."""
-    sites = bench.defense.sites if bench.every_site else bench.defense.sites[:1]
+    sites = bench.surface.enters(bench.defense.sites)
     prompts = bench.exact.tokenize(NEUTRAL)
     states = error_activations(bench.exact, bench.defense, prompts, sites, bench.batch_size)
     return {site: fit_linear_error(bench.defense.at(site)[0].sae, states[site], bench.plan.seed) for site in sites}

@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from recover.defenses.selection import attribution
+from recover.defenses.selection import attribution_of
 from recover.models.capacity import bytes_a_prompt
 from recover.models.host import Model, Prompts
 from recover.models.names import resolve_device, resolve_model
@@ -36,10 +36,10 @@ from recover.protocol.verdict_model import Verdict
 from recover.run.config import Config, load_config
 from recover.run.runner import run_check
 from recover.run.setting import package_versions
-from recover.saes.names import resolve_sae
+from recover.saes.names import load_sae
 from recover.saes.sae import SAE
 from recover.tasks.behaviors import AnswerLikelihood
-from recover.tasks.neutral import NEUTRAL
+from recover.tasks.prose import NEUTRAL
 from recover.types import InputError
 
 HERE = Path(__file__).parent
@@ -154,7 +154,7 @@ def memory(model: Model, sae: SAE, prompts: Prompts) -> tuple[int, int]:
     """Bytes that attribution holds, and bytes that `recover.models.capacity` counts on for as many prompts."""
     assert sae.site is not None
     site, behavior = sae.site, AnswerLikelihood(torch.zeros(len(prompts), dtype=torch.long, device=model.device))
-    used = held(lambda: attribution(model, sae, site, prompts, behavior), model.device)
+    used = held(lambda: attribution_of(model, sae, site, prompts, behavior), model.device)
     sizes = {"n_layers": model.n_layers, "d_model": model.d_model, "d_sae": sae.d_sae, "pos": prompts.ids.shape[1]}
     return used, len(prompts) * bytes_a_prompt(model.module.config, **sizes)
 
@@ -188,7 +188,7 @@ def rows(device: str, tasks: Sequence[str]) -> list[tuple[str, str, str]]:
         found.append((f"{task}, {dtype}", f"CPU {ours}; device {theirs} ({seconds:.0f} s)", "; ".join(said) or "agree"))
     loaded = resolve_model("smollm2", device)
     model = Model(loaded.module, loaded.tokenizer)
-    used, counted = memory(model, resolve_sae("smollm2-l15").to(model.device), model.tokenize(NEUTRAL))
+    used, counted = memory(model, load_sae("smollm2-l15").to(model.device), model.tokenize(NEUTRAL))
     verdict = "within" if used <= counted else "MORE than counted on"
     found.append(("memory of attribution", f"{used / 2**20:.0f} MiB, {counted / 2**20:.0f} counted on", verdict))
     for name in BENCHMARKS:

@@ -32,7 +32,6 @@ from recover import Schedule, find_perturbation
 from recover.baselines.probes import find_probed
 from recover.baselines.soft_suffix import SoftSuffix, spoken_with, with_room
 from recover.baselines.two_stage import Opening, opened
-from recover.defenses.defended import Delta
 from recover.defenses.speech import say
 from recover.evidence import certificate
 from recover.evidence.controls import Anywhere
@@ -43,7 +42,7 @@ from recover.protocol.bench import Bench
 from recover.protocol.phases import spoken
 from recover.run.config import load_config
 from recover.run.setting import build_bench, load_setting
-from recover.search.adam import climb
+from recover.search.adam import ProjectedAdam
 from recover.search.ascent import scale_to
 from recover.search.constraints.pinned import Pinned
 from recover.search.constraints.restored import find_linearized
@@ -51,7 +50,7 @@ from recover.search.pinned import find_pinned
 from recover.tasks import replies as readouts
 from recover.tasks.behaviors import ForcedAnswer, positions_read
 from recover.tasks.examples import Examples
-from recover.types import InputError
+from recover.types import Delta, InputError
 
 OPENING = 8
 """Tokens of an opening."""
@@ -137,8 +136,7 @@ METHODS: dict[str, tuple[Search, bool]] = {
 
 def read_out(method: str, bench: Bench, part: Examples, delta: Delta, seconds: float) -> Row:
     """What a method's deltas do, teacher-forced and in free generation."""
-    every = bench.every_site
-    facts = certificate(bench.exact, bench.defense, part.prompts, part.behavior, delta, every_site=every)
+    facts = certificate(bench.exact, bench.defense, part.prompts, part.behavior, delta, bench.surface)
     replies = spoken(bench, part, delta)
     return Row(
         method=method,
@@ -170,7 +168,7 @@ def soft_suffix(bench: Bench, part: Examples, schedule: Schedule, vectors: int =
     assert dialogue is not None
     started = time.perf_counter()
     soft = SoftSuffix.of(model, defense, part.prompts, part.behavior, n=vectors)
-    found = find_perturbation(soft, soft.start, Anywhere(), bench.budget, schedule, climb=climb)
+    found = find_perturbation(soft, soft.start, Anywhere(), bench.budget, schedule, rule=ProjectedAdam)
     seconds = time.perf_counter() - started
     room = with_room(dialogue.prompts, vectors)
     said = generate(model, room, dialogue.answers.shape[1], spoken_with(defense, found.delta), stop=dialogue.stop)
@@ -262,7 +260,7 @@ def published_line(name: str, row: Mapping[str, float]) -> str:
 
 def rows(bench: Bench, part: Examples, schedule: Schedule, skipped: Sequence[str]) -> Any:
     """Every row, as soon as it is there."""
-    first = replace(bench, every_site=False)
+    first = bench.entered_at(bench.surface.first)
     zero = bench.defended(part).zero_delta
     yield read_out("clamps alone", bench, part, zero, 0.0)
     for name, (search, every_site) in METHODS.items():

@@ -40,7 +40,7 @@ from recover.numerics.statistics import wilson
 from recover.protocol.bench import Bench
 from recover.run.config import Config, Selection, load_config
 from recover.run.setting import Setting, build_bench
-from recover.saes.names import resolve_sae
+from recover.saes.names import load_sae
 from recover.search.ascent import find_perturbation
 from recover.tasks import probe, read_options
 from recover.types import InputError, Tensor
@@ -70,7 +70,7 @@ class Bank:
 
     @cached_property
     def sae(self) -> Any:
-        return resolve_sae(self.clamp.sae).to(self.model.device)
+        return load_sae(self.clamp.sae).to(self.model.device)
 
     @cached_property
     def material(self) -> probe.Material:
@@ -151,7 +151,7 @@ def _measured(bench: Bench, way: str, budget: float) -> dict[str, Any]:
         space = Anywhere() if way == "unconstrained" else bench.feasible(target)
         delta = find_perturbation(target, target.zero_delta, space, budget, bench.schedule).delta
         part = batch.flipped
-        facts = certify(bench.exact, bench.defense, part.prompts, part.behavior, delta, bench.placement)
+        facts = certify(bench.exact, bench.defense, part.prompts, part.behavior, delta, bench.surface)
         values = {
             "recovered": facts.shows,
             "held": facts.held,

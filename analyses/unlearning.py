@@ -53,7 +53,7 @@ def searched(bench: Bench, batch: Batch, feasible: Feasible) -> dict[str, Any]:
         return {"rows": []}
     found = worst_case(target, target.zero_delta, feasible, bench.budget, bench.schedule, BY_GRADIENT)
     within, smallest = (
-        certificate_values(certify(bench.exact, bench.defense, part.prompts, part.behavior, delta, bench.placement))
+        certificate_values(certify(bench.exact, bench.defense, part.prompts, part.behavior, delta, bench.surface))
         for delta in (found.delta, found.smallest)
     )
     groups = batch.examples.groups or batch.examples.ids

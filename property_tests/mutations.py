@@ -1,31 +1,40 @@
-"""Does every law bite? `python property_tests/mutations.py [word]` breaks one line at a time and sees its law fail.
+"""Does every law fail once the line that it guards is broken?
 
-1. Copy the package and its tests to a temporary folder; the working tree is left alone.
-2. See the laws hold of the code as it is.
-3. For every entry of `mutation_table`: replace one piece of one file, run the law in a fork (the slow imports are done
-   once), put the piece back.
-4. Print `law | line changed | failed`, and exit with 1 if a law held all the same, or if one has no mutation.
+    python property_tests/mutations.py                  run every mutation
+    python property_tests/mutations.py WORD             those whose law or guarded object contains WORD
+    python property_tests/mutations.py --sample 6       six drawn by --seed (by default, the number of commits)
+    python property_tests/mutations.py --check          run none; only look for stale guards and unguarded laws
 
-A piece that is no longer in its file is an error: the table has to follow the code.
+1. Collect the guards of all laws (`property_tests.guards`). A stale guard or a law without one is an error.
+2. Copy the package and its tests to a temporary folder; the working tree is left alone.
+3. Confirm that the chosen laws hold for the code as it is.
+4. For each guard: replace its piece, run its law in a fork (what collecting imported from other packages is
+   not imported again) and restore the file.
+5. Print `law | object: change | failed`. Exit with 1 if a law held all the same.
 """
 
 from __future__ import annotations
 
-import ast
+import argparse
+import importlib
 import os
+import random
 import shutil
+import subprocess
 import sys
 import tempfile
 import traceback
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import beartype  # noqa: F401 (before nnsight, as in the root conftest)
-import nnsight  # noqa: F401 (imported here so that the forks need not)
 import pytest
-import sae_lens  # noqa: F401
 import torch
-import transformers  # noqa: F401
+
+if TYPE_CHECKING:
+    from property_tests.guards import Guard
 
 ROOT = Path(__file__).parent.parent
 COPIED = ("recover", "tests", "property_tests", "conftest.py", "pyproject.toml", "README.md")
@@ -36,32 +45,53 @@ OPTIONS = ["-q", "-x", "--assert=plain", "--tb=no", "--disable-plugin-autoload",
 
 @dataclass(frozen=True)
 class Mutation:
-    """A law (its file without `test_` and `_laws`, and its function without `test_`), and a way to break it."""
+    """A law, by the file that holds it and its function, and one of its guards."""
 
-    laws: str
-    law: str
     file: str
-    old: str
-    new: str
+    law: str
+    guard: Guard
 
     @property
     def test(self) -> str:
-        return f"property_tests/test_{self.laws}_laws.py::test_{self.law}"
+        return f"property_tests/{self.file}.py::{self.law}"
+
+    def __str__(self) -> str:
+        change = f"`{self.guard.old.strip()}` -> `{self.guard.new.strip()}`"
+        return f"{self.law.removeprefix('test_')} | {self.guard.target}: {change}"
 
 
-def _table() -> tuple[Mutation, ...]:
-    from property_tests.mutation_table import TABLE
+def laws() -> Iterator[tuple[str, str, tuple[Guard, ...]]]:
+    """The file, name and guards of every law."""
+    from property_tests.guards import guarded
 
-    return tuple(Mutation(laws, *entry) for laws, entries in TABLE.items() for entry in entries)
+    for path in sorted(Path(__file__).parent.glob("test_*_laws.py")):
+        for name, law in vars(importlib.import_module(f"property_tests.{path.stem}")).items():
+            if name.startswith("test_"):
+                yield path.stem, name, guarded(law)
 
 
-def held(copy: Path, mutation: Mutation) -> bool:
+def collected() -> tuple[list[Mutation], list[str]]:
+    """Every mutation, and what is wrong with the guards, one line each."""
+    from property_tests.guards import StaleGuardError
+
+    found, wrong = [], []
+    for file, law, guarded in laws():
+        if not guarded:
+            wrong.append(f"{file}.py::{law}: guards no line")
+        for guard in guarded:
+            try:
+                guard.mutated(ROOT)
+            except StaleGuardError as error:
+                wrong.append(f"{file}.py::{law}: {error}")
+            found.append(Mutation(file, law, guard))
+    return found, wrong
+
+
+def holds(copy: Path, mutation: Mutation) -> bool:
     """Whether the law holds in spite of the mutation."""
-    path = copy / "recover" / mutation.file
+    path, broken = mutation.guard.mutated(copy)
     sound = path.read_text(encoding="utf-8")
-    if mutation.old not in sound:
-        raise SystemExit(f"{mutation.law}: {mutation.old!r} is not in recover/{mutation.file}")
-    path.write_text(sound.replace(mutation.old, mutation.new, 1), encoding="utf-8")
+    path.write_text(broken, encoding="utf-8")
     try:
         return _passes(copy, mutation.test)
     finally:
@@ -94,22 +124,14 @@ def _passes(copy: Path, *tests: str) -> bool:
     return code == 0
 
 
-def laws() -> set[tuple[str, str]]:
-    """Every law there is, by file and name."""
-    return {
-        (path.stem.removeprefix("test_").removesuffix("_laws"), node.name.removeprefix("test_"))
-        for path in Path(__file__).parent.glob("test_*_laws.py")
-        for node in ast.parse(path.read_text(encoding="utf-8")).body
-        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
-    }
+def _commits() -> int:
+    """The number of commits, so that each draws another sample; 0 outside a repository."""
+    done = subprocess.run(["git", "rev-list", "--count", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    return int(done.stdout) if done.returncode == 0 else 0
 
 
-def main() -> int:
-    """Run the mutations whose law or file holds the word given, or all."""
-    torch.set_num_threads(1)
-    word = sys.argv[1] if len(sys.argv) > 1 else ""
-    table = _table()
-    missing = sorted(laws() - {(m.laws, m.law) for m in table})
+def run(chosen: list[Mutation]) -> int:
+    """Break each line that is guarded; returns how many laws held all the same."""
     survived = 0
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder)
@@ -119,17 +141,34 @@ def main() -> int:
                 shutil.copytree(source, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
             else:
                 shutil.copy(source, copy / name)
-        chosen = [m for m in table if word in f"{m.laws} {m.law} {m.file}"]
-        if not _passes(copy, *sorted({m.test for m in chosen})):
-            raise SystemExit("a law fails of the code as it is; mend that first")
+        if not _passes(copy, *sorted({mutation.test for mutation in chosen})):
+            raise SystemExit("a law fails for the code as it is; mend that first")
         for mutation in chosen:
-            survives = held(copy, mutation)
+            survives = holds(copy, mutation)
             survived += survives
-            changed = f"{mutation.file}: `{mutation.old.strip()}` -> `{mutation.new.strip()}`"
-            print(f"{mutation.law} | {changed} | {'HELD' if survives else 'failed'}", flush=True)
-    for name in missing:
-        print(f"{'_laws: '.join(name)} | no mutation |", flush=True)
-    return 1 if survived or missing else 0
+            print(f"{mutation} | {'HELD' if survives else 'failed'}", flush=True)
+    return survived
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Break the lines that the laws guard, and see the laws fail.")
+    parser.add_argument("word", nargs="?", default="", help="only mutations whose law or object contains it")
+    parser.add_argument("--sample", type=int, metavar="N", help="only N of them, drawn at random")
+    parser.add_argument("--seed", type=int, help="of the sample (default: the number of commits)")
+    parser.add_argument("--check", action="store_true", help="run nothing; only look for stale guards")
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    every, wrong = collected()
+    print(*wrong, sep="\n", end="\n" if wrong else "")
+    if asked.check or wrong:
+        print(f"{len(every)} guards of {len({m.test for m in every})} laws; {len(wrong)} to mend")
+        return 1 if wrong else 0
+    chosen = [mutation for mutation in every if asked.word in f"{mutation.test} {mutation.guard.target}"]
+    if asked.sample is not None:
+        seed = _commits() if asked.seed is None else asked.seed
+        chosen = random.Random(seed).sample(chosen, min(asked.sample, len(chosen)))
+        print(f"a sample of {len(chosen)} of {len(every)} mutations, seed {seed}", flush=True)
+    return 1 if run(chosen) else 0
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
+from property_tests.guards import guards
 from recover.tasks.choice import ORDERS, ROTATIONS, order_name, prompt
 from recover.tasks.questions import LETTERS, Question
 
@@ -17,6 +18,7 @@ def questions(draw: st.DrawFn) -> Question:
     return Question("drawn", draw(WORDS) + "?", (first, second, third, fourth), draw(st.integers(0, 3)))
 
 
+@guards(prompt, "question.choices[place]", "question.choices[order.index(place)]")
 @given(questions(), st.sampled_from(ORDERS))
 def test_the_letter_follows_the_answer(question: Question, order: tuple[int, ...]) -> None:
     first, *listed, last = prompt(question, order).split("\n")
@@ -27,6 +29,8 @@ def test_the_letter_follows_the_answer(question: Question, order: tuple[int, ...
     assert [line[:3] for line in listed] == [f"{letter}. " for letter in LETTERS]
 
 
+@guards(order_name, "for place in order", "for place in sorted(order)")
+@guards("recover.tasks.choice.ROTATIONS", "*range(first)) for", "*reversed(range(first))) for")
 @given(questions())
 def test_the_24_prompts_are_different_and_balanced(question: Question) -> None:
     assert len({prompt(question, order) for order in ORDERS}) == 24

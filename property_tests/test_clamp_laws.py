@@ -11,6 +11,7 @@ from hypothesis import assume, find, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from property_tests.guards import guards
 from property_tests.rounding import (
     activation_error,
     assert_within,
@@ -60,6 +61,7 @@ def writing_error(scene: Scene, x: Tensor) -> Tensor:
     return written + 3 * eps(sae.dtype) * total
 
 
+@guards(Clamp.displacement, "change = self.features_after(z) - z\n", "change = self.features_after(z)\n")
 @given(scenes(dtypes=("float64",), geometries=("generic",)), st.integers(0, 2))
 def test_a_clamp_edits_its_features_and_leaves_the_error_and_the_others(scene: Scene, skip_first: int) -> None:
     """Held against `D(clamp(E(h))) + h - D(E(h))` in sae_lens's own words, which keeps the error and all else."""
@@ -83,6 +85,7 @@ def test_a_clamp_edits_its_features_and_leaves_the_error_and_the_others(scene: S
         assert_within(ours[row, -length:], by_hand, bound[row, -length:])
 
 
+@guards(Clamp.apply, "return (x + self.displacement(", "return (x.detach() + 0 * x + self.displacement(")
 @given(scenes(), SEEDS)
 def test_an_empty_clamp_is_the_identity_forward_and_backward(scene: Scene, seed: int) -> None:
     """To the bit: a mask that is False everywhere, a factor of 1, and a floor below everything edit nothing."""
@@ -103,6 +106,7 @@ def test_an_empty_clamp_is_the_identity_forward_and_backward(scene: Scene, seed:
         assert torch.equal(gradient, upstream)
 
 
+@guards(Clamp.displacement, "        if edited is not None:\n", "        if edited is None:\n")
 @given(scenes(clamps=2), st.sampled_from(list(DTYPES)))
 def test_padding_and_other_masked_positions_are_untouched(scene: Scene, dtype: str) -> None:
     """To the bit, in any dtype, and the dtype and the shape stay."""
@@ -114,6 +118,7 @@ def test_padding_and_other_masked_positions_are_untouched(scene: Scene, dtype: s
     assert torch.equal(elsewhere, x)
 
 
+@guards(Clamp.edited, '"last": column == -1', '"last": column >= -2')
 @given(scenes(positions=("last",)))
 def test_a_clamp_on_the_last_position_edits_no_other(scene: Scene) -> None:
     x = scene.residual()
@@ -129,19 +134,25 @@ def replace_case(scene: Scene, **changes: object) -> Scene:
     return replace(scene, clamps=(replace(scene.clamps[0], **changes), *scene.clamps[1:]))  # type: ignore[arg-type]
 
 
+@guards(Set.__call__, "return torch.zeros_like(z) + _like(self.value, z)", "return z + _like(self.value, z)")
 @given(scenes(modes=("set", "floor")), st.lists(st.floats(-10, 10, width=32), min_size=1, max_size=6))
 def test_setting_and_flooring_twice_is_setting_and_flooring_once(scene: Scene, values: list[float]) -> None:
-    """Of features. Scaling twice scales by the square, and is left out."""
+    """This is about features. Scaling is left out: twice scales by the square."""
     z = torch.tensor([values] * len(scene.clamps[0].features)).T
     once = scene.clamp.features_after(z)
     assert torch.equal(scene.clamp.features_after(once), once)
 
 
+@guards(
+    Clamp.features_after,
+    "return torch.where(z != 0, self.mode(z), z) if self.only_active else self.mode(z)",
+    "return self.mode(z)",
+)
 @given(residual_cases(), SEEDS, st.integers(1, 8), VALUES, st.sampled_from([None, 0.5, 2.0]))
 def test_setting_active_features_of_an_orthonormal_dictionary_twice_is_setting_them_once(
     x: ResidualCase, seed: int, d_model: int, value: float, threshold: float | None
 ) -> None:
-    """Of residuals: encoder and decoder are one rotation, so what is written is what is read next.
+    """This is about residuals: encoder and decoder are one rotation, so what is written is what is read next.
 
     In general it is not, as other biases and overlapping features answer to what was written.
     """
@@ -163,6 +174,7 @@ def test_setting_active_features_of_an_orthonormal_dictionary_twice_is_setting_t
     assert_within(twice, once, 4 * noise * d_model + 0 * pre.abs().max().item())
 
 
+@guards(Floor.__call__, "torch.maximum(z, _like", "torch.minimum(z, _like")
 @given(scenes(modes=("floor",), positions=("all",)), VALUES, SEEDS)
 def test_a_floor_never_lowers_and_keeps_order(scene: Scene, other: float, seed: int) -> None:
     """Larger features stay larger, and a higher floor never gives less."""
@@ -183,6 +195,7 @@ def test_a_floor_never_lowers_and_keeps_order(scene: Scene, other: float, seed: 
     assert clamp.only_active == scene.clamps[0].only_active
 
 
+@guards(Defense.apply, "for clamp in here]).sum(dim=0)", "for clamp in here])[0]")
 @given(scenes(clamps=3), st.permutations(range(3)))
 def test_the_order_of_disjoint_clamps_does_not_matter(scene: Scene, order: list[int]) -> None:
     """All read the unedited residual, so only the order of a sum changes."""
@@ -194,6 +207,7 @@ def test_the_order_of_disjoint_clamps_does_not_matter(scene: Scene, order: list[
     assert_within(second, first, 4 * eps(sae.dtype) * sizes)
 
 
+@guards(Clamp.decoder, "return self.sae.W_dec[self.indices]", "return self.sae.W_dec[self.indices.sort().values]")
 @given(scenes(), SEEDS)
 def test_features_may_be_named_in_any_order_and_split_over_clamps(scene: Scene, seed: int) -> None:
     sae, x, case = scene.sae.sae(), scene.residual(), scene.clamps[0]
@@ -207,8 +221,9 @@ def test_features_may_be_named_in_any_order_and_split_over_clamps(scene: Scene, 
     assert_within(Defense(one_by_one).apply(Site(1), x), whole, bound)
 
 
+@guards(Clamp.displacement, "z = self.read(x)\n        change", "z = self.read(x - x.mean(dim=(0, 1)))\n        change")
 @given(scenes(positions=("all",)))
-def test_a_batch_is_its_examples_and_its_positions_one_by_one(scene: Scene) -> None:
+def test_a_batch_gives_what_its_examples_and_positions_give_one_by_one(scene: Scene) -> None:
     x, mask = scene.residual(), scene.x.mask()
     assume(settled(scene.sae.sae(), x, scene.clamp.indices).all())
     together, bound = scene.clamp.apply(x, mask), 2 * writing_error(scene, x)
@@ -218,6 +233,7 @@ def test_a_batch_is_its_examples_and_its_positions_one_by_one(scene: Scene) -> N
             assert_within(scene.clamp.apply(x[at], mask[at]), together[at], bound[at])
 
 
+@guards(Clamp.displacement, "change = self.features_after(z) - z\n", "change = self.features_after(z) - z.detach()\n")
 @given(scenes(dtypes=("float64",), kinds=("normal", "duplicate"), positions=("all",)), SEEDS)
 def test_the_gradient_of_a_clamp_equals_finite_differences(scene: Scene, seed: int) -> None:
     sae, clamp, x = scene.sae.sae(), scene.clamp, scene.residual()
@@ -241,6 +257,7 @@ def test_the_gradient_of_a_clamp_equals_finite_differences(scene: Scene, seed: i
     assert_within((ahead - behind) / (2 * step), (gradient * direction).sum(), float(noise / step + gradient_noise))
 
 
+@guards("recover.numerics.subspaces.NullSpace.project", "for _ in range(2):", "for _ in range(0):")
 @given(scenes(architectures=POINTWISE, positions=("all",)))
 def test_under_c1_a_clamp_and_a_perturbation_commute_for_pointwise_features(scene: Scene) -> None:
     """`clamp(h + delta) = clamp(h) + delta`: clamped pre-activations move by rounding and by what `A^T delta` is."""
@@ -263,6 +280,16 @@ def test_under_c1_a_clamp_and_a_perturbation_commute_for_pointwise_features(scen
     assert_within(clamp.apply(x + delta), clamp.apply(x) + delta, bound)
 
 
+@guards(
+    "recover.saes.activations.TopK.__call__",
+    "top = pre.topk(self.k, dim=-1, sorted=False)\n",
+    "top = pre.topk(pre.shape[-1], dim=-1, sorted=False)\n",
+)
+@guards(
+    "recover.saes.activations.AbsTopK.__call__",
+    "top = pre.abs().topk(self.k, dim=-1, sorted=False)",
+    "top = pre.abs().topk(pre.shape[-1], dim=-1, sorted=False)",
+)
 @pytest.mark.parametrize("architecture", COMPETING)
 def test_under_c1_they_do_not_commute_where_features_compete(architecture: str) -> None:
     """The shortest counterexample that hypothesis finds. `test_engine_laws` shows that a certificate catches it."""
@@ -286,6 +313,7 @@ def test_under_c1_they_do_not_commute_where_features_compete(architecture: str) 
     assert ActivationStable(clamp, x).violation(delta).max() > 0.01
 
 
+@guards("recover.defenses.clamps._checked", "    if len(set(checked)) < len(checked):", "    if False:")
 @given(st.data())
 def test_clamps_that_share_a_feature_are_refused(data: st.DataObject) -> None:
     scene = data.draw(scenes())

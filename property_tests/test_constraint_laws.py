@@ -10,6 +10,7 @@ from hypothesis import Phase, assume, find, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from property_tests.guards import guards
 from property_tests.rounding import (
     activation_error,
     assert_within,
@@ -68,7 +69,7 @@ def move_error(clamp: Clamp, h: Tensor, delta: Tensor) -> Tensor:
 
 
 def drift_error(clamp: Clamp, h: Tensor, delta: Tensor) -> Tensor:
-    """The same for the activations of features that stay on their side of the threshold."""
+    """Bound on how far rounding moves the activations of features that stay on their side of the threshold."""
     pre = h.double().abs() @ clamp.encoder.double().abs() + delta.double().abs() @ clamp.encoder.double().abs()
     pre = pre + clamp.sae.b_enc[clamp.indices].double().abs()
     evaluated = 2 * activation_error(clamp.sae, pre, clamp.indices)
@@ -105,6 +106,11 @@ def zero_crossing_margin(clamp: Clamp, h: Tensor, reach: Tensor) -> Tensor:
     return (pre - threshold).abs() > own + reach
 
 
+@guards(
+    "recover.numerics.metrics.activation_drift",
+    "return norm(z_rec - z_def)\n",
+    "return norm(z_rec - z_def) * 1.5 + norm(z_rec)\n",
+)
 @given(pointwise_scenes)
 def test_drift_is_bounded_by_slope_and_jump_of_the_activation(scene: Scene) -> None:
     """For any delta: `|change of z| <= slope |a . delta|`, plus the jump at the threshold where a feature crosses it.
@@ -125,6 +131,11 @@ def test_drift_is_bounded_by_slope_and_jump_of_the_activation(scene: Scene) -> N
         assert (drift <= per_example(read_by(clamp, delta)) + error).all()
 
 
+@guards(
+    "recover.saes.activations.JumpReLU.__call__",
+    "return torch.relu(pre) * (pre > self.thresholds)",
+    "return torch.relu(pre - self.thresholds.clamp(min=0))",
+)
 def test_a_jumprelu_is_not_1_lipschitz() -> None:
     """Why the law above speaks of jumps: a feature at its threshold wakes to it, however small the push."""
     draws = scenes(("jumprelu",), ("float64",), ("generic",), ("normal",), positions=("all",))
@@ -137,6 +148,7 @@ def test_a_jumprelu_is_not_1_lipschitz() -> None:
     assert find(draws, steeper, settings=ANY)
 
 
+@guards(NullSpace.project, "free = v.double()\n", "free = v.half().double()\n        return v\n")
 @given(pointwise_scenes)
 def test_under_c1_drift_is_zero_up_to_rounding(scene: Scene) -> None:
     """C1 implies C2: no pre-activation moves by more than rounding, so no feature away from its threshold does."""
@@ -157,6 +169,11 @@ def test_under_c1_drift_is_zero_up_to_rounding(scene: Scene) -> None:
         assert (ActivationStable(clamp, h).violation(delta).double() <= 2 * per_example(bound)).all()
 
 
+@guards(
+    "recover.numerics.metrics.decode_drift",
+    "return norm(einsum(z_rec - z_def, decoder,",
+    "return norm(einsum(z_rec, decoder,",
+)
 @given(scenes())
 def test_what_keeps_the_activations_keeps_what_they_write(scene: Scene) -> None:
     """C2 implies C3: decode drift is at most `||W_dec[S]||` times drift, and zero with it. For every architecture."""
@@ -188,6 +205,16 @@ anywhere = st.tuples(pointwise_scenes, st.sampled_from(["C1", "C2", "C3"]), st.j
 on_an_edge = st.tuples(jumping.map(of_the_steepest), st.sampled_from(["C2", "C3"]), st.just(True))
 
 
+@guards(
+    ActivationStable.project,
+    "crossed = (self.clamp.read(self.h_def + projected) != 0) != active\n",
+    "crossed = active & False\n",
+)
+@guards(
+    ActivationStable.project,
+    "return torch.where(crossed.any(dim=-1, keepdim=True), 0.0, projected)",
+    "return projected",
+)
 @given(anywhere | on_an_edge)
 def test_projections_are_feasible_and_never_longer(drawn: tuple[Scene, str, bool]) -> None:
     """C2 and C3 too, and without a proviso: a feature that rounding alone would wake keeps its reference."""
@@ -208,6 +235,12 @@ def test_projections_are_feasible_and_never_longer(drawn: tuple[Scene, str, bool
     assert (violated <= bound[name] * (1 + 8 * eps(h.dtype))).all(), (violated, bound[name])
 
 
+@guards(
+    ActivationStable.project,
+    "        active = self.reference != 0\n        held = active\n",
+    "        active = self.reference != 0\n        held = active\n        return delta * 0\n",
+)
+@guards(ActivationStable.project, "woken = crossed & ~held\n", "woken = crossed & held\n")
 @given(pointwise_scenes)
 def test_c2_leaves_at_least_the_room_of_c1(scene: Scene) -> None:
     """It holds fewer features, so what is left of a delta is no shorter, and what C1 admits it leaves as it is."""
@@ -228,6 +261,11 @@ def test_c2_leaves_at_least_the_room_of_c1(scene: Scene) -> None:
     assert_within(again, narrow, tolerance * narrow.double().norm(dim=-1, keepdim=True))
 
 
+@guards(
+    ActivationStable.project,
+    "        active = self.reference != 0\n        held = active\n",
+    "        active = self.reference != 0\n        held = active & False\n",
+)
 @given(pointwise_scenes, st.floats(0, 1))
 def test_the_way_back_to_no_delta_stays_feasible(scene: Scene, share: float) -> None:
     """What lets a budget scale any feasible delta down: a feature off at both ends of a segment is off along it."""
@@ -244,6 +282,11 @@ def test_the_way_back_to_no_delta_stays_feasible(scene: Scene, share: float) -> 
     assert (constraint.violation(scaled).double() <= 2 * per_example(bound)).all()
 
 
+@guards(
+    "recover.search.constraints.linear._hold",
+    'here = rearrange(which == index, "batch pos -> batch pos 1")',
+    'here = rearrange(which <= index, "batch pos -> batch pos 1")',
+)
 @given(pointwise_scenes)
 def test_examples_are_projected_one_by_one(scene: Scene) -> None:
     clamp, h, delta = scene.clamp, scene.residual(), scene.delta()
@@ -256,6 +299,11 @@ def test_examples_are_projected_one_by_one(scene: Scene) -> None:
         assert_within(alone[0], together[row], tolerance * delta[row].double().norm())
 
 
+@guards(
+    Budget.project,
+    "aim = self.eps * (1 - 2 * torch.finfo(delta.dtype).eps)",
+    "aim = self.eps * (1 + 2 * torch.finfo(delta.dtype).eps)",
+)
 @given(
     residual_cases(), st.integers(1, 10), st.sampled_from([torch.float32, torch.float64]), st.integers(-10, 10), BUDGETS
 )
@@ -276,6 +324,9 @@ def test_a_budget_scales_what_is_longer_and_leaves_the_rest(
     assert (norm(clipped)[longer].double() >= budget * (1 - 6 * eps(dtype))).all()
 
 
+@guards(
+    Constraints.project, "for part in sorted(self.parts, key=lambda part: part.stage):", "for part in self.parts[:1]:"
+)
 @given(pointwise_scenes, BUDGETS, SEEDS)
 def test_constraints_together_keep_each_in_whatever_order_they_are_named(
     scene: Scene, budget: float, seed: int
@@ -297,6 +348,7 @@ def test_constraints_together_keep_each_in_whatever_order_they_are_named(
     assert torch.equal(Constraints(tuple(parts)).violation(delta), worst)
 
 
+@guards(EncoderOrthogonal.violation, "return norm(seen).to(delta.dtype)", "return norm(seen).square().to(delta.dtype)")
 @given(scenes(), st.integers(-8, 8))
 def test_the_violation_of_c1_is_a_norm(scene: Scene, power: int) -> None:
     """Twice the delta violates it twice as much, to the bit; and so does its negative."""
@@ -399,6 +451,8 @@ def stacks(draw: st.DrawFn) -> StackCase:
     )
 
 
+@guards(JacobianOrthogonal.of, "first.null_space.project(units)", "units")
+@guards(Defended.entering, "self.defense.sites[1:])", "self.defense.sites[1:2])")
 @costly(30)
 @given(stacks())
 def test_over_linear_blocks_the_admissible_space_is_that_of_the_encoders_pulled_back(case: StackCase) -> None:
@@ -420,6 +474,7 @@ def test_over_linear_blocks_the_admissible_space_is_that_of_the_encoders_pulled_
     assert_within(space.violation(space.project(noise)), torch.zeros(3), 1e-3 * norm(noise))
 
 
+@guards(JacobianOrthogonal.of, "counts = gain > ROUNDING * gain", "counts = gain > 0.9 * gain")
 @costly(30)
 @given(stacks(), st.sampled_from([0.01, 1.0, 30.0]))
 def test_over_linear_blocks_an_admissible_delta_of_any_size_is_held_at_every_site(case: StackCase, size: float) -> None:

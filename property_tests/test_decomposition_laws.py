@@ -7,6 +7,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from property_tests.guards import guards
 from property_tests.rounding import (
     activation_error,
     assert_within,
@@ -40,6 +41,7 @@ def everything(case: SAECase) -> Tensor:
     return torch.arange(case.d_sae)
 
 
+@guards(decompose, "x - reconstruction)", "x - 1.001 * reconstruction)")
 @given(sae_cases(), residual_cases(), st.sampled_from(list(DTYPES)))
 def test_reassembling_gives_back_the_input(case: SAECase, x: ResidualCase, dtype: str) -> None:
     """Two roundings: of `x - reconstruction`, and of adding the reconstruction again."""
@@ -49,6 +51,8 @@ def test_reassembling_gives_back_the_input(case: SAECase, x: ResidualCase, dtype
     assert_within(recompose(case.sae(), parts), residual, 2 * eps(parts.error.dtype) * sizes)
 
 
+@guards(from_sae_lens, "b_enc = b_enc - torch.cat", "b_enc = b_enc + torch.cat")
+@guards(from_sae_lens, "b_enc * norms, F.normalize", "b_enc, F.normalize")
 @given(sae_cases(geometries=("generic",)), residual_cases())
 def test_the_folded_sae_is_the_one_of_sae_lens(case: SAECase, x: ResidualCase) -> None:
     """Features and reconstruction of both, in float64; folding reorders sums, and tells no more than that."""
@@ -73,6 +77,7 @@ def test_the_folded_sae_is_the_one_of_sae_lens(case: SAECase, x: ResidualCase) -
     )
 
 
+@guards("recover.types.widened", "return tensor.to(torch.promote_types(tensor.dtype, torch.float32))", "return tensor")
 @given(sae_cases(), residual_cases())
 def test_half_storage_is_widened_before_anything_is_computed(case: SAECase, x: ResidualCase) -> None:
     """The SAE, and the SAE widened by hand before it is folded, are one to the bit, and of one hash."""
@@ -85,6 +90,11 @@ def test_half_storage_is_widened_before_anything_is_computed(case: SAECase, x: R
     assert torch.equal(ours.encode(residual), theirs.encode(residual))
 
 
+@guards(
+    "recover.saes.activations.Activation.select",
+    "self._map(lambda parameter: parameter[features])",
+    "self._map(lambda parameter: parameter[: len(features)])",
+)
 @given(scenes())
 def test_reading_some_features_is_encoding_all_and_selecting(scene: Scene) -> None:
     sae, clamp, x = scene.sae.sae(), scene.clamp, scene.residual()
@@ -95,6 +105,7 @@ def test_reading_some_features_is_encoding_all_and_selecting(scene: Scene) -> No
     assert_within(clamp.read(x)[clear], sae.encode(x)[..., chosen][clear], bound[clear])
 
 
+@guards(TopK.__call__, "scatter(-1, top.indices, torch.relu(top.values))", "scatter(-1, top.indices, top.values)")
 @given(sae_cases(), residual_cases())
 def test_features_are_as_many_and_of_the_sign_that_their_activation_allows(case: SAECase, x: ResidualCase) -> None:
     sae = case.sae()
@@ -105,6 +116,11 @@ def test_features_are_as_many_and_of_the_sign_that_their_activation_allows(case:
         assert (features >= 0).all()
 
 
+@guards(
+    "recover.saes.activations.Gated.threshold",
+    "return (-self.offset[features] / self.scale[features]).clamp(min=0)",
+    "return -self.offset[features] / self.scale[features]",
+)
 @given(sae_cases(), residual_cases())
 def test_at_and_below_its_threshold_a_pointwise_feature_is_zero_and_above_it_is_not(
     case: SAECase, x: ResidualCase
@@ -119,6 +135,7 @@ def test_at_and_below_its_threshold_a_pointwise_feature_is_zero_and_above_it_is_
         assert torch.equal((sae.encode(residual) != 0)[clear], above[clear])
 
 
+@guards(decompose, "x - reconstruction)", "(x - reconstruction).detach())")
 @given(sae_cases(), residual_cases(), SEEDS)
 def test_the_gradient_of_a_reassembled_residual_is_the_identity(case: SAECase, x: ResidualCase, seed: int) -> None:
     """`J` through the reconstruction and `I - J` through the error add up: an error that stops its gradient shows."""
@@ -133,6 +150,7 @@ def test_the_gradient_of_a_reassembled_residual_is_the_identity(case: SAECase, x
     assert_within(gradient, upstream, 2 * bound + 2 * eps(leaf.dtype) * upstream.abs())
 
 
+@guards(decompose, "x - reconstruction)", "x - reconstruction.detach())")
 @given(
     sae_cases(dtypes=("float64",)),
     residual_cases(kinds=("normal", "duplicate")),

@@ -23,21 +23,23 @@ from hypothesis import Phase, assume, find, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from property_tests.guards import guards
 from property_tests.rounding import assert_within, eps, product_error, projection_leak
 from property_tests.strategies import COMPETING, SEEDS, ClampCase, SAECase, clamp_cases, costly, randn
 from recover.defenses.clamps import Clamp, Defense, Set
-from recover.defenses.defended import PLACEMENTS, defend
+from recover.defenses.defended import defend
 from recover.evidence.certificate import Certificate, certify
 from recover.models.host import Model, Prompts
 from recover.planted import KINDS
-from recover.protocol.checking import Examples, check
+from recover.protocol.checking import check
 from recover.protocol.folder import DELTAS, EXAMPLES, TEMPORARY, UNITS, RunFolder, RunState
+from recover.protocol.runtime import Runtime
 from recover.protocol.verdict import Verdict
 from recover.saes.sae import SAE
 from recover.search.ascent import Schedule
 from recover.search.constraints.linear import ActivationStable, EncoderOrthogonal
 from recover.tasks.behaviors import LogitDifference, Targeted
-from recover.types import Site
+from recover.types import Placement, Site, Surface
 from tests.models import D_MODEL, FAMILIES, N_LAYERS, VOCAB, left_padded, plain_lm, tiny_lm, token_rows
 from tests.saes import POINTWISE
 from tests.test_check import LIGHT
@@ -123,9 +125,14 @@ def same(actual: Tensor, expected: Tensor) -> None:
     assert_within(actual, expected, eps(expected.dtype) ** 0.5 * float(expected.abs().max() + 1))
 
 
+@guards(
+    "recover.models.host.Model._inputs",
+    '"position_ids": positions.clamp(min=0)}',
+    '"position_ids": torch.arange(positions.shape[1]).expand_as(positions)}',
+)
 @costly()
 @given(engines())
-def test_a_batch_of_prompts_is_its_prompts_one_by_one(case: EngineCase) -> None:
+def test_a_batch_of_prompts_gives_what_its_prompts_give_one_by_one(case: EngineCase) -> None:
     """Residuals of real tokens and logits; padding is what differs."""
     with torch.no_grad():
         together = case.model.run(case.prompts, read=[case.site], edits=case.edit(case.delta()))
@@ -136,10 +143,15 @@ def test_a_batch_of_prompts_is_its_prompts_one_by_one(case: EngineCase) -> None:
             same(together.residuals[case.site][row, -len(ids) :], alone.residuals[case.site][0])
 
 
+@guards(
+    "recover.models.host.Model._inputs",
+    '{"input_ids": prompts.ids, "attention_mask": real.long(),',
+    '{"input_ids": prompts.ids, "attention_mask": torch.ones_like(real.long()),',
+)
 @costly()
 @given(engines(), st.integers(1, 6))
 def test_more_padding_does_not_matter(case: EngineCase, more: int) -> None:
-    """Whatever tokens it holds."""
+    """Padding may hold any tokens."""
     ids, mask = case.prompts.ids, case.prompts.mask
     noise = torch.randint(0, VOCAB, (len(ids), more), generator=torch.Generator().manual_seed(case.seed))
     wide = Prompts(torch.cat([noise, ids], dim=1), torch.cat([torch.zeros_like(noise).bool(), mask], dim=1))
@@ -149,6 +161,11 @@ def test_more_padding_does_not_matter(case: EngineCase, more: int) -> None:
     assert torch.equal(wide.select(torch.arange(len(ids))).ids, ids)
 
 
+@guards(
+    Prompts.select,
+    "ids, mask = self.ids[rows], self.mask[rows]\n        start",
+    "ids, mask = self.ids[rows.sort().values], self.mask[rows]\n        start",
+)
 @costly()
 @given(engines(), SEEDS)
 def test_the_order_of_prompts_does_not_matter(case: EngineCase, seed: int) -> None:
@@ -159,6 +176,11 @@ def test_the_order_of_prompts_does_not_matter(case: EngineCase, seed: int) -> No
     same(shuffled, straight[order])
 
 
+@guards(
+    "recover.models.prefix.StoredLayer.update",
+    "torch.cat([self.keys, key_states], dim=-2)",
+    "torch.cat([self.keys.roll(1, dims=-2), key_states], dim=-2)",
+)
 @costly()
 @given(engines((*FAMILIES, "plain"), equal=True) | engines())
 def test_a_suffix_run_is_the_whole_run(case: EngineCase) -> None:
@@ -177,6 +199,7 @@ def test_a_suffix_run_is_the_whole_run(case: EngineCase) -> None:
     same(gradients[0], gradients[1])
 
 
+@guards(Model.run, "found[index] = h", "found[index] = 1.01 * h")
 @costly()
 @given(engines())
 def test_reading_changes_nothing_and_a_run_may_start_from_what_was_read(case: EngineCase) -> None:
@@ -239,14 +262,26 @@ def defended_cases(draw: st.DrawFn, family: str, architectures: tuple[str, ...])
     )
 
 
+@guards(
+    "recover.defenses.defended.Defended.perturbed",
+    "return self.suffix.residual + delta",
+    "return self.base[:, -self.suffix.n_pos :] + delta",
+)
 @costly()
 @given(defended_cases("llama", POINTWISE))
-def test_under_c1_and_pointwise_features_a_delta_before_or_after_the_clamp_is_one(case: DefendedCase) -> None:
+def test_under_c1_with_pointwise_features_a_delta_acts_alike_before_and_after_the_clamp(case: DefendedCase) -> None:
     case = replace(case, orthogonal=True)
     defense, engine = case.defense(torch.float64), case.engine
     with torch.no_grad():
         both = [
-            defend(engine.model, defense, engine.prompts, case.behavior, n_pos=engine.n_pos, placement=placement)
+            defend(
+                engine.model,
+                defense,
+                engine.prompts,
+                case.behavior,
+                n_pos=engine.n_pos,
+                surface=Surface(placement=placement),
+            )
             for placement in ("after_clamp", "before_clamp")  # type: ignore[arg-type]
         ]
         clamp, h = defense.clamps[0], both[0].base
@@ -256,6 +291,13 @@ def test_under_c1_and_pointwise_features_a_delta_before_or_after_the_clamp_is_on
     same(after, before)
 
 
+@guards(defend, "edits=clamp_edits(defense, reads - 1),", "edits={},")
+@guards("recover.defenses.defended.clamp_edits", "positions >= defense.skip_first", "positions >= 0")
+@guards(
+    "recover.defenses.defended.Defended.perturbed",
+    "state = edits[self.suffix.site](whole, self.suffix.prompts.positions)",
+    "state = whole",
+)
 @costly(40)
 @given(defended_cases("gpt2", (*POINTWISE, *COMPETING)))
 def test_the_defended_state_is_the_clamped_model_and_no_delta_leaves_it(case: DefendedCase) -> None:
@@ -269,8 +311,10 @@ def test_the_defended_state_is_the_clamped_model_and_no_delta_leaves_it(case: De
     with torch.no_grad():
         bare = engine.model.run(engine.prompts).logits.gather(1, behavior.tokens)
         clamped = engine.model.run(engine.prompts, edits={engine.site: clamping}).logits.gather(1, behavior.tokens)
-    for placement in PLACEMENTS:
-        defended = defend(engine.model, defense, engine.prompts, behavior, n_pos=engine.n_pos, placement=placement)
+    for placement in get_args(Placement):
+        defended = defend(
+            engine.model, defense, engine.prompts, behavior, n_pos=engine.n_pos, surface=Surface(placement=placement)
+        )
         same(defended.base_logits, bare)
         same(defended.defended_logits, clamped)
         with torch.no_grad():
@@ -281,7 +325,7 @@ def test_the_defended_state_is_the_clamped_model_and_no_delta_leaves_it(case: De
 
 
 def certificate_of(case: DefendedCase, rows: Tensor) -> Certificate:
-    """Of the plain module in float32."""
+    """Certify the examples `rows` with the plain module, in float32."""
     model, engine = Model(plain_lm(case.engine.model_seed)), case.engine
     return certify(
         model,
@@ -289,21 +333,28 @@ def certificate_of(case: DefendedCase, rows: Tensor) -> Certificate:
         engine.prompts.select(rows),
         case.behavior.select(rows),
         case.delta(torch.float32)[rows],
-        case.placement,  # type: ignore[arg-type]
+        Surface(placement=case.placement),  # type: ignore[arg-type]
     )
 
 
 ANY = settings(max_examples=300, database=None, derandomize=True, phases=[Phase.generate])
-"""Of a search for a counterexample: the first will do."""
+"""Settings of a search for a counterexample: the first one is enough."""
 
 CONTINUOUS = ("standard",)
 """Where no threshold jumps, so that rounding cannot tell a figure apart by more than rounding."""
 
 
+@guards(
+    "recover.evidence.certificate._replay",
+    "reach[:, -delta[index].shape[1] :] = delta[index]",
+    "reach[:, -delta[index].shape[1] :] = delta[index].mean(dim=0)",
+)
 @costly()
 @given(defended_cases("plain", CONTINUOUS), SEEDS)
-def test_a_certificate_does_not_depend_on_the_order_or_the_company_of_examples(case: DefendedCase, seed: int) -> None:
-    """Every one of its figures."""
+def test_a_certificate_does_not_depend_on_the_order_of_examples_or_the_rest_of_the_batch(
+    case: DefendedCase, seed: int
+) -> None:
+    """Each figure of an example is the same alone, in another order and in another batch."""
     case = replace(case, clamp=replace(case.clamp, only_active=False))
     n = len(case.engine.lengths)
     together = certificate_of(case, torch.arange(n))
@@ -326,6 +377,7 @@ def test_a_certificate_does_not_depend_on_the_order_or_the_company_of_examples(c
     assert (together.reactivated <= together.dormant).all()
 
 
+@guards("recover.evidence.certificate._clamp_facts", "(pre_rec - pre_def).abs(),", "(pre_rec + pre_def).abs(),")
 @costly()
 @given(defended_cases("plain", POINTWISE))
 def test_a_certificate_of_an_admissible_delta_says_that_nothing_moved(case: DefendedCase) -> None:
@@ -346,6 +398,7 @@ def test_a_certificate_of_an_admissible_delta_says_that_nothing_moved(case: Defe
     assert (facts.reactivated[settled] == 0).all()
 
 
+@guards(certify, "drift=metrics.activation_drift(z_rec, z_def),", "drift=0 * metrics.activation_drift(z_rec, z_def),")
 def test_where_features_compete_the_certificate_catches_what_c1_allows() -> None:
     """A counterexample to "C1 implies C2" that hypothesis finds in a model's own residuals, certified."""
 
@@ -426,11 +479,9 @@ class FolderCase:
                 world.model,
                 world.defense,
                 replace(world.examples, behavior=right.retarget(asked)),
-                budget=self.share * world.budget,
-                schedule=Schedule(steps=10, restarts=0, seed=self.seed),
-                plan=LIGHT,
-                batch_size=self.batch_size,
-                store=folder,
+                self.share * world.budget,
+                plan=replace(LIGHT, schedule=Schedule(steps=10, restarts=0, seed=self.seed)),
+                runtime=Runtime(batch_size=self.batch_size, store=folder),
             )
             folder.finish(verdict.records)
         finally:
@@ -445,6 +496,10 @@ class FolderCase:
         return found
 
 
+@guards(
+    RunFolder.resume, '[self.path / DELTAS, *sorted((self.path / UNITS).glob("*.safetensors"))]', "[self.path / DELTAS]"
+)
+@guards("recover.protocol.ledger.Ledger.run", "if self.store.load(unit) is not None:", "if False:")
 @costly(5)
 @given(
     st.builds(
@@ -502,13 +557,17 @@ class CheckCase:
             Model(tiny_lm()),
             hard_clamp(self.value),
             Examples([f"e{i}" for i in range(self.n)], left_padded(rows), behavior),
-            budget=self.budget,
-            schedule=Schedule(steps=4, restarts=1, seed=self.seed),
-            plan=LIGHT,
-            batch_size=batch_size or self.batch_size,
+            self.budget,
+            plan=replace(LIGHT, schedule=Schedule(steps=4, restarts=1, seed=self.seed)),
+            runtime=Runtime(batch_size=batch_size or self.batch_size),
         )
 
 
+@guards(
+    "recover.tasks.examples.Examples.select",
+    "            self.behavior.select(rows),\n",
+    "            self.behavior.select(torch.arange(len(rows))),\n",
+)
 @costly(3)
 @given(
     st.builds(
@@ -536,6 +595,11 @@ def test_a_check_in_batches_of_another_size_counts_the_same(case: CheckCase, bat
     assert first["counts"]["valid_flips"] == first["recovery"]["searched"] or first["verdict"] == "INVALID"
 
 
+@guards(
+    "recover.defenses.defended.clamp_edits",
+    "return defense.apply(site, residual, positions >= defense.skip_first, n_answer)",
+    "return residual",
+)
 def test_the_clamp_of_these_checks_can_be_undone() -> None:
     """Or the two laws above would hold of nothing."""
     found = CheckCase(10, 10, 0, 20.0, 15.0).run()

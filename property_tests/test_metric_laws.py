@@ -11,6 +11,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from property_tests.guards import guards
 from property_tests.rounding import assert_within, eps
 from property_tests.strategies import SEEDS, randn
 from recover.numerics import metrics
@@ -53,8 +54,13 @@ factors = st.integers(-20, 20).map(lambda power: 2.0**power)
 RELATIVE = (metrics.relative_drift, metrics.clamp_floor_violation, metrics.relative_norm)
 
 
+@guards(
+    "recover.numerics.metrics._ratio",
+    "return torch.where(part == 0, 0.0, part / whole)",
+    "return torch.where(part == 0, 0.0, part / (whole + 1e-3))",
+)
 @given(features, factors)
-def test_relative_measures_do_not_know_the_unit(case: FeaturesCase, factor: float) -> None:
+def test_relative_measures_do_not_depend_on_the_unit(case: FeaturesCase, factor: float) -> None:
     """To the bit, for powers of 2: they are ratios of norms."""
     a, b = case.pair
     for measure in RELATIVE:
@@ -65,6 +71,11 @@ def test_relative_measures_do_not_know_the_unit(case: FeaturesCase, factor: floa
     assert metrics.l0(factor * a) == metrics.l0(a)
 
 
+@guards(
+    metrics.norm,
+    "length: Tensor = torch.linalg.vector_norm(flat, dim=1, dtype=torch.float64)",
+    "length: Tensor = torch.linalg.vector_norm(flat, dim=1, dtype=torch.float64) + 1e-3",
+)
 @given(features, factors, factors, SEEDS)
 def test_absolute_measures_scale_with_their_unit(case: FeaturesCase, factor: float, other: float, seed: int) -> None:
     """And decode drift with that of the decoder too."""
@@ -76,8 +87,13 @@ def test_absolute_measures_scale_with_their_unit(case: FeaturesCase, factor: flo
     assert torch.equal(metrics.norm(factor * a), factor * metrics.norm(a))
 
 
+@guards(
+    metrics.norm,
+    "torch.linalg.vector_norm(flat, dim=1, dtype=torch.float64)",
+    "torch.linalg.vector_norm(flat, ord=1, dim=1, dtype=torch.float64)",
+)
 @given(features, st.just(0.0) | st.floats(2**-10, 100) | st.floats(-100, -(2**-10)))
-def test_a_norm_is_one(case: FeaturesCase, factor: float) -> None:
+def test_norm_satisfies_the_axioms_of_a_norm(case: FeaturesCase, factor: float) -> None:
     """Zero for zero alone, homogeneous, and no longer than by a detour; positions add as squares."""
     a, b = case.pair
     length = metrics.norm(a)
@@ -90,6 +106,7 @@ def test_a_norm_is_one(case: FeaturesCase, factor: float) -> None:
     assert_within(length, parts.square().sum(dim=0).sqrt(), 2 * rounding * length.double())
 
 
+@guards(metrics.reactivation, "inactive & (z_rec > 0)", "inactive & (z_rec >= 0)")
 @given(features)
 def test_nothing_moved_is_no_drift_and_no_reactivation(case: FeaturesCase) -> None:
     _, z = case.pair
@@ -98,6 +115,7 @@ def test_nothing_moved_is_no_drift_and_no_reactivation(case: FeaturesCase) -> No
     assert metrics.reactivation(z, z).count.count_nonzero() == 0
 
 
+@guards(metrics.clamp_floor_violation, "torch.relu(z_def - z_rec)", "torch.relu(z_rec - 2 * z_def)")
 @given(features)
 def test_drift_is_symmetric_and_sinking_is_a_part_of_it(case: FeaturesCase) -> None:
     """What has sunk and what has risen make the drift, as squares; so the floor is violated by no more than it."""
@@ -112,8 +130,9 @@ def test_drift_is_symmetric_and_sinking_is_a_part_of_it(case: FeaturesCase) -> N
     assert_within(drift[some], expected, 8 * eps(a.dtype) * drift[some].double())
 
 
+@guards(metrics.activation_drift, "return norm(z_rec - z_def)\n", "return norm(z_rec - z_def.flip(0))\n")
 @given(features, SEEDS)
-def test_every_measure_of_a_recovery_is_of_its_example_alone(case: FeaturesCase, seed: int) -> None:
+def test_every_measure_of_a_recovery_depends_on_its_example_alone(case: FeaturesCase, seed: int) -> None:
     """In any order of the batch, and of positions and features within an example, up to the order of a sum."""
     a, b = case.pair
     generator = torch.Generator().manual_seed(seed)
@@ -128,6 +147,7 @@ def test_every_measure_of_a_recovery_is_of_its_example_alone(case: FeaturesCase,
             assert torch.equal(measure(a[row : row + 1], b[row : row + 1])[0], whole[row])
 
 
+@guards(metrics.reactivation, "reduce((inactive & (z_rec > 0)).long()", "reduce((z_rec > 0).long()")
 @given(features)
 def test_reactivated_features_were_dormant(case: FeaturesCase) -> None:
     a, b = case.pair
@@ -140,6 +160,7 @@ def test_reactivated_features_were_dormant(case: FeaturesCase) -> None:
     assert torch.equal(clean, after.share == 0)
 
 
+@guards(metrics.recovery_rate, "int((recovered & valid).sum()) / flips", "int(recovered.sum()) / flips")
 @given(st.lists(st.tuples(st.booleans(), st.booleans(), st.booleans()), min_size=1, max_size=20), st.randoms())
 def test_a_rate_is_of_valid_flips_alone(rows: list[tuple[bool, bool, bool]], random: Any) -> None:
     """Whatever the other examples do, and in any order; nothing to recover is no rate."""
@@ -156,8 +177,13 @@ def test_a_rate_is_of_valid_flips_alone(rows: list[tuple[bool, bool, bool]], ran
         assert same == rate or (math.isnan(same) and math.isnan(rate))
 
 
+@guards(
+    metrics.explained_variance,
+    '(tokens - reduce(tokens, "token d_model -> d_model", "mean")).square()',
+    "tokens.square()",
+)
 @given(features, SEEDS, factors, st.floats(-10, 10))
-def test_explained_variance_knows_no_unit_no_origin_and_no_order(
+def test_explained_variance_does_not_depend_on_unit_origin_or_order(
     case: FeaturesCase, seed: int, factor: float, shift: float
 ) -> None:
     """At most 1, which only a perfect reconstruction reaches; 0 for the mean."""
@@ -181,8 +207,13 @@ def test_explained_variance_knows_no_unit_no_origin_and_no_order(
     assert abs(shuffled - explained) <= rounding
 
 
+@guards(
+    metrics.loss_recovered, "return (ce_mean - ce_sae) / (ce_mean - ce_clean)", "return (ce_mean - ce_sae) / ce_mean"
+)
 @given(st.floats(0, 10), st.floats(0.1, 10), st.floats(-1, 12), st.floats(0.1, 5), st.floats(-5, 5))
-def test_loss_recovered_knows_no_unit_and_no_origin(clean: float, gap: float, sae: float, a: float, b: float) -> None:
+def test_loss_recovered_does_not_depend_on_unit_or_origin(
+    clean: float, gap: float, sae: float, a: float, b: float
+) -> None:
     """1 where the SAE costs nothing, 0 where it is as bad as the mean, and linear between."""
     mean = clean + gap
     share = metrics.loss_recovered(clean, sae, mean)
@@ -193,6 +224,7 @@ def test_loss_recovered_knows_no_unit_and_no_origin(clean: float, gap: float, sa
     assert math.isnan(metrics.loss_recovered(mean, sae, clean))
 
 
+@guards(ChoiceMargin.slack, "logits[:, 0] - logits[:, 1:].amax(dim=1)", "logits[:, 0] - logits[:, 1:].mean(dim=1)")
 @given(st.integers(1, 5), st.integers(3, 9), SEEDS, st.floats(-50, 50))
 def test_a_behavior_shows_where_its_token_is_likeliest_whatever_is_added_to_all_logits(
     batch: int, vocab: int, seed: int, shift: float

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from property_tests.guards import guards
 from property_tests.strategies import POINTWISE, SEEDS, SAECase, costly
 from recover.defenses.clamps import Clamp, Defense, Floor, Scale, Set
 from recover.defenses.defended import clamp_edits, defend
@@ -15,12 +16,12 @@ from recover.evidence.certificate import certify
 from recover.models.generation import answered, generate, n_answer
 from recover.models.host import Edit, Model
 from recover.numerics.metrics import norm
-from recover.planted.pinned import pinned_layers
 from recover.search.constraints.pinned import Pinned
 from recover.search.pinned import find_pinned, shorten
 from recover.tasks.behaviors import ForcedAnswer
-from recover.types import Site
+from recover.types import Site, Surface
 from tests.models import D_MODEL, FAMILIES, N_LAYERS, left_padded, tiny_lm, token_rows
+from tests.pinned_world import pinned_layers
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,9 @@ def layers_cases(draw: st.DrawFn) -> LayersCase:
     )
 
 
+@guards(
+    Pinned.run, "added[site] = parts[site] + self.pins[site].correction(widened(pushed))", "added[site] = parts[site]"
+)
 @costly()
 @given(layers_cases())
 def test_no_pinned_delta_moves_a_clamped_pre_activation_of_any_layer(case: LayersCase) -> None:
@@ -81,22 +85,23 @@ def test_no_pinned_delta_moves_a_clamped_pre_activation_of_any_layer(case: Layer
     model, prompts, defense = case.model, left_padded(token_rows(case.lengths, seed=case.seed)), case.defense
     answer = generate(model, prompts, case.n_tokens)
     forced, behavior = answered(prompts, answer), ForcedAnswer(answer)
-    pinned = Pinned.of(defend(model, defense, forced, behavior, every_site=True))
+    pinned = Pinned.of(defend(model, defense, forced, behavior, surface=Surface("every")))
     noise = torch.randn(pinned.start.shape, generator=torch.Generator().manual_seed(case.seed))
     delta = pinned.delta(pinned.free.project(case.size * noise))
-    facts = certify(model, defense, forced, behavior, delta, every_site=True)
+    facts = certify(model, defense, forced, behavior, delta, surface=Surface("every"))
     # Rounding of what has passed through layers that amplify is larger than that of one state.
     limit = 20 * facts.rounding
     assert bool((facts.preactivation_shift.amax(dim=1) <= limit).all())
     assert bool((facts.constraint_residual <= 1e-5).all())
 
 
+@guards(shorten, "by_example(stride) * outward", "by_example(stride) * leaf.detach()")
 @costly()
 @given(st.integers(0, 10**6), st.integers(1, 3), st.integers(8, 24), st.data())
 def test_the_shortest_pinned_delta_is_the_closed_form(seed: int, n_sites: int, width: int, data: st.DataObject) -> None:
     k = data.draw(st.integers(2, width // 2))
     world = pinned_layers(seed, n_sites=n_sites, d_model=width, k=k, d_sae=k + 5, n_prompts=3)
-    pinned = Pinned.of(defend(world.model, world.defense, world.prompts, world.behavior, every_site=True))
+    pinned = Pinned.of(defend(world.model, world.defense, world.prompts, world.behavior, surface=Surface("every")))
     found = find_pinned(pinned, 4 * float(world.smallest_norm.max()))
     assert bool(found.recovered.all())
     short = norm(pinned.delta(shorten(pinned, found.free, steps=150)))
@@ -104,6 +109,7 @@ def test_the_shortest_pinned_delta_is_the_closed_form(seed: int, n_sites: int, w
     assert bool((short <= 1.01 * world.smallest_norm).all())
 
 
+@guards(Clamp.displacement, "change = self.features_after(z) - z", "change = self.features_after(z)")
 @costly()
 @given(layers_cases(), st.booleans())
 def test_a_defense_that_edits_nothing_generates_the_plain_text(case: LayersCase, use_cache: bool) -> None:
@@ -125,6 +131,7 @@ def test_a_defense_that_edits_nothing_generates_the_plain_text(case: LayersCase,
     assert torch.equal(generate(model, prompts, case.n_tokens, use_cache=use_cache), plain)
 
 
+@guards(generate, "edits=edits(step if kept else 0, step)", "edits=edits(step, step)")
 @costly()
 @given(layers_cases())
 def test_live_clamps_give_the_same_text_with_and_without_keys_and_values(case: LayersCase) -> None:

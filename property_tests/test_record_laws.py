@@ -1,4 +1,4 @@
-"""Laws of what is written down: records, configurations, fingerprints, places, and the verdict that records bear."""
+"""Laws of what is stored: records, configurations, fingerprints, sites, and the verdict that records support."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest, fisher_exact
 
-from recover.evidence.rules import Rules
+from property_tests.guards import guards
+from recover.evidence.rules import Rules, decided_by
 from recover.protocol.records import CertificateRecord, ExampleRecord, PlaceboRecord, SearchRecord, SmallestRecord
 from recover.protocol.verdict_model import Verdict
 from recover.run.config import Config, load_config
@@ -79,8 +80,13 @@ records = st.builds(
 )
 
 
+@guards(
+    ExampleRecord.from_json,
+    "values = json.loads(line)\n",
+    "values = json.loads(line, parse_float=lambda text: round(float(text), 6))\n",
+)
 @given(records)
-def test_a_record_survives_its_line(record: ExampleRecord) -> None:
+def test_a_record_is_read_back_as_it_was_written(record: ExampleRecord) -> None:
     """To the last digit, whatever the text holds; and it is one line of strict JSON."""
     line = record.to_json()
     assert "\n" not in line
@@ -89,9 +95,10 @@ def test_a_record_survives_its_line(record: ExampleRecord) -> None:
     assert ("text" in json.loads(line)) == (record.text is not None)
 
 
+@guards("recover.protocol.records.Number", "math.nan if value is None else value", "0.0 if value is None else value")
 @given(records, st.sampled_from([math.nan, math.inf, -math.inf]))
-def test_what_is_not_finite_is_read_back_as_not_a_number(record: ExampleRecord, bad: float) -> None:
-    """So that no comparison holds of it: neither at base nor when defended does the behavior show."""
+def test_a_value_that_is_not_finite_is_read_back_as_nan(record: ExampleRecord, bad: float) -> None:
+    """No comparison with NaN holds, so the behavior shows neither at base nor when defended."""
     line = replace(record, base_slack=bad).to_json()
     json.loads(line, parse_constant=pytest.fail)
     read = ExampleRecord.from_json(line)
@@ -100,9 +107,10 @@ def test_what_is_not_finite_is_read_back_as_not_a_number(record: ExampleRecord, 
     assert not read.valid_flip
 
 
+@guards("recover.protocol.records.Norm", "math.inf if value is None else value", "math.nan if value is None else value")
 @given(records, st.sampled_from([math.nan, math.inf]))
-def test_a_norm_that_is_not_finite_is_read_back_as_not_reached(record: ExampleRecord, bad: float) -> None:
-    """So that it is larger than any budget."""
+def test_a_norm_that_is_not_finite_is_read_back_as_infinity(record: ExampleRecord, bad: float) -> None:
+    """Infinity is larger than any budget."""
     record = replace(record, placebo=PlaceboRecord(0.0, bad, False))
     line = record.to_json()
     json.loads(line, parse_constant=pytest.fail)
@@ -214,7 +222,7 @@ def back_with_the_clamp_held(record: ExampleRecord) -> bool:
 
 
 def rounded(value: Any) -> Any:
-    """Without the last digits, which the order of a sum decides."""
+    """Leave out the last digits, which depend on the order of a sum."""
     if isinstance(value, float):
         return float(f"{value:.9g}")
     if isinstance(value, dict):
@@ -222,6 +230,11 @@ def rounded(value: Any) -> Any:
     return [rounded(item) for item in value] if isinstance(value, list | tuple) else value
 
 
+@guards(
+    "recover.protocol.verdict.counts",
+    "base=sum(r.shows_at_base for r in records)",
+    "base=int(records[0].shows_at_base)",
+)
 @given(runs(), st.randoms())
 def test_a_verdict_does_not_depend_on_the_order_of_records_and_counts_them_once(
     found: list[ExampleRecord], random: Any
@@ -241,8 +254,9 @@ def test_a_verdict_does_not_depend_on_the_order_of_records_and_counts_them_once(
     assert not flips or low <= one.recovery.rate <= high
 
 
+@guards("recover.protocol.gates._held", "residual <= MAX_CONSTRAINT_RESIDUAL and longest <= budget", "True")
 @given(runs())
-def test_a_verdict_says_no_more_than_its_gates_and_certificates_bear(found: list[ExampleRecord]) -> None:
+def test_a_verdict_says_no_more_than_its_gates_and_certificates_support(found: list[ExampleRecord]) -> None:
     """INVALID and INCONCLUSIVE name a gate that failed; RECOVERABLE needs one certificate, whatever the solver says."""
     verdict = verdict_of(found)
     failed = {gate.name for gate in verdict.gates if gate.passed is False and gate.decides is not None}
@@ -266,6 +280,11 @@ def test_a_verdict_says_no_more_than_its_gates_and_certificates_bear(found: list
     json.dumps(verdict.to_dict(), allow_nan=False)
 
 
+@guards(
+    "recover.protocol.verdict.nearest",
+    "if c is not None and c.shows and c.held]",
+    "if c is not None and c.shows]",
+)
 @given(runs())
 def test_a_larger_budget_of_the_curve_holds_no_fewer_and_only_what_is_certified(found: list[ExampleRecord]) -> None:
     """Rates rise, and are shares of the flips."""
@@ -291,6 +310,13 @@ def test_a_larger_budget_of_the_curve_holds_no_fewer_and_only_what_is_certified(
         assert verdict.minimum_norm.unreached == sum(math.isinf(norm) for norm in near)
 
 
+@guards(
+    "recover.protocol.verdict.decide",
+    'by = finding.rule if finding is not None and kind == "RECOVERABLE" else None',
+    "by = finding.rule if finding is not None else None",
+)
+@guards(decided_by, "most = min(own.wilson95[0], ", "most = 1 + max(own.wilson95[0], ")
+@guards(decided_by, "most = min(own.wilson95[0], ", "most = max(own.wilson95[0], ")
 @given(runs() | recovered_runs() | recovered_runs(), transfers())
 def test_only_what_is_recoverable_is_specific_and_only_with_shared_deltas_that_beat_chance(
     found: list[ExampleRecord], shared: dict[str, Any]
@@ -336,7 +362,7 @@ def configurations(draw: st.DrawFn) -> dict[str, Any]:
     return {
         "model": draw(st.sampled_from(["smollm2", "org/name", "./folder"])),
         "clamps": draw(st.lists(clamp, min_size=1, max_size=2)),
-        "task": draw(st.sampled_from(["ioi", "python:recover.tasks.ioi:examples"])),
+        "task": draw(st.sampled_from(["ioi", "python:recover.tasks.ioi:make_examples"])),
         "prompts": draw(st.fixed_dictionaries({"n": st.integers(1, 99)}, optional={"seed": st.integers(0, 9)})),
         "search": {
             "budget": draw(st.floats(1e-3, 1e3)),
@@ -355,8 +381,13 @@ def configurations(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
+@guards(
+    Config.dump_yaml,
+    "return yaml.safe_dump(self.canonical(), sort_keys=False)",
+    'return yaml.safe_dump({**self.canonical(), "skip_first": 3}, sort_keys=False)',
+)
 @given(configurations())
-def test_a_configuration_survives_its_yaml(values: dict[str, Any]) -> None:
+def test_a_configuration_is_read_back_from_its_yaml_unchanged(values: dict[str, Any]) -> None:
     config = Config.model_validate(values)
     with TemporaryDirectory() as folder:
         path = Path(folder) / "config.yaml"
@@ -367,11 +398,12 @@ def test_a_configuration_survives_its_yaml(values: dict[str, Any]) -> None:
     assert again.fingerprint(model="a") == config.fingerprint(model="a")
 
 
+@guards("recover.run.config.HARMLESS", 'HARMLESS = ("device",', 'HARMLESS = ("skip_first", "model", "device",')
 @given(configurations(), st.data())
 def test_a_fingerprint_is_of_what_can_change_a_result_and_of_nothing_else(
     values: dict[str, Any], data: st.DataObject
 ) -> None:
-    """Not of the order of keys, the device or the batch size."""
+    """The order of keys, the device and the batch size do not change it."""
     own = Config.model_validate(values).fingerprint(model="a")
     reversed_keys = Config.model_validate(dict(reversed(values.items())))
     elsewhere = Config.model_validate({**values, "device": "mps", "batch_size": 3})
@@ -407,6 +439,11 @@ def test_a_fingerprint_is_of_what_can_change_a_result_and_of_nothing_else(
     assert Config.model_validate(changed).fingerprint(model="a") != own
 
 
+@guards(
+    "recover.run.config._Section._known_keys",
+    "shown = str(key) if str(key).isprintable() else ascii(key)",
+    "shown = str(key)",
+)
 @given(configurations(), st.text(min_size=1, max_size=8))
 def test_a_key_that_is_not_known_is_refused_in_one_line(values: dict[str, Any], key: str) -> None:
     with TemporaryDirectory() as folder:
@@ -417,8 +454,11 @@ def test_a_key_that_is_not_known_is_refused_in_one_line(values: dict[str, Any], 
     assert len(str(refused.value).splitlines()) == 1
 
 
+@guards(Site.index, 'return self.layer + (self.point == "post")', "return self.layer")
 @given(st.integers(0, 999), st.sampled_from(["pre", "post"]), st.integers(0, 999))
-def test_a_place_survives_its_name_and_after_a_block_is_before_the_next(layer: int, point: Any, other: int) -> None:
+def test_a_site_is_read_back_from_its_name_and_after_a_block_is_before_the_next(
+    layer: int, point: Any, other: int
+) -> None:
     site = Site(layer, point)
     assert Site.from_hook_name(site.hook_name) == site
     assert Site(layer, "post").index == Site(layer + 1, "pre").index

@@ -10,6 +10,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from property_tests.guards import guards
 from property_tests.rounding import assert_within, eps, projection_leak
 from property_tests.strategies import DTYPES, EPS64, SEEDS, costly, randn
 from recover.numerics.metrics import norm
@@ -140,6 +141,11 @@ def evaluation_error(case: SearchCase, delta: Tensor) -> float:
     return float(terms * eps(delta.dtype) * (sizes.max() + abs(case.offset)))
 
 
+@guards(
+    "recover.search.ascent.clip",
+    "return Budget(budget * (1 - 1e-6)).project(delta) if math.isfinite(budget) else delta",
+    "return delta",
+)
 @given(searches())
 def test_every_delta_ever_tried_is_admissible_and_within_the_budget(case: SearchCase) -> None:
     """Steps and restarts included, and the result is one of them or the start."""
@@ -157,6 +163,7 @@ def test_every_delta_ever_tried_is_admissible_and_within_the_budget(case: Search
     assert all((delta == torch.stack(landscape.seen)).all(dim=(1, 2)).any() for delta in found.delta)
 
 
+@guards("recover.search.ascent.ascend", "better = counts & (point.slack > best_slack[active])", "better = counts")
 @given(searches())
 def test_a_search_is_never_worse_than_its_start_and_reports_what_it_found(case: SearchCase) -> None:
     found = case.run()
@@ -172,6 +179,7 @@ def test_a_search_is_never_worse_than_its_start_and_reports_what_it_found(case: 
     assert (found.steps <= case.steps * (1 + case.restarts)).all()
 
 
+@guards("recover.search.ascent.ascend", "better = counts & (point.slack > best_slack[active])", "better = counts")
 @given(searches(), st.sampled_from([1.0, 1.5, 4.0, 100.0]))
 def test_a_larger_budget_from_what_the_smaller_one_found_is_never_worse(case: SearchCase, factor: float) -> None:
     """For any objective: the feasible sets are nested, so a search may go on from the smaller budget's best."""
@@ -184,6 +192,7 @@ def test_a_larger_budget_from_what_the_smaller_one_found_is_never_worse(case: Se
     assert (large.recovered | ~small.recovered | (small.slack <= case.schedule.goal + error)).all()
 
 
+@guards("recover.search.ascent.Steepest._uphill", "newton.clamp(max=self.budget)", "newton.clamp(max=0.3)")
 @given(searches(kinds=("linear",), restarts=(0,)), st.sampled_from([1.0, 1.01, 2.0, 50.0]))
 def test_for_a_linear_score_a_larger_budget_never_recovers_less_nor_ends_lower(case: SearchCase, factor: float) -> None:
     """From nothing, and to the closed form: recovered just where `budget ||P g||` reaches offset and goal."""
@@ -204,17 +213,26 @@ def test_for_a_linear_score_a_larger_budget_never_recovers_less_nor_ends_lower(c
     assert (capped[1] >= capped[0] - error).all()
 
 
+@guards("recover.search.ascent.ascend", "better = counts & (point.slack > best_slack[active])", "better = counts")
 @given(searches(restarts=(0,)), st.integers(0, 8))
 def test_more_steps_are_never_worse(case: SearchCase, more: int) -> None:
     """To the bit: the longer search begins as the shorter one."""
     assert (case.run(steps=case.steps + more).slack >= case.run().slack).all()
 
 
+@guards(
+    "recover.search.ascent.better", "take = second.slack > first.slack[rows]", "take = second.slack == second.slack"
+)
 @given(searches(), st.integers(0, 2))
 def test_more_restarts_are_never_worse(case: SearchCase, more: int) -> None:
     assert (case.run(restarts=case.restarts + more).slack >= case.run().slack).all()
 
 
+@guards(
+    "recover.search.ascent.from_each_start",
+    "torch.randn(like.shape[1:], generator=generator)",
+    "torch.randn(like.shape[1:])",
+)
 @given(searches())
 def test_the_same_seed_gives_the_same_result(case: SearchCase) -> None:
     """To the bit, whatever was drawn from torch's own generator in between."""
@@ -247,8 +265,13 @@ def not_on_an_edge(found: Solution, case: SearchCase) -> bool:
     return bool(((found.slack - case.schedule.goal).abs() > 1e3 * HALF_THE_DIGITS * (1 + norm(found.delta))).all())
 
 
+@guards(
+    "recover.search.ascent.from_each_start",
+    "torch.randn(like.shape[1:], generator=generator).to(like).expand_as(like[unsolved])",
+    "torch.randn(like[unsolved].shape, generator=generator).to(like)",
+)
 @given(stable)
-def test_a_batch_is_its_examples_one_by_one(case: SearchCase) -> None:
+def test_a_batch_gives_what_its_examples_give_one_by_one(case: SearchCase) -> None:
     """Restarts included: one draw serves all examples, so a result does not depend on its neighbors."""
     together = case.run()
     assume(not_on_an_edge(together, case))
@@ -260,6 +283,11 @@ def test_a_batch_is_its_examples_one_by_one(case: SearchCase) -> None:
         assert_same_search(together, alone, [row])
 
 
+@guards(
+    "recover.search.ascent.from_each_start",
+    "torch.randn(like.shape[1:], generator=generator).to(like).expand_as(like[unsolved])",
+    "torch.randn(like[unsolved].shape, generator=generator).to(like)",
+)
 @given(stable, SEEDS)
 def test_the_order_of_examples_does_not_matter(case: SearchCase, seed: int) -> None:
     together = case.run()
@@ -271,6 +299,9 @@ def test_the_order_of_examples_does_not_matter(case: SearchCase, seed: int) -> N
     assert_same_search(together, shuffled, order.tolist())
 
 
+@guards(
+    "recover.search.ascent.Steepest._uphill", "newton.clamp(max=self.budget)", "newton.clamp(max=min(self.budget, 1.0))"
+)
 @given(searches(kinds=("linear", "bowl", "waves")), st.integers(-6, 6))
 def test_the_unit_of_the_residual_does_not_matter(case: SearchCase, power: int) -> None:
     """To the bit, for powers of 2: residuals twice as large take a delta and a budget twice as large, and no more."""
@@ -285,8 +316,13 @@ def test_the_unit_of_the_residual_does_not_matter(case: SearchCase, power: int) 
     assert (other.status, other.steps.tolist()) == (one.status, one.steps.tolist())
 
 
+@guards(
+    "recover.search.ascent.Steepest.step",
+    "Status.NO_GRADIENT: norm(self.slope) == 0",
+    "Status.NO_GRADIENT: norm(self.slope) < 0",
+)
 @given(searches(kinds=("linear", "flat"), restarts=(0, 1)))
-def test_no_gradient_is_told_from_no_success(case: SearchCase) -> None:
+def test_a_missing_gradient_is_distinguished_from_failure(case: SearchCase) -> None:
     """A flat score, or no free direction, is a search that could not be, not one that found nothing."""
     found = case.run(columns=case.d_model if case.kind == "linear" else case.columns, started=False)
     solved = slack_at(case, torch.zeros_like(found.delta)) >= case.schedule.goal
@@ -298,6 +334,7 @@ beyond = searches(kinds=("linear", "waves", "bowl"), budgets=(0.5, 2.0), offsets
 """Where the goal is often within reach of a probe that is longer than the budget allows, and not of a shorter one."""
 
 
+@guards(reexamined, "torch.where((near[some] <= budget)[:, None, None], walked, delta[some])", "walked")
 @costly(20)
 @given(beyond | searches())
 def test_a_second_look_keeps_what_was_found_and_is_never_worse(case: SearchCase) -> None:
@@ -317,6 +354,7 @@ def test_a_second_look_keeps_what_was_found_and_is_never_worse(case: SearchCase)
     assert_within(again.slack[told], slack_at(case, again.delta)[told], evaluation_error(case, again.delta))
 
 
+@guards(smallest_perturbation, "MARGIN * slack.abs()", "0.1 * slack.abs()")
 @costly(15)
 @given(searches(kinds=("linear",), restarts=(0,), budgets=(math.inf,)))
 def test_the_smallest_norm_of_a_linear_score_is_its_closed_form(case: SearchCase) -> None:
@@ -338,6 +376,7 @@ def test_the_smallest_norm_of_a_linear_score_is_its_closed_form(case: SearchCase
     assert torch.equal(nothing.norm == torch.inf, unreachable & (expected > 0))
 
 
+@guards("recover.search.minimum.edge", "return outer * by_example(high)", "return 0.5 * outer * by_example(high)")
 @costly(15)
 @given(searches(kinds=("linear", "bowl", "waves"), budgets=(math.inf,)))
 def test_a_smallest_norm_is_no_longer_than_what_a_search_found_and_reaches_the_edge(case: SearchCase) -> None:

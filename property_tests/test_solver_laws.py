@@ -12,6 +12,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from property_tests.guards import guards
 from property_tests.rounding import eps, projection_leak
 from property_tests.strategies import costly
 from property_tests.test_search_laws import SearchCase, evaluation_error, searches, slack_at
@@ -28,7 +29,7 @@ FEW: dict[str, Solver] = {
 
 
 def solved(case: SearchCase) -> list[Found]:
-    """By every solver."""
+    """What each solver finds for a case."""
     return [each(case.landscape(), case.start(), case.feasible, case.budget, case.schedule) for each in FEW.values()]
 
 
@@ -40,10 +41,16 @@ def assert_admissible(case: SearchCase, delta: Tensor, longest: Tensor) -> None:
     assert (seen <= allowed).all(), (seen.max(), allowed)
 
 
+@guards(
+    "recover.search.adam.ProjectedAdam.step",
+    "clip(terrain.feasible.project(delta + rate * toward), self.budget)",
+    "clip(delta + rate * toward, self.budget)",
+)
+@guards(random_draws, "tried = scaled(free, length)", "tried = scaled(free, 1.01 * length)")
 @costly(20)
 @given(searches())
-def test_what_a_solver_finds_is_admissible_and_what_it_is_said_to_be(case: SearchCase) -> None:
-    """Within the budget the one; of the norm that is told, and at the edge of the goal, the other."""
+def test_what_a_solver_finds_is_admissible_and_as_reported(case: SearchCase) -> None:
+    """The find at the budget is within it; the shortest find has the norm reported and lies at the edge of the goal."""
     for solver in FEW.values():
         landscape = case.landscape()
         found = solver(landscape, case.start(), case.feasible, case.budget, case.schedule)
@@ -58,6 +65,7 @@ def test_what_a_solver_finds_is_admissible_and_what_it_is_said_to_be(case: Searc
         assert (found.norm <= norm(found.within.delta) * (1 + rounding))[found.within.recovered].all()
 
 
+@guards("recover.search.ascent.ascend", "Status.RECOVERED: solved,", "Status.RECOVERED: better,")
 @costly(20)
 @given(searches())
 def test_no_solver_is_worse_than_its_start_and_it_reports_what_it_found(case: SearchCase) -> None:
@@ -70,6 +78,12 @@ def test_no_solver_is_worse_than_its_start_and_it_reports_what_it_found(case: Se
         assert [status is Status.RECOVERED for status in within.status] == reached.tolist()
 
 
+@guards(
+    "recover.search.adam.ProjectedAdam.step",
+    "/ self.size).clamp(max=self.budget)",
+    "/ self.size).clamp(max=1 / self.budget)",
+)
+@guards(edge, "return outer * by_example(high)", "return 0.5 * outer * by_example(high)")
 @costly(20)
 @given(searches(kinds=("linear",), restarts=(0,)), st.sampled_from([1.0, 1.01, 2.0, 50.0]))
 def test_a_larger_budget_never_recovers_less(case: SearchCase, factor: float) -> None:
@@ -86,6 +100,8 @@ def test_a_larger_budget_never_recovers_less(case: SearchCase, factor: float) ->
                 assert (found.norm * slopes >= case.offset - evaluation_error(case, found.delta)).all()
 
 
+@guards(worst_case, "least, index = norms.min(dim=0)", "least, index = norms.max(dim=0)")
+@guards(worst_case, "best = reduce(first_to, climbed or drawn)", "best = drawn[0]")
 @costly(25)
 @given(searches())
 def test_the_best_over_solvers_is_no_longer_than_any_and_solves_what_any_does(case: SearchCase) -> None:
@@ -110,6 +126,7 @@ def test_the_best_over_solvers_is_no_longer_than_any_and_solves_what_any_does(ca
         assert winner is None or best.by_solver[winner][row] <= 1.0100001 * least[row]
 
 
+@guards(edge, "rows[high[rows] - low[rows] > fine]", "rows[high[rows] - low[rows] > 8 * fine]")
 @given(searches(kinds=("linear", "bowl", "ratchet"), dtypes=("float64",)), st.floats(0.01, 0.99))
 def test_an_edge_is_where_the_goal_begins(case: SearchCase, share: float) -> None:
     """On a ray up which the slack rises, the goal set at some share of the way: found to `2^-16`, and reached."""

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from property_tests.guards import guards
 from property_tests.strategies import POINTWISE, SEEDS, Scene, costly, randn, scenes
 from recover.defenses.clamps import Clamp
 from recover.defenses.defended import Defended
@@ -28,6 +29,8 @@ def placed(scene: Scene, seed: int) -> tuple[Defended, Tensor]:
     return world(h, along, clamp), along
 
 
+@guards("recover.search.stable._Rules._see", "rows, n_equal, drift)", "0 * rows, n_equal, torch.zeros_like(drift))")
+@guards(find_stable, "[stricter, defended.zero_delta]", "[stricter + 1.0]")
 @costly(30)
 @given(scenes(dtypes=("float32",), kinds=("normal", "zero", "duplicate")), st.booleans(), SEEDS, BUDGETS)
 def test_a_stable_search_keeps_tolerance_and_budget_and_never_does_worse_than_nothing(
@@ -47,6 +50,9 @@ def test_a_stable_search_keeps_tolerance_and_budget_and_never_does_worse_than_no
     assert bool((found.slack >= start - 1e-5 * start.abs()).all())
 
 
+@guards("recover.search.stable._Rules._see", "torch.where(awake, pre - pre_ref, 0.0)", "(pre - pre_ref)")
+@guards("recover.search.stable._Rules._see", "INSIDE * distance_ref.abs()", "0.2 * distance_ref.abs()")
+@guards("recover.search.stable._Rules.within", "delta - back, delta)", "delta + back, delta)")
 @costly(30)
 @given(
     scenes(POINTWISE, dtypes=("float32",), geometries=("generic",), kinds=("normal",)), st.booleans(), SEEDS, BUDGETS

@@ -15,6 +15,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from property_tests.guards import guards
 from recover.defenses.selection import NEAREST, matched
 from recover.numerics.statistics import bootstrap, holm, median_interval, more_often, paired_smaller, wilson
 
@@ -37,6 +38,7 @@ def width(successes: int, n: int, confidence: float = 0.95) -> float:
     return high - low
 
 
+@guards(wilson, "return (center - half if successes > 0 else 0.0)", "return (rate - half if successes > 0 else 0.0)")
 @given(counts(), confidences)
 def test_wilson_contains_the_rate_and_stays_between_0_and_1(drawn: tuple[int, int], confidence: float) -> None:
     k, n = drawn
@@ -45,6 +47,9 @@ def test_wilson_contains_the_rate_and_stays_between_0_and_1(drawn: tuple[int, in
     assert low < high
 
 
+@guards(
+    wilson, "center = (rate + q**2 / (2 * n)) / (1 + q**2 / n)", "center = (rate + q**2 / (3 * n)) / (1 + q**2 / n)"
+)
 @given(counts(), confidences)
 def test_wilson_of_failures_mirrors_that_of_successes(drawn: tuple[int, int], confidence: float) -> None:
     k, n = drawn
@@ -54,15 +59,19 @@ def test_wilson_of_failures_mirrors_that_of_successes(drawn: tuple[int, int], co
     assert abs(mirrored[1] - (1 - low)) <= ROUNDING
 
 
+@guards(wilson, "half = q / (1 + q**2 / n) * math.sqrt(", "half = q / (1 + q**2 / n) * math.sqrt(n) * math.sqrt(")
 @given(counts(), st.integers(2, 50), confidences)
-def test_wilson_shrinks_with_more_of_the_same(drawn: tuple[int, int], times: int, confidence: float) -> None:
-    """And lies inside what it was."""
+def test_wilson_shrinks_with_more_trials_at_the_same_rate(
+    drawn: tuple[int, int], times: int, confidence: float
+) -> None:
+    """The interval of the smaller sample contains that of the larger."""
     k, n = drawn
     few, many = wilson(k, n, confidence), wilson(times * k, times * n, confidence)
     assert few[0] - ROUNDING <= many[0] <= many[1] <= few[1] + ROUNDING
     assert width(times * k, times * n, confidence) < width(k, n, confidence)
 
 
+@guards(wilson, "q = NormalDist().inv_cdf((1 + confidence) / 2)", "q = NormalDist().inv_cdf(1 - confidence / 3)")
 @given(counts(), confidences, st.floats(1e-4, 0.4))
 def test_wilson_widens_with_confidence(drawn: tuple[int, int], confidence: float, more: float) -> None:
     k, n = drawn
@@ -72,6 +81,7 @@ def test_wilson_widens_with_confidence(drawn: tuple[int, int], confidence: float
     assert wide[1] - wide[0] > narrow[1] - narrow[0] - ROUNDING
 
 
+@guards(wilson, "rate = successes / n", "rate = 1 - successes / n")
 @given(counts(), confidences)
 def test_wilson_rises_with_successes(drawn: tuple[int, int], confidence: float) -> None:
     k, n = drawn
@@ -82,6 +92,7 @@ def test_wilson_rises_with_successes(drawn: tuple[int, int], confidence: float) 
     assert sum(other) > sum(one)
 
 
+@guards(wilson, "q**2 / (4 * n**2)", "q**2 / (5 * n**2)")
 @given(counts(), confidences)
 def test_the_ends_of_wilson_are_the_rates_that_a_score_test_just_accepts(
     drawn: tuple[int, int], confidence: float
@@ -97,6 +108,11 @@ def test_the_ends_of_wilson_are_the_rates_that_a_score_test_just_accepts(
 samples = st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=12)
 
 
+@guards(
+    bootstrap,
+    "sample = np.asarray(values, dtype=np.float64)",
+    "sample = np.asarray([0.0, *values], dtype=np.float64)  # type: ignore[misc]",
+)
 @given(st.floats(-1e6, 1e6), st.integers(1, 12), st.integers(0, 99), st.sampled_from([np.mean, np.median, np.max]))
 def test_bootstrap_of_a_constant_sample_is_that_constant(value: float, n: int, seed: int, statistic: object) -> None:
     low, high = bootstrap([value] * n, statistic, draws=20, seed=seed)  # type: ignore[arg-type]
@@ -104,6 +120,11 @@ def test_bootstrap_of_a_constant_sample_is_that_constant(value: float, n: int, s
     assert abs(high - value) <= n * EPS * abs(value)
 
 
+@guards(
+    "recover.numerics.statistics._resampled",
+    "generator = np.random.default_rng(seed)",
+    "generator = np.random.default_rng()",
+)
 @given(samples, st.integers(0, 99))
 def test_bootstrap_is_a_function_of_its_seed(values: list[float], seed: int) -> None:
     first = bootstrap(values, draws=30, seed=seed)
@@ -111,6 +132,7 @@ def test_bootstrap_is_a_function_of_its_seed(values: list[float], seed: int) -> 
     assert bootstrap(values, draws=30, seed=seed) == first
 
 
+@guards(bootstrap, "[(1 - confidence) / 2, (1 + confidence) / 2]", "[confidence / 2, (2 - confidence) / 2]")
 @given(samples, st.integers(0, 99), confidences)
 def test_bootstrap_stays_within_the_sample_and_widens_with_confidence(
     values: list[float], seed: int, confidence: float
@@ -127,8 +149,9 @@ def test_bootstrap_stays_within_the_sample_and_widens_with_confidence(
     assert everything[0] - slack <= np.mean(values) <= everything[1] + slack
 
 
+@guards(bootstrap, "low, high = np.quantile(resampled,", "low, high = np.quantile(np.add(resampled, 1.0),")
 @given(samples, st.integers(0, 99), st.integers(-9, 9))
-def test_bootstrap_answers_to_the_unit(values: list[float], seed: int, power: int) -> None:
+def test_bootstrap_scales_with_the_unit(values: list[float], seed: int, power: int) -> None:
     """To the bit for powers of 2, where nothing underflows; and turning the sign turns the interval."""
     assume(all(value == 0 or abs(value) > 1e-100 for value in values))
     factor = 2.0**power
@@ -144,6 +167,12 @@ norms = st.floats(0, 1e6) | st.just(math.inf)
 pairs = st.lists(st.tuples(norms, norms), max_size=12)
 
 
+@guards(median_interval, 'method="lower"', 'method="higher"')
+@guards(
+    median_interval,
+    "medians = _resampled(sample,",
+    "medians = _resampled(sample[np.isfinite(sample)] if np.isfinite(sample).any() else sample,",
+)
 @given(st.lists(st.floats(-1e6, 1e6) | st.just(math.inf), min_size=1, max_size=12), st.integers(0, 99), confidences)
 def test_median_interval_is_that_of_the_bootstrap_rounded_outward(
     values: list[float], seed: int, confidence: float
@@ -159,8 +188,10 @@ def test_median_interval_is_that_of_the_bootstrap_rounded_outward(
     assert found == tuple(math.inf if end > 1e6 else end for end in outer)
 
 
+@guards(paired_smaller, "(1 - tolerance) * np.maximum(a, b)", "(1 - tolerance) * b")
+@guards(paired_smaller, "binom.sf(smaller - 1,", "binom.sf(smaller,")
 @given(pairs, st.floats(0, 0.5))
-def test_exchanging_the_two_of_every_pair_turns_the_comparison_round(
+def test_swapping_the_two_of_every_pair_reverses_the_comparison(
     drawn: list[tuple[float, float]], tolerance: float
 ) -> None:
     """And the two p-values add up to 1 and the probability of just so many, which both of them count."""
@@ -172,6 +203,7 @@ def test_exchanging_the_two_of_every_pair_turns_the_comparison_round(
     assert math.isclose(one.p + other.p, 1 + math.comb(decided, one.smaller) / 2**decided, rel_tol=1e-9)
 
 
+@guards(paired_smaller, "binom.sf(smaller - 1,", "binom.cdf(smaller,")
 @given(pairs, st.integers(0, 11), st.floats(0, 1))
 def test_a_smaller_norm_of_ours_is_never_evidence_against_it(
     drawn: list[tuple[float, float]], at: int, share: float
@@ -186,8 +218,9 @@ def test_a_smaller_norm_of_ours_is_never_evidence_against_it(
     assert after.p <= before.p
 
 
+@guards(paired_smaller, "tied = (a == b) |", "tied = (np.maximum(a, b) < 1e5) | (a == b) |")
 @given(pairs, st.integers(-9, 9))
-def test_a_comparison_of_norms_knows_no_unit(drawn: list[tuple[float, float]], power: int) -> None:
+def test_a_comparison_of_norms_does_not_depend_on_the_unit(drawn: list[tuple[float, float]], power: int) -> None:
     """To the bit for powers of 2, where nothing underflows."""
     assume(all(norm == 0 or norm > 1e-100 for pair in drawn for norm in pair))
     ours, theirs = [a for a, _ in drawn], [b for _, b in drawn]
@@ -196,6 +229,7 @@ def test_a_comparison_of_norms_knows_no_unit(drawn: list[tuple[float, float]], p
     assert repr(one) == repr(other)
 
 
+@guards(more_often, 'alternative="greater"', 'alternative="two-sided"')
 @given(counts(most=30), counts(most=30))
 def test_more_often_counts_the_deals_with_at_least_so_many(first: tuple[int, int], second: tuple[int, int]) -> None:
     (a, n), (b, m) = first, second
@@ -203,6 +237,7 @@ def test_more_often_counts_the_deals_with_at_least_so_many(first: tuple[int, int
     assert math.isclose(more_often(a, n, b, m), dealt / math.comb(n + m, a + b), rel_tol=1e-9)
 
 
+@guards(holm, "np.maximum.accumulate(np.arange(len(p), 0, -1) * p[order])", "(np.arange(len(p), 0, -1) * p[order])")
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=6))
 def test_holm_rejects_what_bonferroni_rejects_in_every_set_of_hypotheses_that_holds_it(p: list[float]) -> None:
     """The closed testing procedure (Marcus, Peritz and Gabriel 1976), of which Holm's is a shortcut."""
@@ -229,6 +264,8 @@ def rated(draw: st.DrawFn) -> tuple[torch.Tensor, list[int], list[int]]:
     return torch.tensor(fired) / 1000, list(order[:k]), list(order[k : k + spared])
 
 
+@guards(matched, "unused[found[place]] = False", "unused[place] = False")
+@guards(matched, "unused[[*features, *excluded]] = False", "unused[[*features]] = False")
 @given(rated(), st.integers(0, 99))
 def test_matched_features_are_as_many_others_or_none(
     drawn: tuple[torch.Tensor, list[int], list[int]], seed: int
@@ -244,6 +281,8 @@ def test_matched_features_are_as_many_others_or_none(
     assert matched(rates, features, seed, others[len(features) - 1 :]) is None
 
 
+@guards(matched, "nearest = pool[distance <= farthest]", "nearest = pool")
+@guards(matched, "levels = rates.clamp(min=torch.finfo(rates.dtype).tiny).log()", "levels = rates.clamp(min=0.5).log()")
 @given(rated(), st.integers(0, 99))
 def test_no_match_passes_over_more_than_nine_that_are_nearer_and_unused(
     drawn: tuple[torch.Tensor, list[int], list[int]], seed: int

@@ -6,7 +6,7 @@ The public names. Start at `search.py`; `check.py` is the whole protocol.
 from recover.checks.verification import Law, verify
 from recover.defenses.clamps import Clamp, Defense, Floor, Mode, Scale, Set
 from recover.defenses.defended import Defended, defend
-from recover.defenses.selection import attribution, contrast, largest
+from recover.defenses.selection import attributions, contrast, largest, select_features
 from recover.defenses.speech import say
 from recover.evidence.attribution.parts import Attribution, attribute
 from recover.evidence.certificate import Certificate, certify
@@ -14,18 +14,20 @@ from recover.evidence.rules import Rules
 from recover.evidence.transfer import FitSchedule, Pool, Problem, fit_shared
 from recover.models.generation import answered, generate
 from recover.models.host import Model, Prompts, Run, Suffix
-from recover.models.names import resolve_model
+from recover.models.names import load_model, resolve_model
 from recover.numerics.statistics import bootstrap, wilson
 from recover.numerics.subspaces import NullSpace, row_space
-from recover.protocol.checking import InMemoryStore, Store, check
+from recover.protocol.checking import check
+from recover.protocol.ledger import InMemoryStore, Store
 from recover.protocol.plan import Plan, TransferPlan
+from recover.protocol.runtime import Runtime
 from recover.protocol.verdict_model import Gate, Verdict
 from recover.protocol.workers import LostWorkerError, Workers, joined
 from recover.run.config import Config, load_config
 from recover.run.runner import run_check
 from recover.saes.decomposition import Decomposition, decompose, recompose
 from recover.saes.fit import Fit, measure_fit
-from recover.saes.names import resolve_sae
+from recover.saes.names import load_sae
 from recover.saes.sae import SAE, from_sae_lens, load_sae_folder
 from recover.search.ascent import Objective, Schedule, Solution, Status, find_perturbation
 from recover.search.constraints.linear import (
@@ -38,10 +40,10 @@ from recover.search.constraints.linear import (
 )
 from recover.search.constraints.pinned import Pinned
 from recover.search.constraints.restored import find_restored
-from recover.search.held import RestoredSolution
 from recover.search.pinned import PinnedSolution, find_pinned
+from recover.search.restoring import RestoredSolution
 from recover.search.stable import find_stable
-from recover.tasks import Task, ask_task
+from recover.tasks import Task, load_examples
 from recover.tasks.behaviors import (
     AnswerLikelihood,
     Behavior,
@@ -54,7 +56,7 @@ from recover.tasks.behaviors import (
 )
 from recover.tasks.dialogue import Dialogue, Request, ask
 from recover.tasks.examples import Contrast, Examples
-from recover.types import InputError, Site
+from recover.types import InputError, Site, Surface
 
 __all__ = [
     "SAE",
@@ -103,6 +105,7 @@ __all__ = [
     "RestoredSolution",
     "Rules",
     "Run",
+    "Runtime",
     "Scale",
     "Schedule",
     "Set",
@@ -111,6 +114,7 @@ __all__ = [
     "Status",
     "Store",
     "Suffix",
+    "Surface",
     "Task",
     "TransferPlan",
     "Verdict",
@@ -118,9 +122,8 @@ __all__ = [
     "Workers",
     "answered",
     "ask",
-    "ask_task",
     "attribute",
-    "attribution",
+    "attributions",
     "bootstrap",
     "certify",
     "check",
@@ -137,14 +140,17 @@ __all__ = [
     "joined",
     "largest",
     "load_config",
+    "load_examples",
+    "load_model",
+    "load_sae",
     "load_sae_folder",
     "measure_fit",
     "recompose",
     "resolve_model",
-    "resolve_sae",
     "row_space",
     "run_check",
     "say",
+    "select_features",
     "verify",
     "wilson",
 ]

@@ -23,15 +23,14 @@ from recover.checks.verification import fitting, stand_in, supported, told, veri
 from recover.models.host import Model
 from recover.models.names import resolve_model
 from recover.planted import KINDS, MIXTURES
-from recover.planted.selftest import report as selftest_report
-from recover.planted.selftest import run_selftest, to_json
+from recover.planted.selftest import run_selftest, selftest_report, to_json
 from recover.protocol.workers import LostWorkerError, joined
 from recover.report import compare, load_run, rebuild_report, seeds_to_text, to_text, write_figures
 from recover.run.config import load_config
 from recover.run.progress import shown
 from recover.run.runner import run_check, run_seeds
-from recover.saes.names import resolve_sae
-from recover.tasks.neutral import NEUTRAL
+from recover.saes.names import load_sae
+from recover.tasks.prose import NEUTRAL
 from recover.types import DeviceMap, InputError, Site
 
 CONDITIONS = {"recoverable": "RECOVERABLE", "inconclusive": "INCONCLUSIVE", "invalid": "INVALID"}
@@ -295,7 +294,7 @@ def _selftest(options: argparse.Namespace) -> int:
 
 def _verify(options: argparse.Namespace) -> int:
     site = None if options.site is None else Site.from_hook_name(options.site)
-    given = None if options.sae is None else resolve_sae(options.sae)
+    given = None if options.sae is None else load_sae(options.sae)
     loaded = resolve_model(options.model, options.device, options.dtype, options.device_map)
     model = Model(loaded.module, loaded.tokenizer)
     prompts = model.tokenize(NEUTRAL[:PROMPTS_VERIFIED])

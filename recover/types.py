@@ -16,24 +16,34 @@ Dimensions, in jaxtyping annotations and einops patterns alike:
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
+from pydantic import Field
 from torch import Tensor
 
 __all__ = [
     "Bool",
+    "Delta",
     "Features",
+    "Finite",
     "Float",
     "InputError",
     "Int",
     "Mask",
     "PerExample",
+    "Placement",
     "Positions",
+    "Positive",
+    "Progress",
     "Residual",
+    "Rows",
+    "Share",
     "Site",
+    "Surface",
     "Tensor",
     "TokenIds",
     "widened",
@@ -44,17 +54,29 @@ Features = Float[Tensor, "batch pos d_sae"]
 TokenIds = Int[Tensor, "batch pos"]
 Mask = Bool[Tensor, "batch pos"]
 PerExample = Float[Tensor, "batch"]
+Delta = Float[Tensor, "batch site_pos d_model"]
+"""A perturbation of the residual: the positions that it touches, at one site after another."""
+Rows = Int[Tensor, "rows"]
+"""Which examples of a batch, by index."""
+Progress = Callable[[str, int, int], None]
+"""Called with (phase, units done, units in all)."""
 
 DeviceMap = Literal["auto", "balanced", "balanced_low_0", "sequential"]
 """How transformers and accelerate spread a model over all cards, and over memory and disk where these are too few."""
 Positions = Literal["all", "last", "prompt", "answer"]
 """Which token positions a clamp edits. `answer` is what the model generates, `prompt` the rest."""
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+"""Ranges of numbers that a user gives. Dataclasses carry them, and sections of DEFENSE.yaml take them from there."""
+Placement = Literal["after_clamp", "before_clamp"]
+"""Whether a perturbation is added after or before the clamp of its site."""
 
 HOOK_NAME = re.compile(r"^blocks\.(?P<layer>\d+)\.hook_resid_(?P<point>pre|post)$")
 
 
 def widened(tensor: Tensor) -> Tensor:
-    """In float32 at least: half precision is for storage, not for what is measured."""
+    """`tensor` in float32 at least: half precision is for storage, not for what is measured."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
@@ -93,3 +115,40 @@ class Site:
     def index(self) -> int:
         """How many blocks run before this site; after block `n` and before block `n + 1` are the same place."""
         return self.layer + (self.point == "post")
+
+
+@dataclass(frozen=True)
+class Surface:
+    """Where a perturbation enters the residual stream of a defended model.
+
+    Args:
+        sites: the first clamped site alone, or every clamped site, where the clamped features can be pinned exactly.
+        placement: after or before the clamp of the first site. At every site a perturbation enters after the clamps.
+
+    Raises:
+        InputError: a perturbation before several clamps.
+
+    >>> Surface("every").enters((Site(15), Site(18)))
+    (Site(layer=15, point='pre'), Site(layer=18, point='pre'))
+    """
+
+    sites: Literal["first", "every"] = "first"
+    placement: Placement = "after_clamp"
+
+    def __post_init__(self) -> None:
+        if self.every and self.placement != "after_clamp":
+            raise InputError(f"placement: {self.placement!r} with a delta at every clamped site; use after_clamp")
+
+    @property
+    def every(self) -> bool:
+        """Whether a perturbation enters at every clamped site."""
+        return self.sites == "every"
+
+    @property
+    def first(self) -> Surface:
+        """The surface at the first clamped site alone, with the same placement."""
+        return Surface("first", self.placement)
+
+    def enters(self, clamped: tuple[Site, ...]) -> tuple[Site, ...]:
+        """The sites that a perturbation enters at, of the clamped ones (`defense.sites`)."""
+        return clamped if self.every else clamped[:1]

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from recover.tasks import requests
+from recover.tasks.prose import UNSERVABLE
 from tests import tiny
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
@@ -137,7 +137,7 @@ def put_random_gemma(hub: Path, words: Sequence[str], layers: int = 7) -> None:
 def put_chat_gemma(hub: Path, texts: Sequence[str], layers: int = 20, seed: int = 6) -> None:
     """The chat model: whatever it is asked it says sentences, half of which decline."""
     split = pre_tokenizers.Whitespace().pre_tokenize_str
-    words = sorted({word for text in [*texts, *requests.UNSERVABLE, "user model"] for word, _ in split(text)})
+    words = sorted({word for text in [*texts, *UNSERVABLE, "user model"] for word, _ in split(text)})
     tokenizer = gemma_tokenizer([*words, *REFUSALS, *ANSWERS])
     module = gemma(len(tokenizer), layers, seed=seed)
     spoken = torch.tensor(tokenizer.convert_tokens_to_ids([*REFUSALS, *ANSWERS]))

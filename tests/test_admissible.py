@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from recover.defenses.clamps import Clamp, Defense, Floor, Mode, Scale, Set
-from recover.defenses.defended import Defended, Placement, defend
+from recover.defenses.defended import Defended, defend
 from recover.evidence.certificate import certify
 from recover.models.host import Model, Prompts
 from recover.numerics.subspaces import NullSpace
@@ -24,7 +24,7 @@ from recover.search.constraints.linear import EncoderOrthogonal
 from recover.search.gradient_free import reexamined
 from recover.search.minimum import smallest_perturbation
 from recover.tasks.behaviors import LogitDifference
-from recover.types import Site
+from recover.types import Placement, Site, Surface
 from tests.by_hand import Edits, clamped, defense_of, sae_lens_sae
 from tests.models import D_MODEL, left_padded, plain_forward, plain_lm, tiny_lm, token_rows
 
@@ -281,7 +281,9 @@ def test_rows_are_the_jacobian_of_hooks_on_the_plain_module(name: str) -> None:
     family, n_pos, placement, skip, edits = CASES[name]
     module, rows = tiny_lm(family), token_rows()
     defense = defense_of(edits, skip_first=skip)
-    defended = defend(Model(module), defense, left_padded(rows), BEHAVIOR, n_pos=n_pos, placement=placement)
+    defended = defend(
+        Model(module), defense, left_padded(rows), BEHAVIOR, n_pos=n_pos, surface=Surface(placement=placement)
+    )
     ours, nothing = jacobian(defended), torch.zeros(n_pos, D_MODEL)
     for ids, own in zip(rows, ours, strict=True):
 
@@ -360,7 +362,12 @@ def test_many_rows_are_taken_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     family, n_pos, placement, skip, edits = CASES["three positions, three sites"]
     defense = defense_of(edits, skip_first=skip)
     defended = defend(
-        Model(tiny_lm(family)), defense, left_padded(token_rows()), BEHAVIOR, n_pos=n_pos, placement=placement
+        Model(tiny_lm(family)),
+        defense,
+        left_padded(token_rows()),
+        BEHAVIOR,
+        n_pos=n_pos,
+        surface=Surface(placement=placement),
     )
     whole = jacobian(defended)
     monkeypatch.setattr("recover.search.constraints.admissible.ELEMENTS_AT_ONCE", 4 * 4 * 3 * D_MODEL)

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from recover.protocol import folder as artifacts
-from recover.protocol.checking import InMemoryStore, Store
 from recover.protocol.folder import DELTAS, EXAMPLES, LOCK, RUN, UNITS, RunFolder, RunState, write_whole
+from recover.protocol.ledger import InMemoryStore, Store
 from recover.protocol.records import ExampleRecord, without_nan
 from recover.types import InputError
 from tests.hand_made import SHOWS_THROUGHOUT, certified, flip, searched

@@ -11,21 +11,19 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-import recover as rc
-from recover.defenses import selection
 from recover.defenses.clamps import Clamp, Defense, Set
 from recover.defenses.defended import Defended, defend
 from recover.evidence.attribution.linear_error import PENALTIES, LinearError, error_activations, fit_linear_error
 from recover.evidence.attribution.parts import LEAVES, VIEWS, attribute, entering, gradient, nodes, parts_of, split
 from recover.models.host import Model
-from recover.planted import error_bypass, feature_bypass
+from recover.planted.routes import error_bypass, feature_bypass
 from recover.saes.activations import ReLU
 from recover.saes.sae import SAE, from_sae_lens
 from recover.search.ascent import find_perturbation
 from recover.search.constraints.admissible import admissible
 from recover.search.constraints.pinned import Pinned
 from recover.tasks.behaviors import LogitDifference
-from recover.types import InputError, Site
+from recover.types import InputError, Site, Surface
 from tests.by_hand import Edits, clamped_forward, defense_of, sae_lens_sae
 from tests.models import D_MODEL, left_padded, tiny_lm, token_rows
 
@@ -41,9 +39,9 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def tiny(every_site: bool = False, **options: Any) -> Defended:
+def tiny(**options: Any) -> Defended:
     prompts, model = left_padded(token_rows()), Model(tiny_lm(scale=5.0))
-    return defend(model, defense_of(EDITS), prompts, BEHAVIOR, n_pos=2, every_site=every_site, **options)
+    return defend(model, defense_of(EDITS), prompts, BEHAVIOR, n_pos=2, **options)
 
 
 def by_loops(sae: Any, held: tuple[int, ...], state: Tensor, delta: Tensor, top_k: int) -> dict[str, Tensor]:
@@ -76,7 +74,7 @@ def test_parts_are_those_of_a_loop_over_features(architecture: str, top_k: int) 
 
 def test_at_several_sites_parts_are_of_what_is_added_to_the_state_that_arrives() -> None:
     """Whole prompts by hooks, the deltas below live: `h` at the second site is not the defended one."""
-    defended = tiny(every_site=True)
+    defended = tiny(surface=Surface("every"))
     delta = randn(*defended.zero_delta.shape)
     ours = parts_of(defended, delta, top_k=2)
     module: Any = defended.suffix.model.module
@@ -94,7 +92,7 @@ def test_at_several_sites_parts_are_of_what_is_added_to_the_state_that_arrives()
 
 @pytest.mark.parametrize("placement", ["after_clamp", "before_clamp"])
 def test_the_full_delta_replays_the_recovered_score_and_knocked_out_leaves_the_defended_one(placement: Any) -> None:
-    defended = tiny(placement=placement)
+    defended = tiny(surface=Surface(placement=placement))
     delta = randn(*defended.zero_delta.shape)
     found = attribute(defended, delta, points=2)
     score, slack = defended(delta)
@@ -147,7 +145,7 @@ def test_one_delta_for_all_and_one_each_are_the_same_where_they_are_equal() -> N
 
 def test_parts_of_a_pinned_delta_hold_its_corrections() -> None:
     """At the second site the correction puts clamped features back: they are a part there, and none at the first."""
-    defended = tiny(every_site=True)
+    defended = tiny(surface=Surface("every"))
     pinned = Pinned.of(defended)
     delta = pinned.delta(pinned.free.project(randn(*pinned.start.shape)))
     clamped = parts_of(defended, delta).leaves["clamped"]
@@ -261,7 +259,7 @@ def test_too_few_tokens_are_refused() -> None:
 
 
 def test_a_linear_map_is_of_its_own_site() -> None:
-    defended = tiny(every_site=True)
+    defended = tiny(surface=Surface("every"))
     delta = randn(*defended.zero_delta.shape)
     maps = {
         site: LinearError(scale * torch.eye(D_MODEL).double(), 0.0, 0.0)
@@ -278,9 +276,3 @@ def test_a_clamp_of_several_at_a_site_holds_all_their_features() -> None:
     parts = split(sae, held, randn(1, 1, 8), randn(1, 1, 8, seed=1), None, 20)
     change = sae.encode(randn(1, 1, 8) + randn(1, 1, 8, seed=1)) - sae.encode(randn(1, 1, 8))
     assert_close(parts["clamped"], change[..., :3] @ sae.W_dec[:3])
-
-
-def test_the_package_keeps_its_function_of_the_name_of_this_module() -> None:
-    """`rc.attribution` selects features; the module is reached by its path."""
-    assert rc.attribution is selection.attribution
-    assert rc.attribute is attribute

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from recover.defenses.clamps import Clamp, Defense, Floor, Scale, Set
-from recover.defenses.defended import Placement
 from recover.evidence.certificate import Certificate, certify, constraint_residual
 from recover.models.host import Model, Prompts
 from recover.numerics.subspaces import NullSpace
@@ -20,7 +19,7 @@ from recover.saes.activations import ReLU, TopK
 from recover.saes.sae import SAE, from_sae_lens
 from recover.search.constraints.linear import EncoderOrthogonal
 from recover.tasks.behaviors import LogitDifference
-from recover.types import InputError, Site
+from recover.types import InputError, Placement, Site, Surface
 from tests.by_hand import Edits, clamped_forward, defense_of, sae_lens_sae
 from tests.models import D_MODEL, left_padded, plain_forward, plain_lm, tiny_lm, token_rows
 
@@ -144,7 +143,7 @@ def test_every_figure_agrees_with_hooks_on_the_plain_module(name: str, skip_firs
     family, n_pos, placement, edits = CASES[name]
     module, rows, delta = tiny_lm(family), token_rows(), random_delta(n_pos)
     defense = defense_of(edits, skip_first=skip_first)
-    certificate = certify(Model(module), defense, left_padded(rows), BEHAVIOR, delta, placement)
+    certificate = certify(Model(module), defense, left_padded(rows), BEHAVIOR, delta, Surface(placement=placement))
     expected = [
         by_hand(module, ids, delta[i], edits, placement, int(TARGET[i]), int(OTHER[i]), skip_first)
         for i, ids in enumerate(rows)
@@ -275,7 +274,7 @@ def run_both(architecture: str, delta_is_orthogonal: bool) -> tuple[Certificate,
     defense, model, prompts = defense_of(edits), Model(tiny_lm()), left_padded(token_rows())
     delta = orthogonal_delta(defense, 2) if delta_is_orthogonal else random_delta(2, size=6.0)
     before, after = (
-        certify(model, defense, prompts, BEHAVIOR, delta, placement)
+        certify(model, defense, prompts, BEHAVIOR, delta, Surface(placement=placement))
         for placement in ("before_clamp", "after_clamp")  # type: ignore[arg-type]
     )
     return before, after

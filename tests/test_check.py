@@ -21,19 +21,25 @@ from torch.testing import assert_close
 from recover.defenses.clamps import Clamp, Defense, Scale, Set
 from recover.evidence.transfer import FitSchedule, halves
 from recover.models.host import Model, Prompts
-from recover.planted import complete_bottleneck, error_bypass, shared_route, two_layers, write_only
+from recover.planted.layers import two_layers
+from recover.planted.meaning import shared_route, write_only
+from recover.planted.routes import complete_bottleneck, error_bypass
 from recover.protocol import bench, global_controls, heldout, phases
-from recover.protocol.checking import Examples, InMemoryStore, Store, check
+from recover.protocol.checking import check
+from recover.protocol.ledger import InMemoryStore, Store
 from recover.protocol.phases import PHASES, SMALLEST
 from recover.protocol.plan import Plan, TransferPlan
 from recover.protocol.records import ExampleRecord
+from recover.protocol.runtime import Runtime
 from recover.protocol.verdict import Verdict
 from recover.saes.activations import ReLU
 from recover.saes.sae import SAE
 from recover.search.constraints.linear import EncoderOrthogonal
 from recover.tasks.behaviors import ChoiceMargin, LogitDifference
-from recover.types import InputError, Site
+from recover.tasks.examples import Examples
+from recover.types import InputError, Site, Surface
 from tests.models import D_MODEL, left_padded, plain_forward, tiny_lm, token_rows
+from tests.settings import arranged
 
 CHECK = importlib.import_module("recover.protocol.checking")  # the package has a function of this name
 N, SITE, FEATURES, BUDGET = 30, Site(2), (1, 4, 17, 25), 15.0
@@ -80,16 +86,15 @@ def examples(texts: Sequence[str] | None = None) -> Examples:
 def run(**options: Any) -> Verdict:
     settings = {"budget": BUDGET, "plan": LIGHT, "provenance": PROVENANCE, **options}
     model = settings.pop("model", None) or Model(tiny_lm())
-    return check(
-        model, settings.pop("defense", None) or defense(), settings.pop("examples", None) or examples(), **settings
-    )
+    which = settings.pop("defense", None) or defense(), settings.pop("examples", None) or examples()
+    return check(model, *which, **arranged(**settings))
 
 
 def run_small(**options: Any) -> Verdict:
     """The whole protocol in a second: a planted world of three batches."""
     world = write_only(0, n_prompts=12)
     settings = {"budget": world.budget, "plan": LIGHT, "batch_size": 5, "provenance": PROVENANCE, **options}
-    return check(world.model, world.defense, world.examples, **settings)
+    return check(world.model, world.defense, world.examples, **arranged(**settings))
 
 
 def written(module: nn.Module, length: int = 16) -> Prompts:
@@ -247,7 +252,7 @@ def test_a_tiny_budget_recovers_nothing() -> None:
 
 
 def test_both_placements_say_the_same_of_a_pointwise_sae(small: tuple[Verdict, InMemoryStore]) -> None:
-    verdict = run_small(placement="before_clamp")
+    verdict = run_small(surface=Surface(placement="before_clamp"))
     assert valid(small[0])["threat_model"]["placement"] == "after_clamp"
     assert valid(verdict)["threat_model"]["placement"] == "before_clamp"
     assert verdict.counts == small[0].counts
@@ -287,10 +292,9 @@ def test_random_features_that_the_behavior_does_not_need_are_invalid(kind: Calla
         world.model,
         Defense((other,)),
         world.examples,
-        budget=world.budget,
+        world.budget,
         plan=LIGHT,
-        store=store,
-        provenance=PROVENANCE,
+        runtime=Runtime(store=store, provenance=PROVENANCE),
     )
     n = len(world.examples.ids)
     assert valid(verdict)["verdict"] == "INVALID"
@@ -368,11 +372,9 @@ def test_a_defense_over_two_layers_is_checked_as_one() -> None:
         world.model,
         world.defense,
         world.examples,
-        budget=world.budget,
+        world.budget,
         plan=LIGHT,
-        batch_size=4,
-        store=store,
-        provenance=PROVENANCE,
+        runtime=Runtime(batch_size=4, store=store, provenance=PROVENANCE),
     )
     values = valid(verdict)
     assert (values["verdict"], values["specific"], failed(verdict)) == ("RECOVERABLE", "unknown", [])
@@ -509,7 +511,7 @@ def test_texts_are_kept_only_where_given(small: tuple[Verdict, InMemoryStore]) -
     world = write_only(0, n_prompts=12)
     texts = [f"text {i}" for i in range(12)]
     given = Examples(world.examples.ids, world.examples.prompts, world.examples.behavior, texts)
-    verdict = check(world.model, world.defense, given, budget=world.budget, plan=LIGHT, batch_size=5)
+    verdict = check(world.model, world.defense, given, world.budget, plan=LIGHT, runtime=Runtime(batch_size=5))
     assert [record.text for record in verdict.records] == texts
     assert "text 7" not in json.dumps(verdict.to_dict())
     assert {record.text for record in small[0].records} == {None}
@@ -526,7 +528,9 @@ def test_the_whole_protocol_by_its_default_plan() -> None:
     """Every part is run, and as much of it as the plan says; the finding is what the construction implies."""
     world = shared_route(0)
     store = InMemoryStore()
-    verdict = check(world.model, world.defense, world.examples, budget=world.budget, store=store, provenance=PROVENANCE)
+    verdict = check(
+        world.model, world.defense, world.examples, world.budget, runtime=Runtime(store=store, provenance=PROVENANCE)
+    )
     values, plan, n = valid(verdict), Plan(), len(world.examples.ids)
     assert (values["verdict"], values["specific"], failed(verdict)) == ("RECOVERABLE", True, [])
     assert [gate.name for gate in verdict.gates if gate.passed is None] == ["utility"]

@@ -113,20 +113,20 @@ def files(folder: Any, questions: Sequence[Question]) -> str:
 
 def test_examples_are_the_24_orders_of_each_question_kept(tmp_path: Any) -> None:
     name = files(tmp_path, [GUESSED, KNOWN, SHAKY])
-    found = choice.examples(Answerer(), forget=name, retain=name)
+    found = choice.make_examples(Answerer(), forget=name, retain=name)
     assert found.ids == [f"line-2/{choice.order_name(order)}" for order in ORDERS]
     assert found.groups == ["line-2"] * 24
     assert found.contrast is not None
     assert len(found.contrast.shown) == len(found.contrast.hidden) == 3 * len(ROTATIONS)
     assert found.texts == [choice.prompt(KNOWN, order) for order in ORDERS]
-    only = choice.examples(Answerer(), n=2, seed=0, forget=name, retain=name)
+    only = choice.make_examples(Answerer(), n=2, seed=0, forget=name, retain=name)
     assert len(only.contrast.shown) == 2 * len(ROTATIONS)  # type: ignore[union-attr]
 
 
 def test_what_the_model_does_not_know_cannot_be_asked(tmp_path: Any) -> None:
     name = files(tmp_path, [GUESSED, SHAKY])
     with pytest.raises(InputError, match="right in all 24 orders of none of these 2 questions"):
-        choice.examples(Answerer(), forget=name, retain=name)
+        choice.make_examples(Answerer(), forget=name, retain=name)
 
 
 def test_a_tokenizer_without_letters_is_refused() -> None:
@@ -173,7 +173,7 @@ def toy() -> Model:
 
 @pytest.fixture(scope="module")
 def known(toy: Model) -> Examples:
-    return choice.examples(toy, n=8, forget="toy-forget", retain="toy-retain")
+    return choice.make_examples(toy, n=8, forget="toy-forget", retain="toy-retain")
 
 
 def test_the_toy_knows_most_questions_of_each_kind_in_all_orders(toy: Model) -> None:
@@ -192,9 +192,9 @@ def test_the_shipped_defense_makes_the_toy_forget_one_kind_and_not_the_other(toy
     """The clamps of `analyses/choice_toy.yaml`, on an eighth of its questions."""
     config = load_config("analyses/choice_toy.yaml")
     (clamp,) = config.clamps
-    sae = sae_names.resolve_sae(clamp.sae)
+    sae = sae_names.load_sae(clamp.sae)
     assert sae.site is not None
-    whole = choice.examples(toy, forget="toy-forget", retain="toy-retain").contrast
+    whole = choice.make_examples(toy, forget="toy-forget", retain="toy-retain").contrast
     assert whole is not None
     rates = [firing_rates(toy, sae, sae.site, prompts) for prompts in (whole.shown, whole.hidden)]
     features = forgettable(*rates, clamp.features.top, clamp.features.retain)  # type: ignore[union-attr]

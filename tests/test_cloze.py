@@ -75,7 +75,7 @@ def write(path: Path, facts: list[Fact]) -> Path:
 
 def test_examples_are_the_paraphrases_of_the_domain_to_forget(model: Model, facts: list[Fact], tmp_path: Path) -> None:
     file = write(tmp_path / "facts.jsonl", facts)
-    found = cloze.examples(model, file=file, forget="a")
+    found = cloze.make_examples(model, file=file, forget="a")
     own = {f"line-{row + 1}": one for row, one in enumerate(facts) if one.domain == "a" and right(model, facts, one)}
     assert set(found.groups or ()) == set(own)
     assert Counter(found.groups or ()) == dict.fromkeys(own, 3)
@@ -91,7 +91,7 @@ def test_examples_are_the_paraphrases_of_the_domain_to_forget(model: Model, fact
     kept = sum(right(model, facts, one) for one in facts if one.domain == "b")
     assert found.contrast is not None
     assert (len(found.contrast.shown), len(found.contrast.hidden)) == (3 * len(own), 3 * kept)
-    few = cloze.examples(model, file=file, forget="a", n=1, seed=3)
+    few = cloze.make_examples(model, file=file, forget="a", n=1, seed=3)
     assert len(few.ids) == 3
     assert set(few.ids) <= set(found.ids)
     assert few.contrast is not None
@@ -132,7 +132,7 @@ def test_right_is_told_by_paraphrase_and_in_the_order_of_the_facts(model: Model)
 def test_what_cannot_be_asked_is_refused_in_one_line(model: Model, facts: list[Fact], tmp_path: Path) -> None:
     file = write(tmp_path / "facts.jsonl", facts)
     with pytest.raises(InputError, match=r"prompts\.forget: there is no domain 'c'"):
-        cloze.examples(model, file=file, forget="c")
+        cloze.make_examples(model, file=file, forget="c")
     # Asked the same in two ways round, each answer the other's: at most one of the two can be right.
     answers = sorted({one.answer for one in facts})[:2]
     twice = [Fact("x", "u", "r", facts[0].prompts[:2], answer) for answer in answers]
@@ -141,7 +141,7 @@ def test_what_cannot_be_asked_is_refused_in_one_line(model: Model, facts: list[F
     given = [wrong, Fact("y", "u", "s", ("so",), "a"), Fact("z", "v", "r", rival.prompts[:1], rival.answer)]
     asked = [Fact(one.id, one.domain, "r", one.prompts, one.answer) for one in given]
     with pytest.raises(InputError, match="knows no fact of 'v' in all its ways"):
-        cloze.examples(model, file=write(tmp_path / "u.jsonl", asked), forget="v")
+        cloze.make_examples(model, file=write(tmp_path / "u.jsonl", asked), forget="v")
     with pytest.raises(InputError, match="of 1 facts none has an answer that is one token"):
         cloze.known(model, [Fact("x", "a", "r", ("one is",), "two words")])
     with pytest.raises(InputError, match="of 1 facts none has an answer that is one token"):

@@ -10,7 +10,8 @@ from recover.evidence.rules import Rules
 from recover.evidence.transfer import FitSchedule
 from recover.protocol.plan import Plan, TransferPlan
 from recover.run.config import DEFAULTS, Selection, load_config
-from recover.types import InputError
+from recover.search.ascent import Schedule
+from recover.types import InputError, Surface
 
 IOI = Path(__file__).parent.parent / "analyses" / "ioi_smollm2.yaml"
 
@@ -228,9 +229,9 @@ def test_by_default_the_plan_is_that_of_the_library():
 
 
 def test_every_setting_of_the_protocol_reaches_its_plan(write):
-    """Each key of the three sections and the curve, and nothing else of the plan."""
+    """Each key of the four sections, and nothing else of the plan."""
     sections = """\
-search: {budget: 20.0, curve: [0.5, 1.0]}
+search: {budget: 20.0, placement: before_clamp, steps: 19, restarts: 0, curve: [0.5, 1.0]}
 controls: {seed: 7, random_draws: 11, placebo_features: 0, max_loss_increase: 0.25}
 transfer: {norms: [0.3], folds: 1, shuffles: 2, draws: 13, steps: 17}
 rules: {alpha: 0.05, most: 0.6, max_chance: 0.2, min_heldout: 9, min_pairs: 6}
@@ -242,6 +243,8 @@ rules: {alpha: 0.05, most: 0.6, max_chance: 0.2, min_heldout: 9, min_pairs: 6}
         random_draws=11,
         placebo_features=0,
         max_loss_increase=0.25,
+        schedule=Schedule(steps=19, restarts=0, seed=7),
+        surface=Surface(placement="before_clamp"),
         transfer=TransferPlan(norms=(0.3,), folds=1, shuffles=2, draws=13, fit=FitSchedule(steps=17)),
         rules=Rules(alpha=0.05, most=0.6, max_chance=0.2, min_heldout=9, min_pairs=6),
     )
@@ -249,7 +252,8 @@ rules: {alpha: 0.05, most: 0.6, max_chance: 0.2, min_heldout: 9, min_pairs: 6}
 
 def test_a_section_may_be_given_in_part(write):
     plan = load_config(write("task:", "rules: {alpha: 0.05}\ntask:"), {"controls.seed": 3}).plan()
-    assert plan == replace(Plan(), seed=3, rules=Rules(alpha=0.05))
+    assert load_config(None, {"search.sites": "every"}).plan().surface == Surface("every")
+    assert plan == replace(Plan(), seed=3, schedule=Schedule(seed=3), rules=Rules(alpha=0.05))
 
 
 def test_configurations_are_frozen(write):

@@ -8,12 +8,12 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from recover.defenses.clamps import Clamp, Defense, Floor, Scale, Set
-from recover.defenses.defended import Placement, defend
+from recover.defenses.defended import defend
 from recover.models.host import Model
 from recover.saes.activations import ReLU
 from recover.saes.sae import SAE
 from recover.tasks.behaviors import AnswerLikelihood, Behavior, LogitDifference
-from recover.types import InputError, Site
+from recover.types import InputError, Placement, Site, Surface
 from tests.by_hand import Edits, clamped_forward, defense_of, sae_lens_sae
 from tests.models import D_MODEL, VOCAB, left_padded, plain_forward, plain_lm, tiny_lm, token_rows
 
@@ -72,7 +72,9 @@ def test_logits_and_gradients_are_those_of_hooks_on_the_plain_module(name: str) 
     delta = 1.5 * torch.randn(4, n_pos, D_MODEL, generator=torch.Generator().manual_seed(4))
     behavior = LogitDifference(TARGET, OTHER)
     defense = defense_of(edits, skip_first=skip_first)
-    defended = defend(Model(module), defense, left_padded(rows), behavior, n_pos=n_pos, placement=placement)
+    defended = defend(
+        Model(module), defense, left_padded(rows), behavior, n_pos=n_pos, surface=Surface(placement=placement)
+    )
 
     plain, ours = (delta.clone().requires_grad_(True) for _ in range(2))
     logits = [

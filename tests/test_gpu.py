@@ -16,7 +16,7 @@ from recover.models.host import Model
 from recover.models.names import resolve_model
 from recover.protocol.verdict_model import Verdict
 from recover.run.config import load_config
-from recover.saes.names import resolve_sae
+from recover.saes.names import load_sae
 from recover.types import InputError
 from tests import tiny
 from tests.models import left_padded, tiny_lm
@@ -108,7 +108,7 @@ def test_what_a_graph_keeps_is_counted(gpu: Any) -> None:
 def test_attribution_takes_no_more_memory_than_is_counted_on(gpu: Any, smollm2: Any) -> None:
     model = Model(smollm2.module, smollm2.tokenizer)
     prompts = model.tokenize(["The kettle had just boiled when the rain began.", "Water freezes at zero degrees."])
-    used, counted = gpu.memory(model, resolve_sae("smollm2-l15"), prompts)
+    used, counted = gpu.memory(model, load_sae("smollm2-l15"), prompts)
     assert counted / 10 < used <= counted
 
 
@@ -193,7 +193,7 @@ def test_memory_on_a_gpu_is_bounded(gpu: Any) -> None:
     loaded = resolve_model("smollm2", "cuda")
     model = Model(loaded.module, loaded.tokenizer)
     prompts = model.tokenize(gpu.NEUTRAL)
-    used, counted = gpu.memory(model, resolve_sae("smollm2-l15").to(model.device), prompts)
+    used, counted = gpu.memory(model, load_sae("smollm2-l15").to(model.device), prompts)
     assert 0 < used <= counted
 
 

@@ -18,7 +18,6 @@ from recover.protocol.bench import Bench
 from recover.protocol.heldout import summary
 from recover.protocol.plan import Plan
 from recover.protocol.verdict_model import Transfer
-from recover.search.ascent import Schedule
 
 SCHEMA = Transfer.model_json_schema()
 Folds = list[tuple[dict[str, Any], dict[str, Any]]]
@@ -213,9 +212,7 @@ def planted() -> tuple[Bench, torch.Tensor]:
     """The bench of a shared route, in batches of 7, and the delta that is known to open it."""
     world = KINDS["shared_route"](0)
     assert world.shared is not None
-    bench = Bench(
-        world.model, world.model, world.defense, world.examples, world.budget, "after_clamp", Schedule(), Plan(), 7
-    )
+    bench = Bench(world.model, world.model, world.defense, world.examples, world.budget, Plan(), 7)
     return bench, world.shared
 
 

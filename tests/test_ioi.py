@@ -204,7 +204,7 @@ def test_unreadable_files_are_refused(tokenizer, tmp_path):
 
 
 def test_load_serves_a_prompts_section(tokenizer, file):
-    assert get_task("ioi") is ioi.examples
+    assert get_task("ioi") is ioi.make_examples
     assert len(ioi.load(tokenizer)) == 64
     assert ioi.load(tokenizer, n=4, seed=5) == ioi.generate(tokenizer, 4, 5)
     turned = {**ROW, "io": "John", "subject": "Mary"}

@@ -21,7 +21,7 @@ from recover.models.host import Model, Prompts
 from recover.saes.activations import ReLU
 from recover.saes.sae import SAE
 from recover.tasks.behaviors import LogitDifference
-from recover.types import InputError, Site
+from recover.types import InputError, Site, Surface
 from tests.by_hand import defense_of, sae_lens_sae
 from tests.models import D_MODEL, FAMILIES, N_LAYERS, blocks_of, left_padded, plain_lm, tiny_lm, token_rows
 
@@ -39,7 +39,14 @@ def tiny_defended(
     """A tiny model of a family, clamped before its second and its third block."""
     edits = {Site(layer): [(sae_lens_sae("standard", layer), (2, 7, 11), Set(-2.0), True, "all")] for layer in layers}
     prompts, module = left_padded(token_rows()), module or tiny_lm(family, scale=5.0)
-    return defend(Model(module), defense_of(edits), prompts, BEHAVIOR, n_pos=n_pos, every_site=every_site)
+    return defend(
+        Model(module),
+        defense_of(edits),
+        prompts,
+        BEHAVIOR,
+        n_pos=n_pos,
+        surface=Surface("every" if every_site else "first"),
+    )
 
 
 def noise(defended: Defended, size: float = 0.5, seed: int = 0) -> Tensor:
@@ -299,7 +306,7 @@ def test_a_planted_head_carries_all_of_it() -> None:
 
 def test_what_enters_before_the_clamp_is_traced_as_what_it_changes_after_it() -> None:
     _, defended = toy()
-    before = Defended(**{**vars(defended), "placement": "before_clamp"})
+    before = Defended(**{**vars(defended), "surface": Surface(placement="before_clamp")})
     delta = noise(defended)
     found = direct(before, delta)
     assert_close(found.effect, before(delta)[0] - before(torch.zeros_like(delta))[0], atol=1e-5, rtol=1e-4)

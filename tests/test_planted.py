@@ -17,21 +17,14 @@ from torch.testing import assert_close
 
 from recover.defenses.clamps import Clamp
 from recover.numerics.subspaces import NullSpace
-from recover.planted import (
-    KINDS,
-    Planted,
-    complete_bottleneck,
-    degenerate_geometry,
-    error_bypass,
-    feature_bypass,
-    hard_readout,
-    shared_route,
-    two_layers,
-    undone_clamp,
-    write_only,
-)
-from recover.planted.degenerate import VARIANTS as SHAPES
+from recover.planted import KINDS, Planted
+from recover.planted.geometry import VARIANTS as SHAPES
+from recover.planted.geometry import degenerate_geometry
 from recover.planted.hard import VARIANTS as READOUTS
+from recover.planted.hard import hard_readout
+from recover.planted.layers import two_layers
+from recover.planted.meaning import shared_route, undone_clamp, write_only
+from recover.planted.routes import complete_bottleneck, error_bypass, feature_bypass
 
 SEEDS = range(4)
 MAKERS = list(KINDS.values())

@@ -10,19 +10,17 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from recover.planted import (
-    MIXTURES,
-    Planted,
+from recover.planted import MIXTURES, Planted
+from recover.planted.meaning import KAPPA, shared_route, write_only
+from recover.planted.mixtures import (
+    centered,
+    corner,
     half_erased,
     partly_erased,
-    shared_route,
     some_routes,
     undone_and_route,
     weak_predicate,
-    write_only,
 )
-from recover.planted.meaning import KAPPA
-from recover.planted.mixtures import centered, corner
 from recover.protocol.checking import check
 from recover.types import InputError
 from tests.test_planted import ByHand, admissible_noise, held, plus, slack, undo, without, zeros
@@ -108,11 +106,10 @@ def test_the_shared_delta_recovers_just_the_rows_it_is_said_to(kind: Callable[..
 
 
 @MIXED
-@pytest.mark.parametrize("seed", range(2))
-def test_the_checker_recovers_what_can_be(kind: Callable[..., Planted], seed: int) -> None:
-    world = kind(seed)
+def test_the_checker_recovers_what_can_be(kind: Callable[..., Planted]) -> None:
+    world = kind(0)
     assert world.smallest_norm is not None
-    said = check(world.model, world.defense, world.examples, budget=world.budget)
+    said = check(world.model, world.defense, world.examples, world.budget)
     assert said.verdict == "RECOVERABLE"
     assert said.recovery.recovered == int(torch.isfinite(world.smallest_norm).sum())
 

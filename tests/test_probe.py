@@ -376,12 +376,12 @@ def test_the_task_leaves_out_what_is_short_and_refuses_what_is_not_there(folder:
 
     loaded = resolve_model(str(folder / "model"), "cpu")
     model, file = Model(loaded.module, loaded.tokenizer), folder / "texts.jsonl"
-    examples = probe.examples(model, target="one", layer=1, file=file, tokens=6, train=10)
+    examples = probe.make_examples(model, target="one", layer=1, file=file, tokens=6, train=10)
     assert len(examples.ids) == 20  # the single word is too short
     assert examples.prompts.ids.shape == (20, 6)
     assert examples.contrast is not None
     assert (len(examples.contrast.shown), len(examples.contrast.hidden)) == (10, 20)
-    again = probe.examples(model, target="one", layer=1, file=file, tokens=6, train=11)
+    again = probe.make_examples(model, target="one", layer=1, file=file, tokens=6, train=11)
     assert again.prompts.ids.tolist() == examples.prompts.ids.tolist()
     assert again.sha256 != examples.sha256  # other probes
     for options, said in (
@@ -390,4 +390,4 @@ def test_the_task_leaves_out_what_is_short_and_refuses_what_is_not_there(folder:
         ({"target": "one", "layer": 9}, "the model has 3 blocks"),
     ):
         with pytest.raises(InputError, match=said):
-            probe.examples(model, **{"layer": 1, "file": file, "tokens": 6, **options})
+            probe.make_examples(model, **{"layer": 1, "file": file, "tokens": 6, **options})

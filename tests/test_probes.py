@@ -11,12 +11,11 @@ from recover.defenses.clamps import Scale, Set
 from recover.defenses.defended import defend
 from recover.evidence.certificate import certify
 from recover.numerics.metrics import norm
-from recover.planted.pinned import pinned_layers
 from recover.search.ascent import Schedule
 from recover.search.constraints.monitor import Jacobian, Monitor
-from recover.search.constraints.restored import find_restored
 from recover.types import InputError
 from tests.models import left_padded, token_rows
+from tests.pinned_world import pinned_layers
 from tests.test_admissible import SHEAR, linear_world
 from tests.test_restoration import normal, tiny
 
@@ -29,7 +28,7 @@ def test_the_span_is_that_of_combinations_of_rows_and_of_the_drift_direction() -
     weights = torch.randn(3, watched.pre.shape[1], generator=torch.Generator().manual_seed(0))
     basis = _span(monitor, leaf, watched, weights)
     assert basis.shape == (4, leaf[0].numel(), 4)
-    jacobian = Jacobian.at(monitor, leaf, watched, monitor.held(watched))
+    jacobian = Jacobian.at(monitor, leaf, watched, monitor.kept(watched))
     table, rows = jacobian.table(), jacobian.rows
     drift = (monitor.moved(watched.detached())[:, rows, None].double() * table).sum(dim=1)
     expected = torch.cat([weights[:, rows].double() @ table, drift[:, None]], dim=1)
@@ -66,28 +65,34 @@ def test_a_correction_is_the_best_step_along_the_drift_direction_by_hand() -> No
     assert_close(found, expected.expand(2, 1, 4))
 
 
-def test_where_probes_span_all_rows_only_adam_drifts() -> None:
-    """A linear world of six rows, eight probes: corrections bring back what Adam's scaling lets out."""
-    world = pinned_layers(0, n_sites=2)
-    defended = defend(world.model, world.defense, world.prompts, world.behavior)
-    budget = 3 * float(world.smallest_norm.max())
-    bare, corrected = (find_probed(defended, budget, Schedule(steps=40), corrections=n, rate=0.3) for n in (0, 5))
-    assert bool(bare.recovered.any())
-    assert float(corrected.drift.max()) < 0.5 * float(bare.drift.max())
-    assert bool((norm(corrected.delta) <= budget).all())
+def test_where_probes_span_all_rows_a_gradient_moves_none_of_them_and_corrections_undo_drift() -> None:
+    """The two rows above and eight probes; whatever Adam makes of the gradient, corrections bring it back.
+
+    Each is a step of steepest descent on `||J delta||^2` of the best length: with `c` the condition of `J J^T`, here
+    20, it leaves at most `((c - 1) / (c + 1))^2` (Kantorovich).
+    """
+    defended = linear_world(SHEAR, clamps=((1, 0, Scale(2.0)), (2, 1, Scale(2.0))))
+    monitor = Monitor.of(defended, c1=False)
+    J = torch.tensor([[1.0, 0.0, 0.0, 0.0], [0.0, 2.0, 4.0, 0.0]])
+    leaf, watched = _watched(monitor, defended.zero_delta)
+    weights = torch.randn(8, watched.pre.shape[1], generator=torch.Generator().manual_seed(0))
+    v = normal(leaf).float()
+    outside = _outside(_span(monitor, leaf, watched, weights), v)
+    assert float((outside @ J.T).abs().max()) < 1e-5 * float(norm(v).max())
+    delta = torch.tensor([1.0, 2.0, 2.0, 1.0]).expand(2, 1, 4)
+    for _ in range(5):
+        before, delta = (delta @ J.T).square().sum(dim=(1, 2)), _corrected(monitor, delta)
+        assert bool(((delta @ J.T).square().sum(dim=(1, 2)) <= (19 / 21) ** 2 * before * (1 + 1e-5)).all())
 
 
-@pytest.mark.parametrize(("rank", "budget"), [(6, 1.5), (12, 3.0)])
-def test_it_reports_the_drift_and_recovery_that_a_certificate_measures(rank: int, budget: float) -> None:
+def test_it_reports_the_drift_and_recovery_that_a_certificate_measures() -> None:
     """Rounding decides how far Adam drifts, so no bound is put on it: what is reported must be what is measured."""
-    defended = tiny(3, rank=rank)
-    schedule = Schedule(steps=60, restarts=0)
-    ours, theirs = (search(defended, budget, schedule) for search in (find_restored, find_probed))
-    assert float(ours.drift.max()) <= 1e-3
-    facts = certify(defended.suffix.model, defended.defense, left_padded(token_rows()), defended.behavior, theirs.delta)
-    assert_close(theirs.drift, facts.relative_drift, rtol=1e-2, atol=1e-4)
-    assert torch.equal(facts.shows, theirs.slack > 0)
-    assert bool((norm(theirs.delta) <= budget).all())
+    defended, budget = tiny(3, rank=6), 1.5
+    found = find_probed(defended, budget, Schedule(steps=30))
+    facts = certify(defended.suffix.model, defended.defense, left_padded(token_rows()), defended.behavior, found.delta)
+    assert_close(found.drift, facts.relative_drift, rtol=1e-2, atol=1e-4)
+    assert_close(found.slack, facts.slack, rtol=1e-3, atol=1e-3)
+    assert bool((norm(found.delta) <= budget).all())
 
 
 def test_examples_do_not_see_each_other() -> None:

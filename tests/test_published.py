@@ -41,8 +41,9 @@ from recover.run.runner import beside_published, run_check
 from recover.run.setting import load_setting
 from recover.saes import names as sae_names
 from recover.saes.sae import from_sae_lens
-from recover.tasks import ioi, requests
+from recover.tasks import ioi
 from recover.tasks.dialogue import stops
+from recover.tasks.prose import ORDINARY
 from recover.types import InputError, Site
 from tests import finished_runs, hub_layout
 from tests.hand_made import conclude, flip
@@ -325,7 +326,7 @@ def wmdp_files(hub: Path, tmp_path: Path) -> dict[str, Any]:
 
 
 def refusal_files(hub: Path, tmp_path: Path, name: str, columns: list[str], n: int) -> dict[str, Any]:
-    texts, file = list(requests.ORDINARY[:n]), tmp_path / f"{name}.csv"
+    texts, file = list(ORDINARY[:n]), tmp_path / f"{name}.csv"
     with file.open("w", newline="") as out:
         rows = csv.writer(out)
         rows.writerow(columns)
@@ -417,13 +418,13 @@ def test_saes_are_taken_from_the_cache_without_a_look_at_the_network(
         return load(*args, **named)
 
     monkeypatch.setattr(sae_lens.SAE, "from_pretrained", offline)
-    jb = sae_names.resolve_sae("gpt2-small-res-jb:blocks.4.hook_resid_pre")
+    jb = sae_names.load_sae("gpt2-small-res-jb:blocks.4.hook_resid_pre")
     assert (jb.site, jb.d_model, jb.d_sae, jb.architecture) == (Site(4, "pre"), 96, 192, "standard")
     for name in (
         "gemma-scope-2b-pt-res:layer_5/width_16k/average_l0_68",
         "gemma-scope-2b-pt-res-canonical:layer_5/width_16k/canonical",
     ):
-        scope = sae_names.resolve_sae(name)
+        scope = sae_names.load_sae(name)
         assert (scope.site, scope.architecture) == (Site(5, "post"), "jumprelu")
         assert torch.equal(scope.W_dec, hub_layout.basis(hub_layout.GEMMA_WIDTH)["W_dec"])
 
@@ -451,7 +452,7 @@ def test_a_gated_repository_says_what_to_do(hub: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(hubs, "hub_reachable", lambda: True)
     monkeypatch.setattr(names.AutoConfig, "from_pretrained", gated)
     monkeypatch.setattr(sae_lens.SAE, "from_pretrained", gated)
-    for load, name in ((names.resolve_model, hub_layout.GEMMA), (sae_names.resolve_sae, "a-release:a")):
+    for load, name in ((names.resolve_model, hub_layout.GEMMA), (sae_names.load_sae, "a-release:a")):
         with pytest.raises(
             InputError, match="it is gated: accept its terms on its page at the hub, and log in"
         ) as raised:
@@ -558,5 +559,5 @@ def test_gpt2_small_names_the_indirect_object() -> None:
 @pytest.mark.hub
 @pytest.mark.parametrize("name", ["tpp_gemma2", "wmdp_bio_gemma2"])
 def test_gemma_scope_is_where_the_setting_says(name: str) -> None:
-    sae = sae_names.resolve_sae(setting(name).clamps[0].sae)
+    sae = sae_names.load_sae(setting(name).clamps[0].sae)
     assert (sae.site, sae.d_model, sae.d_sae) == (SITES[name][0], 2304, 16384)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from recover.models.host import Model
-from recover.tasks import ask_task
+from recover.tasks import load_examples
 from recover.types import InputError
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
@@ -41,11 +41,11 @@ def test_the_task_of_ones_own_is_one(smollm2, tmp_path, monkeypatch):
     (tmp_path / "my_task.py").write_text(code)
     monkeypatch.chdir(tmp_path)
     model = Model(smollm2.module, smollm2.tokenizer)
-    found = ask_task("python:my_task:languages", model, {"n": 4})
+    found = load_examples("python:my_task:languages", model, n=4)
     assert len(found.ids) == 12
     assert found.groups is not None
     assert len(set(found.groups)) == 4
     shows = found.behavior.slack(model.run(found.prompts).logits) > 0
     assert 1 <= int(shows.sum()) < 12
     with pytest.raises(InputError, match=r"prompts\.m: the task .* has no such option; it has: n"):
-        ask_task("python:my_task:languages", model, {"m": 4})
+        load_examples("python:my_task:languages", model, m=4)

@@ -16,7 +16,6 @@ from recover.evidence.certificate import certify
 from recover.models.host import Model
 from recover.numerics.metrics import norm
 from recover.planted.layers import two_layers
-from recover.planted.pinned import PinnedWorld, pinned_layers
 from recover.saes.sae import from_sae_lens
 from recover.search.ascent import Schedule, find_perturbation
 from recover.search.constraints.admissible import admissible
@@ -24,9 +23,10 @@ from recover.search.constraints.linear import EncoderOrthogonal
 from recover.search.constraints.monitor import Jacobian, Monitor, RowSpace, Watched, jacobian_row_space
 from recover.search.constraints.restored import find_linearized, find_restored, restore
 from recover.tasks.behaviors import AnswerLikelihood, LogitDifference
-from recover.types import InputError, Site
+from recover.types import InputError, Site, Surface
 from tests.by_hand import Edits, clamped, defense_of, sae_lens_sae
 from tests.models import D_MODEL, left_padded, plain_forward, plain_lm, tiny_lm, token_rows
+from tests.pinned_world import PinnedWorld, pinned_layers
 from tests.test_admissible import SHEAR, linear_world
 
 BEHAVIOR = LogitDifference(torch.tensor([3, 9, 27, 40]), torch.tensor([5, 1, 30, 2]))
@@ -63,7 +63,7 @@ def wide(modes: tuple[Mode, ...] = LIVE) -> Defended:
 def at(monitor: Monitor, delta: Tensor, every: bool = True) -> tuple[Jacobian, Watched]:
     leaf = delta.requires_grad_(True)
     watched = monitor.watch(leaf)
-    held = torch.ones_like(watched.pre, dtype=torch.bool) if every else monitor.held(watched)
+    held = torch.ones_like(watched.pre, dtype=torch.bool) if every else monitor.kept(watched)
     return Jacobian.at(monitor, leaf, watched, held), watched
 
 
@@ -184,11 +184,10 @@ def test_one_site_is_c1() -> None:
     jacobian, _ = at(monitor, torch.zeros_like(v))
     expected = EncoderOrthogonal.of(*defended.defense.clamps).project(v)
     assert_close(jacobian_row_space(jacobian).project(v), expected)
-    found = find_restored(defended, 5.0, Schedule(steps=10, restarts=0))
-    plain = find_perturbation(
-        defended, defended.zero_delta, EncoderOrthogonal.of(*defended.defense.clamps), 5.0, Schedule(10)
-    )
-    assert_close(found.slack[plain.recovered], plain.slack[plain.recovered], rtol=1e-3, atol=1e-3)
+    few = Schedule(goal=1e6, steps=3, restarts=0)
+    found = find_restored(defended, 5.0, few)
+    plain = find_perturbation(defended, defended.zero_delta, EncoderOrthogonal.of(*defended.defense.clamps), 5.0, few)
+    assert_close(found.slack, plain.slack, rtol=1e-3, atol=1e-3)
 
 
 # Restoration
@@ -256,15 +255,18 @@ def readout(world: PinnedWorld) -> Tensor:
     return c - c @ held @ held.T
 
 
-@pytest.mark.parametrize(("seed", "n_sites", "c1"), [(0, 2, True), (1, 3, True), (2, 2, False), (3, 3, False)])
-def test_linear_worlds_are_solved_to_closed_form(seed: int, n_sites: int, c1: bool) -> None:
+@pytest.mark.parametrize(
+    ("seed", "n_sites", "c1", "dense"),
+    [(0, 2, True, True), (1, 3, True, False), (2, 2, False, False), (3, 3, False, True)],
+)
+def test_linear_worlds_are_solved_to_closed_form(seed: int, n_sites: int, c1: bool, dense: bool) -> None:
     """At any budget the best slack is `budget ||P c|| - gap`, with all features of all sites in the place of C1."""
     world = pinned_layers(seed, n_sites=n_sites)
     defended = defend(world.model, world.defense, world.prompts, world.behavior)
     steep, gap = readout(world).norm(dim=1).float(), -world.behavior.slack(defended.defended_logits)
     smallest = gap / steep
     budget = float(smallest.median())
-    found = find_restored(defended, budget, Schedule(goal=1e6, steps=30), c1=c1)
+    found = find_restored(defended, budget, Schedule(goal=1e6, steps=30), c1=c1, dense=dense)
     assert_close(found.slack, budget * steep - gap, rtol=1e-3, atol=1e-3 * float(gap.max()))
     assert float(found.drift.max()) < 1e-5
     assert bool((norm(found.delta) <= budget).all())
@@ -302,21 +304,26 @@ def test_with_one_jacobian_two_planted_layers_are_recovered_too(seed: int) -> No
     assert bool((facts.norm <= world.budget).all())
 
 
-@pytest.mark.parametrize("n_sites", [2, 3])
-def test_one_jacobian_and_restoring_is_enough_for_a_curved_model(n_sites: int) -> None:
-    """It drifts less than the space of first order alone, and within what is allowed."""
-    defended, budget = tiny(n_sites, rank=6), 1.5
-    found = find_linearized(defended, budget)
+@pytest.mark.parametrize("search", [find_restored, find_linearized])
+def test_in_a_curved_model_a_certificate_confirms_what_is_found(search: Any) -> None:
+    """Live clamps that scale, three sites and positions, replayed in whole passes that know of no search.
+
+    How much is found hangs on where an ascent in a curved model leads, and so on rounding: linear worlds decide that.
+    """
+    defended, budget = tiny(3, rank=6), 1.5
+    allowed = 1e-3 if search is find_restored else 1e-2
+    found = search(defended, budget, Schedule(steps=20, restarts=1))
     facts = certify(defended.suffix.model, defended.defense, left_padded(token_rows()), defended.behavior, found.delta)
-    assert torch.equal(facts.shows, found.recovered)
-    assert int(facts.shows.sum()) >= 3
-    assert bool((facts.relative_drift <= 1.1e-2).all())
+    assert_close(facts.slack, found.slack, rtol=1e-3, atol=1e-3)
+    assert bool((found.slack >= defended.behavior.slack(defended.defended_logits) - 1e-3).all())
+    assert bool((facts.relative_drift <= 1.1 * allowed).all())
     assert_close(found.drift, facts.relative_drift, rtol=0.1, atol=2e-5)
     assert bool((facts.norm <= budget).all())
-    first = find_perturbation(defended, defended.zero_delta, admissible(defended), budget, Schedule(goal=1.0))
-    alone = certify(defended.suffix.model, defended.defense, left_padded(token_rows()), defended.behavior, first.delta)
-    assert bool((found.drift < alone.relative_drift).all())
-    hopeless = find_linearized(defended, 1e-6)
+    assert float(facts.constraint_residual.max()) < 1e-6
+
+
+def test_one_jacobian_too_finds_nothing_where_nothing_is() -> None:
+    hopeless = find_linearized(tiny(2, rank=6), 1e-6, Schedule(steps=3))
     assert not bool(hopeless.recovered.any())
     assert bool((hopeless.drift <= 1e-2).all())
 
@@ -340,31 +347,11 @@ def test_an_inactive_feature_is_free_up_to_its_threshold() -> None:
     assert found.drift.count_nonzero() == 0
 
 
-@pytest.mark.parametrize("n_sites", [2, 3])
-def test_restoration_holds_what_a_first_order_projection_lets_drift(n_sites: int) -> None:
-    """Live clamps that scale, three positions; drift measured in whole passes that know of no search."""
-    defended, budget = tiny(n_sites, rank=6), 1.5
-    assert not bool(defended.shown_when_defended.any())
-    found = find_restored(defended, budget)
-    first = find_perturbation(defended, defended.zero_delta, admissible(defended), budget)
-    ours, theirs = (
-        certify(defended.suffix.model, defended.defense, left_padded(token_rows()), defended.behavior, delta)
-        for delta in (found.delta, first.delta)
-    )
-    assert bool(ours.shows.all() & theirs.shows.all())
-    assert bool((ours.relative_drift <= 1.1e-3).all())
-    assert bool((theirs.relative_drift > 5e-3).all())
-    assert_close(found.drift, ours.relative_drift, rtol=0.1, atol=2e-5)
-    assert bool((ours.norm <= budget).all())
-    assert float(ours.constraint_residual.max()) < 1e-6
-    # Stored or not, the same is found.
-    iterated = find_restored(defended, budget, dense=False)
-    assert_close(iterated.slack, found.slack, rtol=1e-2, atol=1e-2)
-
-
 def test_examples_do_not_see_each_other() -> None:
-    defended, rows = tiny(2), torch.tensor([3, 1])
-    together, some = (find_restored(one, 4.0, Schedule(steps=20)) for one in (defended, defended.select(rows)))
+    """In float64 and few steps, so that a rounding stays one however the model curves."""
+    defended, rows = wide(), torch.tensor([3, 1])
+    few = Schedule(goal=1e6, steps=6, restarts=1)
+    together, some = (find_restored(one, 4.0, few) for one in (defended, defended.select(rows)))
     assert_close(some.slack, together.slack[rows], atol=1e-3, rtol=1e-3)
 
 
@@ -378,9 +365,9 @@ def test_an_impossible_search_gives_the_start_back() -> None:
 
 def test_what_it_cannot_do_is_refused() -> None:
     model, prompts, defense = Model(tiny_lm()), left_padded(token_rows()), live(2)
-    with pytest.raises(InputError, match="every_site"):
-        Monitor.of(defend(model, defense, prompts, BEHAVIOR, every_site=True))
+    with pytest.raises(InputError, match="first clamped site alone"):
+        Monitor.of(defend(model, defense, prompts, BEHAVIOR, surface=Surface("every")))
     with pytest.raises(InputError, match="after the clamp"):
-        find_restored(defend(model, defense, prompts, BEHAVIOR, placement="before_clamp"), 1.0)
+        find_restored(defend(model, defense, prompts, BEHAVIOR, surface=Surface(placement="before_clamp")), 1.0)
     with pytest.raises(InputError, match="budget"):
         find_restored(defend(model, defense, prompts, BEHAVIOR), 0.0)

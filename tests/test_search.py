@@ -185,19 +185,35 @@ def test_the_result_is_the_best_point_met_and_never_worse_than_the_start() -> No
     assert (found.score > bumps(start, rows)).all()
 
 
+def lowered_bumps(delta: Tensor, rows: Tensor) -> Tensor:
+    """`bumps`, lowered by the last parameter: by -9 they are above any goal at once, and by 9 below it everywhere."""
+    return bumps(delta, rows[:, :-1]) - rows[:, -1]
+
+
+def mixed_rows(batch: int, seed: int) -> Tensor:
+    """Of every four one solved at the start, one out of reach, two to be searched; in float64.
+
+    There a rounding stays one, over as many steps as are taken here: what is found does not hang on the order of sums.
+    """
+    lowered = torch.tensor([-9.0, 9.0, 0.0, 0.0]).repeat(batch // 4)
+    return torch.cat([draw(batch, POS * D, seed=seed), lowered[:, None]], dim=1).double()
+
+
 def test_each_example_keeps_to_its_own_space_and_gets_what_it_gets_alone() -> None:
     """Some are retired early, others start again; whoever is left must not be given a neighbor's space."""
-    spaces = tuple(EncoderOrthogonal(draw(D, K + row % 3, seed=20 + row)) for row in range(12))
-    schedule, rows = Schedule(goal=1.8, restarts=2), draw(12, POS * D, seed=8)
-    landscape = Landscape(bumps, rows)
-    found = find_perturbation(landscape, origin(12), Own(spaces), 2.5, schedule)
-    assert 3 <= int(found.recovered.sum()) <= 9
-    assert len(set(landscape.sizes)) > 4
+    spaces = tuple(EncoderOrthogonal(draw(D, K + row % 3, seed=20 + row).double()) for row in range(12))
+    schedule, rows = Schedule(goal=1.8, restarts=2), mixed_rows(12, seed=8)
+    landscape = Landscape(lowered_bumps, rows)
+    found = find_perturbation(landscape, origin(12).double(), Own(spaces), 2.5, schedule)
+    assert found.recovered[0::4].all()
+    assert not found.recovered[1::4].any()
+    assert landscape.sizes[:2] == [12, 9]
     for row, space in enumerate(spaces):
         here = found.delta[row : row + 1]
         assert space.violation(here) <= 1e-5
-        assert spaces[row - 1].violation(here) > 0.1
-        alone = find_perturbation(Landscape(bumps, rows[row : row + 1]), origin(1), space, 2.5, schedule)
+        if row % 4:
+            assert spaces[row - 1].violation(here) > 1e-3
+        alone = find_perturbation(Landscape(lowered_bumps, rows[row : row + 1]), 0 * here, space, 2.5, schedule)
         assert alone.status[0] is found.status[row]
         assert_close(alone.delta, here, atol=1e-4, rtol=1e-4)
 
@@ -307,17 +323,26 @@ def test_a_plateau_beyond_a_good_point_is_backed_away_from() -> None:
 
 def solve(rows: Tensor, budget: float = 2.5, **schedule: float) -> Solution:
     settings = {"goal": 1.6, "restarts": 2, **schedule}
-    return find_perturbation(Landscape(bumps, rows), origin(len(rows)), C1, budget, Schedule(**settings))  # type: ignore[arg-type]
+    start, space = origin(len(rows)).double(), EncoderOrthogonal(A.double())
+    return find_perturbation(Landscape(lowered_bumps, rows), start, space, budget, Schedule(**settings))  # type: ignore[arg-type]
 
 
-ROWS = draw(16, POS * D, seed=8)
+ROWS = mixed_rows(16, seed=8)
 
 
-def test_the_rows_used_below_are_a_mixture() -> None:
-    found = solve(ROWS)
-    assert 3 <= int(found.recovered.sum()) <= 13
-    first = solve(ROWS, restarts=0)
-    assert (found.slack > first.slack).any()  # a restart did help somewhere
+def test_a_restart_solves_what_the_start_cannot_leave() -> None:
+    """On a plateau around zero, with a goal that every point of half the sphere of starts meets."""
+
+    def plateau(delta: Tensor, rows: Tensor) -> Tensor:
+        far = delta.flatten(1).norm(dim=1) > 1
+        return torch.where(far, delta.sum(dim=(1, 2)).sign(), delta.sum(dim=(1, 2)) * 0 - 0.5)
+
+    landscape = Landscape(plateau, torch.zeros(1, 1))
+    settings = {"goal": 0.5, "steps": 1}
+    assert not find_perturbation(
+        landscape, origin(1), Anything(), 2.0, Schedule(restarts=0, **settings)
+    ).recovered.any()
+    assert find_perturbation(landscape, origin(1), Anything(), 2.0, Schedule(restarts=20, **settings)).recovered.all()
 
 
 def test_a_batch_gives_what_each_example_alone_gives() -> None:

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from recover.defenses.selection import NEAREST, attribution, firing_rates, forgettable, largest, matched
+from recover.defenses.selection import NEAREST, attribution_of, firing_rates, forgettable, largest, matched
 from recover.models.host import Model
 from recover.models.names import LoadedModel
 from recover.saes.activations import AbsTopK
-from recover.saes.names import resolve_sae
+from recover.saes.names import load_sae
 from recover.saes.sae import from_sae_lens
 from recover.tasks.behaviors import ChoiceMargin, LogitDifference
-from recover.tasks.neutral import NEUTRAL
+from recover.tasks.prose import NEUTRAL
 from recover.types import InputError, Site
 from tests.by_hand import D_SAE, sae_lens_sae
 from tests.models import left_padded, plain_forward, tiny_lm, token_rows
@@ -56,16 +56,16 @@ def test_attribution_is_activation_times_slope_with_the_error_held(architecture:
 
     single = from_sae_lens(sae_lens_sae(architecture))
     behavior = ChoiceMargin(TARGET, OTHER)
-    found = attribution(Model(tiny_lm("gpt2")), single, SITE, left_padded(rows), behavior)
+    found = attribution_of(Model(tiny_lm("gpt2")), single, SITE, left_padded(rows), behavior)
     assert_close(found.double(), expected, atol=2e-3, rtol=1e-3)
 
 
 def test_padding_counts_for_nothing_and_batches_add_up() -> None:
     model, rows = Model(tiny_lm()), token_rows((9, 3, 4))
     sae, behavior = from_sae_lens(sae_lens_sae("standard")), LogitDifference(TARGET, OTHER[:, 0])
-    together = attribution(model, sae, SITE, left_padded(rows), behavior)
+    together = attribution_of(model, sae, SITE, left_padded(rows), behavior)
     alone = [
-        attribution(model, sae, SITE, left_padded([ids]), behavior.select(torch.tensor([row])))
+        attribution_of(model, sae, SITE, left_padded([ids]), behavior.select(torch.tensor([row])))
         for row, ids in enumerate(rows)
     ]
     assert_close(together, torch.stack(alone).sum(dim=0), atol=1e-4, rtol=1e-4)
@@ -75,7 +75,7 @@ def test_weights_get_no_gradient() -> None:
     module = tiny_lm().requires_grad_(True)
     behavior = LogitDifference(TARGET, OTHER[:, 0])
     sae, prompts = from_sae_lens(sae_lens_sae("standard")), left_padded(token_rows((4, 4, 4)))
-    attribution(Model(module), sae, SITE, prompts, behavior)
+    attribution_of(Model(module), sae, SITE, prompts, behavior)
     assert all(parameter.grad is None for parameter in module.parameters())
 
 
@@ -229,7 +229,7 @@ def test_rates_that_are_none_are_refused(value: float) -> None:
 
 @pytest.mark.model
 def test_matches_of_a_real_sae_fire_as_often(smollm2: LoadedModel) -> None:
-    model, sae = Model(smollm2.module, smollm2.tokenizer), resolve_sae("smollm2-l15")
+    model, sae = Model(smollm2.module, smollm2.tokenizer), load_sae("smollm2-l15")
     rates = firing_rates(model, sae, Site(15), model.tokenize(NEUTRAL))
     features = tuple(rates.argsort(descending=True)[100:228:2].tolist())
     found = matched(rates, features, 0)

@@ -132,7 +132,7 @@ def test_what_is_right_of_a_world(
 
 
 def test_the_report_by_hand() -> None:
-    text = selftest.report(
+    text = selftest.selftest_report(
         [
             outcome(kind="one", norm_error=0.001),
             outcome(kind="one", norm_error=0.004, seed=1),
@@ -203,7 +203,7 @@ def test_a_broken_checker_is_noticed(
     breakage(monkeypatch)
     found = selftest.run_selftest([3], [kind])
     assert [one.miss for one in found] == [True]
-    assert f"MISS {kind}" in selftest.report(found)
+    assert f"MISS {kind}" in selftest.selftest_report(found)
 
 
 def test_without_the_second_opinion_hard_readouts_are_lied_about(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from recover.models.generation import NO_TOKEN, answered, generate, texts
 from recover.models.host import Model
 from recover.saes.sae import from_sae_lens
 from recover.tasks.behaviors import ForcedAnswer
-from recover.types import InputError, Site
+from recover.types import InputError, Site, Surface
 from tests.by_hand import sae_lens_sae
 from tests.models import D_MODEL, left_padded, plain_forward, tiny_lm, token_rows
 
@@ -111,13 +111,14 @@ def test_drift_in_free_generation_is_that_of_the_text_that_was_said(every_site: 
     """A delta shorter than the answer; the certificate's replay says the same tokens."""
     model, prompts, defense = Model(tiny_lm()), left_padded(token_rows()), defense_at()
     delta = torch.randn(len(prompts), 2 * (1 + every_site), D_MODEL, generator=torch.Generator().manual_seed(5))
-    said = say(model, prompts, STEPS, defense, 3 * delta, every_site=every_site)
-    facts = free_drift(model, prompts, said, defense, 3 * delta, every_site=every_site)
+    surface = Surface("every" if every_site else "first")
+    said = say(model, prompts, STEPS, defense, 3 * delta, surface=surface)
+    facts = free_drift(model, prompts, said, defense, 3 * delta, surface=surface)
     assert bool(facts.shows.all())
     assert float(facts.drift.min()) > 1e-3
-    nothing = say(model, prompts, STEPS, defense, 0 * delta, every_site=every_site)
+    nothing = say(model, prompts, STEPS, defense, 0 * delta, surface=surface)
     assert torch.equal(nothing, say(model, prompts, STEPS, defense))
-    assert float(free_drift(model, prompts, nothing, defense, 0 * delta, every_site=every_site).drift.max()) == 0.0
+    assert float(free_drift(model, prompts, nothing, defense, 0 * delta, surface=surface).drift.max()) == 0.0
 
 
 def test_texts_leave_out_what_is_no_token() -> None:

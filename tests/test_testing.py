@@ -34,7 +34,7 @@ import os
 from dataclasses import replace
 
 import pytest
-import recover.run.objects
+import recover.run.runner
 from recover.saes.activations import TopK
 from recover.protocol.plan import Plan, TransferPlan
 from recover.planted import KINDS
@@ -57,8 +57,8 @@ def competing(check_defense):
     (clamp,) = world.defense.clamps
     defense = replace(world.defense, clamps=(replace(clamp, sae=replace(clamp.sae, activation=TopK(4))),))
     return check_defense(
-        defense, model=world.model, examples=world.examples, budget=3 * world.budget, plan=LIGHT, name="competing",
-        schedule=Schedule(20, restarts=0),
+        defense, model=world.model, examples=world.examples, budget=3 * world.budget, name="competing",
+        plan=replace(LIGHT, schedule=Schedule(20, restarts=0)),
     )
 """
 ROOT = Path(__file__).parent.parent
@@ -254,7 +254,7 @@ def test_shut(check_defense):
     def searched(*_, **__):
         raise AssertionError("searched again")
 
-    monkeypatch.setattr("recover.run.objects.check", searched)
+    monkeypatch.setattr("recover.run.runner.check", searched)
     suite(tests, "--recovery-seeds", "2", "--recovery-dir", "kept").assert_outcomes(passed=1)
 
 
@@ -439,8 +439,8 @@ def counted(*arguments, **options):
         file.write(f"{os.environ['PYTEST_XDIST_WORKER']}\\n")
     return real(*arguments, **options)
 
-real = recover.run.objects.check
-recover.run.objects.check = counted
+real = recover.run.runner.check
+recover.run.runner.check = counted
 
 @pytest.mark.parametrize("number", range(4))
 def test_shut(check_defense, number):

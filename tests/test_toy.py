@@ -57,7 +57,7 @@ def test_what_is_committed_is_small_and_found_by_name() -> None:
     assert sum(path.stat().st_size for path in train_toy.TOY.rglob("*") if path.is_file()) <= 3_000_000
     assert names.shipped_models() == {"toy-choice": train_toy.TOY / "toy-choice"}
     assert names.shipped_questions().keys() == {"toy-forget", "toy-retain"}
-    sae = sae_names.resolve_sae("toy-choice-l1")
+    sae = sae_names.load_sae("toy-choice-l1")
     assert (sae.site, sae.d_model) == (Site(1, "pre"), 128)
 
 
@@ -72,7 +72,7 @@ def test_recorded_figures() -> None:
 def test_the_sae_explains_the_toy_as_recorded() -> None:
     recipe = train_toy.ToyRecipe()
     loaded = names.resolve_model("toy-choice", "cpu")
-    model, sae = Model(loaded.module, loaded.tokenizer), sae_names.resolve_sae("toy-choice-l1")
+    model, sae = Model(loaded.module, loaded.tokenizer), sae_names.load_sae("toy-choice-l1")
     prompts = model.tokenize([text for _, text in train_toy.draw(KNOWN, (40, 0, 0), random.Random(5))])
     x = model.run(prompts, read=[Site(recipe.layer)]).residuals[Site(recipe.layer)][prompts.positions > 0]
     error = (x - sae.decode(sae.encode(x))).square().sum()

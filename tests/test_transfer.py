@@ -12,7 +12,7 @@ from recover.planted import KINDS, Planted
 from recover.search.constraints.admissible import admissible
 from recover.search.constraints.linear import EncoderOrthogonal
 from recover.search.constraints.pinned import Pinned
-from recover.types import InputError
+from recover.types import InputError, Surface
 
 NAMES = [f"e{i}" for i in range(24)]
 
@@ -156,7 +156,7 @@ def test_pinned_examples_are_asked_for_other_targets_too(route: tuple[Planted, P
     """At one site a free part is the whole delta, so that both kinds of pool read the same."""
     world, pool, space = route
     examples = world.examples
-    whole = defend(world.model, world.defense, examples.prompts, examples.behavior, every_site=True)
+    whole = defend(world.model, world.defense, examples.prompts, examples.behavior, surface=Surface("every"))
     pinned = Pool((Pinned.of(whole),))
     assert pool.targets is not None
     targets = derangement(pool.targets, examples.ids, 0)

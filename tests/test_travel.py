@@ -10,15 +10,14 @@ import torch
 
 from recover.evidence.attribution.parts import attribute
 from recover.numerics.statistics import wilson
-from recover.planted import error_bypass, feature_bypass
+from recover.planted.routes import error_bypass, feature_bypass
 from recover.protocol import phases, travel
 from recover.protocol.bench import Bench
-from recover.protocol.checking import InMemoryStore
+from recover.protocol.ledger import InMemoryStore
 from recover.protocol.plan import Plan
 from recover.protocol.records import ExampleRecord, PartRecord
 from recover.protocol.verdict_model import Rate
 from recover.report.text import sections
-from recover.search.ascent import Schedule
 from recover.tasks.replies import read
 from tests.hand_made import conclude, flip, validated
 from tests.test_attribution import randn, tiny
@@ -114,9 +113,7 @@ def test_values_of_parts_are_those_of_the_attribution() -> None:
 @pytest.mark.parametrize("kind", [error_bypass, feature_bypass], ids=lambda kind: kind.__name__)
 def test_the_phase_says_where_the_bypass_of_a_planted_world_is(kind: Any) -> None:
     world, store = kind(3), InMemoryStore()
-    bench = Bench(
-        world.model, world.model, world.defense, world.examples, world.budget, "after_clamp", Schedule(), Plan(), 64
-    )
+    bench = Bench(world.model, world.model, world.defense, world.examples, world.budget, Plan(), 64)
     values: dict[str, dict[str, Any]] = {name: {"id": name} for name in world.examples.ids}
     for phase in (phases.accounting, phases.search, phases.certificates, phases.attribution):
         done = phase(bench, bench.batch(0), store, lambda *_: None)

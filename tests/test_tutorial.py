@@ -63,7 +63,7 @@ def test_it_runs_and_says_what_is_stored():
         if cell.cell_type == "code":
             cell.outputs = []
     where = {"metadata": {"path": str(ROOT)}}
-    nbclient.NotebookClient(fresh, timeout=900, kernel_name="python3", resources=where).execute()
+    nbclient.NotebookClient(fresh, timeout=None, kernel_name="python3", resources=where).execute()
     before, after = printed(STORED), printed(fresh)
     assert worded(after) == worded(before)
     stable = [[line for line in lines if line.startswith(SAME)] for lines in (before, after)]

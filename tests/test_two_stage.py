@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from torch import Tensor
@@ -20,7 +18,7 @@ from recover.search.ascent import Schedule
 from recover.search.constraints.pinned import Pinned
 from recover.search.pinned import find_pinned
 from recover.tasks.behaviors import ForcedAnswer
-from recover.types import Site
+from recover.types import Site, Surface
 from tests.by_hand import sae_lens_sae
 from tests.models import D_MODEL, left_padded, plain_forward, tiny_lm, token_rows
 
@@ -37,7 +35,7 @@ def answers() -> tuple[Tensor, Tensor]:
 
 
 def pinned(answer: Tensor) -> Pinned:
-    return Pinned.of(defend(MODEL, DEFENSE, answered(PROMPTS, answer), ForcedAnswer(answer), every_site=True))
+    return Pinned.of(defend(MODEL, DEFENSE, answered(PROMPTS, answer), ForcedAnswer(answer), surface=Surface("every")))
 
 
 def opening(answers: tuple[Tensor, Tensor]) -> Opening:
@@ -83,9 +81,10 @@ def test_a_search_goes_on_from_a_better_opening(answers: tuple[Tensor, Tensor]) 
     assert bool(changed.any())
     with torch.no_grad():
         assert bool((objective(start)[0] > objective(target.start)[0])[changed].all())
-    found = find_pinned(target, BUDGET, Schedule(steps=100), start=start)
-    alone = find_pinned(target, BUDGET, Schedule(steps=1, restarts=0))
-    assert int(found.recovered.sum()) >= int(alone.recovered.sum())
+        slack, without = (target(free)[1] for free in (target.within(start, BUDGET), target.start))
+    # With no step all that is looked at is where it begins, and no delta.
+    begun = find_pinned(target, BUDGET, Schedule(steps=0, restarts=0), start=start)
+    assert_close(begun.slack, torch.maximum(slack, without), atol=1e-4, rtol=1e-4)
+    found = find_pinned(target, BUDGET, Schedule(steps=20, restarts=0), start=start)
+    assert bool((found.slack >= without - 1e-4).all())
     assert bool((found.norm <= BUDGET).all())
-    unopened = find_pinned(target, BUDGET, Schedule(steps=1, restarts=0), start=start)
-    assert not torch.equal(unopened.free, replace(alone).free)

@@ -14,10 +14,10 @@ from recover.defenses.clamps import Clamp, Defense, Scale, Set
 from recover.defenses.utility import MAX_INCREASE, measure_utility
 from recover.models.host import Model
 from recover.models.names import LoadedModel
-from recover.saes.names import resolve_sae
+from recover.saes.names import load_sae
 from recover.saes.sae import from_sae_lens
 from recover.tasks import ioi
-from recover.tasks.neutral import NEUTRAL
+from recover.tasks.prose import NEUTRAL
 from recover.types import InputError, Site
 from tests.by_hand import Edits, clamped, defense_of, sae_lens_sae
 from tests.models import left_padded, plain_forward, tiny_lm, token_rows
@@ -159,7 +159,7 @@ def test_passages_name_nobody_that_the_tasks_name() -> None:
 
 @pytest.mark.model
 def test_a_real_model_is_broken_by_a_violent_clamp_and_not_by_the_shipped_kind(smollm2: LoadedModel) -> None:
-    model, sae = Model(smollm2.module, smollm2.tokenizer), resolve_sae("smollm2-l15")
+    model, sae = Model(smollm2.module, smollm2.tokenizer), load_sae("smollm2-l15")
     neutral = model.tokenize(NEUTRAL[:6])
     features = (3794, 3969, 3874, 1086, 601, 4382, 3710, 1310)  # the first of those that the shipped analysis selects
     gentle, violent = (

@@ -218,7 +218,7 @@ def test_features_far_below_their_threshold_and_competing_ones_are_spoken_of() -
     validated(topk)
 
 
-def test_a_record_survives_its_line() -> None:
+def test_a_record_is_read_back_as_it_was_written() -> None:
     record = flip("x", slack=1 / 3, threshold_margin=[0.1, None], drift=1e-45)
     whole = replace(record, placebo=placebo(INF), write_orthogonal=placebo(1 / 7), longer=None)
     for one in (record, whole, missed("y", near=INF), SHOWS_THROUGHOUT, replace(record, text='ünï\n"code"')):

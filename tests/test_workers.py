@@ -28,7 +28,7 @@ from recover.protocol.workers import ALONE, Workers
 from recover.run import runner, setting
 from recover.run.config import load_config
 from recover.run.runner import run_check
-from recover.tasks import ask_task
+from recover.tasks import load_examples
 from recover.types import InputError
 
 N, BATCH = 24, 6
@@ -43,9 +43,9 @@ class Threads(Workers):
 
     def gather(self, value: Any) -> list[Any]:
         self.table[self.rank] = value
-        self.barrier.wait(timeout=30)
+        self.barrier.wait(timeout=600)
         told = [self.table[rank] for rank in range(self.size)]
-        self.barrier.wait(timeout=30)
+        self.barrier.wait(timeout=600)
         return told
 
 
@@ -182,9 +182,9 @@ def test_what_a_task_computes_does_not_hang_on_the_cores(
 
     def asks(*given: Any, **named: Any) -> Any:
         seen.append(torch.get_num_threads())
-        return ask_task(*given, **named)
+        return load_examples(*given, **named)
 
-    monkeypatch.setattr(setting, "ask_task", asks)
+    monkeypatch.setattr(setting, "load_examples", asks)
     with setting.threads(2):
         setting.load_setting(load_config(root / "defense.yaml", {"threads": asked}))
         assert (seen, torch.get_num_threads()) == ([used], 2)
@@ -312,8 +312,7 @@ defense = build_defense(setting, select_features(setting, 4))
 with rc.joined() as workers:
     rc.Model.batch_size = lambda *_: 4 + 3 * workers.rank  # what fits the one, and the other
     verdict = rc.check(
-        setting.model, defense, setting.examples, budget=100.0, schedule=config.schedule(), plan=config.plan(),
-        workers=workers,
+        setting.model, defense, setting.examples, 100.0, plan=config.plan(), runtime=rc.Runtime(workers=workers),
     )
     said = {name: value for name, value in verdict.to_dict().items() if name != "provenance"}
     with open(f"{sys.argv[2]}{workers.rank}-of-{workers.size}", "w") as file:

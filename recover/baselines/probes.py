@@ -1,4 +1,4 @@
-"""The published baseline for several sites (reference: What the published code does), to be measured against.
+"""Random probes: the published baseline for several sites (reference: What the published code does).
 
 From a delta of zero at the first site, for every example of a batch at once:
 
@@ -9,23 +9,24 @@ From a delta of zero at the first site, for every example of a batch at once:
 4. *Correct*: a few steps along the drift direction, each of the length that is best to first order; clip.
 
 Facts carry over from the publication, code does not; what it leaves open is settled in the baseline's favor. `Phi` has
-the rows that `monitor` holds, those of the first site included. The delta of largest slack is kept whatever its
+the rows that `monitor` keeps, those of the first site included. The delta of largest slack is kept whatever its
 drift, and a solved example is retired, which leaves it with less drift than all the steps would.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from einops import einsum, rearrange, repeat
 
-from recover.defenses.defended import Defended, Delta
-from recover.numerics.metrics import norm
-from recover.search.ascent import Schedule, clip
+from recover.defenses.defended import Defended
+from recover.numerics.metrics import by_example, norm
+from recover.search.ascent import Ends, Point, Schedule, Seen, Status, StepRule, ascend, clip
 from recover.search.constraints.monitor import Jacobian, Monitor, Watched
-from recover.search.held import RestoredSolution
-from recover.types import Float, InputError, Tensor
+from recover.search.restoring import RestoredSolution
+from recover.types import Bool, Delta, Float, InputError, Rows, Tensor
 
 __all__ = ["find_probed"]
 
@@ -43,7 +44,7 @@ def find_probed(
     corrections: int = CORRECTIONS,
     rate: float = RATE,
 ) -> RestoredSolution:
-    """Search as the publication does.
+    """Search as the publication does, from a delta of zero at the first site.
 
     Args:
         defended: a defense put into a model, with deltas after the clamp of its first site.
@@ -52,7 +53,7 @@ def find_probed(
         on_step: called with (steps done, examples still being searched) after every step.
         probes: random combinations of features.
         corrections: steps along the drift direction after each step.
-        rate: Adam's.
+        rate: Adam's learning rate.
 
     Returns:
         For each example the delta with the largest slack met, whatever it does to the clamped features.
@@ -62,42 +63,58 @@ def find_probed(
     """
     if not budget > 0:
         raise InputError(f"budget: {budget} is not a positive number")
-    monitor, schedule = Monitor.of(defended, c1=False), schedule or Schedule()
+    schedule, start = schedule or Schedule(), defended.zero_delta
     generator = torch.Generator().manual_seed(schedule.seed)
-    delta = best = defended.zero_delta
-    best_score = torch.full_like(norm(delta), -torch.inf)
-    best_slack, best_drift = best_score.clone(), torch.zeros_like(best_score)
-    steps = torch.zeros(len(delta), dtype=torch.long, device=delta.device)
-    best, active = best.clone(), torch.arange(len(delta), device=delta.device)
-    mean, square = torch.zeros_like(delta), torch.zeros_like(delta)
-    for step in range(schedule.steps + 1):
-        leaf, watched = _watched(monitor, delta)
-        logits, behavior = watched.logits.float(), monitor.defended.behavior
-        score, slack, drift = behavior.score(logits), behavior.slack(logits).detach(), monitor.drift(watched.detached())
+    terrain = _Probed(Monitor.of(defended, c1=False), probes, generator)
+    found, drift = ascend(terrain, start, _ProbedAdam(start, budget, schedule, corrections, rate), on_step)
+    return RestoredSolution(found.delta, found.score, found.slack, drift, found.steps)
+
+
+@dataclass(frozen=True, eq=False)
+class _Probed:
+    """A monitored batch; what may be followed of a gradient is its part outside of random probes (1 and 2 above)."""
+
+    monitor: Monitor
+    probes: int
+    generator: torch.Generator
+
+    def look(self, delta: Delta) -> Point:
+        leaf, watched = _watched(self.monitor, delta)
+        logits, behavior = watched.logits.float(), self.monitor.defended.behavior
+        score, slack = behavior.score(logits), behavior.slack(logits).detach()
         (gradient,) = torch.autograd.grad(score.sum(), leaf, retain_graph=True)
-        steps[active] = step
-        better = torch.isfinite(slack) & (slack > best_slack[active])
-        rows = active[better]
-        best[rows], best_drift[rows] = delta[better], drift[better]
-        best_score[rows], best_slack[rows] = score.detach()[better], slack[better]
-        going = (best_slack[active] < schedule.goal) & torch.isfinite(norm(gradient))
-        if on_step is not None:
-            on_step(step, int((best_slack[active] < schedule.goal).sum()))
-        if step == schedule.steps or not bool(going.any()):
-            break
         # One draw for all examples: a result must not depend on which others are in the batch.
-        weights = torch.randn(probes, watched.pre.shape[1], generator=generator).to(delta.device)
-        gradient = _outside(_span(monitor, leaf, watched, weights), gradient)
-        mean = MOMENTUM * mean + (1 - MOMENTUM) * gradient
-        square = MEMORY * square + (1 - MEMORY) * gradient.square()
-        width = (square / (1 - MEMORY ** (step + 1))).sqrt() + FLOOR
-        delta = clip(delta + rate * mean / (1 - MOMENTUM ** (step + 1)) / width, budget)
-        active, delta, mean, square = (values[going] for values in (active, delta, mean, square))
-        if not bool(going.all()):
-            monitor = monitor.select(going.nonzero().flatten())
-        for _ in range(corrections):
-            delta = clip(_corrected(monitor, delta), budget)
-    return RestoredSolution(best, best_score, best_slack, best_drift, steps)
+        weights = torch.randn(self.probes, watched.pre.shape[1], generator=self.generator).to(delta.device)
+        free = _outside(_span(self.monitor, leaf, watched, weights), gradient)
+        return Point(score.detach(), slack, free, self.monitor.drift(watched.detached()))
+
+    def select(self, rows: Rows) -> _Probed:
+        return _Probed(self.monitor.select(rows), self.probes, self.generator)
+
+
+class _ProbedAdam(StepRule[_Probed]):
+    """Adam as published, and corrections after each step (3 and 4 above)."""
+
+    def __init__(self, start: Delta, budget: float, schedule: Schedule, corrections: int, rate: float) -> None:
+        super().__init__(start, budget, schedule)
+        self.corrections, self.rate = corrections, rate
+        self.mean, self.square = torch.zeros_like(start), torch.zeros_like(start)
+
+    def counts(self, delta: Delta, point: Point) -> Bool[Tensor, "batch"]:
+        return torch.isfinite(point.slack)
+
+    def step(self, terrain: _Probed, seen: Seen) -> tuple[Delta, Ends]:
+        gradient, number = seen.point.gradient, seen.number
+        self.mean = MOMENTUM * self.mean + (1 - MOMENTUM) * gradient
+        self.square = MEMORY * self.square + (1 - MEMORY) * gradient.square()
+        width = (self.square / (1 - MEMORY ** (number + 1))).sqrt() + FLOOR
+        delta = clip(seen.delta + self.rate * self.mean / (1 - MOMENTUM ** (number + 1)) / width, self.budget)
+        return delta, {Status.NON_FINITE: ~torch.isfinite(norm(gradient))}
+
+    def settle(self, terrain: _Probed, delta: Delta) -> tuple[Delta, None]:
+        for _ in range(self.corrections):
+            delta = clip(_corrected(terrain.monitor, delta), self.budget)
+        return delta, None
 
 
 def _watched(monitor: Monitor, delta: Delta) -> tuple[Delta, Watched]:
@@ -109,7 +126,7 @@ def _span(
     monitor: Monitor, leaf: Delta, watched: Watched, weights: Float[Tensor, "probe row"]
 ) -> Float[Tensor, "batch n direction"]:
     """An orthonormal basis of the probes and the drift direction; zero columns where there is nothing."""
-    jacobian = Jacobian.at(monitor, leaf, watched, monitor.held(watched))
+    jacobian = Jacobian.at(monitor, leaf, watched, monitor.kept(watched))
     combinations = [repeat(one, "row -> batch row", batch=len(leaf)) for one in weights]
     pulled = [jacobian.pull(one) for one in (*combinations, monitor.moved(watched.detached()))]
     columns = rearrange(torch.stack(pulled), "probe batch pos d_model -> batch (pos d_model) probe")
@@ -129,8 +146,8 @@ def _outside(basis: Float[Tensor, "batch n direction"], gradient: Delta) -> Delt
 def _corrected(monitor: Monitor, delta: Delta) -> Delta:
     """One step along the drift direction."""
     leaf, watched = _watched(monitor, delta)
-    jacobian = Jacobian.at(monitor, leaf, watched, monitor.held(watched))
+    jacobian = Jacobian.at(monitor, leaf, watched, monitor.kept(watched))
     toward = jacobian.pull(monitor.moved(watched.detached()))
     passed = norm(jacobian.push(toward))
     length = torch.where(passed > 0, norm(toward).square() / passed.square(), 0.0)
-    return delta - (rearrange(length, "batch -> batch 1 1") * toward).to(delta.dtype)
+    return delta - (by_example(length) * toward).to(delta.dtype)

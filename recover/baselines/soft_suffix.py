@@ -25,7 +25,7 @@ from recover.models.generation import Columns
 from recover.models.host import Change, Edit, Model, Prompts, Suffix
 from recover.numerics.metrics import relative_drift
 from recover.tasks.behaviors import Behavior, positions_read
-from recover.types import Float, InputError, Int, PerExample, Site, Tensor, TokenIds
+from recover.types import Float, InputError, PerExample, Rows, Site, Tensor, TokenIds
 
 __all__ = ["SoftSuffix", "spoken_with", "with_room"]
 
@@ -98,7 +98,7 @@ class SoftSuffix:
         """Vectors of zeros."""
         return torch.zeros_like(self.suffix.residual[:, : self.n], dtype=torch.float32)
 
-    def select(self, rows: Int[Tensor, "rows"]) -> SoftSuffix:
+    def select(self, rows: Rows) -> SoftSuffix:
         return SoftSuffix(
             self.suffix.select(rows),
             self.behavior.select(rows),

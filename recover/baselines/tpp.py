@@ -1,4 +1,4 @@
-"""SAEBench's targeted probe perturbation, on mean activations: which features, and what their ablation does to probes.
+"""SAEBench's targeted probe perturbation, on mean activations: its choice of features, its ablation and its score.
 
 A probe of the mean residual is linear, and so is ablation: with `z` the mean activation of a feature over a text and
 `d` its decoder row, setting the features S to zero wherever they are active takes `sum_S z d` from the mean residual.
@@ -74,7 +74,7 @@ def ablated(
 
 
 def score(probes: Probes, clean: Float[Tensor, "batch choice"], under: Sequence[Tensor], label: Tensor) -> Score:
-    """The official score.
+    """The official score: mean intended minus mean unintended drop of accuracy.
 
     Args:
         probes: one for each class.

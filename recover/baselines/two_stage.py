@@ -7,7 +7,7 @@ is of little use. The published search therefore begins with the opening alone (
    defended model refuses, each teacher-forced, for some steps.
 2. *Answer*: go on from there with the whole answer, as any search does.
 
-Only the start of the second stage differs, so what it may vary, its budget and its goal are those of `recover`.
+Only the start of the second stage differs, so what it may vary, its budget and its goal are those of any search.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from recover.defenses.defended import Defended, Delta
+from recover.defenses.defended import Defended
 from recover.search.ascent import Feasible, Objective, Schedule, find_perturbation
 from recover.search.constraints.pinned import Pinned
 from recover.tasks.behaviors import positions_read
-from recover.types import Float, Int, PerExample, Tensor
+from recover.types import Delta, Float, PerExample, Rows, Tensor
 
 __all__ = ["OPENING_STEPS", "Opening", "opened"]
 
 OPENING_STEPS = 20
-"""As published."""
+"""Steps of the first stage, as published."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +49,7 @@ class Opening:
         own, refusal = (part(self._first(part, delta))[0] for part in (self.own, self.refusal))
         return own - refusal, own - refusal
 
-    def select(self, rows: Int[Tensor, "rows"]) -> Opening:
+    def select(self, rows: Rows) -> Opening:
         return replace(self, own=self.own.select(rows), refusal=self.refusal.select(rows))
 
     def _first(self, part: Defended | Pinned, delta: Delta) -> Float[Tensor, "batch site_opening d_model"]:
@@ -67,15 +67,15 @@ def opened(
     schedule: Schedule | None = None,
     on_step: Callable[[int, int], None] | None = None,
 ) -> Delta:
-    """Where the second stage starts: the delta that the first ends at, within the budget.
+    """Run the first stage: the delta that it ends at, within the budget, is where the second starts.
 
     Args:
         opening: the objective of the first stage.
-        start: as in `recover`.
-        feasible: as in `recover`.
-        budget: as in `recover`.
+        start: as in `find_perturbation`.
+        feasible: as in `find_perturbation`.
+        budget: as in `find_perturbation`.
         schedule: its stride and seed; steps are those of an opening.
-        on_step: as in `recover`.
+        on_step: as in `find_perturbation`.
     """
     first = replace(schedule or Schedule(), steps=OPENING_STEPS, goal=math.inf, restarts=0)
     return find_perturbation(opening, start, feasible, budget, first, on_step).delta

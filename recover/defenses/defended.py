@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from einops import rearrange, repeat
@@ -23,11 +22,9 @@ from recover.defenses.clamps import Defense
 from recover.models.components import Component
 from recover.models.host import Change, Edit, Model, Prompts, Suffix
 from recover.tasks.behaviors import Behavior, positions_read
-from recover.types import Float, InputError, Int, PerExample, Residual, Site, Tensor, TokenIds
+from recover.types import Delta, Float, InputError, PerExample, Residual, Rows, Site, Surface, Tensor, TokenIds
 
-Placement = Literal["after_clamp", "before_clamp"]
-Delta = Float[Tensor, "batch site_pos d_model"]
-PLACEMENTS: tuple[Placement, ...] = ("after_clamp", "before_clamp")
+__all__ = ["Defended", "check_fits", "clamp_edits", "defend"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,11 +32,13 @@ class Defended:
     """A batch of prompts under a defense.
 
     Attributes:
+        defense: the clamps, live in every run.
+        behavior: what is read, one entry for each prompt.
         base: the undefended residual at the first clamped site, all positions.
-        base_logits: without the defense; of the behavior's tokens only.
-        defended_logits: with it.
-        suffix: the rest of the model, ready for perturbations; its `state` is the defended residual.
-        delta_sites: where a delta enters: the first clamped site, or all of them.
+        base_logits: logits without the defense; of the behavior's tokens only.
+        defended_logits: logits with it.
+        suffix: the rest of the model, ready for perturbations; its `residual` is the defended state.
+        surface: where a perturbation enters.
     """
 
     defense: Defense
@@ -48,11 +47,15 @@ class Defended:
     base_logits: Float[Tensor, "batch ..."]
     defended_logits: Float[Tensor, "batch ..."]
     suffix: Suffix
-    placement: Placement
-    delta_sites: tuple[Site, ...]
+    surface: Surface = Surface()
 
     def __len__(self) -> int:
         return len(self.base)
+
+    @property
+    def delta_sites(self) -> tuple[Site, ...]:
+        """The sites that a perturbation enters at: the first clamped one, or all of them."""
+        return self.surface.enters(self.defense.sites)
 
     @property
     def shown_at_base(self) -> Tensor:
@@ -65,7 +68,7 @@ class Defended:
         return self.behavior.slack(self.defended_logits) > 0
 
     @property
-    def valid_flips(self) -> Int[Tensor, "rows"]:
+    def valid_flips(self) -> Rows:
         """The examples where the behavior shows at base and not when defended: every rate is over these."""
         return (self.shown_at_base & ~self.shown_when_defended).nonzero().flatten()
 
@@ -75,8 +78,8 @@ class Defended:
         one = torch.zeros_like(self.suffix.residual, dtype=torch.float32)
         return repeat(one, "batch pos d_model -> batch (site pos) d_model", site=len(self.delta_sites))
 
-    def select(self, rows: Int[Tensor, "rows"]) -> Defended:
-        """The same for the examples `rows`."""
+    def select(self, rows: Rows) -> Defended:
+        """Select a subset of the examples."""
         return Defended(
             self.defense,
             self.behavior.select(rows),
@@ -84,20 +87,19 @@ class Defended:
             self.base_logits[rows],
             self.defended_logits[rows],
             self.suffix.select(rows),
-            self.placement,
-            self.delta_sites,
+            self.surface,
         )
 
     def asking(self, behavior: Behavior) -> Defended:
-        """The same examples, asked for another behavior."""
+        """Ask the same examples for another behavior."""
         return replace(self, behavior=behavior)
 
-    def at_sites(self, sites: tuple[Site, ...]) -> Defended:
-        """The same with deltas that enter at these sites."""
-        return replace(self, delta_sites=sites)
+    def entered_at(self, surface: Surface) -> Defended:
+        """Let perturbations of these examples enter elsewhere."""
+        return replace(self, surface=surface)
 
     def by_site(self, delta: Delta) -> dict[Site, Residual]:
-        """What of a delta enters at each site, `[batch n_pos d_model]`."""
+        """The part of a delta that enters at each site, `[batch n_pos d_model]`."""
         parts = rearrange(delta, "batch (site pos) d_model -> site batch pos d_model", site=len(self.delta_sites))
         return dict(zip(self.delta_sites, parts, strict=True))
 
@@ -124,7 +126,7 @@ class Defended:
     def changed_logits(
         self, state: Residual, changes: Mapping[Site, Change], parts: Mapping[Component, Change] | None = None
     ) -> Float[Tensor, "batch ..."]:
-        """The same with this state after the first clamp, and these changes after the later ones."""
+        """Logits of the behavior's tokens with this state after the first clamp and changes after the later ones."""
         return self.suffix.logits(state, self.behavior.tokens, positions_read(self.behavior), changes, parts)
 
     def states(self) -> dict[Site, Residual]:
@@ -157,7 +159,7 @@ class Defended:
 
     def perturbed(self, delta: Residual) -> Residual:
         """The state at the first site, after its clamp, with `delta` added."""
-        if self.placement == "after_clamp":
+        if self.surface.placement == "after_clamp":
             return self.suffix.residual + delta
         whole = torch.cat([self.base[:, : -self.suffix.n_pos], self.base[:, -self.suffix.n_pos :] + delta], dim=1)
         edits = clamp_edits(self.defense, positions_read(self.behavior) - 1)
@@ -197,29 +199,24 @@ def defend(
     behavior: Behavior,
     *,
     n_pos: int | None = None,
-    placement: Placement = "after_clamp",
-    every_site: bool = False,
+    surface: Surface = Surface(),
 ) -> Defended:
     """Run `prompts` with and without the defense and hold what a search needs.
 
     Args:
         model: the host model.
-        defense: its first clamped site is where a delta enters.
+        defense: its clamps.
         prompts: any number, as one batch; with its answer (`answered`) where the behavior reads one.
         behavior: one entry for each prompt.
         n_pos: how many trailing positions a delta may touch; by default those that the behavior reads.
-        placement: whether a delta enters after or before the clamp of its site.
-        every_site: whether it enters at every clamped site; after the clamps, that is.
+        surface: where a perturbation enters; by default at the first clamped site, after the clamp.
 
     Raises:
-        InputError: a site that the model does not have, an SAE of another width, too short a prompt, or a delta before
-            several clamps.
+        InputError: a site that the model does not have, an SAE of another width, or too short a prompt.
     """
     reads = positions_read(behavior)
     check_fits(model, defense, n_answer=reads - 1)
     defense = defense.to(torch.promote_types(model.dtype, torch.float32))
-    if every_site and placement != "after_clamp":
-        raise InputError(f"placement: {placement!r} with a delta at every clamped site; use after_clamp")
     site = defense.sites[0]
     with torch.no_grad():
         undefended = model.run(prompts, read=[site], tokens=behavior.tokens, reads=reads)
@@ -232,12 +229,11 @@ def defend(
             tokens=behavior.tokens,
             reads=reads,
         )
-    sites = defense.sites if every_site else (site,)
-    return Defended(defense, behavior, base, undefended.logits, run.logits, suffix, placement, sites)
+    return Defended(defense, behavior, base, undefended.logits, run.logits, suffix, surface)
 
 
 def check_fits(model: Model, defense: Defense, n_answer: int = 0) -> None:
-    """Whether every clamp can be put into this model, for a behavior that reads `n_answer` tokens of an answer.
+    """Refuse a defense that cannot be put into this model, for a behavior that reads `n_answer` tokens of an answer.
 
     Raises:
         InputError: a site that the model does not have, an SAE of another width, or positions that no prompt has.

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from einops import einsum, reduce
@@ -26,8 +27,26 @@ from einops import einsum, reduce
 from recover.models.host import Model, Prompts
 from recover.saes.sae import SAE
 from recover.tasks.behaviors import Behavior, positions_read
-from recover.tasks.examples import Contrast
-from recover.types import Float, InputError, Residual, Site, Tensor
+from recover.tasks.examples import Contrast, Examples
+from recover.types import Float, InputError, Progress, Residual, Site, Tensor
+
+__all__ = [
+    "attribution_of",
+    "attributions",
+    "contrast",
+    "contrast_of",
+    "effects",
+    "firing_rates",
+    "forgettable",
+    "largest",
+    "matched",
+    "mean_activations",
+    "select_features",
+]
+
+Rule = Literal["attribution", "effect", "firing", "contrast"]
+RETAIN = 0.01
+"""The default for the largest firing rate, on prompts to keep, of a feature selected by `firing`."""
 
 NEAREST = 10
 """Of so many features nearest in rate one is drawn, for draws that differ."""
@@ -35,7 +54,101 @@ CALIPER = math.log(1.25)
 """But of those farther than this only the nearest: few features fire often, and the ten nearest may fire far less."""
 
 
-def attribution(model: Model, sae: SAE, site: Site, prompts: Prompts, behavior: Behavior) -> Float[Tensor, "d_sae"]:
+def select_features(
+    model: Model,
+    sae: SAE,
+    site: Site,
+    examples: Examples,
+    top: int,
+    by: Rule = "attribution",
+    batch_size: int | None = None,
+    retain: float = RETAIN,
+) -> tuple[int, ...]:
+    """Select the features of one SAE to clamp.
+
+    Args:
+        model: the host model, without any clamp.
+        sae: the dictionary to select from.
+        site: where the SAE reads the residual stream.
+        examples: for `attribution`, prompts with their behavior; the other rules read `examples.contrast`.
+        top: the number of features.
+        by: `attribution` ranks by activation times gradient of the behavior's score (see `attributions`), `effect` by
+            the mean difference of activation times gradient (`effects`), `firing` by firing rate on what is to be
+            forgotten (`forgettable`), and `contrast` by the difference of mean activations (`contrast`).
+        batch_size: prompts per forward pass; all at once by default.
+        retain: for `firing`, the largest firing rate allowed on prompts to keep.
+
+    Returns:
+        `top` feature indices, the highest-ranked first.
+
+    Raises:
+        InputError: fewer than `top` features qualify, or the examples lack the prompts that the rule compares.
+
+    >>> from recover.models.names import load_model
+    >>> from recover.saes.names import load_sae
+    >>> from recover.tasks.registry import load_examples
+    >>> toy, sae = load_model("toy-choice", "cpu"), load_sae("toy-choice-l1")
+    >>> examples = load_examples("choice", toy, forget="toy-forget", retain="toy-retain", n=1)
+    >>> len(select_features(toy, sae, sae.site, examples, top=2, by="firing"))
+    2
+    """
+    read, _ = examples.read_with(model)
+    if by == "attribution":
+        return largest(attributions(read, sae, site, examples, batch_size), top)
+    kinds = contrast_of(examples, by)
+    if by == "effect":
+        return largest(effects(read, sae, site, kinds, batch_size), top)
+    if by == "contrast":
+        return largest(contrast(model, sae, site, kinds.shown, kinds.hidden, batch_size)[0], top)
+    shown, hidden = (firing_rates(model, sae, site, prompts, batch_size) for prompts in (kinds.shown, kinds.hidden))
+    return forgettable(shown, hidden, top, retain)
+
+
+def contrast_of(examples: Examples, by: Rule) -> Contrast:
+    """Return the prompts of two kinds that the rule `by` compares.
+
+    Raises:
+        InputError: the examples have none, or none with the behavior that `effect` ranks by.
+    """
+    kinds, instead = examples.contrast, "list the features, or select by attribution"
+    if kinds is None:
+        raise InputError(
+            f"features: select {by} compares prompts of two kinds, which this task does not give; {instead}"
+        )
+    if by == "effect" and kinds.behavior is None:
+        raise InputError(f"features: select effect needs a behavior to rank by, and this task gives none; {instead}")
+    return kinds
+
+
+def attributions(
+    model: Model,
+    sae: SAE,
+    site: Site,
+    examples: Examples,
+    batch_size: int | None = None,
+    progress: Progress | None = None,
+) -> Float[Tensor, "d_sae"]:
+    """Sum the attribution of each feature to the behavior's score over all examples, in units of the score.
+
+    Args:
+        model: the model that the behavior is read with, without any clamp.
+        sae: the dictionary.
+        site: where the SAE reads the residual stream.
+        examples: prompts with their behavior.
+        batch_size: prompts per forward pass; all at once by default.
+        progress: called as `progress("attribution", done, total)`.
+    """
+    total = torch.zeros(sae.d_sae, device=sae.device)
+    rows = torch.arange(len(examples.ids))
+    for batch in torch.split(rows, batch_size or len(rows)):
+        part = examples.select(batch)
+        total += attribution_of(model, sae, site, part.prompts, part.behavior)
+        if progress is not None:
+            progress("attribution", int(batch[-1]) + 1, len(rows))
+    return total
+
+
+def attribution_of(model: Model, sae: SAE, site: Site, prompts: Prompts, behavior: Behavior) -> Float[Tensor, "d_sae"]:
     """Summed attribution of each feature to the score, in units of the score, over one batch of prompts.
 
     Padding and first tokens count for nothing. Divide by the number of prompts for the mean.

@@ -7,7 +7,7 @@ states, column by column, and its reference is the same text under the clamps wi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -15,13 +15,13 @@ from recover.defenses.clamps import Defense
 from recover.defenses.defended import clamp_edits
 from recover.models.generation import Columns, generate, n_answer
 from recover.models.host import Edit, Model, Prompts
-from recover.types import Float, Site, Tensor, TokenIds
+from recover.types import Float, Site, Surface, Tensor, TokenIds
 
 __all__ = ["say", "under"]
 
 
 def under(defense: Defense, delta: Mapping[Site, Float[Tensor, "batch pos d_model"]] | None = None) -> Columns:
-    """The clamps as edits that `generate` runs, with the parts of a delta added after them."""
+    """Give the clamps as edits that `generate` runs, with the parts of a delta added after them."""
     parts = {site.index: part for site, part in (delta or {}).items()}
 
     def edits(first: int, last: int) -> dict[Site, Edit]:
@@ -50,12 +50,10 @@ def say(
     defense: Defense | None = None,
     delta: Float[Tensor, "batch site_pos d_model"] | None = None,
     *,
-    every_site: bool = False,
+    surface: Surface = Surface(),
     stop: Sequence[int] = (),
-    use_cache: bool = True,
-    on_step: Callable[[int, int], None] | None = None,
 ) -> TokenIds:
-    """Greedy answers `[batch pos]`, `NO_TOKEN` after their end.
+    """Generate greedy answers `[batch pos]`, `NO_TOKEN` after their end.
 
     Args:
         model: the host model.
@@ -63,14 +61,12 @@ def say(
         n_tokens: at most.
         defense: clamps, live at every step.
         delta: one an example, as a search gives it, for the first columns of the answer; needs a defense.
-        every_site: whether it enters at every clamped site.
+        surface: the sites that the delta enters at, always after the clamps.
         stop: tokens that end an answer.
-        use_cache: as in `generate`.
-        on_step: as in `generate`.
     """
     edits = None
     if defense is not None:
-        sites = defense.sites if every_site else defense.sites[:1]
+        sites = surface.enters(defense.sites)
         parts = None if delta is None else dict(zip(sites, delta.chunk(len(sites), dim=1), strict=True))
         edits = under(defense, parts)
-    return generate(model, prompts, n_tokens, edits, stop=stop, use_cache=use_cache, on_step=on_step)
+    return generate(model, prompts, n_tokens, edits, stop=stop)

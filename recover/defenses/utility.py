@@ -63,7 +63,7 @@ def measure_utility(
     Args:
         model: the host model.
         defense: as it is deployed.
-        neutral: passages, such as `model.tokenize(recover.tasks.neutral.NEUTRAL)`.
+        neutral: passages, such as `model.tokenize(recover.tasks.prose.NEUTRAL)`.
         batch_size: passages at once; all by default.
         max_increase: nats a token above which the model counts as broken.
 

@@ -19,20 +19,34 @@ feature stood from its threshold: where all are far below, zero drift is true of
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from einops import einsum, reduce
 from torch.nn.functional import pad
 
 from recover.defenses.clamps import Clamp, Defense
-from recover.defenses.defended import Placement, check_fits
+from recover.defenses.defended import check_fits
 from recover.models.generation import NO_TOKEN, answered
 from recover.models.host import Edit, Model, Prompts
 from recover.numerics import metrics
 from recover.saes.decomposition import Decomposition, decompose, recompose
 from recover.tasks.behaviors import Behavior, ForcedAnswer, positions_read
-from recover.types import Bool, Float, InputError, Mask, PerExample, Residual, Tensor, TokenIds, widened
+from recover.types import (
+    Bool,
+    Float,
+    InputError,
+    Mask,
+    PerExample,
+    Placement,
+    Residual,
+    Surface,
+    Tensor,
+    TokenIds,
+    widened,
+)
+
+__all__ = ["Certificate", "certify", "constraint_residual", "encoder_columns", "free_drift"]
 
 ROUNDING = 1e-5
 """Share of what a clamped pre-activation could at most be, up to which a change of it is rounding in float32."""
@@ -79,13 +93,13 @@ class Certificate:
     reactivated: PerExample
 
     def select(self, rows: Tensor) -> Certificate:
-        """The same for the examples `rows`."""
+        """Select a subset of the deltas."""
         return Certificate(**{name: values[rows] for name, values in vars(self).items()})
 
 
 @dataclass(frozen=True, eq=False)
 class _ClampFacts:
-    """Of one clamp: features defended and recovered, pre-activation shift, margin to threshold, and change written."""
+    """Features of one clamp, defended and recovered; their pre-activation shift, margin and the change written."""
 
     z_def: Float[Tensor, "batch pos k"]
     z_rec: Float[Tensor, "batch pos k"]
@@ -116,9 +130,7 @@ def certify(
     prompts: Prompts,
     behavior: Behavior,
     delta: Float[Tensor, "batch n_pos d_model"],
-    placement: Placement = "after_clamp",
-    *,
-    every_site: bool = False,
+    surface: Surface = Surface(),
 ) -> Certificate:
     """Measure saved deltas afresh.
 
@@ -128,8 +140,7 @@ def certify(
         prompts: one for each delta.
         behavior: the predicate, one entry for each delta.
         delta: at the last `n_pos` positions of the first clamped site; or, site after site, of every one.
-        placement: where delta enters.
-        every_site: whether delta enters at every clamped site.
+        surface: where delta enters.
 
     Raises:
         InputError: shapes that do not belong together, or a defense that does not fit the model.
@@ -137,7 +148,7 @@ def certify(
     check_fits(model, defense, n_answer=positions_read(behavior) - 1)
     dtype = torch.promote_types(model.dtype, torch.float32)
     defense = defense.to(dtype)
-    sites = defense.sites if every_site else defense.sites[:1]
+    sites = surface.enters(defense.sites)
     batch, d_model = delta.shape[0], delta.shape[2]
     n_pos, apart = divmod(delta.shape[1], len(sites))
     shortest = int(prompts.mask.sum(dim=-1).min())
@@ -150,8 +161,8 @@ def certify(
     parts = dict(zip((site.index for site in sites), torch.split(delta, n_pos, dim=1), strict=True))
     nothing = {index: torch.zeros_like(part) for index, part in parts.items()}
     with torch.no_grad():
-        defended = _replay(model, defense, prompts, behavior, nothing, placement)
-        recovered = _replay(model, defense, prompts, behavior, parts, placement)
+        defended = _replay(model, defense, prompts, behavior, nothing, surface.placement)
+        recovered = _replay(model, defense, prompts, behavior, parts, surface.placement)
     site = defense.sites[0]
     h, h_def = (
         torch.cat([states[index][:, -n_pos:] for index in parts], dim=1) for states in (defended.before, defended.after)
@@ -297,10 +308,9 @@ def free_drift(
     answers: TokenIds,
     defense: Defense,
     delta: Float[Tensor, "batch site_pos d_model"],
-    *,
-    every_site: bool = False,
+    surface: Surface = Surface(),
 ) -> Certificate:
-    """The certificate of a delta over the text that was said under it: what drifted during free generation.
+    """Certify a delta over the text that was generated under it: what drifted during free generation.
 
     Args:
         model: the host model, in float32.
@@ -308,9 +318,9 @@ def free_drift(
         answers: as `say` gave them under this delta.
         defense: the clamps.
         delta: as long as the answers at most; columns that an answer has and the delta has not are left alone.
-        every_site: whether it enters at every clamped site.
+        surface: the sites that the delta enters at, always after the clamps, as in `say`.
     """
-    sites = len(defense.sites) if every_site else 1
-    columns = delta.shape[1] // sites
+    surface = replace(surface, placement="after_clamp")
+    columns = delta.shape[1] // len(surface.enters(defense.sites))
     said = pad(answers[:, :columns], (0, max(0, columns - answers.shape[1])), value=NO_TOKEN)
-    return certify(model, defense, answered(prompts, said), ForcedAnswer(said), delta, every_site=every_site)
+    return certify(model, defense, answered(prompts, said), ForcedAnswer(said), delta, surface)

@@ -20,9 +20,9 @@ from einops import rearrange
 from recover.defenses.defended import Defended
 from recover.models.host import Suffix
 from recover.numerics.metrics import norm
-from recover.search.ascent import Delta, Feasible, scale_to
+from recover.search.ascent import Feasible, scale_to
 from recover.tasks.behaviors import Behavior, Targeted, positions_read
-from recover.types import Bool, Float, Int, PerExample, Residual, Tensor
+from recover.types import Bool, Delta, Float, Int, PerExample, Residual, Rows, Tensor
 
 __all__ = ["Anywhere", "Undefended", "displacement", "placebo_targets", "undone"]
 
@@ -37,7 +37,7 @@ class Anywhere:
     def project(self, delta: Residual) -> Residual:
         return delta
 
-    def select(self, rows: Int[Tensor, "rows"]) -> Anywhere:
+    def select(self, rows: Rows) -> Anywhere:
         return self
 
 
@@ -66,7 +66,7 @@ class Undefended:
         logits = self.suffix.logits(state, self.behavior.tokens, reads).float()
         return self.behavior.score(logits), self.behavior.slack(logits)
 
-    def select(self, rows: Int[Tensor, "rows"]) -> Undefended:
+    def select(self, rows: Rows) -> Undefended:
         return Undefended(self.suffix.select(rows), self.behavior.select(rows))
 
 

@@ -38,13 +38,13 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Annotated
 
-from pydantic import ConfigDict, Field, with_config
+from pydantic import ConfigDict, Field, PositiveInt, with_config
 
 from recover.numerics.statistics import Paired, holm, more_often, wilson
+from recover.types import Share
 
 __all__ = ["Finding", "Reading", "Rule", "Rules", "TransferEvidence", "decided_by", "judge", "survives"]
 
-Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0)]
 
 
@@ -92,8 +92,8 @@ class Rules:
     alpha: Annotated[Share, Field(description="corrected p-value up to which a difference counts")] = 0.01
     most: Annotated[Share, Field(description="share that a held-out rate's interval must lie above")] = 0.5
     max_chance: Annotated[Share, Field(description="largest rate of chance that can show anything")] = 0.25
-    min_heldout: Annotated[Count, Field(description="fewest held-out examples that can show anything")] = 8
-    min_pairs: Annotated[Count, Field(description="fewest pairs of targets that can show anything")] = 5
+    min_heldout: Annotated[PositiveInt, Field(description="fewest held-out examples that can show anything")] = 8
+    min_pairs: Annotated[PositiveInt, Field(description="fewest pairs of targets that can show anything")] = 5
 
 
 @with_config(ConfigDict(extra="forbid"))

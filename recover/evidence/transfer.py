@@ -25,6 +25,7 @@ from functools import cached_property
 from itertools import accumulate
 
 import torch
+from pydantic import PositiveInt
 from torch.nn import functional as F
 
 from recover.defenses.defended import Defended
@@ -33,7 +34,7 @@ from recover.search.ascent import Feasible, clip, scale_to
 from recover.search.constraints.pinned import Pinned
 from recover.search.gradient_free import ELEMENTS_AT_ONCE
 from recover.tasks.behaviors import Behavior, Targeted
-from recover.types import Float, InputError, Int, Tensor
+from recover.types import Float, InputError, Int, Rows, Tensor
 
 __all__ = ["FitSchedule", "Pool", "Problem", "derangement", "fit_shared", "halves", "random_shared"]
 
@@ -53,7 +54,7 @@ class FitSchedule:
         seed: of the noise.
     """
 
-    steps: int = 60
+    steps: PositiveInt = 60
     stride: float = 0.1
     momentum: float = 0.8
     noise: float = 0.5
@@ -103,7 +104,7 @@ class Pool:
         """Mean norm of the defended residual over the positions that a delta touches."""
         return float(torch.cat([norm(part.residual) for part in self.parts]).double().mean())
 
-    def select(self, rows: Int[Tensor, "rows"]) -> Pool:
+    def select(self, rows: Rows) -> Pool:
         """The examples `rows`, in the order in which they stand in the batches."""
         kept, start = [], 0
         for part in self.parts:

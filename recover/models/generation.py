@@ -71,8 +71,7 @@ def generate(
         logits = model.run(
             Prompts(ids[:, new], mask[:, new]),
             edits=edits(step if kept else 0, step),
-            past=past,
-            past_mask=mask[:, :-1] if kept and step else None,
+            past=(past, mask[:, :-1] if step else None) if kept else None,
         ).logits
         token = logits.argmax(dim=-1)
         answer.append(torch.where(going, token, NO_TOKEN))

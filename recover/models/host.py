@@ -33,7 +33,7 @@ from torch import nn
 from recover.models.capacity import prompts_at_once
 from recover.models.components import Component, modules_of
 from recover.models.prefix import KeysValues, recorder, stored
-from recover.types import Bool, Float, InputError, Int, Mask, Residual, Site, Tensor, TokenIds
+from recover.types import Bool, Float, InputError, Int, Mask, Residual, Rows, Site, Tensor, TokenIds
 
 Edit = Callable[[Tensor, Tensor], Tensor]
 """`edit(residual [batch pos d_model], positions [batch pos]) -> residual`, pure; positions as `Prompts` counts them."""
@@ -60,7 +60,7 @@ class Prompts:
         """Position of each token in its own prompt, counted from 0; -1 for padding."""
         return positions_of(self.mask)
 
-    def select(self, rows: Int[Tensor, "rows"]) -> Prompts:
+    def select(self, rows: Rows) -> Prompts:
         """The prompts `rows`, without padding that only the others needed."""
         ids, mask = self.ids[rows], self.mask[rows]
         start = 0 if len(rows) == 0 else int(mask.any(dim=0).long().argmax())
@@ -177,8 +177,7 @@ class Model:
         read: Sequence[Site] = (),
         edits: Mapping[Site, Edit] | None = None,
         start: tuple[Site, Residual] | None = None,
-        past: Any = None,
-        past_mask: Bool[Tensor, "batch past"] | None = None,
+        past: tuple[Any, Bool[Tensor, "batch past"] | None] | None = None,
         tokens: Int[Tensor, "batch choice"] | None = None,
         reads: int | None = 1,
         parts: Mapping[Component, Change] | None = None,
@@ -190,8 +189,8 @@ class Model:
             read: sites whose residual `[batch pos d_model]` is returned, after any edit there.
             edits: pure edits of the residual, site by site.
             start: skip every block below this site and put this residual there.
-            past: keys and values of earlier tokens, as transformers holds them.
-            past_mask: which tokens of `past` are real.
+            past: keys and values of earlier tokens, as transformers holds them, and which of these tokens are real
+                (None where it holds none yet and is to be filled).
             tokens: the tokens whose logits are wanted, by example; only these columns of the head are computed.
             reads: at how many of the last positions logits are wanted; None: at every one.
             parts: pure changes of what components of blocks give, `[batch pos width]`, and readings of it.
@@ -208,9 +207,10 @@ class Model:
         places = self._places(parts or {}, first)
         as_tuple = self.returns_tuples if first > 0 or self.n_layers in wanted | changes.keys() else False
         found: dict[int, Tensor] = {}
-        real = prompts.mask if past_mask is None else torch.cat([past_mask, prompts.mask], dim=1)
+        cache, seen = past or (None, None)
+        real = prompts.mask if seen is None else torch.cat([seen, prompts.mask], dim=1)
         positions = positions_of(real)[:, -prompts.ids.shape[1] :]
-        inputs = self._inputs(prompts, real, positions, past) | self._logits_at(reads)
+        inputs = self._inputs(prompts, real, positions, cache) | self._logits_at(reads)
         with self._traced.trace(**inputs):
             if start is not None:
                 for block in range(first):
@@ -283,9 +283,10 @@ class Model:
         if not 1 <= n_pos <= int(prompts.mask.sum(-1).min()):
             raise InputError(f"positions: {n_pos} trailing positions asked, the shortest prompt is shorter")
         past = recorder(self.n_layers) if self.is_language_model and not self.recurrent else None
+        keep = None if past is None else (past, None)
         try:
             with torch.no_grad():
-                run = self.run(prompts, read=[site], edits=edits, start=start, past=past, tokens=tokens, reads=reads)
+                run = self.run(prompts, read=[site], edits=edits, start=start, past=keep, tokens=tokens, reads=reads)
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             said = f"{type(error).__name__}: {' '.join(str(error).split())[-120:]}"
             raise InputError(
@@ -375,7 +376,7 @@ class Suffix:
         """The residual at the site, at the `n_pos` positions that a perturbation reaches."""
         return self.state[:, -self.n_pos :]
 
-    def select(self, rows: Int[Tensor, "rows"]) -> Suffix:
+    def select(self, rows: Rows) -> Suffix:
         """The same for the examples `rows`."""
         prompts = Prompts(self.prompts.ids[rows], self.prompts.mask[rows])
         past = None if self.past is None else self.past.select(rows)
@@ -456,8 +457,7 @@ class Suffix:
             Prompts(ids[:, -n_pos:], mask[:, -n_pos:]),
             start=(self.site, residual),
             edits=edits,
-            past=stored(self.past, self.model.n_layers),
-            past_mask=mask[:, :-n_pos],
+            past=(stored(self.past, self.model.n_layers), mask[:, :-n_pos]),
             tokens=tokens,
             reads=reads,
             parts=parts,

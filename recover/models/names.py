@@ -30,6 +30,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from recover.models import hub
+from recover.models.host import Model
 from recover.models.hub import cached as on_disk
 from recover.models.hub import one_line, why
 from recover.models.weights import GEMMA3_270M, SMOLLM2, Packed, converted_folder, fetch, load_gguf, quiet
@@ -37,6 +38,7 @@ from recover.types import DeviceMap, InputError
 
 __all__ = [
     "LoadedModel",
+    "load_model",
     "resolve_device",
     "resolve_model",
     "shipped_models",
@@ -82,6 +84,26 @@ def resolve_device(device: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"device {device!r} cannot be used here ({one_line(error)}); try 'cpu'") from error
     return torch.device(device)
+
+
+def load_model(name: str, device: str = "auto", dtype: DType = "float32", device_map: DeviceMap | None = None) -> Model:
+    """Load a model and its tokenizer by name, ready to be read and edited.
+
+    Args:
+        name: a name that recover ships (`smollm2`, `gemma3-270m`, `toy-choice`), a local folder, a GGUF file, or the
+            hub id of any causal language model that transformers loads.
+        device: a torch device, or `auto` for the first CUDA device where there is one and the CPU otherwise.
+        dtype: of the weights and of every activation.
+        device_map: how to spread a model over several devices; replaces `device`.
+
+    Raises:
+        InputError: the model does not exist, cannot be reached, or its files cannot be loaded.
+
+    >>> load_model("toy-choice", "cpu").n_layers
+    3
+    """
+    loaded = resolve_model(name, device, dtype, device_map)
+    return Model(loaded.module, loaded.tokenizer)
 
 
 def resolve_model(

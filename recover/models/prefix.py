@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
-from recover.types import Int, Tensor
+from recover.types import Rows, Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,13 +31,13 @@ class KeysValues:
         )
         return cls(tuple(seen), length)
 
-    def select(self, rows: Int[Tensor, "rows"]) -> KeysValues:
+    def select(self, rows: Rows) -> KeysValues:
         """The same for the examples `rows`."""
         picked = (None if pair is None else (_rows(pair[0], rows), _rows(pair[1], rows)) for pair in self.layers)
         return KeysValues(tuple(picked), self.length)
 
 
-def _rows(kept: Tensor, rows: Int[Tensor, "rows"]) -> Tensor:
+def _rows(kept: Tensor, rows: Rows) -> Tensor:
     """Of what is where its layer is, which may be another device than the rows'."""
     return kept[rows.to(kept.device)]
 

@@ -52,6 +52,13 @@ def cgls(
 ) -> LeastSquares:
     """Solve `A x = b` in the least-squares sense.
 
+    >>> import torch
+    >>> from recover.numerics import cgls
+    >>> A = torch.tensor([[2.0, 0.0], [0.0, 4.0]], dtype=torch.float64)
+    >>> b = torch.tensor([[2.0, 4.0]], dtype=torch.float64)
+    >>> cgls(lambda p: p @ A.mT, lambda r: r @ A, b, tolerance=1e-9, steps=9).x.round(decimals=6)
+    tensor([[1., 1.]], dtype=torch.float64)
+
     Args:
         forward: `A p` for each example.
         adjoint: `A^T r` for each example.

@@ -22,6 +22,7 @@ from recover.types import Bool, Float, Int, PerExample, Tensor
 __all__ = [
     "Reactivation",
     "activation_drift",
+    "by_example",
     "clamp_floor_violation",
     "decode_drift",
     "explained_variance",
@@ -51,7 +52,13 @@ class Reactivation:
 
 
 def valid_flips(base: Bool[Tensor, "batch"], defended: Bool[Tensor, "batch"]) -> Bool[Tensor, "batch"]:
-    """Where the base model shows the behavior and the defended one does not."""
+    """Where the base model shows the behavior and the defended one does not.
+
+    >>> import torch
+    >>> from recover.numerics import valid_flips
+    >>> valid_flips(torch.tensor([True, True]), torch.tensor([True, False]))
+    tensor([False,  True])
+    """
     return base & ~defended
 
 
@@ -62,10 +69,21 @@ def recovery_rate(recovered: Bool[Tensor, "batch"], valid: Bool[Tensor, "batch"]
 
 
 def norm(values: Float[Tensor, "batch *pos n"]) -> PerExample:
-    """The Frobenius norm of each example, summed in float64 and returned in the dtype of `values`."""
+    """The Frobenius norm of each example, summed in float64 and returned in the dtype of `values`.
+
+    >>> import torch
+    >>> from recover.numerics import norm
+    >>> norm(torch.tensor([[[3.0, 4.0]]]))
+    tensor([5.])
+    """
     flat = rearrange(values, "batch ... n -> batch (... n)")
     length: Tensor = torch.linalg.vector_norm(flat, dim=1, dtype=torch.float64)
     return length.to(values.dtype)
+
+
+def by_example(values: Tensor) -> Tensor:
+    """Values `[batch]` as factors or masks of deltas, `[batch 1 1]`."""
+    return rearrange(values, "batch -> batch 1 1")
 
 
 def activation_drift(z_rec: Float[Tensor, "batch *pos k"], z_def: Float[Tensor, "batch *pos k"]) -> PerExample:
@@ -74,7 +92,13 @@ def activation_drift(z_rec: Float[Tensor, "batch *pos k"], z_def: Float[Tensor, 
 
 
 def relative_drift(z_rec: Float[Tensor, "batch *pos k"], z_def: Float[Tensor, "batch *pos k"]) -> PerExample:
-    """The activation drift as a share of `||z_S(h_def)||`."""
+    """The activation drift as a share of `||z_S(h_def)||`.
+
+    >>> import torch
+    >>> from recover.numerics import activation_drift, norm, relative_drift
+    >>> relative_drift(torch.tensor([[1.0, 0.0]]), torch.tensor([[2.0, 0.0]]))
+    tensor([0.5000])
+    """
     return _ratio(activation_drift(z_rec, z_def), norm(z_def))
 
 
@@ -120,7 +144,13 @@ def explained_variance(x: Float[Tensor, "*batch d_model"], x_hat: Float[Tensor, 
 
 
 def l0(features: Float[Tensor, "*batch d_sae"]) -> float:
-    """How many features are active on a token, on average."""
+    """How many features are active on a token, on average.
+
+    >>> import torch
+    >>> from recover.numerics import l0
+    >>> l0(torch.tensor([[0.0, 1.5, 2.0]]))
+    2.0
+    """
     return reduce((features != 0).double(), "... d_sae -> ...", "sum").mean().item()
 
 

@@ -36,7 +36,12 @@ DRAWN_AT_ONCE = 2**20
 def wilson(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
     """The Wilson score interval of a rate; all of [0, 1] where `n` is 0.
 
-    It solves `|p - successes/n| = q sqrt(p (1 - p) / n)` for `p`, with `q` the two-sided normal quantile.
+    It solves `|p - successes/n| = q sqrt(p (1 - p) / n)` for `p`, with `q` the two-sided normal quantile. Written out,
+    as `scipy.stats.binomtest` differs in the last digit (by 3e-16 at most for `n <= 300`), which verdicts print.
+
+    >>> from recover.numerics import wilson
+    >>> wilson(8, 10)
+    (0.4901624715052918, 0.9433178485456247)
 
     Raises:
         InputError: not `0 <= successes <= n`, or not `0 < confidence < 1`.
@@ -115,7 +120,7 @@ def median_interval(
 
 @dataclass(frozen=True)
 class Paired:
-    """Of `n` examples, where `ours` is smaller than `theirs`, and how sure that is.
+    """Paired norms: where `ours` is smaller than `theirs`, and how sure that is.
 
     Attributes:
         n: pairs in all: `smaller + larger + ties`.
@@ -137,7 +142,7 @@ class Paired:
 
 
 def paired_smaller(ours: ArrayLike, theirs: ArrayLike, tolerance: float = TIE) -> Paired:
-    """Whether `ours` tend to be smaller than `theirs`, example by example: the exact sign test.
+    """Test whether `ours` tend to be smaller than `theirs`, example by example: the exact sign test.
 
     Were neither likelier to be the smaller one, `smaller` would be binomial, with probability 1/2, among the pairs that
     are not ties; `p` is the probability of at least as many. The signed-rank test would also weigh by how much they
@@ -151,7 +156,7 @@ def paired_smaller(ours: ArrayLike, theirs: ArrayLike, tolerance: float = TIE) -
     Args:
         ours: the smallest norms at which the behavior's own target is reached, one an example; infinite where it is
             not. `theirs` are compared with them in this order.
-        theirs: the same for the placebo target, searched up to the same largest norm.
+        theirs: the smallest norms for the placebo target, searched up to the same largest norm.
         tolerance: a pair is a tie where the smaller of the two is less than this share below the larger, so that
             numerical noise cannot become significance.
 
@@ -190,6 +195,10 @@ def more_often(successes: int, n: int, other_successes: int, other_n: int) -> fl
     `n`: a hypergeometric tail; 1 where either has no trials. The trials of the two are taken to be different ones; of
     the same examples, which tend to succeed together, the test is cautious.
 
+    >>> from recover.numerics import more_often
+    >>> round(more_often(3, 3, 0, 3), 3)
+    0.05
+
     Raises:
         InputError: not `0 <= successes <= n`, of either.
     """
@@ -208,6 +217,10 @@ def holm(p_values: ArrayLike) -> list[float]:
     comes at place `i <= m - t + 1`, and is rejected only if its `p <= alpha / (m - i + 1) <= alpha / t`; that the least
     p-value of `t` true ones is so small has probability `alpha` at most. The adjusted value is the least `alpha` that
     rejects: `(m - i + 1) p_(i)`, or what the place before has, as rejecting stops at the first that stays.
+
+    >>> from recover.numerics import holm
+    >>> holm([0.01, 0.04, 0.03])
+    [0.03, 0.06, 0.06]
 
     Raises:
         InputError: a value that is not between 0 and 1.

@@ -7,13 +7,13 @@ orthonormal basis `Q` of the columns of `A`,
 
 Why each detail is there:
 
-- columns are normalized first, so that a feature with a small encoder is held as exactly as the others;
+- columns are normalized first, so that a feature with a small encoder is kept as exactly as the others;
 - rank is revealed by an SVD, as feature sets do hold duplicate, dependent and zero columns;
 - the tolerance is the rounding of the columns: a sum of two float32 columns, itself rounded, points out of their
-  plane by 1e-8 of its length, and to hold that noise would cost a real dimension; dropped, it leaks less than 1e-6;
+  plane by 1e-8 of its length, and to exclude that noise would cost a real dimension; dropped, it leaks less than 1e-6;
 - `P` is applied twice: once leaves an error relative to the *input*, which matters when little is left.
 
-Where what must be held differs between examples (rows of a Jacobian), each has a basis of its own: `NullSpaces`.
+Where what must be excluded differs between examples (rows of a Jacobian), each has a basis of its own: `NullSpaces`.
 """
 
 from __future__ import annotations
@@ -24,13 +24,19 @@ from functools import cached_property
 import torch
 from einops import einsum, rearrange
 
-from recover.types import Float, Int, Tensor
+from recover.types import Float, Int, Rows, Tensor
 
 __all__ = ["NullSpace", "NullSpaces", "row_space"]
 
 
 def row_space(A: Float[Tensor, "d_model k"], rtol: float | None = None) -> Float[Tensor, "d_model rank"]:
-    """An orthonormal float64 basis of what `A^T` sees: the span of the columns of `A`.
+    """An orthonormal float64 basis of the span of the columns of `A`, which is what `A^T` sees.
+
+    >>> import torch
+    >>> from recover.numerics import row_space
+    >>> row_space(torch.tensor([[2.0, 4.0], [0.0, 0.0]])).abs()
+    tensor([[1.],
+            [0.]], dtype=torch.float64)
 
     Args:
         A: any number of columns, of any norms and however dependent.
@@ -55,7 +61,13 @@ def row_space(A: Float[Tensor, "d_model k"], rtol: float | None = None) -> Float
 
 @dataclass(frozen=True, eq=False)
 class NullSpace:
-    """The orthogonal complement of an orthonormal `basis` (float64) of the directions that are held."""
+    """The orthogonal complement of an orthonormal `basis` (float64) of the directions that are excluded.
+
+    >>> import torch
+    >>> from recover.numerics import NullSpace
+    >>> NullSpace.of(torch.tensor([[1.0], [0.0]])).project(torch.tensor([3.0, 4.0]))
+    tensor([0., 4.])
+    """
 
     basis: Float[Tensor, "d_model rank"]
 
@@ -66,7 +78,7 @@ class NullSpace:
 
     @property
     def rank(self) -> int:
-        """How many directions are held."""
+        """How many directions are excluded."""
         return int(self.basis.shape[1])
 
     @property
@@ -88,8 +100,8 @@ class NullSpace:
             free = free - einsum(seen, self.basis, "... rank, d_model rank -> ... d_model")
         return free.to(v.dtype)
 
-    def select(self, rows: Int[Tensor, "rows"]) -> NullSpace:
-        """Itself: it is the same for every example."""
+    def select(self, rows: Rows) -> NullSpace:
+        """Itself: all examples share one null space."""
         return self
 
 
@@ -115,7 +127,7 @@ class NullSpaces:
 
     @cached_property
     def ranks(self) -> Int[Tensor, "batch"]:
-        """How many directions are held in each example."""
+        """How many directions are excluded in each example."""
         return self.bases.any(dim=1).sum(dim=1)
 
     def project(self, v: Float[Tensor, "batch d_model"]) -> Float[Tensor, "batch d_model"]:
@@ -127,6 +139,6 @@ class NullSpaces:
         nothing = rearrange(self.ranks == v.shape[1], "batch -> batch 1")
         return torch.where(nothing, 0.0, free).to(v.dtype)
 
-    def select(self, rows: Int[Tensor, "rows"]) -> NullSpaces:
-        """The same for the examples `rows`."""
+    def select(self, rows: Rows) -> NullSpaces:
+        """The null spaces of the examples `rows` alone."""
         return NullSpaces(self.bases[rows])

@@ -32,7 +32,18 @@ from torch import nn
 from recover.defenses.clamps import Clamp, Defense, Set
 from recover.numerics.subspaces import NullSpace
 from recover.planted.network import build_network
-from recover.planted.world import Atoms, Draw, Planted, answers, blocks, clamped, context_codes, examples, planted_sae
+from recover.planted.world import (
+    Atoms,
+    Draw,
+    Planted,
+    Sizes,
+    blocks,
+    clamped,
+    context_codes,
+    draw_answers,
+    make_examples,
+    planted_sae,
+)
 from recover.tasks.behaviors import LogitDifference
 from recover.types import Tensor
 
@@ -77,26 +88,16 @@ class Hard(nn.Module):
         return torch.cat([logits, torch.zeros_like(x)], dim=-1)
 
 
-def hard_readout(
-    seed: int,
-    *,
-    d_model: int = 24,
-    n_answers: int = 4,
-    n_context: int = 5,
-    d_sae: int = 40,
-    n_prompts: int = 8,
-    length: int = 4,
-    vocab: int = 0,
-    depth: int = 1,
-    variant: str | None = None,
-) -> Planted:
+def hard_readout(seed: int, *, variant: str | None = None, **sizes: int) -> Planted:
     """Kind 7; the variant goes by the seed. Needs `d_model > 2 n_answers + n_context`."""
     draw = Draw(seed)
+    size = Sizes.of(sizes, d_model=24, n_answers=4, n_context=5, d_sae=40, n_prompts=8)
+    d_model, n_answers, n_context, n_prompts, d_sae, _ = size.shape
     variant = variant or VARIANTS[seed % len(VARIANTS)]
     features = n_answers + n_context
     T = blocks(draw, d_model, [features, n_answers + 1], spread=[0.4, 0.0])
     atoms = Atoms.of(T)
-    target, _ = answers(draw, n_prompts, n_answers)
+    target, _ = draw_answers(draw, n_prompts, n_answers)
     rows = torch.arange(n_prompts)
     codes = context_codes(draw, n_prompts, len(T), range(n_answers, features))
     codes[rows, target] = draw.uniform(2.0, 4.0, n_prompts)
@@ -115,21 +116,17 @@ def hard_readout(
         torch.cat([read, atoms.W[:, -1:]], dim=1),
         Hard(variant, draw.number(6.0, 30.0)),
         n_out=n_answers + 1,
-        vocab=vocab,
-        length=length,
-        depth=depth,
+        size=size,
     )
     smallest = ((GUARD if variant == "topk" else 0.0) - after - gamma * beta) / gamma
     return Planted(
         name="hard_readout",
         model=model,
         defense=Defense((Clamp(sae, where[:n_answers].tolist(), mode, only_active=True),), skip_first=draw.below(2)),
-        examples=examples(prompts, LogitDifference(target, torch.full_like(target, n_answers))),
+        examples=make_examples(prompts, LogitDifference(target, torch.full_like(target, n_answers))),
         budget=float(smallest.max()) * draw.number(1.3, 2.0),
         expected=("RECOVERABLE", "INCONCLUSIVE"),
-        specific=None,
         smallest_norm=smallest.float(),
-        bypass="error",
         admissible=NullSpace.of(atoms.W[:, :n_answers]),
         variant=variant,
     )

@@ -30,25 +30,26 @@ import torch
 from recover.defenses.clamps import Clamp, Defense, Mode, Scale, Set
 from recover.numerics.subspaces import NullSpace
 from recover.planted.network import Linear, Monotone, build_network
-from recover.planted.world import Atoms, Draw, Planted, answers, clamped, distance, examples, planted_sae
+from recover.planted.world import (
+    Atoms,
+    Draw,
+    Planted,
+    Sizes,
+    clamped,
+    distance,
+    draw_answers,
+    make_examples,
+    planted_sae,
+)
 from recover.tasks.behaviors import LogitDifference
 from recover.types import Site
 
 
-def two_layers(
-    seed: int,
-    *,
-    d_model: int = 28,
-    n_answers: int = 4,
-    n_context: int = 5,
-    d_sae: int = 40,
-    n_prompts: int = 10,
-    length: int = 4,
-    vocab: int = 0,
-    depth: int = 1,
-) -> Planted:
+def two_layers(seed: int, **sizes: int) -> Planted:
     """Kind 6. Needs `d_model > 3 n_answers + n_context`."""
     draw = Draw(seed)
+    size = Sizes.of(sizes, d_model=28, n_answers=4, n_context=5, d_sae=40, n_prompts=10)
+    d_model, n_answers, n_context, n_prompts, d_sae, _ = size.shape
     bypass: Literal["error", "features"] = "features" if draw.below(2) else "error"
     a, b = range(n_answers), range(n_answers, 2 * n_answers)
     context = range(2 * n_answers, 2 * n_answers + n_context)
@@ -58,7 +59,7 @@ def two_layers(
     second = Atoms.of(first.T @ J.T)
     known = c.stop if bypass == "features" else c.start
 
-    target, other = answers(draw, n_prompts, n_answers)
+    target, other = draw_answers(draw, n_prompts, n_answers)
     rows = torch.arange(n_prompts)
     codes = torch.zeros(n_prompts, c.stop, dtype=torch.float64)
     codes[rows, target] = draw.uniform(2.0, 4.0, n_prompts)
@@ -88,9 +89,7 @@ def two_layers(
         U,
         Monotone(Monotone.NAMES[draw.below(len(Monotone.NAMES))]),
         n_out=n_answers,
-        vocab=vocab,
-        length=length,
-        depth=depth,
+        size=size,
         between=[Linear(J)],
     )
     held = torch.cat([first.W[:, a.start : a.stop], J.T @ second.W[:, b.start : b.stop]], dim=1)
@@ -100,10 +99,8 @@ def two_layers(
         name="two_layers",
         model=model,
         defense=Defense(tuple(clamps), skip_first=draw.below(2)),
-        examples=examples(prompts, LogitDifference(target, other)),
+        examples=make_examples(prompts, LogitDifference(target, other)),
         budget=float(smallest.max()) * draw.number(1.3, 2.0),
-        expected=("RECOVERABLE",),
-        specific=None,
         smallest_norm=smallest.float(),
         bypass=bypass,
         admissible=NullSpace.of(held),

@@ -46,7 +46,18 @@ from torch import nn
 from recover.defenses.clamps import Clamp, Defense, Mode, Scale, Set
 from recover.numerics.subspaces import NullSpace
 from recover.planted.network import build_network
-from recover.planted.world import Atoms, Draw, Planted, answers, blocks, clamped, context_codes, examples, planted_sae
+from recover.planted.world import (
+    Atoms,
+    Draw,
+    Planted,
+    Sizes,
+    blocks,
+    clamped,
+    context_codes,
+    draw_answers,
+    make_examples,
+    planted_sae,
+)
 from recover.tasks.behaviors import ChoiceMargin
 from recover.types import Tensor
 
@@ -72,24 +83,15 @@ class Gated(nn.Module):
         return torch.cat([y[..., :-1].clamp(-1, 1) - closed, torch.zeros_like(closed)], dim=-1)
 
 
-def write_only(
-    seed: int,
-    *,
-    d_model: int = 32,
-    n_answers: int = 6,
-    n_context: int = 6,
-    d_sae: int = 48,
-    n_prompts: int = 24,
-    length: int = 4,
-    vocab: int = 0,
-    depth: int = 1,
-) -> Planted:
+def write_only(seed: int, **sizes: int) -> Planted:
     """Kind 4. Needs `d_model >= 2 n_answers + n_context`."""
     draw = Draw(seed)
+    size = Sizes.of(sizes, d_model=32, d_sae=48)
+    d_model, n_answers, n_context, n_prompts, d_sae, _ = size.shape
     features = n_answers + n_context
     T = blocks(draw, d_model, [features, n_answers], spread=[0.4, 0.0])
     atoms = Atoms.of(T)
-    target, _ = answers(draw, n_prompts, n_answers)
+    target, _ = draw_answers(draw, n_prompts, n_answers)
     codes = context_codes(draw, n_prompts, len(T), range(n_answers, features))
     codes[torch.arange(n_prompts), target] = draw.uniform(2.0, 4.0, n_prompts)
     gamma, v = draw.number(0.5, 2.0), draw.number(1.0, 3.0)
@@ -102,40 +104,26 @@ def write_only(
         atoms.W[:, :n_answers] + gamma * atoms.W[:, features:],
         WithNone(0.0),
         n_out=n_answers + 1,
-        vocab=vocab,
-        length=length,
-        depth=depth,
+        size=size,
     )
     clamp = Clamp(sae, where[:n_answers].tolist(), Set(-v), only_active=False)
     return Planted(
         name="write_only",
         model=model,
         defense=Defense((clamp,), skip_first=draw.below(2)),
-        examples=examples(prompts, likeliest(target, n_answers + 1)),
+        examples=make_examples(prompts, likeliest(target, n_answers + 1)),
         budget=v / gamma * draw.number(1.3, 2.0),
-        expected=("RECOVERABLE",),
         specific=False,
         smallest_norm=torch.full((n_prompts,), v / gamma),
-        bypass="error",
         admissible=NullSpace.of(atoms.W[:, :n_answers]),
     )
 
 
-def shared_route(
-    seed: int,
-    *,
-    d_model: int = 48,
-    n_answers: int = 6,
-    n_context: int = 6,
-    d_sae: int = 64,
-    n_prompts: int = 24,
-    k: int = 4,
-    length: int = 4,
-    vocab: int = 0,
-    depth: int = 1,
-) -> Planted:
+def shared_route(seed: int, **sizes: int) -> Planted:
     """Kind 5. Needs `d_model > k + n_answers + n_context`."""
     draw = Draw(seed)
+    size = Sizes.of(sizes)
+    d_model, n_answers, n_context, n_prompts, d_sae, k = size.shape
     variant: Literal["error", "features"] = "features" if draw.below(2) else "error"
     gamma = draw.number(0.5, 1.5)
     route = k + n_context + n_answers
@@ -157,18 +145,15 @@ def shared_route(
         torch.cat([atoms.W[:, k + n_context : route], gate[:, None]], dim=1),
         Gated(),
         n_out=n_answers + 1,
-        vocab=vocab,
-        length=length,
-        depth=depth,
+        size=size,
     )
     smallest = needed / gamma
     return Planted(
         name="shared_route",
         model=model,
         defense=Defense((Clamp(sae, where[:k].tolist(), mode, only_active=True),), skip_first=draw.below(2)),
-        examples=examples(prompts, likeliest(target, n_answers + 1)),
+        examples=make_examples(prompts, likeliest(target, n_answers + 1)),
         budget=float(smallest.max()) * draw.number(1.3, 1.6),
-        expected=("RECOVERABLE",),
         specific=True,
         smallest_norm=smallest.float(),
         bypass=variant,
@@ -178,21 +163,11 @@ def shared_route(
     )
 
 
-def undone_clamp(
-    seed: int,
-    *,
-    d_model: int = 48,
-    n_answers: int = 6,
-    n_context: int = 6,
-    d_sae: int = 64,
-    n_prompts: int = 24,
-    k: int = 4,
-    length: int = 4,
-    vocab: int = 0,
-    depth: int = 1,
-) -> Planted:
+def undone_clamp(seed: int, **sizes: int) -> Planted:
     """Kind 8. Needs `d_model >= 2 k + n_answers + n_context`, or `2 n_answers + n_context` in the variant `answers`."""
     draw = Draw(seed)
+    size = Sizes.of(sizes)
+    d_model, n_answers, n_context, n_prompts, d_sae, k = size.shape
     gated = draw.below(3) > 0
     k = k if gated else n_answers
     copies = n_answers if gated else 0
@@ -204,7 +179,7 @@ def undone_clamp(
     if gated:
         codes, target = _gated_codes(draw, n_prompts, len(T), k, n_context, n_answers)
     else:
-        target, _ = answers(draw, n_prompts, n_answers)
+        target, _ = draw_answers(draw, n_prompts, n_answers)
         codes = context_codes(draw, n_prompts, len(T), range(k, k + n_context))
         codes[torch.arange(n_prompts), target] = draw.uniform(2.0, 4.0, n_prompts)
     codes[:, unseen:] = KAPPA * codes[:, :k]
@@ -220,28 +195,15 @@ def undone_clamp(
     else:
         U, f, shared = phi.T / KAPPA, WithNone(1.0), None
         smallest = KAPPA * (1 - after[torch.arange(n_prompts), target])
-    model, prompts = build_network(
-        draw,
-        atoms,
-        codes,
-        range(k, k + n_context),
-        U,
-        f,
-        n_out=n_answers + 1,
-        vocab=vocab,
-        length=length,
-        depth=depth,
-    )
+    model, prompts = build_network(draw, atoms, codes, range(k, k + n_context), U, f, n_out=n_answers + 1, size=size)
     return Planted(
         name="undone_clamp",
         model=model,
         defense=Defense((Clamp(sae, where[:k].tolist(), mode, only_active=True),), skip_first=draw.below(2)),
-        examples=examples(prompts, likeliest(target, n_answers + 1)),
+        examples=make_examples(prompts, likeliest(target, n_answers + 1)),
         budget=float(smallest.max()) * draw.number(1.3, 1.6),
-        expected=("RECOVERABLE",),
         specific=False,
         smallest_norm=smallest.float(),
-        bypass="error",
         admissible=NullSpace.of(atoms.W[:, :k]),
         shared=None if shared is None else shared.float(),
         variant="gate" if gated else "answers",
@@ -256,7 +218,7 @@ def likeliest(target: Tensor, n_tokens: int) -> ChoiceMargin:
 
 def _gated_codes(draw: Draw, batch: int, n: int, k: int, n_context: int, n_answers: int) -> tuple[Tensor, Tensor]:
     """Every gate feature active, the copy of the answer at 3 or more; and the answers."""
-    target, _ = answers(draw, batch, n_answers)
+    target, _ = draw_answers(draw, batch, n_answers)
     codes = context_codes(draw, batch, n, range(k, k + n_context))
     codes[:, :k] = draw.uniform(2.0, 4.0, batch, k)
     codes[torch.arange(batch), k + n_context + target] = draw.uniform(3.0, 4.0, batch)

@@ -82,7 +82,18 @@ from recover.defenses.clamps import Clamp, Defense, Set
 from recover.numerics.subspaces import NullSpace
 from recover.planted.meaning import KAPPA, RHO, TAU, Gated, _closing, _gated_codes, likeliest
 from recover.planted.network import build_network
-from recover.planted.world import Atoms, Draw, Planted, answers, blocks, clamped, context_codes, examples, planted_sae
+from recover.planted.world import (
+    Atoms,
+    Draw,
+    Planted,
+    Sizes,
+    blocks,
+    clamped,
+    context_codes,
+    draw_answers,
+    make_examples,
+    planted_sae,
+)
 from recover.tasks.behaviors import LogitDifference
 from recover.types import Bool, Float, InputError, Int, Tensor
 
@@ -134,20 +145,7 @@ class WithPrior(nn.Module):
         return torch.cat([y + self.prior, torch.zeros_like(y[..., :1])], dim=-1)
 
 
-def half_erased(
-    seed: int,
-    *,
-    d_model: int = 48,
-    n_answers: int = 6,
-    members: int = 2,
-    n_context: int = 6,
-    d_sae: int = 64,
-    n_prompts: int = 24,
-    k: int = 4,
-    length: int = 4,
-    vocab: int = 0,
-    depth: int = 1,
-) -> Planted:
+def half_erased(seed: int, *, members: int = 2, **sizes: int) -> Planted:
     """The group of the answer survives, behind a gate; its place in the group is erased.
 
     Needs `d_model > k + 2 n_answers + n_context + n_answers / members`.
@@ -155,14 +153,16 @@ def half_erased(
     Raises:
         InputError: the answers do not fill groups of two or more.
     """
+    draw = Draw(seed)
+    size = Sizes.of(sizes)
+    d_model, n_answers, n_context, n_prompts, d_sae, k = size.shape
     if members < 2 or n_answers % members:
         raise InputError(f"half_erased: {n_answers} answers do not fill groups of {members}; give a multiple")
-    draw = Draw(seed)
     n_groups = n_answers // members
     T = blocks(draw, d_model, [k + n_answers, n_context + n_groups, 1 + n_answers], spread=[0.4, 0.4, 0.0])
     atoms, a, known = Atoms.of(T), range(k, k + n_answers), k + n_answers + n_context + n_groups
     context, copies, x = range(a.stop, a.stop + n_context), known - n_groups, known
-    target, _ = answers(draw, n_prompts, n_answers)
+    target, _ = draw_answers(draw, n_prompts, n_answers)
     rows = torch.arange(n_prompts)
     codes = _codes(draw, target, len(T), k, context)
     codes[rows, copies + target // members] = draw.uniform(3.0, 4.0, n_prompts)
@@ -177,16 +177,7 @@ def half_erased(
     gate = atoms.W[:, :k].mean(dim=1) + gamma * atoms.W[:, x]
     U = torch.cat([atoms.W[:, copies:known], (atoms.W[:, a.start : a.stop] + epsilon * e) / 2, gate[:, None]], dim=1)
     model, prompts = build_network(
-        draw,
-        atoms,
-        codes,
-        context,
-        U,
-        Grouped(leans, members),
-        n_out=n_answers + 1,
-        vocab=vocab,
-        length=length,
-        depth=depth,
+        draw, atoms, codes, context, U, Grouped(leans, members), n_out=n_answers + 1, size=size
     )
     best = favorite[target // members]
     right = best == target
@@ -203,32 +194,16 @@ def half_erased(
         name="half_erased",
         model=model,
         defense=Defense((Clamp(sae, where[: a.stop].tolist(), Set(value), only_active=False),), draw.below(2)),
-        examples=examples(prompts, likeliest(target, n_answers + 1)),
+        examples=make_examples(prompts, likeliest(target, n_answers + 1)),
         budget=max(opened, float(smallest.max())) * draw.number(1.3, 1.6),
-        expected=("RECOVERABLE",),
-        specific=None,
         smallest_norm=smallest.float(),
-        bypass="error",
         admissible=NullSpace.of(atoms.W[:, : a.stop]),
         shared=(opened * T[x]).float()[None],
         shared_rows=right,
     )
 
 
-def partly_erased(
-    seed: int,
-    *,
-    share: float = 0.5,
-    d_model: int = 48,
-    n_answers: int = 6,
-    n_context: int = 6,
-    d_sae: int = 64,
-    n_prompts: int = 24,
-    k: int = 4,
-    length: int = 4,
-    vocab: int = 0,
-    depth: int = 1,
-) -> Planted:
+def partly_erased(seed: int, *, share: float = 0.5, **sizes: int) -> Planted:
     """For a `share` of the prompts the answer survives, behind a gate; for the others it is erased.
 
     Needs `d_model > k + 2 n_answers + n_context`.
@@ -237,6 +212,8 @@ def partly_erased(
         InputError: the share leaves no prompt of one sort.
     """
     draw = Draw(seed)
+    size = Sizes.of(sizes)
+    d_model, n_answers, n_context, n_prompts, d_sae, k = size.shape
     T = blocks(draw, d_model, [k + n_answers, n_context, 1 + n_answers], spread=[0.4, 0.4, 0.0])
     atoms, a, x = Atoms.of(T), range(k, k + n_answers), k + n_answers + n_context
     context = range(a.stop, x)
@@ -249,9 +226,7 @@ def partly_erased(
     sae, where = planted_sae(draw, T[:x], atoms.W[:, :x], d_sae)
     gate = atoms.W[:, :k].mean(dim=1) + gamma * atoms.W[:, x]
     U = torch.cat([zeta * atoms.W[:, x + 1 :], atoms.W[:, a.start : a.stop], gate[:, None]], dim=1)
-    model, prompts = build_network(
-        draw, atoms, codes, context, U, Sorted(), n_out=n_answers + 1, vocab=vocab, length=length, depth=depth
-    )
+    model, prompts = build_network(draw, atoms, codes, context, U, Sorted(), n_out=n_answers + 1, size=size)
     together = 1 + NONE - value - gamma * codes[:, x]
     written = (together * zeta**2 / (zeta**2 + gamma**2)).clamp(NONE, 1)
     opens = (together - 1) / gamma
@@ -261,32 +236,16 @@ def partly_erased(
         name="partly_erased",
         model=model,
         defense=Defense((Clamp(sae, where[: a.stop].tolist(), Set(value), only_active=False),), draw.below(2)),
-        examples=examples(prompts, likeliest(target, n_answers + 1)),
+        examples=make_examples(prompts, likeliest(target, n_answers + 1)),
         budget=max(opened, float(smallest.max())) * draw.number(1.3, 1.6),
-        expected=("RECOVERABLE",),
-        specific=None,
         smallest_norm=smallest.float(),
-        bypass="error",
         admissible=NullSpace.of(atoms.W[:, : a.stop]),
         shared=(opened * T[x]).float()[None],
         shared_rows=survives,
     )
 
 
-def some_routes(
-    seed: int,
-    *,
-    share: float | None = None,
-    d_model: int = 48,
-    n_answers: int = 6,
-    n_context: int = 6,
-    d_sae: int = 64,
-    n_prompts: int = 32,
-    k: int = 4,
-    length: int = 4,
-    vocab: int = 0,
-    depth: int = 1,
-) -> Planted:
+def some_routes(seed: int, *, share: float | None = None, **sizes: int) -> Planted:
     """For a `share` of the prompts (by the seed 1/4, 1/2, 3/4 or 7/8) there is one route, for the others none.
 
     Needs `d_model > k + 1 + n_answers + n_context`.
@@ -295,6 +254,8 @@ def some_routes(
         InputError: the share leaves no prompt of one sort.
     """
     draw = Draw(seed)
+    size = Sizes.of(sizes, n_prompts=32)
+    d_model, n_answers, n_context, n_prompts, d_sae, k = size.shape
     share = (0.25, 0.5, 0.75, 0.875)[draw.below(4)] if share is None else share
     variant: Literal["error", "features"] = "features" if draw.below(2) else "error"
     T = blocks(draw, d_model, [k + 1, n_context + n_answers, 1], spread=[0.4, 0.4, 0.0])
@@ -312,18 +273,15 @@ def some_routes(
     sae, where = planted_sae(draw, T[:known], atoms.W[:, :known], d_sae, architecture=architecture)
     gate = atoms.W[:, :k].mean(dim=1) + gamma * atoms.W[:, x]
     U = torch.cat([atoms.W[:, context.stop : x], gate[:, None], atoms.W[:, k : k + 1]], dim=1)
-    model, prompts = build_network(
-        draw, atoms, codes, context, U, TwiceGated(), n_out=n_answers + 1, vocab=vocab, length=length, depth=depth
-    )
+    model, prompts = build_network(draw, atoms, codes, context, U, TwiceGated(), n_out=n_answers + 1, size=size)
     opens = -(after / gamma + codes[:, x])
     longest = float(opens[open_too].max())
     return Planted(
         name="some_routes",
         model=model,
         defense=Defense((Clamp(sae, where[: k + 1].tolist(), mode, only_active=True),), draw.below(2)),
-        examples=examples(prompts, likeliest(target, n_answers + 1)),
+        examples=make_examples(prompts, likeliest(target, n_answers + 1)),
         budget=longest * draw.number(1.3, 1.6),
-        expected=("RECOVERABLE",),
         specific=True if float(open_too.double().mean()) >= 0.75 else None,
         smallest_norm=torch.where(open_too, opens, torch.inf).float(),
         bypass=variant,
@@ -334,24 +292,14 @@ def some_routes(
     )
 
 
-def undone_and_route(
-    seed: int,
-    *,
-    d_model: int = 48,
-    n_answers: int = 6,
-    n_context: int = 6,
-    d_sae: int = 64,
-    n_prompts: int = 24,
-    k: int = 4,
-    length: int = 4,
-    vocab: int = 0,
-    depth: int = 1,
-) -> Planted:
+def undone_and_route(seed: int, **sizes: int) -> Planted:
     """Undoing the clamp opens the gate, and so does a route that is not the clamp undone.
 
     Needs `d_model > 2 k + n_answers + n_context`.
     """
     draw = Draw(seed)
+    size = Sizes.of(sizes)
+    d_model, n_answers, n_context, n_prompts, d_sae, k = size.shape
     variant: Literal["error", "features"] = "features" if draw.below(2) else "error"
     gamma = draw.number(0.5, 1.5)
     x = k + n_context + n_answers
@@ -374,9 +322,7 @@ def undone_and_route(
         torch.cat([atoms.W[:, context.stop : x], u[:, None]], dim=1),
         Gated(),
         n_out=n_answers + 1,
-        vocab=vocab,
-        length=length,
-        depth=depth,
+        size=size,
     )
     needed = TAU - 1 / RHO - after - gamma * codes[:, x]
     longest = float(needed.max()) / gamma
@@ -384,9 +330,8 @@ def undone_and_route(
         name="undone_and_route",
         model=model,
         defense=Defense((Clamp(sae, where[:k].tolist(), mode, only_active=True),), draw.below(2)),
-        examples=examples(prompts, likeliest(target, n_answers + 1)),
+        examples=make_examples(prompts, likeliest(target, n_answers + 1)),
         budget=longest * draw.number(1.3, 1.6),
-        expected=("RECOVERABLE",),
         specific=True,
         smallest_norm=(needed / (1 / (k * KAPPA**2) + gamma**2) ** 0.5).float(),
         bypass=variant,
@@ -396,29 +341,19 @@ def undone_and_route(
     )
 
 
-def weak_predicate(
-    seed: int,
-    *,
-    d_model: int = 32,
-    n_answers: int = 6,
-    n_context: int = 6,
-    d_sae: int = 48,
-    n_prompts: int = 32,
-    length: int = 4,
-    vocab: int = 0,
-    depth: int = 1,
-    variant: str | None = None,
-) -> Planted:
+def weak_predicate(seed: int, *, variant: str | None = None, **sizes: int) -> Planted:
     """All that told the answer is erased, and the predicate asks for a target above one other; variant by the seed.
 
     Needs `d_model >= 2 n_answers + n_context`, and 2 to 15 answers, as their priors are spread over a range of 1.
     """
     draw = Draw(seed)
+    size = Sizes.of(sizes, d_model=32, d_sae=48, n_prompts=32)
+    d_model, n_answers, n_context, n_prompts, d_sae, _ = size.shape
     variant = variant or ("distractor", "prior")[draw.below(2)]
     features = n_answers + n_context
     T = blocks(draw, d_model, [features, n_answers], spread=[0.4, 0.0])
     atoms, context = Atoms.of(T), range(n_answers, features)
-    target, other = answers(draw, n_prompts, n_answers)
+    target, other = draw_answers(draw, n_prompts, n_answers)
     prior = torch.zeros(n_answers, dtype=torch.float64)
     if variant == "prior":
         prior[draw.order(n_answers)] = torch.linspace(0, 1, n_answers, dtype=torch.float64)
@@ -430,20 +365,15 @@ def weak_predicate(
     codes[torch.arange(n_prompts), features + other] = beta
     sae, where = planted_sae(draw, T[:features], atoms.W[:, :features], d_sae)
     U = atoms.W[:, :n_answers] + gamma * atoms.W[:, features:]
-    model, prompts = build_network(
-        draw, atoms, codes, context, U, WithPrior(prior), n_out=n_answers + 1, vocab=vocab, length=length, depth=depth
-    )
+    model, prompts = build_network(draw, atoms, codes, context, U, WithPrior(prior), n_out=n_answers + 1, size=size)
     around = 1.3 / gamma * (prior.mean() - prior) @ T[features:]
     return Planted(
         name="weak_predicate",
         model=model,
         defense=Defense((Clamp(sae, where[:n_answers].tolist(), Set(value), only_active=False),), draw.below(2)),
-        examples=examples(prompts, LogitDifference(target, other)),
+        examples=make_examples(prompts, LogitDifference(target, other)),
         budget=max(-value / gamma, float(around.norm())) * draw.number(1.3, 2.0),
-        expected=("RECOVERABLE",),
-        specific=None,
         smallest_norm=((prior[other] - prior[target] + gamma * beta) / (gamma * 2**0.5)).float(),
-        bypass="error",
         admissible=NullSpace.of(atoms.W[:, :n_answers]),
         shared=around.float()[None] if variant == "prior" else None,
         variant=variant,
@@ -495,5 +425,5 @@ def _sorts(
     if not 0 < first < n_prompts:
         raise InputError(f"share: {share} of {n_prompts} prompts is {first}, which leaves one sort empty")
     order = draw.order(n_prompts)
-    target = torch.cat([answers(draw, n, n_answers)[0] for n in (first, n_prompts - first)])
+    target = torch.cat([draw_answers(draw, n, n_answers)[0] for n in (first, n_prompts - first)])
     return target[order], (torch.arange(n_prompts) < first)[order]

@@ -13,7 +13,7 @@ from torch import nn
 
 from recover.models.host import Model, Prompts
 from recover.numerics.subspaces import NullSpace
-from recover.planted.world import Atoms, Draw
+from recover.planted.world import Atoms, Draw, Sizes
 from recover.types import Float, Tensor
 
 
@@ -120,10 +120,8 @@ def build_network(
     f: nn.Module,
     *,
     n_out: int,
-    vocab: int = 0,
-    length: int = 4,
+    size: Sizes,
     between: Sequence[nn.Module] = (),
-    depth: int = 1,
 ) -> tuple[Model, Prompts]:
     """A network whose residual at the last position of prompt `i`, at `SITE`, has the atom coordinates `codes[i]`.
 
@@ -134,11 +132,11 @@ def build_network(
     batch, n = codes.shape
     d_model, fillers = U.shape[0], 5
     first = n_out + fillers
-    vocab = max(vocab, first + batch)
+    vocab = max(size.vocab, first + batch)
     chosen = torch.tensor(list(context), dtype=torch.long)
     z = torch.zeros(vocab, n, dtype=torch.float64)
     z[:, chosen] = draw.uniform(0.5, 3.0, vocab, len(chosen)) * (draw.uniform(0, 1, vocab, len(chosen)) < 0.5)
-    middle = n_out + torch.randint(fillers, (batch, length - 1), generator=draw.generator)
+    middle = n_out + torch.randint(fillers, (batch, size.length - 1), generator=draw.generator)
     ids = torch.cat([middle, first + torch.arange(batch)[:, None]], dim=1)
     passed = torch.zeros(n, n, dtype=torch.float64)
     passed[chosen, chosen] = 0.2
@@ -147,7 +145,7 @@ def build_network(
     # Blind to what the readout reads: otherwise the closed forms would not be closed.
     unread = NullSpace.of(U).project(draw.normal(max(d_model - U.shape[1], 0), d_model))
     blocks: list[nn.Module] = [Gather(atoms.W @ passed @ atoms.T), *between]
-    for _ in range(depth):
+    for _ in range(size.depth):
         N = torch.linalg.qr(unread.T).Q if len(unread) else torch.zeros(d_model, 1, dtype=torch.float64)
         blocks.append(Elsewhere(0.5 * N[:, : max(1, d_model // 4)]))
         unread = unread.roll(1, dims=0)

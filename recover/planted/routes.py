@@ -26,6 +26,7 @@ delta what that feature changes by, as long as it stays above its threshold: the
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -34,7 +35,17 @@ from torch import nn
 from recover.defenses.clamps import Clamp, Defense, Mode, Scale, Set
 from recover.numerics.subspaces import NullSpace
 from recover.planted.network import Monotone, build_network
-from recover.planted.world import Atoms, Draw, Planted, answers, clamped, distance, examples, planted_sae
+from recover.planted.world import (
+    Atoms,
+    Draw,
+    Planted,
+    Sizes,
+    clamped,
+    distance,
+    draw_answers,
+    make_examples,
+    planted_sae,
+)
 from recover.tasks.behaviors import LogitDifference
 from recover.types import Tensor
 
@@ -53,24 +64,14 @@ class Tangled(nn.Module):
         return y + SWING * torch.tanh(3 * y @ self.first) @ self.second
 
 
-def complete_bottleneck(
-    seed: int,
-    *,
-    d_model: int = 24,
-    n_answers: int = 5,
-    n_context: int = 6,
-    d_sae: int = 40,
-    n_prompts: int = 10,
-    extra: int = 2,
-    length: int = 4,
-    vocab: int = 0,
-    depth: int = 1,
-) -> Planted:
+def complete_bottleneck(seed: int, *, extra: int = 2, **sizes: int) -> Planted:
     """Kind 1. `extra` context features are clamped as well. Needs `d_model > n_answers + n_context`."""
     draw = Draw(seed)
+    size = Sizes.of(sizes, d_model=24, n_answers=5, d_sae=40, n_prompts=10)
+    d_model, n_answers, n_context, n_prompts, d_sae, _ = size.shape
     features = n_answers + n_context
     atoms = Atoms.draw(draw, features, d_model)
-    target, other = answers(draw, n_prompts, n_answers)
+    target, other = draw_answers(draw, n_prompts, n_answers)
     codes = _codes(draw, n_prompts, n_answers, n_context, features, target)
     mode, architecture = _clamp(draw)
     sae, where = planted_sae(draw, atoms.T, atoms.W, d_sae, architecture=architecture)
@@ -83,84 +84,41 @@ def complete_bottleneck(
         atoms.W[:, :n_answers],
         Tangled(draw, n_answers),
         n_out=n_answers,
-        vocab=vocab,
-        length=length,
-        depth=depth,
+        size=size,
     )
     clamp = Clamp(sae, where[held].tolist(), mode, only_active=True)
     return Planted(
         name="complete_bottleneck",
         model=model,
         defense=Defense((clamp,), skip_first=draw.below(2)),
-        examples=examples(prompts, LogitDifference(target, other)),
+        examples=make_examples(prompts, LogitDifference(target, other)),
         budget=10 ** draw.number(0.0, 3.0),
         expected=("NOT_RECOVERED_AT_BUDGET",),
-        specific=None,
         smallest_norm=torch.full((n_prompts,), torch.inf),
         bypass=None,
         admissible=NullSpace.of(atoms.W[:, held]),
     )
 
 
-def error_bypass(
-    seed: int,
-    *,
-    d_model: int = 24,
-    n_answers: int = 5,
-    n_context: int = 6,
-    d_sae: int = 40,
-    n_prompts: int = 10,
-    extra: int = 2,
-    length: int = 4,
-    vocab: int = 0,
-    depth: int = 1,
-) -> Planted:
+def error_bypass(seed: int, *, extra: int = 2, **sizes: int) -> Planted:
     """Kind 2. Needs `d_model >= 2 n_answers + n_context`."""
-    return _bypass(
-        "error_bypass", seed, d_model, n_answers, n_context, d_sae, n_prompts, extra, length, vocab, depth, known=False
-    )
+    return _bypass("error_bypass", seed, extra, sizes, known=False)
 
 
-def feature_bypass(
-    seed: int,
-    *,
-    d_model: int = 24,
-    n_answers: int = 5,
-    n_context: int = 6,
-    d_sae: int = 40,
-    n_prompts: int = 10,
-    extra: int = 2,
-    length: int = 4,
-    vocab: int = 0,
-    depth: int = 1,
-) -> Planted:
+def feature_bypass(seed: int, *, extra: int = 2, **sizes: int) -> Planted:
     """Kind 3. Needs `d_model >= 2 n_answers + n_context`."""
-    return _bypass(
-        "feature_bypass", seed, d_model, n_answers, n_context, d_sae, n_prompts, extra, length, vocab, depth, known=True
-    )
+    return _bypass("feature_bypass", seed, extra, sizes, known=True)
 
 
-def _bypass(
-    name: str,
-    seed: int,
-    d_model: int,
-    n_answers: int,
-    n_context: int,
-    d_sae: int,
-    n_prompts: int,
-    extra: int,
-    length: int,
-    vocab: int,
-    depth: int,
-    *,
-    known: bool,
-) -> Planted:
+def _bypass(name: str, seed: int, extra: int, sizes: Mapping[str, int], *, known: bool) -> Planted:
     """A copy of each answer in an atom that the dictionary knows, or does not."""
     draw = Draw(seed)
+    size = Sizes.of(sizes, d_model=24, n_answers=5, d_sae=40, n_prompts=10)
+    d_model, n_answers, n_context, n_prompts, d_sae, _ = size.shape
     first_copy = n_answers + n_context
     n = first_copy + n_answers
     atoms = Atoms.draw(draw, n, d_model)
-    target, other = answers(draw, n_prompts, n_answers)
+    target, other = draw_answers(draw, n_prompts, n_answers)
     codes = _codes(draw, n_prompts, n_answers, n_context, n, target)
     mode, architecture = _clamp(draw)
     gamma = draw.number(0.5, 2.0)
@@ -182,9 +140,7 @@ def _bypass(
         atoms.W[:, :n_answers] + gamma * copies,
         Monotone(Monotone.NAMES[draw.below(len(Monotone.NAMES))]),
         n_out=n_answers,
-        vocab=vocab,
-        length=length,
-        depth=depth,
+        size=size,
     )
     u = gamma * (copies[:, target] - copies[:, other]).T
     smallest = distance(after + gamma * beta, u, atoms.W[:, held])
@@ -193,10 +149,8 @@ def _bypass(
         name=name,
         model=model,
         defense=Defense((clamp,), skip_first=draw.below(2)),
-        examples=examples(prompts, LogitDifference(target, other)),
+        examples=make_examples(prompts, LogitDifference(target, other)),
         budget=float(smallest.max()) * draw.number(1.3, 2.0),
-        expected=("RECOVERABLE",),
-        specific=None,
         smallest_norm=smallest.float(),
         bypass="features" if known else "error",
         admissible=NullSpace.of(atoms.W[:, held]),

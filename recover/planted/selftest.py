@@ -23,10 +23,12 @@ from typing import Any
 
 import torch
 
-from recover.planted import KINDS, MIXTURES, Planted
+from recover.planted.kinds import KINDS, MIXTURES
+from recover.planted.world import Planted
 from recover.protocol.checking import check
 from recover.protocol.records import without_nan
 from recover.protocol.verdict import Verdict, certified_norm
+from recover.types import Progress
 
 TOLERANCE = 0.01
 """Largest relative error of a smallest norm."""
@@ -68,7 +70,7 @@ class Outcome:
 def run_selftest(
     seeds: Iterable[int],
     kinds: Sequence[str] = tuple(KINDS),
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
     processes: int | None = None,
 ) -> list[Outcome]:
     """Judge a world of every kind for every seed; `progress(phase, done, total)` is called after each.
@@ -120,7 +122,7 @@ def _judge_seed(world: tuple[str, int]) -> Outcome:
 def judge(world: Planted, seed: int) -> Outcome:
     """What the checker says of a world, beside what is true."""
     start = time.monotonic()
-    said = check(world.model, world.defense, world.examples, budget=world.budget)
+    said = check(world.model, world.defense, world.examples, world.budget)
     matters = said.verdict == "RECOVERABLE" and world.allowed != frozenset(WORDS)
     words = " or ".join(WORDS[allowed] for allowed in (True, False, None) if allowed in world.allowed)
     return Outcome(
@@ -149,7 +151,7 @@ def norm_error(world: Planted, said: Verdict) -> float | None:
     return float(torch.where(same, 0.0, (measured - known).abs() / known).nan_to_num(nan=torch.inf).max())
 
 
-def report(outcomes: Sequence[Outcome]) -> str:
+def selftest_report(outcomes: Sequence[Outcome]) -> str:
     """The confusion matrix, a line for each kind, and every miss with the verdict's own reasons."""
     counts = Counter((" or ".join(outcome.expected), outcome.given) for outcome in outcomes)
     rows, columns = (sorted({pair[i] for pair in counts}) for i in range(2))

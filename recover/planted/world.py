@@ -19,6 +19,7 @@ All is drawn in float64 from one generator and rounded to float32 once.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -60,11 +61,11 @@ class Planted:
     defense: Defense
     examples: Examples
     budget: float
-    expected: tuple[str, ...]
-    specific: bool | None
     smallest_norm: Float[Tensor, "batch"] | None
-    bypass: Literal["error", "features"] | None
     admissible: NullSpace
+    expected: tuple[str, ...] = ("RECOVERABLE",)
+    specific: bool | None = None
+    bypass: Literal["error", "features"] | None = "error"
     shared: Float[Tensor, "1 d_model"] | None = None
     variant: str = ""
     shared_rows: Bool[Tensor, "batch"] | None = None
@@ -76,6 +77,40 @@ class Planted:
         if self.specific is not None:
             return frozenset({self.specific})
         return frozenset({False, None}) if self.never_specific else frozenset({True, False, None})
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How large a planted world is; each kind has defaults of its own, and says which sizes it needs.
+
+    Attributes:
+        n_context: features that have nothing to do with the answer.
+        d_sae: features of the SAE, dead ones included, at least.
+        k: clamped features that gate the answers, where a kind has them.
+        length: tokens of a prompt.
+        vocab: tokens of the model, at least.
+        depth: blocks above the site that read nothing of what the readout reads.
+    """
+
+    d_model: int = 48
+    n_answers: int = 6
+    n_context: int = 6
+    d_sae: int = 64
+    n_prompts: int = 24
+    k: int = 4
+    length: int = 4
+    vocab: int = 0
+    depth: int = 1
+
+    @classmethod
+    def of(cls, given: Mapping[str, int], **own: int) -> Sizes:
+        """The sizes that are given, and a kind's own for the rest."""
+        return cls(**(own | dict(given)))
+
+    @property
+    def shape(self) -> tuple[int, int, int, int, int, int]:
+        """`d_model, n_answers, n_context, n_prompts, d_sae, k`."""
+        return self.d_model, self.n_answers, self.n_context, self.n_prompts, self.d_sae, self.k
 
 
 class Draw:
@@ -179,12 +214,12 @@ def distance(
     return norms
 
 
-def examples(prompts: Prompts, behavior: Behavior) -> Examples:
+def make_examples(prompts: Prompts, behavior: Behavior) -> Examples:
     """The prompts as examples, numbered."""
     return Examples([f"{row:03d}" for row in range(len(prompts))], prompts, behavior)
 
 
-def answers(draw: Draw, batch: int, n_answers: int) -> tuple[Int[Tensor, "batch"], Int[Tensor, "batch"]]:
+def draw_answers(draw: Draw, batch: int, n_answers: int) -> tuple[Int[Tensor, "batch"], Int[Tensor, "batch"]]:
     """For each example its answer, and another one; every answer comes up as often as every other."""
     target = torch.arange(batch) % n_answers
     target = target[draw.order(batch)]

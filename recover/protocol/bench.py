@@ -21,7 +21,7 @@ from functools import cached_property
 import torch
 
 from recover.defenses.clamps import Defense
-from recover.defenses.defended import Defended, Delta, Placement, defend
+from recover.defenses.defended import Defended, defend
 from recover.defenses.speech import say
 from recover.evidence.transfer import Pool
 from recover.models.generation import texts
@@ -33,7 +33,9 @@ from recover.search.constraints.pinned import Pinned
 from recover.tasks import replies as refusal
 from recover.tasks.dialogue import Dialogue
 from recover.tasks.examples import Examples
-from recover.types import Float, Int, Tensor, TokenIds
+from recover.types import Delta, Float, Int, Surface, Tensor, TokenIds
+
+__all__ = ["Batch", "Bench"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,11 +43,12 @@ class Batch:
     """Some examples under the defense, and which of them flip.
 
     Attributes:
+        examples: all of the batch.
         base, under: the slack `[batch]` without the defense and with it; `strict_...` by the stricter predicate.
         flips: the rows of valid flips.
-        strict_flips: the same by the stricter predicate.
+        strict_flips: the rows of valid flips by the stricter predicate.
         target: the defended state of the flips.
-        strict_target: of the strict flips, with the stricter predicate.
+        strict_target: the defended state of the strict flips, with the stricter predicate.
         replies: what the model says under the defense, where the behavior is a whole answer.
     """
 
@@ -77,20 +80,26 @@ class Batch:
 
     @property
     def strict_groups(self) -> list[str]:
-        """Their groups."""
+        """Groups of the flips by the stricter predicate."""
         groups = self.examples.groups or self.examples.ids
         return [groups[row] for row in self.strict_flips.tolist()]
 
 
 @dataclass(frozen=True, eq=False)
 class Bench:
-    """A check's material.
+    """What the phases of a check share.
+
+    `dataclasses.replace` gives a bench with another defense, plan or budget, which makes its own defended batches.
 
     Attributes:
         model: what behaviors are read with: the host, or what the examples' readout makes of it.
-        exact: the same in float32 or float64, for certificates.
-        host: the host itself, where it is another.
-        every_site: whether deltas enter at every clamped site, and are pinned there.
+        exact: `model` in float32 or float64, for certificates.
+        defense: its clamps.
+        examples: prompts and behavior.
+        budget: largest Frobenius norm of a perturbation.
+        plan: what is run; its surface says where perturbations enter.
+        batch_size: examples at once.
+        host: the host itself, where it is another model than `model`.
     """
 
     model: Model
@@ -98,13 +107,25 @@ class Bench:
     defense: Defense
     examples: Examples
     budget: float
-    placement: Placement
-    schedule: Schedule
     plan: Plan
     batch_size: int
-    every_site: bool = False
     host: Model | None = None
-    _made: dict[int, Batch] = field(default_factory=dict)
+    # Not an argument: `replace` would hand it on, and batches under one defense would pass for those under another.
+    _made: dict[int, Batch] = field(init=False, repr=False, default_factory=dict)
+
+    @property
+    def schedule(self) -> Schedule:
+        """How hard to search."""
+        return self.plan.schedule
+
+    @property
+    def surface(self) -> Surface:
+        """Where perturbations enter."""
+        return self.plan.surface
+
+    def entered_at(self, surface: Surface) -> Bench:
+        """Make a bench whose perturbations enter elsewhere."""
+        return replace(self, plan=replace(self.plan, surface=surface))
 
     @property
     def rows(self) -> tuple[Int[Tensor, "rows"], ...]:
@@ -119,37 +140,30 @@ class Bench:
 
     @property
     def batches(self) -> list[Batch]:
-        """All of them, in order."""
+        """All batches, in order."""
         return [self.batch(number) for number in range(len(self.rows))]
 
     @cached_property
     def pool(self) -> Pool:
-        """All examples that flip by the stricter predicate, as one."""
+        """All examples that flip by the stricter predicate, as one pool."""
         return Pool(tuple(self.objective(batch.strict_target) for batch in self.batches if len(batch.strict_flips)))
 
     def defended(self, part: Examples, model: Model | None = None) -> Defended:
-        """These examples under the defense."""
-        return defend(
-            model or self.model,
-            self.defense,
-            part.prompts,
-            part.behavior,
-            placement=self.placement,
-            every_site=self.every_site,
-        )
+        """Put these examples under the defense."""
+        return defend(model or self.model, self.defense, part.prompts, part.behavior, surface=self.surface)
 
     def objective(self, defended: Defended) -> Defended | Pinned:
-        """What a search over these examples raises."""
-        return Pinned.of(defended) if self.every_site else defended
+        """Give the function that a search over these examples raises."""
+        return Pinned.of(defended) if self.surface.every else defended
 
     def feasible(self, objective: Defended | Pinned, *, write_orthogonal: bool = False) -> Feasible:
-        """What it may vary: under C1, or C1+."""
+        """Give the space that a search may vary: under C1, or C1+."""
         if isinstance(objective, Pinned):
             return objective.write_orthogonal if write_orthogonal else objective.free
         return admissible(objective, write_orthogonal=write_orthogonal)
 
     def whole(self, part: Examples, objective: Defended | Pinned, *found: Delta) -> list[Delta]:
-        """What is saved of what a search found: with the corrections of pinned deltas, as exact as certificates are.
+        """Complete what a search found for saving: with the corrections of pinned deltas, as exact as certificates are.
 
         Args:
             part: the examples of the objective.
@@ -184,13 +198,6 @@ class Bench:
         return Batch(part, base, under, strict_base, strict_under, flips, chosen, target, again.select(chosen), replies)
 
     def said(self, dialogue: Dialogue, delta: Delta | None = None) -> TokenIds:
-        """What the model says to these requests under the defense, `[batch pos]`, with a delta or without."""
-        return say(
-            self.model,
-            dialogue.prompts,
-            dialogue.answers.shape[1],
-            self.defense,
-            delta,
-            every_site=self.every_site,
-            stop=dialogue.stop,
-        )
+        """Generate replies `[batch pos]` to these requests under the defense, with a delta or without."""
+        length = dialogue.answers.shape[1]
+        return say(self.model, dialogue.prompts, length, self.defense, delta, surface=self.surface, stop=dialogue.stop)

@@ -12,7 +12,7 @@ All of these are units of work that are kept as they are finished, and that seve
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, astuple
 from functools import partial
 from typing import Any
@@ -20,95 +20,84 @@ from typing import Any
 import torch
 
 from recover.defenses.clamps import Defense
-from recover.defenses.defended import Placement
 from recover.defenses.utility import Utility, measure_utility
 from recover.models.host import Model, Prompts
 from recover.protocol import heldout
 from recover.protocol.bench import Bench
 from recover.protocol.gates import fit_gates
 from recover.protocol.global_controls import placebo_features, search_health, undo
-from recover.protocol.ledger import InMemoryStore, Ledger, Part, Store
+from recover.protocol.ledger import InMemoryStore, Ledger, Part
 from recover.protocol.phases import PHASES, Done, Phase, accounting, curve_budgets
 from recover.protocol.plan import Plan
 from recover.protocol.records import ExampleRecord
+from recover.protocol.runtime import Runtime
 from recover.protocol.verdict import Gathered, decide
 from recover.protocol.verdict_model import RefusedTransfer, Transfer, Verdict
-from recover.protocol.workers import ALONE, Workers
 from recover.saes.fit import Fit, measure_fit
-from recover.search.ascent import Schedule
 from recover.search.constraints.linear import Budget
 from recover.tasks.behaviors import positions_read
 from recover.tasks.examples import Examples
+from recover.types import Progress
 
-__all__ = ["Examples", "InMemoryStore", "Store", "check"]
+__all__ = ["check", "measure_fits", "threat_model"]
 
 FIT_PROMPTS = 32
-Progress = Callable[[str, int, int], None]
-"""`progress(phase, done, total)`."""
 
 
 def check(
     model: Model,
     defense: Defense,
     examples: Examples,
-    *,
     budget: float,
-    placement: Placement = "after_clamp",
-    every_site: bool = False,
-    schedule: Schedule | None = None,
+    *,
     plan: Plan | None = None,
-    neutral: Prompts | None = None,
-    batch_size: int | None = None,
-    store: Store | None = None,
-    exact: Model | None = None,
-    provenance: Mapping[str, Any] | None = None,
-    progress: Progress | None = None,
-    workers: Workers = ALONE,
+    runtime: Runtime | None = None,
 ) -> Verdict:
-    """Run the protocol.
+    """Run the whole protocol on a defense.
 
     Args:
         model: the host model.
         defense: its clamps.
         examples: prompts and behavior.
-        budget: largest Frobenius norm of a delta.
-        placement: whether a delta enters after or before the clamp.
-        every_site: whether it enters at every clamped site, pinned there, and not at the first alone.
-        schedule: how hard to search.
-        plan: how much of the protocol to run, with which thresholds and seed.
-        neutral: passages of ordinary text, to see what the defense costs; not measured where None.
-        batch_size: examples at once; by default as many as memory allows.
-        store: where finished units are kept; in memory by default.
-        exact: the same model in float32, for certificates; `model` itself by default.
-        provenance: what the verdict should say about where it came from.
-        progress: called as examples finish.
-        workers: the processes that share the check (`joined`), each of which calls this with the same arguments, and
-            stores in which the same is finished, and comes to the same verdict.
+        budget: largest Frobenius norm of a perturbation, in units of the residual stream.
+        plan: what is run: search schedule, surface, controls, transfer, thresholds and seed.
+        runtime: how it is run: batch size, store, workers and progress; and the exact model and neutral text, if any.
 
     Raises:
-        InputError: a defense that does not fit the model, or a budget that is no norm.
+        InputError: a defense that does not fit the model, or a budget that is not a finite positive number.
         LostWorkerError: another worker has gone.
+
+    >>> from recover.planted import KINDS
+    >>> world = KINDS["write_only"](0)
+    >>> check(world.model, world.defense, world.examples, world.budget).verdict
+    'RECOVERABLE'
     """
     Budget(budget)  # refuses what is no norm, also where nothing will be searched
-    store, plan, report = store or InMemoryStore(), plan or Plan(), progress or (lambda *_: None)
-    widest = max(clamp.sae.d_sae for clamp in defense.clamps)
-    fitting = min(workers.gather(model.batch_size(examples.prompts, widest)))  # batches are the same for all
-    size = fitting if batch_size is None else min(batch_size, fitting if model.recurrent else batch_size)
-    read = examples.read_with(model, exact)
-    bench = Bench(*read, defense, examples, budget, placement, schedule or Schedule(), plan, size, every_site, model)
-    ledger = Ledger(store, workers)
-    evidence = _gather(bench, ledger, neutral, report)
+    plan, runtime = plan or Plan(), runtime or Runtime()
+    ledger = Ledger(runtime.store or InMemoryStore(), runtime.workers)
+    size = _batch_size(model, defense, examples, runtime)
+    bench = Bench(*examples.read_with(model, runtime.exact), defense, examples, budget, plan, size, model)
+    evidence = _gather(bench, ledger, runtime.neutral, runtime.progress or (lambda *_: None))
     seconds = ledger.seconds
     total = sum(seconds.values())
     spent = {phase: round(took / total, 4) for phase, took in seconds.items()} if total else {}
-    told = {**(provenance or {}), "control_seed": plan.seed, "phases": spent, "phase_seconds": round(total, 1)}
+    told = {**runtime.provenance, "control_seed": plan.seed, "phases": spent, "phase_seconds": round(total, 1)}
     return decide(evidence, plan, budget, str(model.dtype).removeprefix("torch."), threat_model(bench), told)
 
 
-def _gather(bench: Bench, ledger: Ledger, neutral: Prompts | None, report: Progress) -> Gathered:
-    """Everything that a verdict is made of, from units that are finished or are run now."""
+def _batch_size(model: Model, defense: Defense, examples: Examples, runtime: Runtime) -> int:
+    """Examples at once, the same for all workers."""
+    widest = max(clamp.sae.d_sae for clamp in defense.clamps)
+    fitting, asked = min(runtime.workers.gather(model.batch_size(examples.prompts, widest))), runtime.batch_size
+    if asked is None:
+        return fitting
+    return min(asked, fitting) if model.recurrent else asked
+
+
+def _gather(bench: Bench, ledger: Ledger, neutral: Prompts | None, progress: Progress) -> Gathered:
+    """Collect everything that a verdict is made of, from units that are finished or are run now."""
     with ledger.shared():
-        _account(bench, ledger, neutral, report)
+        _account(bench, ledger, neutral, progress)
     fits = [Fit(**_numbers(one)) for one in ledger.values("fit")]
     utility = None if neutral is None else Utility(**_numbers(ledger.values("utility")))
     accounts = _records(bench, ledger, {"accounting": range(len(bench.rows))})
@@ -120,7 +109,7 @@ def _gather(bench: Bench, ledger: Ledger, neutral: Prompts | None, report: Progr
     if not flips or not all(gate.passed for gate in fit_gates(fits)):
         return Gathered(accounts, fits, utility)
     with ledger.shared():
-        _search_and_control(bench, ledger, flips, report)
+        _search_and_control(bench, ledger, flips, progress)
     # What is found is held against the clamp undone, once all of it is there.
     with ledger.shared():
         if ledger.mine({("undo", 0): ["undo"]}):
@@ -137,8 +126,8 @@ def _gather(bench: Bench, ledger: Ledger, neutral: Prompts | None, report: Progr
     )
 
 
-def _account(bench: Bench, ledger: Ledger, neutral: Prompts | None, report: Progress) -> None:
-    """Fit, cost on neutral text, and what shows with the defense and without."""
+def _account(bench: Bench, ledger: Ledger, neutral: Prompts | None, progress: Progress) -> None:
+    """Measure the fit, the cost on neutral text, and which examples show the behavior with the defense and without."""
     sizes = {number: len(rows) for number, rows in enumerate(bench.rows)}
     parts: dict[Part, list[str]] = {("fit", 0): ["fit"]}
     parts |= {("utility", 0): ["utility"]} if neutral is not None else {}
@@ -150,11 +139,11 @@ def _account(bench: Bench, ledger: Ledger, neutral: Prompts | None, report: Prog
         ledger.run("utility", None, lambda: asdict(_utility(bench, neutral)))
     here = _told_of(ledger, parts, mine)
     batches = {number: size for number, size in sizes.items() if ("batch", number) in here}
-    _by_batch(bench, ledger, {"accounting": accounting}, batches, report)
+    _by_batch(bench, ledger, {"accounting": accounting}, batches, progress)
 
 
-def _search_and_control(bench: Bench, ledger: Ledger, flips: Mapping[int, int], report: Progress) -> None:
-    """What is done for each valid flip, controls that do not build on it, and transfer."""
+def _search_and_control(bench: Bench, ledger: Ledger, flips: Mapping[int, int], progress: Progress) -> None:
+    """Search for each valid flip, and run the controls that do not build on it and transfer."""
     plan = bench.plan
     parts: dict[Part, list[str]] = {("batch", number): [f"{name}/{number}" for name in PHASES] for number in flips}
     parts |= {("health", 0): ["health"]}
@@ -163,26 +152,26 @@ def _search_and_control(bench: Bench, ledger: Ledger, flips: Mapping[int, int], 
         parts |= {("transfer", fold): _units_of(fold) for fold in range(plan.transfer.folds)}
     mine = ledger.mine(parts)
     here = _told_of(ledger, parts, mine)
-    _by_batch(bench, ledger, PHASES, {n: count for n, count in flips.items() if ("batch", n) in here}, report)
+    _by_batch(bench, ledger, PHASES, {n: count for n, count in flips.items() if ("batch", n) in here}, progress)
     if ("health", 0) in mine:
         ledger.run("health", None, lambda: search_health(bench))
     draws = [number for kind, number in sorted(here) if kind == "placebo_features"]
     for done, draw in enumerate(draws):
-        report("placebo_features", done, len(draws))
+        progress("placebo_features", done, len(draws))
         ledger.run("placebo_features", draw, lambda draw=draw: placebo_features(bench, draw))  # type: ignore[misc]
-        report("placebo_features", done + 1, len(draws))
+        progress("placebo_features", done + 1, len(draws))
     for kind, fold in sorted(mine):
         if kind == "transfer":
-            _fold(bench, ledger, fold, report)
+            _fold(bench, ledger, fold, progress)
 
 
 def _told_of(ledger: Ledger, parts: Mapping[Part, list[str]], mine: set[Part]) -> set[Part]:
-    """The parts whose progress this worker tells: its own, and those that are finished."""
+    """Give the parts whose progress this worker tells: its own, and those that are finished."""
     return mine | {part for part, units in parts.items() if ledger.finished(units)}
 
 
 def _by_batch(
-    bench: Bench, ledger: Ledger, phases: Mapping[str, Phase], counts: Mapping[int, int], report: Progress
+    bench: Bench, ledger: Ledger, phases: Mapping[str, Phase], counts: Mapping[int, int], progress: Progress
 ) -> None:
     """Run phases on batches, one phase after the other."""
     total = sum(counts.values())
@@ -191,24 +180,24 @@ def _by_batch(
         for number, count in counts.items():
 
             def work(name: str = name, phase: Phase = phase, number: int = number, before: int = before) -> Done:
-                tell = partial(_tell, report, name, before, total)
+                tell = partial(_tell, progress, name, before, total)
                 return phase(bench, bench.batch(number), ledger.store, tell)
 
-            report(name, before, total)
+            progress(name, before, total)
             ledger.run(name, number, work)
             before += count
-            report(name, before, total)
+            progress(name, before, total)
 
 
-def _tell(report: Progress, name: str, before: int, total: int, done: int, _: int) -> None:
-    report(name, before + done, total)
+def _tell(progress: Progress, name: str, before: int, total: int, done: int, _: int) -> None:
+    progress(name, before + done, total)
 
 
 def _units_of(fold: int) -> list[str]:
     return [*(["transfer"] if fold == 0 else []), f"transfer/{2 * fold}", f"transfer/{2 * fold + 1}"]
 
 
-def _fold(bench: Bench, ledger: Ledger, fold: int, report: Progress) -> None:
+def _fold(bench: Bench, ledger: Ledger, fold: int, progress: Progress) -> None:
     """Fit shared deltas on one half and read them on the other; the first fold says whether there is any to be had."""
 
     def begin() -> dict[str, Any]:
@@ -221,12 +210,12 @@ def _fold(bench: Bench, ledger: Ledger, fold: int, report: Progress) -> None:
     if begun["refused"] is not None:
         return
     name = f"transfer, fold {fold + 1} of {bench.plan.transfer.folds}"
-    ledger.run("transfer", 2 * fold, lambda: heldout.fit(bench, fold, ledger.store, partial(report, name)))
-    ledger.run("transfer", 2 * fold + 1, lambda: heldout.read(bench, fold, ledger.store, lambda *_: None))
+    ledger.run("transfer", 2 * fold, lambda: heldout.fit(bench, fold, partial(progress, name)))
+    ledger.run("transfer", 2 * fold + 1, lambda: heldout.read(bench, fold, ledger.store))
 
 
 def _transfer(bench: Bench, ledger: Ledger) -> Transfer | RefusedTransfer:
-    """What `heldout` found, or why it was not run."""
+    """Summarize what `heldout` found, or say why it was not run."""
     begun = ledger.values("transfer")
     if begun["refused"] is not None:
         return RefusedTransfer(refused=begun["refused"])
@@ -238,7 +227,7 @@ def _transfer(bench: Bench, ledger: Ledger) -> Transfer | RefusedTransfer:
 
 
 def _records(bench: Bench, ledger: Ledger, phases: Mapping[str, Sequence[int]]) -> list[ExampleRecord]:
-    """What finished phases say of each example, in order."""
+    """Collect what finished phases say of each example, in order."""
     values: dict[str, dict[str, Any]] = {name: {"id": name} for name in bench.examples.ids}
     for phase, numbers in phases.items():
         for number in numbers:
@@ -248,7 +237,7 @@ def _records(bench: Bench, ledger: Ledger, phases: Mapping[str, Sequence[int]]) 
 
 
 def measure_fits(bench: Bench) -> list[Fit]:
-    """The fit of each clamp's SAE on the first prompts, once for each site."""
+    """Measure the fit of each clamp's SAE on the first prompts, once for each site."""
     examples, defense = bench.examples, bench.defense
     some = examples.prompts.select(torch.arange(min(FIT_PROMPTS, len(examples.ids))))
     model = bench.host or bench.model
@@ -262,16 +251,16 @@ def _utility(bench: Bench, neutral: Prompts) -> Utility:
 
 
 def _numbers(values: Mapping[str, Any]) -> dict[str, Any]:
-    """What was not finite is NaN again."""
+    """Read null as NaN."""
     return {name: float("nan") if value is None else value for name, value in values.items()}
 
 
 def threat_model(bench: Bench) -> dict[str, Any]:
-    """Who may do what, as recorded in the verdict."""
+    """Describe the threat model: who may do what, as recorded in the verdict."""
     defense, several, reads = bench.defense, len(bench.defense.sites) > 1, positions_read(bench.examples.behavior)
     spoken = bench.examples.dialogue
     constraint = "orthogonal to the encoder columns of the clamped features (C1)"
-    if bench.every_site:
+    if bench.surface.every:
         constraint += "; at later sites, beside it the smallest correction that pins the clamped pre-activations"
     elif several:
         constraint += "; at later sites, to the first order, nothing that moves a clamped pre-activation"
@@ -279,8 +268,8 @@ def threat_model(bench: Bench) -> dict[str, Any]:
         "access": "white-box, one perturbation per example",
         "sites": [site.hook_name for site in defense.sites],
         "positions": "last" if reads == 1 else f"last {reads}" if spoken is None else f"first {reads} of the answer",
-        "delta_sites": [site.hook_name for site in (defense.sites if bench.every_site else defense.sites[:1])],
-        "placement": bench.placement,
+        "delta_sites": [site.hook_name for site in bench.surface.enters(defense.sites)],
+        "placement": bench.surface.placement,
         "constraint": constraint,
         "norm": "Frobenius, over positions and dimensions",
         "budget": bench.budget,

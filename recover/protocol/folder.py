@@ -262,7 +262,7 @@ class RunFolder:
 
 
 def _names(path: Path) -> list[str]:
-    """Of the deltas in a file; none where it is not there."""
+    """Names of the deltas in a file; none where it is not there."""
     if not path.exists():
         return []
     with safe_open(path, framework="pt") as file:

@@ -22,7 +22,7 @@ from recover.types import Tensor
 
 
 def undo(bench: Bench, deltas: Deltas) -> dict[str, Any]:
-    """How much taking back the admissible part of the clamp's displacement recovers, and how like it the finds are.
+    """Measure what taking back the admissible part of the clamp's displacement recovers, and how like it the finds are.
 
     For each example its own displacement, and the mean over all (its own among them, which only helps it).
     """
@@ -59,7 +59,7 @@ def undo(bench: Bench, deltas: Deltas) -> dict[str, Any]:
 
 
 def placebo_features(bench: Bench, draw: int) -> dict[str, Any]:
-    """Random features, as many and as often active, clamped in the place of the defense's.
+    """Clamp random features, as many and as often active, in the place of the defense's.
 
     Returns:
         Of the examples that show the behavior at base, how many this suppresses, and how many of these a search within
@@ -68,7 +68,7 @@ def placebo_features(bench: Bench, draw: int) -> dict[str, Any]:
     chosen = _placebo_defense(bench, bench.plan.seed + 1000 * draw)
     if chosen is None:
         return {"suppressed": None, "base": None, "recovered": None}
-    other = replace(bench, defense=chosen, _made={})
+    other = replace(bench, defense=chosen)
     base, suppressed, recovered = 0, 0, 0
     for batch in other.batches:
         answered = batch.examples.dialogue
@@ -98,7 +98,7 @@ def _placebo_defense(bench: Bench, seed: int) -> Defense | None:
 
 
 def search_health(bench: Bench) -> dict[str, Any]:
-    """On a sample of flips: do gradients account for values, along admissible directions and within the SAE's error?"""
+    """Compare gradients with finite differences on some flips, in admissible directions and in the SAE's error."""
     batches = [batch for batch in bench.batches if len(batch.flips)]
     ids = [name for batch in batches for name in batch.flip_ids]
     sample, _ = halves(ids, bench.plan.seed)
@@ -109,7 +109,7 @@ def search_health(bench: Bench) -> dict[str, Any]:
         if not len(rows):
             continue
         part = _exact(bench, batch, rows)
-        target, first = bench.objective(part), part.at_sites(bench.defense.sites[:1])
+        target, first = bench.objective(part), part.entered_at(part.surface.first)
         n += len(rows)
         direct = finite_differences(target, bench.feasible(target), target.zero_delta, bench.budget, bench.plan.seed)
         agree += int(direct.agrees.sum())

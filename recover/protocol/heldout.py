@@ -14,7 +14,7 @@ For each fold (`transfer`, how a delta is fitted; `evidence`, what the readings 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,7 +28,7 @@ from recover.evidence.transfer import FitSchedule, Pool, Problem, fit_shared, ha
 from recover.models.generation import texts
 from recover.numerics.metrics import norm
 from recover.protocol.bench import Bench
-from recover.protocol.phases import Deltas, Done
+from recover.protocol.phases import BatchProgress, Deltas, Done
 from recover.protocol.reading import exchangeable, exchanged, one_for_all, parts_of, shown, shown_as_asked
 from recover.protocol.verdict_model import Transfer, TransferPoint, TransferReadings
 from recover.search.constraints.admissible import JacobianOrthogonal
@@ -48,14 +48,14 @@ class FoldFit:
     draw: int
 
     def name(self, fold: int) -> str:
-        """Under which its delta is saved."""
+        """Name under which its delta is saved."""
         return f"transfer/{fold}/{self.kind}/{self.budget:.6g}/{self.draw}"
 
 
 def refused(bench: Bench) -> str | None:
-    """Why transfer cannot be run here; None where it can."""
+    """Say why transfer cannot be run here; None where it can."""
     pool = bench.pool
-    if len(bench.defense.sites) > 1 and not bench.every_site:
+    if len(bench.defense.sites) > 1 and not bench.surface.every:
         return "several sites are clamped, so that what is admissible differs from prompt to prompt"
     if len(pool) < 2:
         return f"only {len(pool)} example flips by the predicate that it is read with"
@@ -69,7 +69,7 @@ def refused(bench: Bench) -> str | None:
 
 
 def budgets(bench: Bench) -> list[float]:
-    """Those of the curve, smallest first; evidence is read at the last."""
+    """Budgets of the curve, smallest first; evidence is read at the last."""
     typical = bench.pool.residual_norm
     return sorted({*(share * typical for share in bench.plan.transfer.norms), bench.budget})
 
@@ -81,7 +81,7 @@ def split(bench: Bench, fold: int) -> tuple[Int[Tensor, "fitted"], Int[Tensor, "
     return (first, second) if fold == 0 else (second, first)
 
 
-def fit(bench: Bench, fold: int, deltas: Deltas, report: Callable[[int, int], None]) -> Done:
+def fit(bench: Bench, fold: int, progress: BatchProgress) -> Done:
     """Fit every shared delta of a fold."""
     pool, plan = bench.pool, bench.plan
     rows, _ = split(bench, fold)
@@ -111,7 +111,7 @@ def fit(bench: Bench, fold: int, deltas: Deltas, report: Callable[[int, int], No
         mine = [at for at, one in enumerate(pools) if one is each]
 
         def step(done: int, steps: int, turn: int = turn) -> None:
-            report(turn * steps + done, len(distinct) * steps)
+            progress(turn * steps + done, len(distinct) * steps)
 
         shared[mine] = fit_shared(each, [problems[at] for at in mine], schedule, step)
     back = shown(bench, half, rows, shared).sum(dim=1).tolist()
@@ -119,7 +119,7 @@ def fit(bench: Bench, fold: int, deltas: Deltas, report: Callable[[int, int], No
     return Done(values, {one.name(fold): delta.cpu() for one, delta in zip(fits, shared, strict=True)})
 
 
-def read(bench: Bench, fold: int, deltas: Deltas, report: Callable[[int, int], None]) -> dict[str, Any]:
+def read(bench: Bench, fold: int, deltas: Deltas) -> dict[str, Any]:
     """Read a fold's saved deltas, and the controls that are not fitted, on the other half."""
     pool, plan = bench.pool, bench.plan
     rows, others = split(bench, fold)
@@ -181,7 +181,7 @@ def read(bench: Bench, fold: int, deltas: Deltas, report: Callable[[int, int], N
 def _dealt(
     bench: Bench, half: Pool, rows: Int[Tensor, "rows"], fold: int, fits: Sequence[FoldFit], saved: Tensor
 ) -> dict[int, int]:
-    """For each fit to shuffled targets, how often examples show a target that was dealt to them at random."""
+    """Count, for each fit to shuffled targets, the examples that show a target dealt to them at random."""
     hits = {}
     for at, one in enumerate(fits):
         if one.kind == SHUFFLED:
@@ -191,16 +191,14 @@ def _dealt(
 
 
 def _certified(bench: Bench, rows: Int[Tensor, "rows"], delta: Tensor) -> dict[str, Any]:
-    """How many of these rows of the pool one delta recovers, of those that the certificate too finds defended."""
+    """Count the rows of the pool that one delta recovers, of those that the certificate too finds defended."""
     hits, moved, n = 0, 0, 0
     shifts, residuals = [], []
     for batch, here, part in parts_of(bench, rows):
         behavior = part.strict or part.behavior
         each = repeat(delta, "pos d_model -> batch pos d_model", batch=len(here))
         (each,) = bench.whole(part, bench.objective(batch.strict_target.select(here)), each)
-        facts = certify(
-            bench.exact, bench.defense, part.prompts, behavior, each, bench.placement, every_site=bench.every_site
-        )
+        facts = certify(bench.exact, bench.defense, part.prompts, behavior, each, bench.surface)
         gone, shows = facts.defended_slack <= 0, facts.shows
         if part.dialogue is not None:
             replies = texts(bench.model.tokenizer, bench.said(part.dialogue, each))
@@ -220,7 +218,7 @@ def _certified(bench: Bench, rows: Int[Tensor, "rows"], delta: Tensor) -> dict[s
 
 
 def summary(folds: Sequence[tuple[dict[str, Any], dict[str, Any]]], residual_norm: float) -> Transfer:
-    """`transfer` of the verdict, from the fitted and the read values of each fold."""
+    """Make the section `transfer` of the verdict from the fitted and the read values of each fold."""
     reads, fitted = [read for _, read in folds], [one for fit, _ in folds for one in fit.items()]
     levels = [reading["budget"] for reading in reads[0]["readings"]]
     main = levels[-1]

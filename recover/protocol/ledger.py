@@ -79,8 +79,8 @@ class Ledger:
 
     store: Store
     workers: Workers = ALONE
-    _new: list[str] = field(default_factory=list)
-    _seconds: dict[str, float] = field(default_factory=dict)
+    _new: list[str] = field(init=False, default_factory=list)
+    _seconds: dict[str, float] = field(init=False, default_factory=dict)
 
     def run(self, phase: str, number: int | None, work: Callable[[], Done | Any]) -> None:
         """Run a unit, unless it is finished."""
@@ -95,7 +95,7 @@ class Ledger:
         self._new.append(unit)
 
     def values(self, phase: str, number: int | None = None) -> Any:
-        """What a finished unit gave."""
+        """Values of a finished unit."""
         unit = _name(phase, number)
         kept: Any = self.store.load(unit)
         self._seconds.pop(unit, None)  # they are told in the order in which they were asked for last
@@ -103,11 +103,11 @@ class Ledger:
         return kept["values"]
 
     def finished(self, units: Sequence[str]) -> bool:
-        """Whether all of these are."""
+        """Whether all of these units are finished."""
         return all(self.store.load(unit) is not None for unit in units)
 
     def mine(self, parts: Mapping[Part, Sequence[str]]) -> set[Part]:
-        """What this worker does of the parts, given by their units, of which something is left to do."""
+        """Deal out the unfinished parts, given by their units, and give this worker's share."""
         return set(self.workers.deal([part for part, units in parts.items() if not self.finished(units)]))
 
     @contextlib.contextmanager

@@ -24,7 +24,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from recover.defenses.defended import Defended, Delta
+from recover.defenses.defended import Defended
 from recover.evidence.attribution.parts import attribute
 from recover.evidence.certificate import Certificate, certify, free_drift
 from recover.evidence.controls import Anywhere, Undefended, displacement, longest, placebo_targets
@@ -40,7 +40,7 @@ from recover.search.solvers import FURTHER, SOLVERS, Solver, WorstCase, first_re
 from recover.tasks import replies as refusal
 from recover.tasks.behaviors import Targeted, known_targets
 from recover.tasks.examples import Examples
-from recover.types import Tensor
+from recover.types import Delta, Tensor
 
 BY_GRADIENT = {name: solver for name, solver in SOLVERS.items() if name != "random"}
 """Controls are searched with these, and compared with what these found for the behavior itself."""
@@ -52,7 +52,7 @@ KEPT = ("shows", "held", "slack", "norm", "relative_norm", "displacement", "cons
 
 @dataclass(frozen=True, eq=False)
 class Done:
-    """What a phase gives for a batch: values by example id, and deltas by name."""
+    """The result of a phase on a batch: values by example id, and deltas by name."""
 
     values: Mapping[str, Mapping[str, Any]]
     deltas: Mapping[str, Tensor] = field(default_factory=dict)
@@ -66,12 +66,12 @@ class Deltas(Protocol):
         """A saved delta `[n_pos d_model]`."""
 
 
-Report = Callable[[int, int], None]
-"""`report(examples of the batch that are solved, examples of the batch)`."""
-Phase = Callable[[Bench, Batch, Deltas, Report], Done]
+BatchProgress = Callable[[int, int], None]
+"""`progress(done, total)` within a batch: examples that are solved, and all."""
+Phase = Callable[[Bench, Batch, Deltas, BatchProgress], Done]
 
 
-def accounting(bench: Bench, batch: Batch, deltas: Deltas, report: Report) -> Done:
+def accounting(bench: Bench, batch: Batch, deltas: Deltas, progress: BatchProgress) -> Done:
     """Slack without the defense and with it, by both predicates; how replies open; the text, where it is kept."""
     columns = [values.tolist() for values in (batch.base, batch.under, batch.strict_base, batch.strict_under)]
     names = ("base_slack", "defended_slack", "strict_base_slack", "strict_defended_slack")
@@ -89,7 +89,7 @@ def accounting(bench: Bench, batch: Batch, deltas: Deltas, report: Report) -> Do
     return Done(values)
 
 
-def search(bench: Bench, batch: Batch, deltas: Deltas, report: Report) -> Done:
+def search(bench: Bench, batch: Batch, deltas: Deltas, progress: BatchProgress) -> Done:
     """The worst case over the solvers, and its deltas."""
     target, flips = bench.objective(batch.target), len(batch.flips)
     solvers: dict[str, Solver] = {**SOLVERS, "random": partial(random_draws, draws=bench.plan.random_draws)}
@@ -100,7 +100,7 @@ def search(bench: Bench, batch: Batch, deltas: Deltas, report: Report) -> Done:
         bench.budget,
         bench.schedule,
         solvers,
-        on_solver=lambda _, left: report(flips - left, flips),
+        on_solver=lambda _, left: progress(flips - left, flips),
     )
     nearest = found.smallest
     if isinstance(target, Pinned):
@@ -116,7 +116,7 @@ def search(bench: Bench, batch: Batch, deltas: Deltas, report: Report) -> Done:
     return Done(_by_id(batch, "search", search_values(found)), saved)
 
 
-def certificates(bench: Bench, batch: Batch, deltas: Deltas, report: Report) -> Done:
+def certificates(bench: Bench, batch: Batch, deltas: Deltas, progress: BatchProgress) -> Done:
     """Both deltas of each flip, replayed; and what the model says under the one within the budget."""
     within, smallest = (
         [deltas.delta(f"{name}{suffix}").to(bench.model.device) for name in batch.flip_ids] for suffix in ("", SMALLEST)
@@ -133,7 +133,7 @@ def certificates(bench: Bench, batch: Batch, deltas: Deltas, report: Report) -> 
     return Done(values)
 
 
-def attribution(bench: Bench, batch: Batch, deltas: Deltas, report: Report) -> Done:
+def attribution(bench: Bench, batch: Batch, deltas: Deltas, progress: BatchProgress) -> Done:
     """What each part of the delta within the budget does, as `recover.protocol.travel` counts it."""
     delta = torch.stack([deltas.delta(name) for name in batch.flip_ids]).to(bench.model.device)
     parts = attribute(batch.target, delta, points=travel.POINTS, views=travel.PARTS)
@@ -150,17 +150,9 @@ def _read_replies(bench: Bench, part: Examples, delta: Delta) -> list[refusal.Re
 
 
 def certified(bench: Bench, batch: Batch, saved: list[Tensor]) -> Certificate:
-    """The certificates of one delta for each flip of the batch."""
+    """Certify one delta for each flip of the batch."""
     part = batch.flipped
-    return certify(
-        bench.exact,
-        bench.defense,
-        part.prompts,
-        part.behavior,
-        torch.stack(saved),
-        bench.placement,
-        every_site=bench.every_site,
-    )
+    return certify(bench.exact, bench.defense, part.prompts, part.behavior, torch.stack(saved), bench.surface)
 
 
 def spoken(bench: Bench, part: Examples, delta: Delta) -> list[dict[str, Any]]:
@@ -168,7 +160,7 @@ def spoken(bench: Bench, part: Examples, delta: Delta) -> list[dict[str, Any]]:
     dialogue = part.dialogue
     assert dialogue is not None
     said = bench.said(dialogue, delta)
-    along = free_drift(bench.exact, dialogue.prompts, said, bench.defense, delta, every_site=bench.every_site)
+    along = free_drift(bench.exact, dialogue.prompts, said, bench.defense, delta, bench.surface)
     read = zip(texts(bench.model.tokenizer, said), dialogue.texts, strict=True)
     replies: list[dict[str, Any]] = [asdict(refusal.read(reply, base)) for reply, base in read]
     for row, reply in enumerate(replies):
@@ -177,7 +169,7 @@ def spoken(bench: Bench, part: Examples, delta: Delta) -> list[dict[str, Any]]:
     return [without_nan(reply) for reply in replies]
 
 
-def placebo(bench: Bench, batch: Batch, deltas: Deltas, report: Report) -> Done:
+def placebo(bench: Bench, batch: Batch, deltas: Deltas, progress: BatchProgress) -> Done:
     """The search for an unrelated target; where there is one."""
     if batch.examples.dialogue is not None:
         return _other_answers(bench, batch)
@@ -197,7 +189,7 @@ def placebo(bench: Bench, batch: Batch, deltas: Deltas, report: Report) -> Done:
 
 
 def _other_answers(bench: Bench, batch: Batch) -> Done:
-    """The same for whole answers: the answer to another request, drawn from the seed and the example's id."""
+    """Search for the answer to another request, drawn from the seed and the example's id."""
     dialogue = bench.examples.dialogue
     assert dialogue is not None
     others = []
@@ -211,13 +203,13 @@ def _other_answers(bench: Bench, batch: Batch) -> Done:
     return Done(_by_id(batch, "placebo", _compared(bench, aimed)))
 
 
-def write_orthogonal(bench: Bench, batch: Batch, deltas: Deltas, report: Report) -> Done:
+def write_orthogonal(bench: Bench, batch: Batch, deltas: Deltas, progress: BatchProgress) -> Done:
     """The search for the behavior itself under C1+."""
     target = bench.objective(batch.target)
     return Done(_by_id(batch, "write_orthogonal", _compared(bench, target, write_orthogonal=True)))
 
 
-def budgets(bench: Bench, batch: Batch, deltas: Deltas, report: Report) -> Done:
+def budgets(bench: Bench, batch: Batch, deltas: Deltas, progress: BatchProgress) -> Done:
     """A search at each budget of the curve; and at the budget one of twice the steps."""
     target, goal = bench.objective(batch.target), bench.schedule.goal
     feasible, schedule = bench.feasible(target), bench.schedule
@@ -239,9 +231,9 @@ def budgets(bench: Bench, batch: Batch, deltas: Deltas, report: Report) -> Done:
     )
 
 
-def undefended(bench: Bench, batch: Batch, deltas: Deltas, report: Report) -> Done:
+def undefended(bench: Bench, batch: Batch, deltas: Deltas, progress: BatchProgress) -> Done:
     """A search with the clamp off and nothing held, from where the clamp of the first site would have put the state."""
-    target = batch.target.at_sites(bench.defense.sites[:1])
+    target = batch.target.entered_at(bench.surface.first)
     objective, start = Undefended.of(target), displacement(target)
     reach = longest(start) * (1 + 1e-3)
     found = find_perturbation(objective, start, Anywhere(), reach, bench.schedule)
@@ -259,7 +251,7 @@ PHASES: Mapping[str, Phase] = {
     "budgets": budgets,
     "undefended": undefended,
 }
-"""Those over valid flips, in order."""
+"""The phases over valid flips, in order."""
 
 
 def curve_budgets(bench: Bench) -> list[float]:

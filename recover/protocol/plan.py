@@ -1,12 +1,21 @@
-"""How much of the protocol is run, and on which random draws: every default in one place."""
+"""What a check runs and on which random draws: every default in one place.
+
+A field's type carries its range. Sections of DEFENSE.yaml (`recover.run.config`) take fields, ranges and defaults from
+these dataclasses, so that each is written once.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveInt
 
 from recover.defenses.utility import MAX_INCREASE
 from recover.evidence.rules import Rules
 from recover.evidence.transfer import FitSchedule
+from recover.search.ascent import Schedule
+from recover.types import Positive, Surface
 
 __all__ = ["Plan", "TransferPlan"]
 
@@ -24,35 +33,42 @@ class TransferPlan:
         fit: how a delta is fitted.
     """
 
-    norms: tuple[float, ...] = (0.2, 0.4, 0.6)
-    folds: int = 2
-    shuffles: int = 3
-    draws: int = 100
+    norms: Annotated[tuple[Positive, ...], Field(strict=False)] = (0.2, 0.4, 0.6)
+    folds: Literal[1, 2] = 2
+    shuffles: PositiveInt = 3
+    draws: PositiveInt = 100
     fit: FitSchedule = field(default_factory=FitSchedule)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a check runs beside the search at the budget.
+    """What a check runs.
 
     Args:
-        seed: of the split, the placebo targets and features, the shuffles and the random draws.
+        seed: seed of the split, the placebo targets and features, the shuffles and the random draws.
         curve: budgets of the curve, as multiples of the search's.
         random_draws: random admissible directions, for each example.
         placebo_features: draws of random features, each clamped in the place of the defense's.
         undo_scales: shares of the clamp's displacement that are taken back.
-        sample: examples on which gradients are held against finite differences.
+        sample: examples on which gradients are compared with finite differences.
         max_loss_increase: nats a token on neutral text, above which the clamp counts as breaking the model.
-        transfer: of shared deltas.
-        rules: of evidence.
+        schedule: how hard to search.
+        surface: where a perturbation enters.
+        transfer: how shared perturbations are fitted and read.
+        rules: thresholds of the rules of evidence.
+
+    >>> Plan(schedule=Schedule(steps=10), surface=Surface("every")).surface.every
+    True
     """
 
-    seed: int = 0
-    curve: tuple[float, ...] = (0.1, 0.25, 0.5, 1.0, 2.0)
-    random_draws: int = 1000
-    placebo_features: int = 3
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    curve: Annotated[tuple[Positive, ...], Field(strict=False)] = (0.1, 0.25, 0.5, 1.0, 2.0)
+    random_draws: PositiveInt = 1000
+    placebo_features: NonNegativeInt = 3
     undo_scales: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
     sample: int = 8
-    max_loss_increase: float = MAX_INCREASE
+    max_loss_increase: Annotated[float, Field(ge=0, allow_inf_nan=False)] = MAX_INCREASE
+    schedule: Schedule = field(default_factory=Schedule)
+    surface: Surface = field(default_factory=Surface)
     transfer: TransferPlan = field(default_factory=TransferPlan)
     rules: Rules = field(default_factory=Rules)

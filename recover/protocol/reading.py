@@ -21,12 +21,11 @@ from recover.search.constraints.pinned import Pinned
 from recover.tasks import replies as refusal
 from recover.tasks.behaviors import Targeted, known_targets
 from recover.tasks.examples import Examples
-from recover.types import Bool, Float, Int, Tensor
+from recover.types import Bool, Float, Int, Rows, Tensor
 
 __all__ = ["Exchanged", "exchangeable", "exchanged", "one_for_all", "parts_of", "said_like", "shown", "shown_as_asked"]
 
 Shared = Float[Tensor, "fit pos d_model"]
-Rows = Int[Tensor, "rows"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +58,7 @@ def parts_of(bench: Bench, rows: Rows) -> Iterator[tuple[Batch, Rows, Examples]]
 
 
 def shown(bench: Bench, half: Pool, rows: Rows, deltas: Shared) -> Bool[Tensor, "fit batch"]:
-    """Which examples show the behavior that transfer is read with, under each shared delta.
+    """Tell which examples show the behavior that transfer is read with, under each shared delta.
 
     Args:
         bench: of the check.
@@ -74,7 +73,7 @@ def shown(bench: Bench, half: Pool, rows: Rows, deltas: Shared) -> Bool[Tensor, 
 
 
 def shown_as_asked(bench: Bench, rows: Rows, deltas: Shared) -> Bool[Tensor, "fit batch"]:
-    """The same by the check's own predicate, of use where transfer is read with a stricter one."""
+    """Tell which examples show the behavior by the check's own predicate, where transfer uses a stricter one."""
     parts = [
         bench.objective(batch.strict_target.select(here).asking(part.behavior))
         for batch, here, part in parts_of(bench, rows)
@@ -85,7 +84,7 @@ def shown_as_asked(bench: Bench, rows: Rows, deltas: Shared) -> Bool[Tensor, "fi
 def said_like(
     bench: Bench, half: Pool, rows: Rows, deltas: Shared, answers: Sequence[str]
 ) -> Bool[Tensor, "fit batch"]:
-    """Where the reply to each request under each shared delta is like the one of `answers` in its place."""
+    """Tell where the reply to each request under each shared delta is like the one of `answers` in its place."""
     like, start = torch.zeros(len(deltas), len(half), dtype=torch.bool), 0
     for objective, (*_, part) in zip(half.parts, parts_of(bench, rows), strict=True):
         n = len(objective)
@@ -101,7 +100,7 @@ def said_like(
 def _replies(
     bench: Bench, objective: Defended | Pinned, part: Examples, places: Rows, deltas: Float[Tensor, "batch pos d_model"]
 ) -> list[str]:
-    """What is said to the examples in these places, each with its delta."""
+    """Generate the replies of the examples in these places, each with its delta."""
     assert part.dialogue is not None
     some = objective.select(places)
     whole = some.delta(deltas) if isinstance(some, Pinned) else deltas
@@ -120,7 +119,7 @@ def one_for_all(bench: Bench) -> bool:
 
 
 def exchanged(bench: Bench, half: Pool, rows: Rows, seed: int, draw: int = 0) -> Exchanged:
-    """These rows of the pool, with what they are asked for exchanged: as few as possible keep their own.
+    """Exchange among these rows of the pool what they are asked for: as few as possible keep their own.
 
     Where all are asked for one target there is nothing to exchange: all are asked for another one, the same for each
     `draw`, if the behavior knows of others.

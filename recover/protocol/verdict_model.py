@@ -17,7 +17,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, WithJsonSchema, with_config
 from pydantic.json_schema import SkipJsonSchema
@@ -26,7 +26,7 @@ from recover.evidence.rules import Count, Reading, Rule, Rules, TransferEvidence
 from recover.numerics.statistics import wilson
 from recover.protocol.records import STRICT, ExampleRecord, Figure
 
-SCHEMA: Final = "recover.verdict/2"
+SCHEMA: Literal["recover.verdict/2"] = "recover.verdict/2"
 
 Kind = Literal["INVALID", "INCONCLUSIVE", "NOT_RECOVERED_AT_BUDGET", "RECOVERABLE"]
 Placement = Literal["after_clamp", "before_clamp"]

@@ -45,11 +45,11 @@ class Workers:
         return self.rank == 0
 
     def deal(self, things: Sequence[T]) -> list[T]:
-        """This worker's share of what all of them hold in the same order."""
+        """Give this worker's share of what all of them hold in the same order."""
         return list(things[self.rank :: self.size])
 
     def gather(self, value: T) -> list[T]:
-        """What each worker gives, by rank. All must call it.
+        """Gather what each worker gives, by rank. All must call it.
 
         Raises:
             LostWorkerError: one of them has gone.
@@ -66,14 +66,14 @@ class Workers:
         return given
 
     def led(self, value: T | None) -> T:
-        """What the one that leads gives. All must call it."""
+        """Hand on what the leading worker gives. All must call it."""
         first = self.gather(value)[0]
         assert first is not None
         return first
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """All get through this, or none goes on; of what stops them one tells.
+        """Let all workers through, or none; one of them says what stopped them.
 
         Raises:
             InputError: where this one leads.
@@ -100,7 +100,7 @@ ALONE = Workers()
 
 @contextlib.contextmanager
 def joined() -> Iterator[Workers]:
-    """The workers that `torchrun` started, this one among them; one alone where it did not."""
+    """Join the workers that `torchrun` started; a single worker where it did not start this process."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1 or not distributed.is_available() or not distributed.is_torchelastic_launched():
         yield ALONE

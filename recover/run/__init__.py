@@ -1,1 +1,44 @@
-"""To be described."""
+"""Runs on disk: from DEFENSE.yaml, or from objects in memory, to a folder of artifacts.
+
+Read `runner` first: `run_check` is what `recover check` calls. `config` reads and validates DEFENSE.yaml, `setting`
+loads what it names, and `objects` stands in its place for a model and a defense in memory. `progress` shows how far a
+run is.
+"""
+
+from recover.run.config import ClampConfig, Config, PromptConfig, SearchConfig, Selection, load_config
+from recover.run.objects import Objects, content_hash
+from recover.run.progress import shown
+from recover.run.runner import OtherRunError, beside_published, run_check, run_seeds, run_source
+from recover.run.setting import (
+    Chosen,
+    Setting,
+    build_bench,
+    build_defense,
+    load_setting,
+    package_versions,
+    select_features,
+)
+
+__all__ = [
+    "Chosen",
+    "ClampConfig",
+    "Config",
+    "Objects",
+    "OtherRunError",
+    "PromptConfig",
+    "SearchConfig",
+    "Selection",
+    "Setting",
+    "beside_published",
+    "build_bench",
+    "build_defense",
+    "content_hash",
+    "load_config",
+    "load_setting",
+    "package_versions",
+    "run_check",
+    "run_seeds",
+    "run_source",
+    "select_features",
+    "shown",
+]

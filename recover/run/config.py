@@ -19,9 +19,9 @@ import hashlib
 import json
 import re
 from collections.abc import Hashable, Mapping
-from dataclasses import replace
+from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 import yaml
 from pydantic import (
@@ -33,17 +33,19 @@ from pydantic import (
     PositiveInt,
     Tag,
     ValidationError,
+    create_model,
     field_validator,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
 
 from recover.evidence.rules import Rules
-from recover.protocol.plan import Plan
+from recover.evidence.transfer import FitSchedule
+from recover.protocol.plan import Plan, TransferPlan
 from recover.report.published import Agreement, PublishedFigure, check_path, index_of_curve
 from recover.search.ascent import Schedule
 from recover.tasks import read_options
-from recover.types import DeviceMap, InputError, Positions
+from recover.types import DeviceMap, Finite, InputError, Positions, Positive, Share, Surface
 
 __all__ = ["DEFAULTS", "ClampConfig", "Config", "PromptConfig", "SearchConfig", "Selection", "load_config"]
 
@@ -66,8 +68,7 @@ DEFAULTS: Mapping[str, Any] = {
 }
 
 HARMLESS = ("device", "device_map", "batch_size", "threads", "published")
-PLAN = Plan()
-Finite = Annotated[float, Field(allow_inf_nan=False)]
+Of = TypeVar("Of")
 Text = Annotated[str, Field(min_length=1)]
 
 
@@ -103,7 +104,7 @@ class Selection(_Section):
 
     select: Literal["attribution", "contrast", "firing", "effect"]
     top: PositiveInt
-    retain: Annotated[float, Field(ge=0, le=1)] | None = None
+    retain: Share | None = None
 
     @model_validator(mode="after")
     def _retain_is_of_firing(self) -> Selection:
@@ -175,8 +176,32 @@ class PromptConfig(_Section):
     file: Text | None = None
 
 
-class SearchConfig(_Section):
-    """Where a delta may be added, how large it may be, and how long it is searched for.
+def _taken(owner: type, *names: str) -> dict[str, Any]:
+    """Fields of a dataclass as fields of a section: types with their ranges, and defaults. All of them by default."""
+    hints, default = get_type_hints(owner, include_extras=True), owner()
+    return {name: (hints[name], getattr(default, name)) for name in names or hints}
+
+
+def _section(**keys: Any) -> Any:
+    """Make the base of a section whose keys are those of dataclasses (`_taken`)."""
+    return create_model("Section", __base__=_Section, **keys)
+
+
+_SEARCH: Any = _section(
+    budget=(Positive, ...),
+    **_taken(Surface, "placement"),
+    positions=(Literal["last", "answer"] | None, None),
+    **_taken(Surface, "sites"),
+    **_taken(Schedule, "steps", "restarts"),
+    **_taken(Plan, "curve"),
+)
+_CONTROLS: Any = _section(**_taken(Plan, "seed", "random_draws", "placebo_features", "max_loss_increase"))
+_TRANSFER: Any = _section(**_taken(TransferPlan, "norms", "folds", "shuffles", "draws"), **_taken(FitSchedule, "steps"))
+_RULES: Any = _section(**_taken(Rules))
+
+
+class SearchConfig(_SEARCH):
+    """Where a perturbation may be added, how large it may be, and how long it is searched for.
 
     Attributes:
         budget: largest Frobenius norm of a perturbation, over positions and dimensions.
@@ -185,45 +210,17 @@ class SearchConfig(_Section):
         sites: where it enters: the first clamped site, or every one, where the clamped features can be pinned exactly.
     """
 
-    budget: Annotated[Finite, Field(gt=0)]
-    placement: Literal["after_clamp", "before_clamp"] = "after_clamp"
-    positions: Literal["last", "answer"] | None = None
-    sites: Literal["first", "every"] = "first"
-    steps: PositiveInt = 100
-    restarts: NonNegativeInt = Schedule().restarts
-    curve: Annotated[tuple[Annotated[Finite, Field(gt=0)], ...], Field(strict=False)] = PLAN.curve
 
-
-class ControlConfig(_Section):
+class ControlConfig(_CONTROLS):
     """The controls of a check, and the seed of all that is drawn beside the prompts."""
 
-    seed: Annotated[int, Field(ge=0, lt=2**31)] = PLAN.seed
-    random_draws: PositiveInt = PLAN.random_draws
-    placebo_features: NonNegativeInt = PLAN.placebo_features
-    max_loss_increase: Annotated[Finite, Field(ge=0)] = PLAN.max_loss_increase
 
-
-class TransferConfig(_Section):
+class TransferConfig(_TRANSFER):
     """Shared perturbations: their sizes, as shares of the residual's norm, and how they are fitted and read."""
 
-    norms: Annotated[tuple[Annotated[Finite, Field(gt=0)], ...], Field(strict=False)] = PLAN.transfer.norms
-    folds: Literal[1, 2] = 2
-    shuffles: PositiveInt = PLAN.transfer.shuffles
-    draws: PositiveInt = PLAN.transfer.draws
-    steps: PositiveInt = PLAN.transfer.fit.steps
 
-
-Share = Annotated[Finite, Field(ge=0, le=1)]
-
-
-class RuleConfig(_Section):
+class RuleConfig(_RULES):
     """Thresholds of the rules of evidence (`recover.evidence.rules`)."""
-
-    alpha: Share = PLAN.rules.alpha
-    most: Share = PLAN.rules.most
-    max_chance: Share = PLAN.rules.max_chance
-    min_heldout: PositiveInt = PLAN.rules.min_heldout
-    min_pairs: PositiveInt = PLAN.rules.min_pairs
 
 
 class FigureConfig(_Section):
@@ -346,23 +343,19 @@ class Config(_Section):
         return value
 
     def with_control_seed(self, seed: int) -> Config:
-        """The same with another seed of the search, the split and the controls."""
+        """Set another seed of the search, the split and the controls."""
         return self.model_copy(update={"controls": self.controls.model_copy(update={"seed": seed})})
 
-    def schedule(self) -> Schedule:
-        """How hard to search."""
-        return Schedule(self.search.steps, restarts=self.search.restarts, seed=self.controls.seed)
-
     def plan(self) -> Plan:
-        """What a check is told of the sections `controls`, `transfer` and `rules`."""
-        transfer = self.transfer.model_dump()
-        fit = replace(PLAN.transfer.fit, steps=transfer.pop("steps"))
-        return replace(
-            PLAN,
-            **self.controls.model_dump(),
-            curve=self.search.curve,
-            transfer=replace(PLAN.transfer, **transfer, fit=fit),
-            rules=Rules(**self.rules.model_dump()),
+        """Give what a check is told of the sections `search`, `controls`, `transfer` and `rules`."""
+        search, transfer = self.search.model_dump() | self.controls.model_dump(), self.transfer.model_dump()
+        return _filled(
+            Plan,
+            search,
+            schedule=_filled(Schedule, search),
+            surface=_filled(Surface, search),
+            transfer=_filled(TransferPlan, transfer, fit=_filled(FitSchedule, transfer)),
+            rules=_filled(Rules, self.rules.model_dump()),
         )
 
     def canonical(self) -> dict[str, Any]:
@@ -385,6 +378,11 @@ class Config(_Section):
         """
         text = json.dumps([self.relevant(), identities], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _filled(owner: type[Of], values: Mapping[str, Any], **more: Any) -> Of:
+    """Make a dataclass of those of the values that are its fields."""
+    return owner(**{one.name: values[one.name] for one in fields(owner) if one.name in values}, **more)  # type: ignore[arg-type]
 
 
 def load_config(path: Path | str | None = None, overrides: Mapping[str, Any] | None = None) -> Config:

@@ -1,94 +1,126 @@
-"""From objects in memory to a verdict on disk: `check()` whose folder is named by a hash of all that it depends on.
+"""Objects in memory as the subject of a run, whose folder is named by a hash of all that its result depends on.
 
-The weights, the SAEs, the clamps, the tokens, the behavior, the budget and every option are hashed, so that the same
-objects find their run again, an interrupted one goes on, and other ones get another folder.
+The weights, the SAEs, the clamps, the tokens, the behavior, the budget and the plan are hashed. So the same objects
+find their run again, an interrupted run goes on, and other objects get another folder.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
-from dataclasses import fields, is_dataclass, replace
-from pathlib import Path
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 
 from recover.defenses.clamps import Defense
-from recover.models.host import Model
-from recover.protocol.checking import Progress, check
-from recover.protocol.folder import CONFIG, VERDICT, RunFolder, RunState
+from recover.models.host import Model, Prompts
 from recover.protocol.plan import Plan
+from recover.protocol.runtime import Runtime
 from recover.protocol.verdict_model import Verdict
-from recover.report.finished import find_run, pages
-from recover.run.setting import package_versions
+from recover.run.setting import Chosen, package_versions
 from recover.tasks.examples import Examples
-from recover.types import Tensor
+from recover.types import InputError, Progress, Tensor
 
-__all__ = ["check_objects", "content_hash"]
+__all__ = ["Objects", "content_hash"]
 
 
-def check_objects(
-    parent: Path, model: Model, defense: Defense, examples: Examples, *, seed: int | None = None, **options: Any
-) -> tuple[Path, Callable[[Progress | None], Verdict]]:
-    """Where the run of these objects is kept, and what makes it: or reads it, where it is there.
+@dataclass(frozen=True, eq=False)
+class Objects:
+    """What `check` takes, to be run as a configuration is (`recover.run.runner`).
 
     Args:
-        parent: the run's folder is made in it.
         model: the host model.
         defense: its clamps.
         examples: prompts and behavior.
-        seed: of the controls, in the place of the plan's.
-        options: as `check` takes them, plain values and dataclasses; not its store.
+        budget: largest norm of a perturbation.
+        plan: what is run.
+        runtime: batch size, exact model and neutral text; the runner sets the rest.
+
+    Raises:
+        InputError: a store or workers in `runtime`, which are the runner's.
     """
-    plan = options.pop("plan", None) or Plan()
-    if seed is not None:
-        plan = replace(plan, seed=plan.seed + seed)
-    digest = content_hash(model, defense, examples, plan, options, package_versions()["recover"])
-    folder = parent / f"objects-{digest[:16]}"
 
-    def run(progress: Progress | None = None) -> Verdict:
-        held = RunFolder(folder)
-        try:
-            if (finished := find_run(folder)) is not None:
-                return finished.verdict
-            if held.state is None:
-                clamps = defense.clamps
-                held.begin(
-                    RunState(
-                        config={"hash": digest},
-                        keep_text=False,
-                        fingerprint=digest,
-                        batch_size=options.get("batch_size") or 0,
-                        features=[list(clamp.features) for clamp in clamps],
-                        values=[0.0] * len(clamps),
-                    )
-                )
-            else:
-                held.resume()
-            held.write(CONFIG, b"# checked from objects in memory, which no file describes\n")
-            provenance = {
-                "versions": package_versions(),
-                "seed": 0,
-                "device": str(model.device),
-                "dtype": str(model.dtype).removeprefix("torch."),
-                "sae_sha256": {},
-                "model": f"{type(model.module).__name__} in memory ({digest[:16]})",
-            }
-            said = check(
-                model, defense, examples, plan=plan, store=held, provenance=provenance, progress=progress, **options
-            )
-            verdict = said.took(said.provenance.phase_seconds)
-            held.finish(said.records)
-            held.write_json(VERDICT, verdict.to_dict())
-            features = [list(clamp.features) for clamp in defense.clamps]
-            for name, page in pages(verdict, held.read(CONFIG), said.records, features).items():
-                held.write(name, page)
-            return verdict
-        finally:
-            held.close()
+    model: Model
+    defense: Defense
+    examples: Examples
+    budget: float
+    plan: Plan = field(default_factory=Plan)
+    runtime: Runtime = field(default_factory=Runtime)
 
-    return folder, run
+    keep_text = False
+    text = "# checked from objects in memory, which no file describes\n"
+
+    def __post_init__(self) -> None:
+        if self.runtime.store is not None or self.runtime.workers.size > 1:
+            raise InputError("runtime: a run keeps its units in its own folder; leave store and workers out")
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of everything that can change a result."""
+        how = (self.runtime.batch_size, self.runtime.exact, self.runtime.neutral)
+        version = package_versions()["recover"]
+        return content_hash(self.model, self.defense, self.examples, self.budget, self.plan, how, version)
+
+    @property
+    def name(self) -> str:
+        """Name of the run's folder."""
+        return f"objects-{self.fingerprint[:16]}"
+
+    def relevant(self) -> dict[str, Any]:
+        """Give what identifies the run in place of a configuration."""
+        return {"hash": self.fingerprint}
+
+    def load(self, progress: Progress, *, alone: bool) -> Objects:
+        """Give the objects, which are loaded already."""
+        return self
+
+    def beside_published(self, verdict: Verdict) -> Verdict:
+        """Give the verdict: nothing was published on objects."""
+        return verdict
+
+    @property
+    def batch_size(self) -> int:
+        """Examples at once: as asked, or as many as memory allows."""
+        widest = max(clamp.sae.d_sae for clamp in self.defense.clamps)
+        return self.runtime.batch_size or self.model.batch_size(self.examples.prompts, widest)
+
+    @property
+    def threads(self) -> int:
+        """Threads of the CPU, as torch is set."""
+        return torch.get_num_threads()
+
+    @property
+    def exact(self) -> Model | None:
+        """The model that certificates replay in."""
+        return self.runtime.exact
+
+    @property
+    def neutral(self) -> Prompts | None:
+        """Passages of ordinary text."""
+        return self.runtime.neutral
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """Which code, weights and device give the verdict."""
+        return {
+            "versions": package_versions(),
+            "seed": 0,
+            "device": str(self.model.device),
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "sae_sha256": {},
+            "model": f"{type(self.model.module).__name__} in memory ({self.fingerprint[:16]})",
+            **self.runtime.provenance,
+        }
+
+    def choose(self, batch_size: int, progress: Progress) -> list[Chosen]:
+        """Give the features that the defense has."""
+        return [Chosen(clamp.features, 0.0) for clamp in self.defense.clamps]
+
+    def build(self, chosen: Sequence[Chosen]) -> Defense:
+        """Give the defense."""
+        return self.defense
 
 
 def content_hash(model: Model, *values: Any) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from recover.protocol.checking import Progress
+from recover.types import Progress
 
 SECONDS_BETWEEN_LINES = 10.0
 TITLES = {

@@ -1,9 +1,10 @@
-"""From a configuration to a verdict on disk: loads what the configuration names, and runs `check()` on it.
+"""From a configuration, or from objects in memory, to a verdict on disk.
 
-1. Open the folder, and refuse it if it cannot be used or holds another configuration's run: before the slow part.
-2. Load the model, the SAEs and the prompts, and build the defense; features given by a rule are selected here. A run
-   that was interrupted keeps the features and the batch size that it began with.
-3. `check()`, each batch saved as it is finished.
+1. Open the folder, and refuse it if it cannot be used or holds another run: before the slow part.
+2. Load what is checked: model, SAEs and prompts of a configuration (`recover.run.setting`), or objects as they are
+   (`recover.run.objects`). Features given by a rule are selected here. A run that was interrupted keeps the features
+   and the batch size that it began with.
+3. Run `check()`, which saves each batch as it is finished.
 4. Write `verdict.json`, and the reports from it. A run that has them is not run again.
 
 Several workers (`workers`) load the same and come to the same verdict. One of them leads: it holds the folder, fixes
@@ -16,23 +17,60 @@ import json
 import sys
 import time
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from recover.protocol.checking import Progress, check
+from recover.protocol.checking import check
 from recover.protocol.folder import CONFIG, SEEDS, VERDICT, RunFolder, RunState, write_whole
+from recover.protocol.runtime import Runtime
 from recover.protocol.verdict_model import Verdict
 from recover.protocol.workers import ALONE, Workers
 from recover.report.finished import find_run, pages
 from recover.report.published import compared
 from recover.run.config import Config
-from recover.run.setting import Chosen, Setting, build_defense, load_setting, select_features, threads, threads_of
-from recover.tasks.neutral import NEUTRAL
-from recover.types import InputError
+from recover.run.objects import Objects
+from recover.run.setting import Chosen, Setting, load_setting, threads
+from recover.types import InputError, Progress
+
+__all__ = ["FromConfig", "OtherRunError", "beside_published", "run_check", "run_seeds", "run_source"]
+
+
+@dataclass(frozen=True)
+class FromConfig:
+    """A configuration as the source of a run."""
+
+    config: Config
+    keep_text: bool = False
+
+    @property
+    def text(self) -> str:
+        """The text of `config.yaml`."""
+        return self.config.dump_yaml()
+
+    def relevant(self) -> dict[str, Any]:
+        """Give what of the configuration can change a result."""
+        return self.config.relevant()
+
+    def load(self, progress: Progress, *, alone: bool) -> Setting:
+        """Load what the configuration names."""
+        if not alone:
+            _refuse_a_shared_card(self.config)
+        return load_setting(self.config, keep_text=self.keep_text, progress=progress)
+
+    def beside_published(self, verdict: Verdict) -> Verdict:
+        """Set the figures that the configuration says were published beside the verdict's own."""
+        return beside_published(verdict, self.config)
 
 
 class OtherRunError(InputError):
     """A folder that holds a run of the same configuration, and yet another run."""
+
+
+Source = FromConfig | Objects
+"""Where the subject of a run comes from."""
+Subject = Setting | Objects
+"""What a run checks, loaded."""
 
 
 def run_check(
@@ -56,10 +94,15 @@ def run_check(
         InputError: anything that the configuration names cannot be used, or the folder cannot.
         LostWorkerError: another worker has gone.
     """
+    return run_source(FromConfig(config, keep_text), out, progress, workers)
+
+
+def run_source(source: Source, out: Path, progress: Progress | None = None, workers: Workers = ALONE) -> Verdict:
+    """Check what a source gives and leave the artifacts in `out`; arguments and errors as of `run_check`."""
     with workers.together():
         folder = RunFolder(out, holds=workers.leads)
     try:
-        return _run(config, folder, keep_text, progress or (lambda *_: None), workers)
+        return _run(source, folder, progress or (lambda *_: None), workers)
     finally:
         folder.close()
 
@@ -73,7 +116,7 @@ def run_seeds(
     progress: Progress | None = None,
     workers: Workers = ALONE,
 ) -> list[Verdict]:
-    """The same check with several seeds of the search, the split and the controls; the prompts stay.
+    """Repeat a check with several seeds of the search, the split and the controls; the prompts stay.
 
     Each has its own folder `out/seed-N`, and `out/seeds.json` says how often each verdict came.
 
@@ -97,11 +140,11 @@ def run_seeds(
     return verdicts
 
 
-def _run(config: Config, folder: RunFolder, keep_text: bool, progress: Progress, workers: Workers) -> Verdict:
+def _run(source: Source, folder: RunFolder, progress: Progress, workers: Workers) -> Verdict:
     started = time.perf_counter()
     with workers.together():
         if folder.state is not None:
-            _expect(folder, folder.state, config, keep_text)
+            _expect(folder, folder.state, source)
             folder.resume()
     earlier = workers.led(folder.units)
     if not workers.leads:
@@ -109,37 +152,35 @@ def _run(config: Config, folder: RunFolder, keep_text: bool, progress: Progress,
             folder.take(unit, given)
     progress("loading", 0, 1)
     with workers.together():
-        if workers.size > 1:
-            _refuse_a_shared_card(config)
-        setting = load_setting(config, keep_text=keep_text, progress=progress)
+        subject = source.load(progress, alone=workers.size == 1)
     progress("loading", 1, 1)
-    size = min(workers.gather(setting.batch_size))
+    size = min(workers.gather(subject.batch_size))
     with workers.together():
-        begun = folder.state or (_begin(folder, setting, size, keep_text, progress) if workers.leads else None)
+        begun = folder.state or (_begin(folder, source, subject, size, progress) if workers.leads else None)
     state = workers.led(begun)
     with workers.together():
-        if state.fingerprint != setting.fingerprint:
+        if state.fingerprint != subject.fingerprint:
             raise OtherRunError(
                 f"{folder.name}: holds a run of this configuration with other weights, prompts or another version of "
                 "recover; give another folder"
             )
         if workers.leads and not folder.has([CONFIG]):
-            folder.write(CONFIG, config.dump_yaml().encode())
+            folder.write(CONFIG, source.text.encode())
     (finished,) = workers.led((find_run(folder.path) if workers.leads else None,))
     if finished is not None:
-        verdict = beside_published(finished.verdict, config).model_copy(update={"records": finished.records})
+        verdict = source.beside_published(finished.verdict).model_copy(update={"records": finished.records})
     else:
-        _tell_of_idle_workers(setting, state, workers)
+        _tell_of_idle_workers(subject, state, workers)
         with threads(state.threads):
-            said = _check(setting, state, folder, progress, workers)
-        verdict = beside_published(said, config).took(round(time.perf_counter() - started, 1))
+            said = _check(subject, state, folder, progress, workers)
+        verdict = source.beside_published(said).took(round(time.perf_counter() - started, 1))
     with workers.together():
         if workers.leads:
             changed = finished is None or verdict.published != finished.verdict.published
             if finished is None:
                 folder.finish(verdict.records)
             elif changed:
-                folder.write(CONFIG, config.dump_yaml().encode())
+                folder.write(CONFIG, source.text.encode())
             if changed:
                 folder.write_json(VERDICT, verdict.to_dict())
             for name, page in pages(verdict, folder.read(CONFIG), verdict.records, state.features).items():
@@ -167,9 +208,12 @@ def _refuse_a_shared_card(config: Config) -> None:
         )
 
 
-def _expect(folder: RunFolder, state: RunState, config: Config, keep_text: bool) -> None:
+def _expect(folder: RunFolder, state: RunState, source: Source) -> None:
     """Refuse the folder of another configuration's run, naming the first difference."""
-    theirs, ours = state.config | {"--keep-text": state.keep_text}, config.relevant() | {"--keep-text": keep_text}
+    theirs, ours = (
+        known | {"--keep-text": keeps}
+        for known, keeps in ((state.config, state.keep_text), (source.relevant(), source.keep_text))
+    )
     if (difference := _first_difference(theirs, ours)) is not None:
         raise InputError(f"{folder.name}: holds the run of another configuration ({difference}); give another folder")
 
@@ -184,17 +228,16 @@ def _first_difference(theirs: Any, ours: Any, at: str = "") -> str | None:
     return next(filter(None, (_first_difference(left, right, name) for name, left, right in pairs)), None)
 
 
-def _begin(folder: RunFolder, setting: Setting, size: int, keep_text: bool, progress: Progress) -> RunState:
+def _begin(folder: RunFolder, source: Source, subject: Subject, size: int, progress: Progress) -> RunState:
     """Fix what the whole run holds to."""
-    config = setting.config
-    number = threads_of(config, setting.model)
+    number = subject.threads
     with threads(number):
-        chosen = select_features(setting, size, progress)
-    build_defense(setting, chosen)
+        chosen = subject.choose(size, progress)
+    subject.build(chosen)  # what cannot be built is refused before the run has begun
     state = RunState(
-        config=config.relevant(),
-        keep_text=keep_text,
-        fingerprint=setting.fingerprint,
+        config=source.relevant(),
+        keep_text=source.keep_text,
+        fingerprint=subject.fingerprint,
         batch_size=size,
         features=[list(one.features) for one in chosen],
         values=[list(one.value) if isinstance(one.value, tuple) else one.value for one in chosen],
@@ -204,9 +247,9 @@ def _begin(folder: RunFolder, setting: Setting, size: int, keep_text: bool, prog
     return state
 
 
-def _tell_of_idle_workers(setting: Setting, state: RunState, workers: Workers) -> None:
+def _tell_of_idle_workers(subject: Subject, state: RunState, workers: Workers) -> None:
     """Batches are the same for any number of workers, so that the verdict is: there may be too few for all."""
-    examples = len(setting.examples.ids)
+    examples = len(subject.examples.ids)
     batches = -(-examples // state.batch_size)
     if workers.leads and batches < workers.size:
         print(
@@ -216,22 +259,15 @@ def _tell_of_idle_workers(setting: Setting, state: RunState, workers: Workers) -
         )
 
 
-def _check(setting: Setting, state: RunState, folder: RunFolder, progress: Progress, workers: Workers) -> Verdict:
-    config, model = setting.config, setting.model
-    return check(
-        model,
-        build_defense(setting, Chosen.kept_by(state)),
-        setting.examples,
-        budget=config.search.budget,
-        placement=config.search.placement,
-        every_site=config.search.sites == "every",
-        schedule=config.schedule(),
-        plan=config.plan(),
-        neutral=model.tokenize(NEUTRAL),
+def _check(subject: Subject, state: RunState, folder: RunFolder, progress: Progress, workers: Workers) -> Verdict:
+    defense = subject.build(Chosen.kept_by(state))
+    runtime = Runtime(
         batch_size=state.batch_size,
         store=folder,
-        exact=setting.exact,
-        provenance={**setting.provenance, "threads": state.threads, "workers": workers.size},
+        exact=subject.exact,
+        neutral=subject.neutral,
+        provenance={**subject.provenance, "threads": state.threads, "workers": workers.size},
         progress=progress,
         workers=workers,
     )
+    return check(subject.model, defense, subject.examples, subject.budget, plan=subject.plan, runtime=runtime)

@@ -11,27 +11,27 @@ from typing import Any
 
 import torch
 
+from recover.defenses import selection
 from recover.defenses.clamps import Clamp, Defense, Floor, Scale, Set
 from recover.defenses.defended import check_fits
-from recover.defenses.selection import attribution, contrast, effects, firing_rates, forgettable, largest
-from recover.models.host import Model
+from recover.defenses.selection import RETAIN, attributions, contrast, contrast_of, largest
+from recover.models.host import Model, Prompts
 from recover.models.names import LoadedModel, resolve_model
 from recover.protocol.bench import Bench
-from recover.protocol.checking import Progress
 from recover.protocol.folder import RunState
+from recover.protocol.plan import Plan
 from recover.run.config import ClampConfig, Config, Selection
-from recover.saes.names import resolve_sae
+from recover.saes.names import load_sae
 from recover.saes.sae import SAE
-from recover.tasks import ask_task
+from recover.tasks import load_examples
 from recover.tasks.behaviors import positions_read
-from recover.tasks.examples import Contrast, Examples
-from recover.types import Float, InputError, Site, Tensor
+from recover.tasks.examples import Examples
+from recover.tasks.prose import NEUTRAL
+from recover.types import InputError, Progress
 
 MODES: dict[str, type[Set] | type[Scale] | type[Floor]] = {"set": Set, "scale": Scale, "floor": Floor}
 NARROW = 1024
 """Up to this width of the residual a step of the search is too little work for several threads to share."""
-RETAIN = 0.01
-"""Share of tokens to be kept on which a feature by firing may be active, where none is given."""
 PACKAGES = ("recover", "torch", "transformers", "nnsight", "sae_lens")
 
 
@@ -46,8 +46,28 @@ class Setting:
     examples: Examples
 
     @property
+    def budget(self) -> float:
+        """Largest norm of a perturbation."""
+        return float(self.config.search.budget)
+
+    @property
+    def plan(self) -> Plan:
+        """What a check runs."""
+        return self.config.plan()
+
+    @property
+    def neutral(self) -> Prompts:
+        """Passages of ordinary text, on which the defense's cost is measured."""
+        return self.model.tokenize(NEUTRAL)
+
+    @property
+    def threads(self) -> int:
+        """Threads of the CPU that a run uses."""
+        return threads_of(self.config, self.model)
+
+    @property
     def fingerprint(self) -> str:
-        """Of everything that can change a result."""
+        """SHA-256 of everything that can change a result."""
         identities = {
             "recover": _version("recover"),
             "model": self.loaded.version,
@@ -86,6 +106,14 @@ class Setting:
             "model": f"{loaded.name} ({loaded.source}, {loaded.version})",
         }
 
+    def choose(self, batch_size: int, progress: Progress) -> list[Chosen]:
+        """Select the features of each clamp (`select_features`)."""
+        return select_features(self, batch_size, progress)
+
+    def build(self, chosen: Sequence[Chosen]) -> Defense:
+        """Build the defense with these features (`build_defense`)."""
+        return build_defense(self, chosen)
+
 
 @dataclass(frozen=True)
 class Chosen:
@@ -96,7 +124,7 @@ class Chosen:
 
     @classmethod
     def kept_by(cls, state: RunState) -> list[Chosen]:
-        """Those of each clamp that an earlier start selected."""
+        """Read the features and values of each clamp that an earlier start selected."""
         pairs = zip(state.features, state.values, strict=True)
         return [cls(tuple(features), tuple(v) if isinstance(v, list) else v) for features, v in pairs]
 
@@ -107,7 +135,7 @@ def load_setting(config: Config, *, keep_text: bool = False, progress: Progress 
     Raises:
         InputError: one of them cannot be had, or they do not belong together.
     """
-    saes = {name: resolve_sae(name) for name in dict.fromkeys(clamp.sae for clamp in config.clamps)}
+    saes = {name: load_sae(name) for name in dict.fromkeys(clamp.sae for clamp in config.clamps)}
     places = _placeholders(config, saes)
     loaded = resolve_model(config.model, config.device, config.dtype, config.device_map)
     model = Model(loaded.module, loaded.tokenizer)
@@ -115,7 +143,7 @@ def load_setting(config: Config, *, keep_text: bool = False, progress: Progress 
         check_fits(model, place, n_answer=1)
     saes = {name: sae.to(model.device) for name, sae in saes.items()}
     with threads(threads_of(config, model)):  # a task may train a probe, or generate
-        examples = ask_task(config.task, model, config.prompts.model_dump(), progress=progress)
+        examples = load_examples(config.task, model, progress=progress, **config.prompts.model_dump())
     for place in places:
         check_fits(model, place, n_answer=positions_read(examples.behavior) - 1)
     positions = "last" if examples.dialogue is None else "answer"
@@ -129,7 +157,7 @@ def load_setting(config: Config, *, keep_text: bool = False, progress: Progress 
 
 @contextlib.contextmanager
 def threads(number: int) -> Iterator[None]:
-    """Let torch use so many threads of the CPU."""
+    """Let torch use this many threads of the CPU."""
     before = torch.get_num_threads()
     torch.set_num_threads(number)
     try:
@@ -139,7 +167,7 @@ def threads(number: int) -> Iterator[None]:
 
 
 def threads_of(config: Config, model: Model) -> int:
-    """As asked; by default one, where more would be in each other's way, so that cores do not change a digit there."""
+    """Threads as asked; by default one for a small model, on which more gain little and could change a digit."""
     if config.threads != "auto":
         return config.threads
     return 1 if model.device.type == "cpu" and model.d_model <= NARROW else torch.get_num_threads()
@@ -166,7 +194,7 @@ def build_defense(setting: Setting, chosen: Sequence[Chosen]) -> Defense:
 
 
 def build_bench(setting: Setting, chosen: Sequence[Chosen] | None = None, batch_size: int | None = None) -> Bench:
-    """What the phases of a check share: the model, the examples, and the defense with the features that it selects.
+    """Build what the phases of a check share: the model, the examples, and the defense with the selected features.
 
     Args:
         setting: what the configuration names.
@@ -176,17 +204,14 @@ def build_bench(setting: Setting, chosen: Sequence[Chosen] | None = None, batch_
     Raises:
         InputError: from `select_features` and `build_defense`.
     """
-    config, size = setting.config, batch_size or setting.batch_size
+    size = batch_size or setting.batch_size
     return Bench(
         *setting.examples.read_with(setting.model, setting.exact),
         build_defense(setting, select_features(setting, size) if chosen is None else chosen),
         setting.examples,
-        config.search.budget,
-        config.search.placement,
-        config.schedule(),
-        config.plan(),
+        setting.budget,
+        setting.plan,
         size,
-        config.search.sites == "every",
         setting.model,
     )
 
@@ -212,65 +237,23 @@ def _chosen(clamp: ClampConfig, setting: Setting, batch_size: int, progress: Pro
     if not isinstance(clamp.features, Selection):
         return Chosen(clamp.features, clamp.value)
     sae, rule, top = setting.saes[clamp.sae], clamp.features, clamp.features.top
-    site = _clamp(clamp, sae, Chosen((0,), clamp.value)).site
-    read, _ = setting.examples.read_with(setting.model)
-    match rule.select:
-        case "attribution":
-            found = _attributed(read, sae, site, setting.examples, batch_size, progress)
-            return Chosen(largest(found, top), clamp.value)
-        case "effect":
-            found = effects(read, sae, site, _kinds(setting, rule), batch_size)
-            return Chosen(largest(found, top), clamp.value)
-        case "firing":
-            kinds = _kinds(setting, rule)
-            shown, hidden = (
-                firing_rates(setting.model, sae, site, prompts, batch_size) for prompts in (kinds.shown, kinds.hidden)
-            )
-            retain = RETAIN if rule.retain is None else rule.retain
-            return Chosen(forgettable(shown, hidden, top, retain), clamp.value)
-        case "contrast":
-            kinds = _kinds(setting, rule)
-            more, mean = contrast(setting.model, sae, site, kinds.shown, kinds.hidden, batch_size)
-            features = largest(more, top)
-            means = tuple(clamp.value * float(mean[feature]) for feature in features)
-            return Chosen(features, means if clamp.unit == "mean" else clamp.value)
-
-
-def _kinds(setting: Setting, rule: Selection) -> Contrast:
-    """The prompts of two kinds that a rule compares.
-
-    Raises:
-        InputError: the task gives none to this model, or no behavior where the rule asks for one.
-    """
-    kinds, task = setting.examples.contrast, setting.config.task
-    if rule.select == "effect" and (kinds is None or kinds.behavior is None):
-        raise InputError(
-            f"features: select effect, and the task {task!r} names no behavior that tells prompts of a kind from "
-            "others; list the features, or select by attribution"
-        )
-    if kinds is None:
-        raise InputError(
-            f"features: select {rule.select}, and the task {task!r} gives no prompts of two kinds to this model; list "
-            "the features, or select by attribution"
-        )
-    return kinds
-
-
-def _attributed(
-    model: Model, sae: SAE, site: Site, examples: Examples, batch_size: int, progress: Progress
-) -> Float[Tensor, "d_sae"]:
-    """The attribution of each feature, over all examples."""
-    total = torch.zeros(sae.d_sae, device=sae.device)
-    rows = torch.arange(len(examples.ids))
-    for batch in torch.split(rows, batch_size):
-        part = examples.select(batch)
-        total += attribution(model, sae, site, part.prompts, part.behavior)
-        progress("attribution", int(batch[-1]) + 1, len(rows))
-    return total
+    model, examples, site = setting.model, setting.examples, _clamp(clamp, sae, Chosen((0,), clamp.value)).site
+    if rule.select == "attribution":
+        read, _ = examples.read_with(model)
+        return Chosen(largest(attributions(read, sae, site, examples, batch_size, progress), top), clamp.value)
+    if rule.select == "contrast":
+        kinds = contrast_of(examples, rule.select)
+        more, mean = contrast(model, sae, site, kinds.shown, kinds.hidden, batch_size)
+        features = largest(more, top)
+        means = tuple(clamp.value * float(mean[feature]) for feature in features)
+        return Chosen(features, means if clamp.unit == "mean" else clamp.value)
+    retain = RETAIN if rule.retain is None else rule.retain
+    features = selection.select_features(model, sae, site, examples, top, rule.select, batch_size, retain)
+    return Chosen(features, clamp.value)
 
 
 def package_versions() -> dict[str, str]:
-    """Of the packages that give a result."""
+    """Versions of the packages that a result depends on."""
     return {package: _version(package) for package in PACKAGES}
 
 

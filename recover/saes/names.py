@@ -16,7 +16,7 @@ from recover.models.names import shipped
 from recover.saes.sae import SAE, from_sae_lens, load_sae_folder
 from recover.types import InputError
 
-__all__ = ["resolve_sae", "shipped_saes"]
+__all__ = ["load_sae", "shipped_saes"]
 
 
 def shipped_saes() -> dict[str, Path]:
@@ -24,7 +24,7 @@ def shipped_saes() -> dict[str, Path]:
     return {path.parent.name: path.parent for path in shipped("*/cfg.json")}
 
 
-def resolve_sae(name: str) -> SAE:
+def load_sae(name: str) -> SAE:
     """Load an SAE by name, on the CPU.
 
     Args:

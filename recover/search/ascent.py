@@ -1,16 +1,27 @@
-"""`recover()`: the largest score inside the constraints, stopping where the behavior is back.
+"""The ascent: find the largest score inside the constraints, and stop where the behavior is back.
 
-For every example of a batch at once:
+There is one loop, `ascend`. For every example of a batch at once it
 
-1. *Parametrize.* The admissible deltas are a linear space, `delta = P v`; every iterate lies in it by construction,
-   so no optimizer can leave it and drift is rounding (design, "Single site").
-2. *Step.* From the highest point so far, follow the projected gradient for the length that would reach the goal if the
-   score were linear (a Newton step on the slack), but no longer than the budget: an easy example ends with a small
-   delta, a hard one goes straight to the budget.
-3. *Clip* to the budget; scaling keeps the linear constraints.
-4. *Shorten* the stride of an example that got no higher.
-5. *Retire* examples that reached the goal or that stall; the others go on in a smaller batch. What is still unsolved
-   starts again from a random admissible point, a stated number of times.
+1. *looks* at the current point: score, slack, the part of the score's gradient that may be followed, and the drift of
+   what must stay (`Terrain`);
+2. *keeps* the point of largest slack among those that count;
+3. *steps* by a rule (`StepRule`);
+4. *retires* examples that reached the goal or cannot go on; the others continue in a smaller batch.
+
+What is still unsolved starts again, a stated number of times, from a random admissible point (`from_each_start`).
+
+================  ==================================  =============================================================
+rule              defined in                          a step
+================  ==================================  =============================================================
+`Steepest`        here                                along the gradient, by the length that would reach the goal if
+                                                      the score were linear
+`ProjectedAdam`   `recover.search.adam`               momentum, and a step length for each coordinate
+`RestoredSteps`   `recover.search.restoring`          as `Steepest`; then the clamped features are restored
+`ProbedAdam`      `recover.baselines.probes`          Adam outside of random probes, then corrections, as published
+================  ==================================  =============================================================
+
+`find_perturbation` is the search under a linear constraint: the admissible deltas are a linear space, `delta = P v`,
+and every iterate lies in it by construction, so that no optimizer can leave it and drift is rounding.
 
 The search knows nothing of models: it sees an `Objective`. Its word is not evidence: `certify` measures afresh.
 """
@@ -19,32 +30,30 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
+from typing import Any, ClassVar, Generic, Protocol, TypeVar, runtime_checkable
 
 import torch
-from einops import rearrange
+from pydantic import NonNegativeInt, PositiveInt
 
-from recover.numerics.metrics import norm
+from recover.numerics.metrics import by_example, norm
 from recover.search.constraints.linear import Budget
-from recover.types import Bool, Float, InputError, Int, PerExample, Tensor
+from recover.types import Bool, Delta, InputError, Int, PerExample, Rows, Tensor
 
-Delta = Float[Tensor, "batch pos d_model"]
-Rows = Int[Tensor, "rows"]
 ROUNDING = 3e-6
 """An admissible part of a gradient up to this share of the whole is rounding (float32, with a margin)."""
 
 
 @runtime_checkable
 class Objective(Protocol):
-    """A differentiable score and a slack (positive where the goal is reached) of deltas, by example."""
+    """A differentiable score of deltas, and a slack that is positive where the goal is reached; by example."""
 
     def __call__(self, delta: Tensor) -> tuple[Tensor, Tensor]:
         """Score and slack, each `[batch]`, of `delta [batch pos d_model]`."""
 
     def select(self, rows: Tensor) -> Objective:
-        """The same for the examples `rows`."""
+        """The objective of the examples `rows` alone."""
 
 
 @runtime_checkable
@@ -55,7 +64,7 @@ class Feasible(Protocol):
         """The nearest admissible delta, `[batch pos d_model]`, each in the set of its own example."""
 
     def select(self, rows: Tensor) -> Feasible:
-        """The same for the examples `rows`; itself where the set is the same for all, in batches of any size."""
+        """The sets of the examples `rows`; itself where all examples share one set, in batches of any size."""
 
 
 class Status(enum.Enum):
@@ -86,11 +95,11 @@ class Schedule:
         seed: of the random starts.
     """
 
-    steps: int = 100
+    steps: PositiveInt = 100
     stride: float = 1.0
     still: float = 1e-3
     goal: float = 0.02
-    restarts: int = 1
+    restarts: NonNegativeInt = 1
     seed: int = 0
 
 
@@ -110,11 +119,197 @@ class Solution:
         return torch.tensor([status is Status.RECOVERED for status in self.status])
 
 
-Climb = Callable[
-    [Objective, Delta, Feasible, float, Schedule, Callable[[int, int], None] | None],
-    Solution,
-]
-"""From a start to the best delta met on the way: the arguments of `recover`, in their order."""
+@dataclass(frozen=True, eq=False)
+class Point:
+    """What one look at a delta shows, by example.
+
+    Attributes:
+        gradient: the part of the score's gradient that may be followed from there.
+        drift: relative, of what must stay; zero where the constraint leaves no room for any.
+    """
+
+    score: PerExample
+    slack: PerExample
+    gradient: Delta
+    drift: PerExample
+
+
+@runtime_checkable
+class Terrain(Protocol):
+    """What an ascent climbs: an objective and what may be done to its examples."""
+
+    def look(self, delta: Tensor) -> Point:
+        """What there is to know at `delta`; a forward and at least one backward pass."""
+
+    def select(self, rows: Tensor) -> Any:
+        """The terrain of the examples `rows` alone."""
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """What a step rule goes by, for the examples that are still active.
+
+    Attributes:
+        delta: where they are.
+        point: what one look there shows.
+        counts: whether that may be a result.
+        best: the largest slack met so far, this point included.
+        number: steps taken so far.
+    """
+
+    delta: Delta
+    point: Point
+    counts: Bool[Tensor, "batch"]
+    best: PerExample
+    number: int
+
+
+T = TypeVar("T", bound=Terrain)
+Ends = Mapping[Status, Tensor]
+
+
+class StepRule(Generic[T]):
+    """How an ascent goes on from what it saw: one rule object for one start.
+
+    Tensors among its attributes are its memory, with one row for each example that is still active.
+    """
+
+    def __init__(self, start: Delta, budget: float, schedule: Schedule) -> None:
+        self.budget, self.schedule, self.steps = budget, schedule, schedule.steps
+
+    def counts(self, delta: Delta, point: Point) -> Bool[Tensor, "batch"]:
+        """Which points may be results: where score, slack and gradient are finite."""
+        return torch.isfinite(point.score) & torch.isfinite(point.slack) & torch.isfinite(norm(point.gradient))
+
+    def step(self, terrain: T, seen: Seen) -> tuple[Delta, Ends]:
+        """The next point of each example, and which examples end here: by reason, the first that applies counting."""
+        raise NotImplementedError
+
+    def settle(self, terrain: T, delta: Delta) -> tuple[Delta, Bool[Tensor, "batch"] | None]:
+        """The next point put right, at the cost of passes, and whether it has moved; only for examples that go on."""
+        return delta, None
+
+    def keep(self, rows: Rows) -> None:
+        """Forget all but the active examples `rows`."""
+        vars(self).update({name: value[rows] for name, value in vars(self).items() if isinstance(value, Tensor)})
+
+
+def ascend(
+    terrain: T,
+    start: Delta,
+    rule: StepRule[T],
+    on_step: Callable[[int, int], None] | None = None,
+    *,
+    otherwise: Delta | None = None,
+) -> tuple[Solution, PerExample]:
+    """One start of a search.
+
+    Args:
+        terrain: what is climbed.
+        start: where to begin, `[batch pos d_model]`.
+        rule: fresh from this start.
+        on_step: called with (steps done, examples still being searched) after every step.
+        otherwise: the result where no point counts; `start` by default.
+
+    Returns:
+        For each example the point with the largest slack met among those that count, and the drift there.
+    """
+    goal, batch = rule.schedule.goal, len(start)
+    best, best_score = (start if otherwise is None else otherwise).clone(), start.new_full((batch,), -torch.inf)
+    best_slack, best_drift = best_score.clone(), torch.zeros_like(best_score)
+    steps, status = torch.zeros(batch, dtype=torch.long, device=start.device), [Status.EXHAUSTED] * batch
+    active, delta = torch.arange(batch, device=start.device), start
+    for step in range(rule.steps + 1):
+        point = terrain.look(delta)
+        steps[active] = step
+        counts = rule.counts(delta, point)
+        better = counts & (point.slack > best_slack[active])
+        rows = active[better]
+        best[rows], best_drift[rows] = delta[better], point.drift[better]
+        best_score[rows], best_slack[rows] = point.score[better], point.slack[better]
+
+        delta, ends = rule.step(terrain, Seen(delta, point, counts, best_slack[active], step))
+        solved = best_slack[active] >= goal
+        going = torch.ones_like(solved)
+        for reason, where in {Status.RECOVERED: solved, **ends}.items():
+            for row in active[where & going].tolist():
+                status[row] = reason
+            going &= ~where
+        if on_step is not None:
+            on_step(step, int((~solved).sum()))
+        if step == rule.steps or not bool(going.any()):
+            break
+        active, delta, terrain = _narrowed(going, active, delta, terrain, rule)
+        delta, moving = rule.settle(terrain, delta)
+        if moving is not None and not bool(moving.all()):
+            for row in active[~moving].tolist():
+                status[row] = Status.STALLED
+            if not bool(moving.any()):
+                break
+            active, delta, terrain = _narrowed(moving, active, delta, terrain, rule)
+    return Solution(best, best_score, best_slack, steps, tuple(status)), best_drift
+
+
+def _narrowed(going: Tensor, active: Tensor, delta: Tensor, terrain: T, rule: StepRule[T]) -> tuple[Tensor, Tensor, T]:
+    if bool(going.all()):
+        return active, delta, terrain
+    rows = going.nonzero().flatten()
+    rule.keep(rows)
+    return active[rows], delta[rows], terrain.select(rows)
+
+
+class Steepest(StepRule[T]):
+    """Steepest ascent, by the length that would reach the goal if the slack were linear, within the budget.
+
+    From the highest point so far (a score can rise while its slack does not) follow the gradient for that length, but
+    no longer than the budget: an easy example ends with a small delta, a hard one goes straight to the budget. Where an
+    example got no higher, halve the stride.
+    """
+
+    def __init__(self, start: Delta, budget: float, schedule: Schedule) -> None:
+        super().__init__(start, budget, schedule)
+        self.here, self.slope = start, torch.zeros_like(start)
+        self.height = start.new_full((len(start),), -torch.inf)
+        self.stride = start.new_full((len(start),), schedule.stride)
+
+    def step(self, terrain: T, seen: Seen) -> tuple[Delta, Ends]:
+        delta = clip(self._uphill(seen), self.budget)
+        return delta, {
+            Status.NON_FINITE: seen.best == -torch.inf,
+            Status.NO_GRADIENT: norm(self.slope) == 0,
+            Status.STALLED: norm(delta - self.here) <= self.schedule.still * norm(self.here),
+        }
+
+    def _uphill(self, seen: Seen) -> Delta:
+        """The next point, not yet within the budget."""
+        schedule, point = self.schedule, seen.point
+        higher = seen.counts & (point.score > self.height)
+        moved = by_example(higher)
+        self.here = torch.where(moved, seen.delta, self.here)
+        self.slope = torch.where(moved, point.gradient, self.slope)
+        self.height = torch.where(higher, point.score, self.height)
+        self.stride = torch.where(higher, (self.stride * 1.5).clamp(max=schedule.stride), self.stride / 2)
+        # The length that reaches the goal if the slack were linear; aimed past it, as slacks are mostly concave.
+        newton = (2 * schedule.goal - seen.best) / norm(self.slope).clamp(min=torch.finfo(self.slope.dtype).tiny)
+        return self.here + scale_to(self.slope, self.stride * newton.clamp(max=self.budget))
+
+
+@dataclass(frozen=True, eq=False)
+class Plain:
+    """An objective under a linear constraint: the gradient that may be followed is the projected one."""
+
+    objective: Objective
+    feasible: Feasible
+
+    def look(self, delta: Delta) -> Point:
+        leaf = delta.detach().requires_grad_(True)
+        score, slack = self.objective(leaf)
+        (gradient,) = torch.autograd.grad(score.sum(), leaf)
+        free = without_rounding(self.feasible.project(gradient), gradient)
+        return Point(score.detach(), slack.detach(), free, torch.zeros_like(score))
+
+    def select(self, rows: Rows) -> Plain:
+        return Plain(self.objective.select(rows), self.feasible.select(rows))
 
 
 def find_perturbation(
@@ -125,7 +320,7 @@ def find_perturbation(
     schedule: Schedule | None = None,
     on_step: Callable[[int, int], None] | None = None,
     *,
-    climb: Climb | None = None,
+    rule: type[StepRule[Plain]] | None = None,
 ) -> Solution:
     """Search for an admissible delta of norm at most `budget` that brings the behavior back.
 
@@ -136,113 +331,63 @@ def find_perturbation(
         budget: largest Frobenius norm of an example's delta (C4), in units of the residual; `inf` for none.
         schedule: how hard to search.
         on_step: called with (steps done, examples still being searched) after every step.
-        climb: one start of the search; steepest ascent with Newton lengths by default.
+        rule: how to step; steepest ascent by default.
 
     Returns:
         For each example the delta with the largest slack met, never worse than `start`.
 
     Raises:
         InputError: the budget is not a positive number.
+
+    The score of this objective is the sum of a delta's entries minus 1; no entry but the first may change:
+
+        >>> import torch
+        >>> from recover.search import EncoderOrthogonal, find_perturbation
+        >>> class Sum:
+        ...     def __call__(self, delta):
+        ...         score = delta.sum(dim=(1, 2)) - 1
+        ...         return score, score
+        ...     def select(self, rows):
+        ...         return self
+        >>> held = EncoderOrthogonal(torch.eye(3)[:, 1:])
+        >>> find_perturbation(Sum(), torch.zeros(1, 1, 3), held, budget=2.0).status
+        (<Status.RECOVERED: 'recovered'>,)
     """
     if not budget > 0:
         raise InputError(f"budget: {budget} is not a positive number")
-    schedule, climb = schedule or Schedule(), climb or _ascend
-    generator = torch.Generator().manual_seed(schedule.seed)
-    best = climb(objective, start, feasible, budget, schedule, on_step)
-    for _ in range(schedule.restarts):
-        unsolved = (best.slack < schedule.goal).nonzero().flatten()
-        if len(unsolved) == 0:
-            break
-        # One draw for all examples: a result must not depend on which others are in the batch.
-        noise = torch.randn(start.shape[1:], generator=generator).to(start).expand_as(start[unsolved])
-        allowed = feasible.select(unsolved)
-        again = clip(scale_to(allowed.project(noise), budget if math.isfinite(budget) else 1.0), budget)
-        found = climb(objective.select(unsolved), again, allowed, budget, schedule, on_step)
-        best = better(best, found, unsolved)
-    return best
+    schedule, kind = schedule or Schedule(), rule or Steepest
+
+    def climb(terrain: Plain, at: Delta) -> Solution:
+        return ascend(terrain, at, kind(at, budget, schedule), on_step)[0]
+
+    def drawn(terrain: Plain, noise: Delta) -> Delta:
+        return clip(scale_to(terrain.feasible.project(noise), budget if math.isfinite(budget) else 1.0), budget)
+
+    return from_each_start(Plain(objective, feasible), [start], schedule, climb, drawn)
 
 
 def scale_to(delta: Delta, length: float | PerExample) -> Delta:
-    """`delta` with each example's norm set to `length`; zero stays zero."""
+    """`delta` with each example's norm set to `length`; zero stays zero.
+
+    >>> import torch
+    >>> scale_to(torch.tensor([[[3.0, 4.0]], [[0.0, 0.0]]]), 10.0)
+    tensor([[[6., 8.]],
+    <BLANKLINE>
+            [[0., 0.]]])
+    """
     own = norm(delta)
     factor = torch.where(own > 0, length / own, 0.0)
-    return delta * rearrange(factor, "batch -> batch 1 1")
+    return delta * by_example(factor)
 
 
 def clip(delta: Delta, budget: float) -> Delta:
-    """C4, aimed a little low, so that no other way of summing the squares finds the norm above the budget."""
+    """`delta` within the budget (C4), aimed a little low, so that no other way of summing finds the norm above it."""
     return Budget(budget * (1 - 1e-6)).project(delta) if math.isfinite(budget) else delta
 
 
-def evaluate(objective: Objective, delta: Delta, feasible: Feasible) -> tuple[Tensor, Tensor, Delta]:
-    """Score, slack and the score's gradient within the admissible space."""
-    leaf = delta.detach().requires_grad_(True)
-    score, slack = objective(leaf)
-    (gradient,) = torch.autograd.grad(score.sum(), leaf)
-    admissible = feasible.project(gradient)
-    # What rounding leaves of a gradient that has no admissible part is no direction to go.
-    rounding = norm(admissible) <= ROUNDING * norm(gradient)
-    return score.detach(), slack.detach(), admissible.masked_fill(rearrange(rounding, "batch -> batch 1 1"), 0.0)
-
-
-def _ascend(
-    objective: Objective,
-    start: Delta,
-    feasible: Feasible,
-    budget: float,
-    schedule: Schedule,
-    on_step: Callable[[int, int], None] | None,
-) -> Solution:
-    """One start of the search; see the module's docstring."""
-    batch = start.shape[0]
-    best, best_score = start.clone(), start.new_full((batch,), -torch.inf)
-    best_slack, steps = best_score.clone(), torch.zeros(batch, dtype=torch.long, device=start.device)
-    status = [Status.EXHAUSTED] * batch
-    active = torch.arange(batch, device=start.device)
-    # Of the examples still active: the next point, the one it was reached from (the highest so far: a behavior's score
-    # can rise while its slack does not), the score and gradient there, and the stride.
-    delta, here, slope = start, start, torch.zeros_like(start)
-    height, stride = best_score.clone(), start.new_full((batch,), schedule.stride)
-    for step in range(schedule.steps + 1):
-        score, slack, gradient = evaluate(objective, delta, feasible)
-        steps[active] = step
-        finite = torch.isfinite(score) & torch.isfinite(slack) & torch.isfinite(norm(gradient))
-        better = finite & (slack > best_slack[active])
-        rows = active[better]
-        best[rows], best_score[rows], best_slack[rows] = delta[better], score[better], slack[better]
-
-        higher = finite & (score > height)
-        moved = rearrange(higher, "batch -> batch 1 1")
-        here, slope = torch.where(moved, delta, here), torch.where(moved, gradient, slope)
-        height = torch.where(higher, score, height)
-        stride = torch.where(higher, (stride * 1.5).clamp(max=schedule.stride), stride / 2)
-        # The length that reaches the goal if the slack were linear; aimed past it, as slacks are mostly concave.
-        newton = (2 * schedule.goal - best_slack[active]) / norm(slope).clamp(min=torch.finfo(slope.dtype).tiny)
-        delta = clip(here + scale_to(slope, stride * newton.clamp(max=budget)), budget)
-
-        solved = best_slack[active] >= schedule.goal
-        ends = {
-            Status.RECOVERED: solved,
-            Status.NON_FINITE: best_slack[active] == -torch.inf,
-            Status.NO_GRADIENT: ~solved & (norm(slope) == 0),
-            Status.STALLED: ~solved & (norm(delta - here) <= schedule.still * norm(here)),
-        }
-        going = torch.ones_like(solved)
-        for reason, where in ends.items():
-            for row in active[where & going].tolist():
-                status[row] = reason
-            going &= ~where
-        if on_step is not None:
-            on_step(step, int((~solved).sum()))
-        if step == schedule.steps or not going.any():
-            break
-        active, delta, here, slope, height, stride = (
-            values[going] for values in (active, delta, here, slope, height, stride)
-        )
-        if not going.all():
-            rows = going.nonzero().flatten()
-            objective, feasible = objective.select(rows), feasible.select(rows)
-    return Solution(best, best_score, best_slack, steps, tuple(status))
+def without_rounding(admissible: Delta, gradient: Delta) -> Delta:
+    """The admissible part of a gradient; zero where it is only what rounding leaves, which is no direction to go."""
+    return admissible.masked_fill(by_example(norm(admissible) <= ROUNDING * norm(gradient)), 0.0)
 
 
 @runtime_checkable
@@ -259,6 +404,39 @@ class _Solved(Protocol):
 
 
 Solved = TypeVar("Solved", bound=_Solved)
+
+
+def from_each_start(
+    terrain: T,
+    starts: Sequence[Delta],
+    schedule: Schedule,
+    climb: Callable[[T, Delta], Solved],
+    drawn: Callable[[T, Delta], Delta],
+) -> Solved:
+    """The best that is met from any start: those given, and as many random ones as the schedule says.
+
+    Args:
+        terrain: of all examples.
+        starts: one at least, each of all examples; all but the first are for what is still unsolved.
+        schedule: for its goal, its restarts and its seed.
+        climb: one start of the search.
+        drawn: a start from noise, `[batch pos d_model]`.
+    """
+    generator = torch.Generator().manual_seed(schedule.seed)
+    best, like = climb(terrain, starts[0]), starts[0]
+    for at in range(1, len(starts) + schedule.restarts):
+        unsolved = (best.slack < schedule.goal).nonzero().flatten()
+        if len(unsolved) == 0:
+            break
+        part = terrain.select(unsolved)
+        if at < len(starts):
+            start = starts[at][unsolved]
+        else:
+            # One draw for all examples: a result must not depend on which others are in the batch.
+            noise = torch.randn(like.shape[1:], generator=generator).to(like).expand_as(like[unsolved])
+            start = drawn(part, noise)
+        best = better(best, climb(part, start), unsolved)
+    return best
 
 
 def better(first: Solved, second: Solved, rows: Rows) -> Solved:

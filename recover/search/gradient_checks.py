@@ -1,4 +1,4 @@
-"""Is the gradient that a search follows the derivative of what it climbs? Asked of values alone, on a few examples.
+"""Check that the gradient a search follows is the derivative of what it climbs, by values alone, on a few examples.
 
 A gradient can be reversed, vanish, or lack a part (an SAE's error computed under `no_grad` loses all that flows through
 it), and a search that follows it finds less than there is and does not notice. So, example by example:
@@ -11,8 +11,8 @@ it), and a search that follows it finds less than there is and does not notice. 
    score and of the slack, `f`, from the same passes.
 4. *Agreement*. `C` misses the derivative by what the function bends, of order `h^2`, and by rounding. A value is known
    up to `eta = rounding (1 + |f|) + ADDED_UP ||G|| (||point|| + h)`, `rounding` for the sums that make a logit, the
-   second part for those that read the residual, `G` being the gradient of all directions, held ones too, which a
-   projection leaves a rounding of. So `C` is known up to `noise = eta / h`. With
+   second part for those that read the residual, `G` being the gradient of all directions, of inadmissible ones too, of
+   which a projection leaves a rounding. So `C` is known up to `noise = eta / h`. With
    `scale = max(|D|, |F|, |B|, ||g|| / sqrt(n))`, the last the slope of a random direction (`g` the admissible gradient,
    `n` the dimension of the admissible space), there is agreement at a step if
 
@@ -44,13 +44,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from einops import einsum, rearrange, reduce, repeat
+from einops import einsum, rearrange, reduce
 
 from recover.defenses.defended import Defended
-from recover.numerics.metrics import norm
-from recover.search.ascent import ROUNDING, Delta, Feasible, Objective, scale_to
-from recover.search.gradient_free import ADDED_UP, ELEMENTS_AT_ONCE
-from recover.types import Bool, Float, InputError, Int, PerExample, Tensor
+from recover.numerics.metrics import by_example, norm
+from recover.search.ascent import Feasible, Objective, scale_to, without_rounding
+from recover.search.gradient_free import ADDED_UP, Draws, values_of
+from recover.types import Bool, Delta, Float, InputError, PerExample, Rows, Tensor
 
 __all__ = ["Agreement", "error_channel", "finite_differences"]
 
@@ -58,16 +58,15 @@ DIRECTIONS = 4
 STEPS = (0.1, 0.03, 0.003)
 TOLERANCE, HIDDEN = 0.05, 100.0
 LOGIT_ROUNDING = 64 * torch.finfo(torch.float32).eps
-"""Of a value, as a share of 1 plus its size, in float32."""
+"""Rounding of a value in float32, as a share of 1 plus its size."""
 
-Directions = Float[Tensor, "batch draws pos d_model"]
 PerValue = Float[Tensor, "value batch"]
 PerDraw = Float[Tensor, "value batch draws"]
 
 
 @dataclass(frozen=True, eq=False)
 class Agreement:
-    """Gradients held against differences, the worst of all points, directions and values of each example.
+    """Gradients compared with differences: the worst of all points, directions and values of each example.
 
     Attributes:
         agrees: whether every directional derivative agrees, and nothing is hidden.
@@ -97,7 +96,7 @@ def finite_differences(
     *,
     rounding: float = LOGIT_ROUNDING,
 ) -> Agreement:
-    """Hold the gradients of score and slack against central differences, in admissible directions.
+    """Compare the gradients of score and slack with central differences, in admissible directions.
 
     Args:
         objective: score and slack of a delta.
@@ -122,7 +121,7 @@ def error_channel(
     reach: float | None = None,
     rounding: float = LOGIT_ROUNDING,
 ) -> Agreement:
-    """The same in directions that lie in the SAE's error: does the gradient that flows through it arrive?
+    """Compare gradients with differences in directions of the SAE's error: does the gradient through it arrive?
 
     A direction `v` has the part `J v` that the SAE's reconstruction follows, `J = dD(E(h))/dh` at the defended state,
     and the part `e = v - J v` that it leaves to the error (see `decompose`). Each direction is replaced by its `e`,
@@ -166,7 +165,7 @@ def _compare(
     """Steps 1 to 6, with every direction passed through `channel`."""
     far = torch.as_tensor(reach, dtype=like.dtype, device=like.device).expand(like.shape[0])
     if not bool((torch.isfinite(far) & (far > 0)).all()):
-        raise InputError(f"reach: {reach} is no norm; give a finite number above 0, as a rule the budget")
+        raise InputError(f"reach must be finite and positive, got {reach}; give a norm, as a rule the budget")
     generator = torch.Generator().manual_seed(seed)
     draws = torch.randn(DIRECTIONS + 1, *like.shape[1:], generator=generator).to(like)
     # Projected as a whole batch, as each example may have its own constraint.
@@ -208,7 +207,7 @@ class _Slopes:
         away = norm(self.point) + length
         return rounding * (1 + self.values.abs()) + ADDED_UP * self.whole * away
 
-    def select(self, rows: Int[Tensor, "rows"]) -> _Slopes:
+    def select(self, rows: Rows) -> _Slopes:
         return _Slopes(self.point[rows], self.values[:, rows], self.gradient[:, rows], self.whole[:, rows])
 
 
@@ -222,7 +221,7 @@ def _slopes(objective: Objective, point: Delta, feasible: Feasible) -> _Slopes:
             (gradient,) = torch.autograd.grad(value.sum(), leaf, retain_graph=True, materialize_grads=True)
         admissible = feasible.project(gradient)
         # As the search has it: what rounding leaves of a gradient is none.
-        gradients.append(_none_if(norm(admissible) <= ROUNDING * norm(gradient), admissible))
+        gradients.append(without_rounding(admissible, gradient))
         whole.append(norm(gradient))
     return _Slopes(point, torch.stack([value.detach() for value in values]), torch.stack(gradients), torch.stack(whole))
 
@@ -254,14 +253,14 @@ class _Differences:
             error = error.where(self.noise <= TOLERANCE * scale, torch.inf)
         return error.nan_to_num(nan=torch.inf, posinf=torch.inf)
 
-    def select(self, rows: Int[Tensor, "rows"]) -> _Differences:
+    def select(self, rows: Rows) -> _Differences:
         return _Differences(self.forward[:, rows], self.backward[:, rows], self.noise[:, rows])
 
 
 def _disagreement(
     objective: Objective,
     at: _Slopes,
-    directions: Directions,
+    directions: Draws,
     typical: PerValue,
     reach: PerExample,
     rounding: float,
@@ -286,40 +285,27 @@ def _disagreement(
 
 
 def _differences(
-    objective: Objective, at: _Slopes, directions: Directions, step: PerExample, rounding: float
+    objective: Objective, at: _Slopes, directions: Draws, step: PerExample, rounding: float
 ) -> _Differences:
     """Step 3, with one step for each example."""
     move = rearrange(step, "batch -> batch 1 1 1") * directions
     point = rearrange(at.point, "batch pos d -> batch 1 pos d")
-    ahead, behind = _values(objective, torch.cat([point + move, point - move], dim=1)).chunk(2, dim=2)
+    ahead, behind = values_of(objective, torch.cat([point + move, point - move], dim=1)).chunk(2, dim=2)
     here, length = at.values[..., None], rearrange(step, "batch -> batch 1")
     noise = at.uncertain(step, rounding)[..., None] / length
     return _Differences((ahead - here) / length, (here - behind) / length, noise.expand_as(ahead))
 
 
 def _hidden(
-    objective: Objective, start: _Slopes, random: Directions, steepest: PerExample, far: PerExample, rounding: float
+    objective: Objective, start: _Slopes, random: Draws, steepest: PerExample, far: PerExample, rounding: float
 ) -> Bool[Tensor, "batch"]:
     """Step 6: whether the score changes along random directions, each and its opposite, as no slope has it."""
     probes = rearrange(far, "batch -> batch 1 1 1") * torch.cat([random, -random], dim=1)
-    change = (_values(objective, probes)[0] - start.values[0][:, None]).abs()
+    change = (values_of(objective, probes)[0] - start.values[0][:, None]).abs()
     accounted = torch.maximum(start.uncertain(far, rounding)[0], HIDDEN * steepest * far)
     return (change > accounted[:, None]).any(dim=1)
 
 
-def _values(objective: Objective, deltas: Directions) -> PerDraw:
-    """Score and slack of every delta of every example, as many at once as is cheap."""
-    batch, draws, pos, d_model = deltas.shape
-    rows = repeat(torch.arange(batch, device=deltas.device), "batch -> (batch draws)", draws=draws)
-    flat = rearrange(deltas, "batch draws pos d -> (batch draws) pos d")
-    at_once = max(batch, ELEMENTS_AT_ONCE // (pos * d_model))
-    found = []
-    with torch.no_grad():
-        for some, where in zip(torch.split(flat, at_once), torch.split(rows, at_once), strict=True):
-            found.append(torch.stack(objective.select(where)(some)))
-    return rearrange(torch.cat(found, dim=1), "value (batch draws) -> value batch draws", batch=batch)
-
-
 def _none_if(rounding: Bool[Tensor, "batch"], delta: Delta) -> Delta:
-    """Zero where `delta` is no more than rounding."""
-    return delta.masked_fill(rearrange(rounding, "batch -> batch 1 1"), 0.0)
+    """`delta`, and zero where it is no more than rounding."""
+    return delta.masked_fill(by_example(rounding), 0.0)

@@ -36,10 +36,9 @@ from dataclasses import dataclass, replace
 import torch
 from einops import einsum, rearrange, repeat
 
-from recover.numerics.metrics import norm
+from recover.numerics.metrics import by_example, norm
 from recover.search.ascent import (
     ROUNDING,
-    Delta,
     Feasible,
     Objective,
     Schedule,
@@ -49,7 +48,7 @@ from recover.search.ascent import (
     scale_to,
 )
 from recover.search.minimum import OnSlack, closer, edge
-from recover.types import Bool, Float, PerExample, Tensor
+from recover.types import Bool, Delta, Float, PerExample, Tensor
 
 Draws = Float[Tensor, "batch draws pos d_model"]
 ELEMENTS_AT_ONCE = 2**16
@@ -118,7 +117,7 @@ def reexamined(
 
     better, value = probes.best()
     if drawn is not None:
-        ahead = rearrange(drawn.slack[at] > value, "batch -> batch 1 1")
+        ahead = by_example(drawn.slack[at] > value)
         better, value = torch.where(ahead, drawn.delta[at], better), torch.maximum(drawn.slack[at], value)
     moved = probes.moved | (torch.maximum(slack, value) > slopes.slack + probes.rounding)
     outdone = value > slack + _margin(slack, slopes.slack, schedule.goal)
@@ -238,7 +237,7 @@ def _slopes(objective: Objective, end: Delta, feasible: Feasible) -> _Slopes:
         _, slack = objective(leaf)
         (whole,) = torch.autograd.grad(slack.sum(), leaf)
         gradient = feasible.project(whole)
-        gradient = torch.where(rearrange(norm(gradient) > ROUNDING * norm(whole), "batch -> batch 1 1"), gradient, 0.0)
+        gradient = torch.where(by_example(norm(gradient) > ROUNDING * norm(whole)), gradient, 0.0)
         steepest.append(norm(gradient))
     return _Slopes(slack.detach(), gradient, norm(whole), torch.maximum(*steepest))
 
@@ -287,7 +286,7 @@ def _nearest(probes: _Probes, like: Delta, goal: float) -> Delta:
     nearest = torch.zeros_like(like)
     for which in reversed(range(len(probes.lengths))):
         probe, value = probes.best(which)
-        nearest = torch.where(rearrange(value >= goal, "batch -> batch 1 1"), probe, nearest)
+        nearest = torch.where(by_example(value >= goal), probe, nearest)
     return nearest
 
 
@@ -297,7 +296,7 @@ def _inside(objective: Objective, delta: Delta, budget: float, goal: float) -> D
     further = scale_to(delta, torch.minimum(length * 1.01, (length + budget) / 2).where(length < budget, length))
     with torch.no_grad():
         _, slack = objective(further)
-    return torch.where(rearrange(slack >= goal, "batch -> batch 1 1"), further, delta)
+    return torch.where(by_example(slack >= goal), further, delta)
 
 
 def walk(
@@ -323,18 +322,23 @@ def walk(
         weights = across - across.mean(dim=1, keepdim=True)
         normal = normal + einsum(weights, spin, "batch draws, batch draws pos d -> batch pos d")
         turned = closer(objective, here, normal, goal)
-        here = torch.where(rearrange(going, "batch -> batch 1 1"), turned, here)
+        here = torch.where(by_example(going), turned, here)
     return here
 
 
 def slacks_of(objective: Objective, deltas: Draws) -> Float[Tensor, "batch draws"]:
-    """The slack of every probe of every example, as many at once as is cheap."""
+    """The slack of every probe of every example."""
+    return values_of(objective, deltas)[1]
+
+
+def values_of(objective: Objective, deltas: Draws) -> Float[Tensor, "value batch draws"]:
+    """Score and slack of every probe of every example, as many at once as is cheap."""
     batch, draws = deltas.shape[:2]
     flat = rearrange(deltas, "batch draws pos d -> (batch draws) pos d")
     rows = torch.arange(batch, device=deltas.device).repeat_interleave(draws)
     at_once = max(batch, ELEMENTS_AT_ONCE // (flat.shape[1] * flat.shape[2]))
-    slacks = []
+    found = []
     with torch.no_grad():
         for some, where in zip(torch.split(flat, at_once), torch.split(rows, at_once), strict=True):
-            slacks.append(objective.select(where)(some)[1])
-    return rearrange(torch.cat(slacks), "(batch draws) -> batch draws", batch=batch)
+            found.append(torch.stack(objective.select(where)(some)))
+    return rearrange(torch.cat(found, dim=1), "value (batch draws) -> value batch draws", batch=batch)

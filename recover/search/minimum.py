@@ -26,9 +26,9 @@ from dataclasses import dataclass
 import torch
 from einops import einsum, rearrange
 
-from recover.numerics.metrics import norm
-from recover.search.ascent import Delta, Feasible, Objective, Rows, Schedule, find_perturbation, scale_to
-from recover.types import Float, PerExample, Tensor
+from recover.numerics.metrics import by_example, norm
+from recover.search.ascent import Feasible, Objective, Schedule, find_perturbation, scale_to
+from recover.types import Delta, Float, PerExample, Rows, Tensor
 
 TURNS = (1.0, 0.5, 0.2, 0.05)
 MARGIN = 1e-4
@@ -61,7 +61,7 @@ def smallest_perturbation(
     *,
     rounds: int = 20,
 ) -> Minimum:
-    """For each example the smallest norm of an admissible delta with positive slack.
+    """Find for each example the smallest norm of an admissible delta with positive slack.
 
     Args:
         objective: score and slack of a delta.
@@ -80,7 +80,7 @@ def smallest_perturbation(
         found = find_perturbation(rising, start, feasible, float("inf"), schedule)
         there, here_too = edge(objective, found.delta, goal), found.slack >= goal
         better = here_too & (~reached | (norm(there) < norm(here)))
-        here, reached = torch.where(rearrange(better, "batch -> batch 1 1"), there, here), reached | here_too
+        here, reached = torch.where(by_example(better), there, here), reached | here_too
     # At a slack of exactly 0 the edge is zero itself, and there is nothing to turn.
     going = (reached & (slack < 0)).nonzero().flatten()
     for _ in range(rounds):
@@ -133,7 +133,7 @@ def _corner(objective: Objective, here: Delta, feasible: Feasible, goal: PerExam
         (gradient,) = torch.autograd.grad(value.sum(), leaf)
         value, gradient = value.detach(), feasible.project(gradient)
         better = (value >= goal) & (norm(point) < norm(best))
-        best = torch.where(rearrange(better, "batch -> batch 1 1"), point, best)
+        best = torch.where(by_example(better), point, best)
         steep = norm(gradient).clamp(min=torch.finfo(gradient.dtype).tiny)
         unit = scale_to(gradient, 1.0).nan_to_num(0.0, 0.0, 0.0)
         normals.append(rearrange(unit, "batch pos d -> batch (pos d)"))
@@ -194,12 +194,12 @@ def edge(objective: Objective, outer: Delta, goal: float | PerExample, halvings:
         away = away.sign() * (away.abs() - PUSH * width.square()).clamp(min=0)
         most = (fine * 2.0 ** (halvings - trial) - width / 2).clamp(min=0)
         share = torch.clamp(middle + torch.clamp(away, -most, most), left, right)
-        value = _excess(objective.select(rows), outer[rows] * rearrange(share, "batch -> batch 1 1"), _of(goal, rows))
+        value = _excess(objective.select(rows), outer[rows] * by_example(share), _of(goal, rows))
         reached = value >= 0
         low[rows], high[rows] = torch.where(reached, left, share), torch.where(reached, share, right)
         below[rows], above[rows] = torch.where(reached, below[rows], value), torch.where(reached, value, above[rows])
         rows, trial = rows[high[rows] - low[rows] > fine], trial + 1
-    return outer * rearrange(high, "batch -> batch 1 1")
+    return outer * by_example(high)
 
 
 def closer(objective: Objective, here: Delta, normal: Delta, goal: float | PerExample) -> Delta:

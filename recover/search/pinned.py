@@ -1,6 +1,6 @@
-"""Search for a pinned delta within a budget, and for a short one: what of it counts is the whole, corrections included.
+"""Search for a pinned delta within a budget, and for a short one; its norm is that of the whole, corrections included.
 
-*Within a budget* (`recover_pinned`): search among the free parts with the budget as their bound. Where a find's whole
+*Within a budget* (`find_pinned`): search among the free parts with the budget as their bound. Where a find's whole
 delta is longer than that, it is shortened to fit; where it then no longer reaches the goal, the search goes on from
 there with a smaller bound for the free parts.
 
@@ -21,12 +21,11 @@ from dataclasses import dataclass
 import torch
 from einops import rearrange
 
-from recover.defenses.defended import Delta
-from recover.numerics.metrics import norm
-from recover.search.ascent import Climb, Schedule, better, clip, find_perturbation
+from recover.numerics.metrics import by_example, norm
+from recover.search.ascent import Plain, Schedule, StepRule, better, clip, find_perturbation
 from recover.search.constraints.pinned import Pinned
 from recover.search.minimum import MARGIN
-from recover.types import Bool, InputError, Int, PerExample, Residual, Tensor
+from recover.types import Bool, Delta, InputError, Int, PerExample, Residual, Tensor
 
 __all__ = ["PinnedSolution", "find_pinned", "shorten"]
 
@@ -56,7 +55,7 @@ class PinnedSolution:
 
     @property
     def norm(self) -> PerExample:
-        """Of the whole delta."""
+        """The norm of the whole delta."""
         return norm(self.delta)
 
     @property
@@ -71,7 +70,7 @@ def find_pinned(
     schedule: Schedule | None = None,
     *,
     start: Delta | None = None,
-    climb: Climb | None = None,
+    rule: type[StepRule[Plain]] | None = None,
 ) -> PinnedSolution:
     """Search for pinned deltas of norm at most `budget` that bring the behavior back.
 
@@ -80,7 +79,7 @@ def find_pinned(
         budget: largest Frobenius norm of a whole delta, corrections included, in units of the residual.
         schedule: how hard each round searches.
         start: free parts to begin from, within the budget (`two_stage.opened` gives such); zero by default.
-        climb: one start of a search, as in `recover`.
+        rule: how to step, as in `find_perturbation`.
 
     Raises:
         InputError: the budget is not a positive number.
@@ -93,7 +92,7 @@ def find_pinned(
     start, bound = pinned.start if start is None else start, budget
     for _ in range(ROUNDS):
         part = pinned.select(rows)
-        found = find_perturbation(part, start, part.free, bound, schedule, climb=climb)
+        found = find_perturbation(part, start, part.free, bound, schedule, rule=rule)
         free = part.within(found.delta, budget * (1 - 1e-6))
         best = better(best, _measured(part, free, budget, found.steps), rows)
         # What fits into the budget as it was found has had its search; a smaller bound is for what had to be cut.
@@ -106,7 +105,7 @@ def find_pinned(
 
 
 def shorten(pinned: Pinned, free: Residual, goal: float | None = None, steps: int = 40) -> Residual:
-    """Free parts of a shorter whole delta that still reaches the goal; where `free` does not reach it, `free`.
+    """Find free parts of a shorter whole delta that still reaches the goal; where `free` does not reach it, `free`.
 
     Args:
         pinned: the objective.
@@ -132,12 +131,12 @@ def shorten(pinned: Pinned, free: Residual, goal: float | None = None, steps: in
         )
         shorter = (slack >= least) & (length < size)
         stride = torch.where(shorter, stride, stride / 2)
-        moved = rearrange(shorter, "batch -> batch 1 1")
+        moved = by_example(shorter)
         best, size = torch.where(moved, here, best), torch.where(shorter, length, size)
         square = norm(steep).square().clamp(min=torch.finfo(steep.dtype).tiny)
         level = _dot(outward, steep) / square
         back = (2 * least - slack) / square  # past the edge, so that rounding cannot undo it
-        step = _each(back + stride * level) * steep - _each(stride) * outward
+        step = by_example(back + stride * level) * steep - by_example(stride) * outward
         here = here + step.nan_to_num(0.0, 0.0, 0.0)
     return best
 
@@ -152,7 +151,3 @@ def _measured(pinned: Pinned, free: Residual, budget: float, steps: Tensor | Non
 
 def _dot(one: Residual, other: Residual) -> PerExample:
     return rearrange(one * other, "batch pos d_model -> batch (pos d_model)").sum(dim=1)
-
-
-def _each(values: PerExample) -> Residual:
-    return rearrange(values, "batch -> batch 1 1")

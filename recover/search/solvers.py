@@ -6,9 +6,9 @@ AutoAttack does (Croce and Hein 2020):
 1. *Solve*. Each of these runs on every example, whatever the others found:
 
    ===============  ===========================================================================================
-   `ascent`         `recover`: steepest ascent with Newton lengths, within the budget
+   `ascent`         `find_perturbation`: steepest ascent with Newton lengths, within the budget
    `adam`           projected Adam within the budget: it has momentum, and a step of its own for each coordinate
-   `smallest_norm`  `minimum.smallest_norm`: without a budget, to the edge of the goal, toward the edge's normal
+   `smallest_norm`  `smallest_perturbation`: without a budget, to the edge of the goal, toward the edge's normal
    `random`         random admissible draws at the budget's norm; from the best a walk closer; no gradients
    ===============  ===========================================================================================
 
@@ -28,14 +28,14 @@ from functools import partial, reduce
 from types import MappingProxyType
 
 import torch
-from einops import rearrange, repeat
+from einops import repeat
 
-from recover.numerics.metrics import norm
-from recover.search.adam import climb
-from recover.search.ascent import Delta, Feasible, Objective, Rows, Schedule, Solution, Status, clip, find_perturbation
+from recover.numerics.metrics import by_example, norm
+from recover.search.adam import ProjectedAdam
+from recover.search.ascent import Feasible, Objective, Schedule, Solution, Status, clip, find_perturbation
 from recover.search.gradient_free import ELEMENTS_AT_ONCE, Effort, projected, put, reexamined, scaled, slacks_of, walk
 from recover.search.minimum import MARGIN, edge, smallest_perturbation
-from recover.types import Bool, InputError, Int, PerExample, Tensor
+from recover.types import Bool, Delta, InputError, Int, PerExample, Rows, Tensor
 
 FURTHER = (1.0, 1.01, 1.05, 1.3, 2.0)
 """How many times as far as the edge to look for a delta that is clear of it."""
@@ -60,7 +60,7 @@ class Found:
 
 
 Solver = Callable[[Objective, Delta, Feasible, float, Schedule], Found]
-"""Of an objective, a start, the admissible deltas, a budget and a schedule."""
+"""A function of an objective, a start, the admissible deltas, a budget and a schedule."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,15 +95,15 @@ class WorstCase:
         return torch.isfinite(self.norm)
 
 
-def ascent(objective: Objective, start: Delta, feasible: Feasible, budget: float, schedule: Schedule) -> Found:
+def by_ascent(objective: Objective, start: Delta, feasible: Feasible, budget: float, schedule: Schedule) -> Found:
     """Steepest ascent within the budget."""
     within = find_perturbation(objective, start, feasible, budget, schedule)
     return Found(*_pulled(objective, within.delta), within)
 
 
-def adam(objective: Objective, start: Delta, feasible: Feasible, budget: float, schedule: Schedule) -> Found:
-    """Projected Adam within the budget, with the restarts of `recover`."""
-    within = find_perturbation(objective, start, feasible, budget, schedule, climb=climb)
+def by_adam(objective: Objective, start: Delta, feasible: Feasible, budget: float, schedule: Schedule) -> Found:
+    """Projected Adam within the budget, with the restarts of `find_perturbation`."""
+    within = find_perturbation(objective, start, feasible, budget, schedule, rule=ProjectedAdam)
     return Found(*_pulled(objective, within.delta), within)
 
 
@@ -150,7 +150,7 @@ def random_draws(
 
 
 SOLVERS: Mapping[str, Solver] = MappingProxyType(
-    {"ascent": ascent, "adam": adam, "smallest_norm": without_budget, "random": random_draws}
+    {"ascent": by_ascent, "adam": by_adam, "smallest_norm": without_budget, "random": random_draws}
 )
 """In the order in which ties are decided. With other arguments: `{**SOLVERS, "random": partial(random_draws, ...)}`."""
 
@@ -164,7 +164,7 @@ def worst_case(
     solvers: Mapping[str, Solver] = SOLVERS,
     on_solver: Callable[[str, int], None] | None = None,
 ) -> WorstCase:
-    """For each example the best that any solver finds.
+    """Find for each example the best that any solver finds.
 
     Args:
         objective: score and slack of a delta.
@@ -187,7 +187,7 @@ def worst_case(
             slacks = torch.stack([one.within.slack for one in found.values()])
             on_solver(name, int((slacks < schedule.goal).all(dim=0).sum()))
 
-    # Whether gradients are to be believed is judged of what they found, and draws are held against that.
+    # Whether gradients are to be believed is judged by what they found, and draws are compared with that.
     climbed = [one.within for one in found.values() if one.share is None]
     drawn = [one.within for one in found.values() if one.share is not None]
     first_to = partial(_better, goal=schedule.goal)
@@ -248,7 +248,7 @@ def _near(
 
 
 def _shorter(found: Found, rows: Rows, delta: Delta, size: PerExample) -> Found:
-    """`found`, with those of these rows that are shorter."""
+    """`found`, with `delta` in place of the rows where it is shorter."""
     kept = _where(size < found.norm[rows], delta, found.delta[rows])
     least = torch.minimum(size, found.norm[rows])
     return replace(found, delta=found.delta.index_copy(0, rows, kept), norm=found.norm.index_copy(0, rows, least))
@@ -287,9 +287,9 @@ def _slack(objective: Objective, delta: Delta) -> PerExample:
 
 
 def _told(slack: Tensor) -> Tensor:
-    """What is not finite is worth nothing."""
+    """The slack, with minus infinity where it is not finite."""
     return slack.where(torch.isfinite(slack), -torch.inf)
 
 
 def _where(mask: Bool[Tensor, "batch"], delta: Delta, other: Delta) -> Delta:
-    return torch.where(rearrange(mask, "batch -> batch 1 1"), delta, other)
+    return torch.where(by_example(mask), delta, other)

@@ -1,4 +1,4 @@
-"""C2 and C3 as they are, and not by way of C1: the largest score at which features, or what they write, stay.
+"""Search under C2 or C3 themselves, and not by way of C1: clamped features, or what they write, stay.
 
 C1 forbids every move along what the clamped features read. C2 forbids less: that features change. Of each clamped
 feature, position and site it says, with *awake* for what is not zero in the defended state,
@@ -11,8 +11,8 @@ they write by one falling asleep or waking is left out: from there no gradient n
 the distance to the `k`-th largest of the others says who is awake. The budget (C4) is one more inequality. All are rows
 in units of length; at the only site that a delta enters those of features that do not compete are linear in it.
 
-The climb is that of `recover.search.held`, from what C1 gives (under C3: what C2 gives) and then from no delta. Of it
-this module says
+The search is that of `recover.search.restoring`, from what C1 gives (under C3: what C2 gives) and then from no delta.
+Of it this module says
 
 1. *Which way*: the gradient of the score, projected onto what the equalities leave, and what is left by those
    inequalities that are met and that it would break (Rosen 1961).
@@ -32,17 +32,17 @@ import torch
 from einops import einsum, rearrange
 
 from recover.defenses.clamps import Clamp, Set
-from recover.defenses.defended import Defended, Delta
-from recover.numerics.metrics import norm, relative_drift
+from recover.defenses.defended import Defended
+from recover.numerics.metrics import by_example, norm, relative_drift
 from recover.saes.activations import AbsTopK, TopK
-from recover.search.ascent import ROUNDING, Schedule, clip
+from recover.search.ascent import Point, Schedule, clip, without_rounding
 from recover.search.constraints.linear import ActivationStable, DecodeStable, EncoderOrthogonal
 from recover.search.constraints.monitor import Jacobian, jacobian_row_space, passed
 from recover.search.constraints.pinned import Pinned
 from recover.search.constraints.restored import find_restored
-from recover.search.held import Point, RestoredSolution, each, search_held
 from recover.search.pinned import find_pinned
-from recover.types import Bool, Float, Int, PerExample, Residual, Tensor
+from recover.search.restoring import RestoredSolution, search_restoring
+from recover.types import Bool, Delta, Float, PerExample, Residual, Rows, Tensor
 
 __all__ = ["Stable", "find_stable"]
 
@@ -54,8 +54,8 @@ INSIDE = 1e-3
 NEAR = 1e-3
 """An inequality counts as met if it is nearer than this share of the length of delta."""
 CORRECTIONS, TURNS = 8, 4
-"""Gauss-Newton steps of one restoration, and rounds of holding what a direction would break."""
-Rows = Float[Tensor, "batch row"]
+"""Gauss-Newton steps of one restoration, and rounds of keeping what a direction would break."""
+OfRows = Float[Tensor, "batch row"]
 
 
 def find_stable(
@@ -94,7 +94,7 @@ def find_stable(
     else:
         stricter = find_restored(defended, budget, schedule, on_step, tolerance=tolerance).delta
     rules = _Rules.of(defended, constraint, budget, tolerance)
-    return search_held(rules, [stricter, defended.zero_delta], budget, tolerance, schedule, on_step)
+    return search_restoring(rules, [stricter, defended.zero_delta], budget, tolerance, schedule, on_step)
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,14 +103,14 @@ class _Seen:
 
     score: PerExample
     slack: PerExample
-    rows: Rows
+    rows: OfRows
     n_equal: int
     drift: PerExample
 
 
 @dataclass(frozen=True, eq=False)
 class _Rules:
-    """What must stay, as `Held` for `search_held`.
+    """The `Restoration` of what C2 or C3 says must stay.
 
     Attributes:
         watched: the clamped features of each site, those of several clamps together.
@@ -138,7 +138,7 @@ class _Rules:
             writes = tuple(torch.linalg.qr(clamp.decoder.mT, mode="r").R for clamp in watched)
         return cls(defended, constraint, budget, tolerance, tuple(watched), writes, reference)
 
-    def select(self, rows: Int[Tensor, "rows"]) -> _Rules:
+    def select(self, rows: Rows) -> _Rules:
         reference = tuple((pre[rows], z[rows], distance[rows]) for pre, z, distance in self.reference)
         return replace(self, defended=self.defended.select(rows), reference=reference)
 
@@ -147,9 +147,7 @@ class _Rules:
         seen = self._see(leaf)
         (gradient,) = torch.autograd.grad(seen.score.sum(), leaf, retain_graph=True)
         free = self._uphill(leaf, seen, gradient)
-        # What rounding leaves of a gradient that has no admissible part is no direction to go.
-        rounding = norm(free) <= ROUNDING * norm(gradient)
-        return Point(seen.score.detach(), seen.slack.detach(), seen.drift, free.masked_fill(each(rounding), 0.0))
+        return Point(seen.score.detach(), seen.slack.detach(), without_rounding(free, gradient), seen.drift)
 
     def free(self, delta: Delta, along: Delta) -> Delta:
         leaf = delta.detach().requires_grad_(True)
@@ -164,7 +162,7 @@ class _Rules:
                 break
             wrong = torch.cat([seen.rows[:, : seen.n_equal], torch.relu(seen.rows[:, seen.n_equal :])], dim=1).detach()
             back = jacobian_row_space(_jacobian(leaf, seen, wrong > 0)).solve(wrong).to(delta.dtype)
-            delta = torch.where(each(amiss & torch.isfinite(norm(back))), delta - back, delta)
+            delta = torch.where(by_example(amiss & torch.isfinite(norm(back))), delta - back, delta)
         return clip(delta, self.budget)
 
     def _see(self, delta: Delta) -> _Seen:
@@ -199,19 +197,19 @@ class _Rules:
         """The part of a direction that keeps the equalities and breaks no inequality that is met."""
         near = seen.rows.detach() > -NEAR * rearrange(norm(leaf.detach()), "batch -> batch 1")
         near[:, : seen.n_equal] = False
-        held, jacobian = torch.zeros_like(near), _jacobian(leaf, seen, near)
+        kept, jacobian = torch.zeros_like(near), _jacobian(leaf, seen, near)
         for _ in range(TURNS):
-            free = jacobian_row_space(_jacobian(leaf, seen, held)).project(along)
-            broken = near & ~held & (jacobian.push(free) > 0)
+            free = jacobian_row_space(_jacobian(leaf, seen, kept)).project(along)
+            broken = near & ~kept & (jacobian.push(free) > 0)
             if not bool(broken.any()):
                 break
-            held = held | broken
+            kept = kept | broken
         return free
 
 
-def _jacobian(leaf: Delta, seen: _Seen, held: Bool[Tensor, "batch row"]) -> Jacobian:
-    """Of the equalities, and of the inequalities that are held."""
-    weight = held.to(seen.rows.dtype)
+def _jacobian(leaf: Delta, seen: _Seen, kept: Bool[Tensor, "batch row"]) -> Jacobian:
+    """The Jacobian of the equalities, and of the inequalities that are kept."""
+    weight = kept.to(seen.rows.dtype)
     weight[:, : seen.n_equal] = 1.0
     return Jacobian(leaf, seen.rows, weight, EncoderOrthogonal(leaf.new_zeros(leaf.shape[2], 0)))
 
@@ -232,5 +230,5 @@ def _read(clamp: Clamp, state: Residual) -> tuple[Tensor, Tensor, Tensor]:
     return pre, z, own if isinstance(activation, AbsTopK) else torch.minimum(own, pre)
 
 
-def _flat(parts: list[Tensor]) -> Rows:
+def _flat(parts: list[Tensor]) -> OfRows:
     return torch.cat([part.flatten(1) for part in parts], dim=1)

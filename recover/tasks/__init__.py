@@ -1,5 +1,50 @@
-"""Tasks: where a check's prompts, behaviors and answers come from."""
+"""Tasks: where the prompts, behaviors and answers of a check come from.
 
-from recover.tasks.registry import TASKS, Task, ask_task, get_task, read_options
+Read `registry` first (`load_examples`), then `examples` (what a task returns) and `behaviors` (the predicates and
+their differentiable scores). Each task has a module: `ioi`, `choice`, `cloze`, `probe` and `refusal`.
+"""
 
-__all__ = ["TASKS", "Task", "ask_task", "get_task", "read_options"]
+from recover.tasks.behaviors import (
+    AnswerLikelihood,
+    Behavior,
+    ChoiceCrossEntropy,
+    ChoiceMargin,
+    ChoiceOdds,
+    ForcedAnswer,
+    LogitDifference,
+    Targeted,
+    VocabularyMargin,
+    positions_read,
+)
+from recover.tasks.dialogue import Dialogue, Request, ask
+from recover.tasks.examples import Contrast, Examples
+from recover.tasks.probe import prepare as prepare_probes
+from recover.tasks.prose import NEUTRAL
+from recover.tasks.registry import TASKS, Task, get_task, load_examples, read_options
+from recover.tasks.replies import degenerate
+
+__all__ = [
+    "NEUTRAL",
+    "TASKS",
+    "AnswerLikelihood",
+    "Behavior",
+    "ChoiceCrossEntropy",
+    "ChoiceMargin",
+    "ChoiceOdds",
+    "Contrast",
+    "Dialogue",
+    "Examples",
+    "ForcedAnswer",
+    "LogitDifference",
+    "Request",
+    "Targeted",
+    "Task",
+    "VocabularyMargin",
+    "ask",
+    "degenerate",
+    "get_task",
+    "load_examples",
+    "positions_read",
+    "prepare_probes",
+    "read_options",
+]

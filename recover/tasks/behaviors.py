@@ -15,9 +15,8 @@ from typing import Protocol, runtime_checkable
 
 import torch
 
-from recover.types import Bool, Float, InputError, Int, PerExample, Tensor
+from recover.types import Bool, Float, InputError, Int, PerExample, Rows, Tensor
 
-Rows = Int[Tensor, "rows"]
 Logits = Float[Tensor, "batch choice"]
 
 

@@ -30,13 +30,12 @@ from recover.tasks.behaviors import ChoiceCrossEntropy, ChoiceMargin, ChoiceOdds
 from recover.tasks.examples import Contrast, Examples
 from recover.tasks.ioi import token_id
 from recover.tasks.questions import LETTERS, Question, load
-from recover.types import Bool, InputError, Int, Site, Tensor
+from recover.types import Bool, InputError, Int, Progress, Site, Tensor
 
-__all__ = ["OBJECTIVES", "ORDERS", "behavior", "examples", "kept", "prompt", "right"]
+__all__ = ["OBJECTIVES", "ORDERS", "behavior", "kept", "make_examples", "prompt", "right"]
 
 Order = tuple[int, ...]
 Objective = Literal["choice_margin", "choice_cross_entropy", "vocabulary_margin"]
-Progress = Callable[[str, int, int], None]
 
 ORDERS: tuple[Order, ...] = tuple(itertools.permutations(range(len(LETTERS))))
 """All orders of four answers, the given one first: `order[place]` is the answer that stands at this letter."""
@@ -150,7 +149,7 @@ def draw(questions: Sequence[Question], n: int | None, seed: int) -> list[Questi
     return list(questions) if n is None else random.Random(seed).sample(questions, len(questions))[:n]
 
 
-def examples(
+def make_examples(
     model: Model,
     *,
     n: int | None = None,

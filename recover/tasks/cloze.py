@@ -3,7 +3,7 @@
 The protocol of WMDP-Bio (paper: Settings) for models that are too small for the letters of multiple choice: paraphrases
 stand in the place of the orders of the answers, and the other answers of the same relation in that of wrong choices.
 
-1. *Facts* by domain and relation, shipped (`recover.tasks.facts`) or a file's.
+1. *Facts* by domain and relation, shipped (`recover.tasks.prose`) or a file's.
 2. *Filter*: a fact is kept where the model, without a defense, is right in every paraphrase.
 3. *Examples* are the paraphrases of the kept facts of the domain to forget. A fact shows where its answer is likelier
    than every other answer of its relation; transfer is read with a stricter predicate, the likeliest of the vocabulary.
@@ -16,7 +16,7 @@ from __future__ import annotations
 import difflib
 import json
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -28,15 +28,14 @@ from pydantic import PositiveInt
 from recover.models.host import Edit, Model
 from recover.tasks.behaviors import AnswerLikelihood, ChoiceMargin
 from recover.tasks.examples import Contrast, Examples
-from recover.tasks.facts import RELATIONS
 from recover.tasks.files import read_text, rows_of
 from recover.tasks.ioi import token_id
-from recover.types import InputError, Int, Site, Tensor
+from recover.tasks.prose import RELATIONS
+from recover.types import InputError, Int, Progress, Site, Tensor
 
-__all__ = ["Asked", "Fact", "examples", "known", "load_file", "right", "shipped"]
+__all__ = ["Asked", "Fact", "known", "load_file", "make_examples", "right", "shipped"]
 
 BATCH = 64
-Report = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -72,14 +71,14 @@ class Asked:
         return Asked([self.facts[row] for row in rows], self.target[index], self.others[index])
 
 
-def examples(
+def make_examples(
     model: Model,
     *,
     forget: str = "geography",
     n: PositiveInt | None = None,
     seed: int = 0,
     file: Path | str | None = None,
-    progress: Report | None = None,
+    progress: Progress | None = None,
 ) -> Examples:
     """Paraphrases of the facts of one domain that the model knows.
 
@@ -125,7 +124,7 @@ def examples(
     )
 
 
-def known(model: Model, facts: Sequence[Fact], progress: Report | None = None) -> Asked:
+def known(model: Model, facts: Sequence[Fact], progress: Progress | None = None) -> Asked:
     """The facts to which the model's answer is right in every paraphrase, by the predicate of the task.
 
     Facts whose answer is not one token to the tokenizer, or whose relation has no second answer, are left out.
@@ -144,7 +143,7 @@ def known(model: Model, facts: Sequence[Fact], progress: Report | None = None) -
 
 
 def right(
-    model: Model, asked: Asked, edits: Mapping[Site, Edit] | None = None, progress: Report | None = None
+    model: Model, asked: Asked, edits: Mapping[Site, Edit] | None = None, progress: Progress | None = None
 ) -> list[tuple[bool, ...]]:
     """Whether the model's answer is right, by fact and paraphrase, by the predicate of the task.
 

@@ -15,7 +15,7 @@ from typing import Protocol, runtime_checkable
 from recover.models.host import Model, Prompts
 from recover.tasks.behaviors import Behavior, positions_read
 from recover.tasks.dialogue import Dialogue
-from recover.types import InputError, Int, Tensor
+from recover.types import InputError, Rows
 
 __all__ = ["Contrast", "Examples", "Readout"]
 
@@ -101,7 +101,7 @@ class Examples:
             digest.update(self.readout.sha256.encode())
         return digest.hexdigest()
 
-    def select(self, rows: Int[Tensor, "rows"]) -> Examples:
+    def select(self, rows: Rows) -> Examples:
         """The same for the examples `rows`."""
         pick = rows.tolist()
         return Examples(

@@ -267,7 +267,7 @@ def load(
     return examples[:n]
 
 
-def examples(
+def make_examples(
     model: Model,
     *,
     n: int | None = None,

@@ -30,7 +30,7 @@ from recover.tasks.labeled import Data, Labeled, Split, draw, load
 from recover.tasks.probe_heads import PooledProbe, ProbeHead, Probes, pooled_residuals, train_probes
 from recover.types import Bool, Float, InputError, Int, Site, Tensor
 
-__all__ = ["SKIPPED", "Material", "Texts", "examples", "prepare"]
+__all__ = ["SKIPPED", "Material", "Texts", "make_examples", "prepare"]
 
 SKIPPED = 1
 """First tokens that no mean is over."""
@@ -109,7 +109,7 @@ class Material:
         )
 
 
-def examples(
+def make_examples(
     model: Model,
     *,
     target: str,

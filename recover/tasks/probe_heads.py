@@ -25,7 +25,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from recover.models.host import Model, Prompts
-from recover.types import Float, InputError, Int, PerExample, Site, Tensor
+from recover.types import Float, InputError, Int, PerExample, Rows, Site, Tensor
 
 __all__ = ["PooledProbe", "ProbeHead", "Probes", "pooled_residuals", "train_probes"]
 
@@ -150,7 +150,7 @@ class PooledProbe:
     def slack(self, logits: Float[Tensor, "batch pos choice"]) -> PerExample:
         return self.score(logits)
 
-    def select(self, rows: Int[Tensor, "rows"]) -> PooledProbe:
+    def select(self, rows: Rows) -> PooledProbe:
         return PooledProbe(self.target[rows], self.reads, self.choices)
 
     @property

@@ -32,7 +32,7 @@ PUBLISHED = {"cais/wmdp": "wmdp-bio", "cais/mmlu": "all"}
 """Data sets of the hub, each with the configuration that is read where none is named."""
 SPLIT = "test"
 KEYS = '"question", "choices" and "answer"'
-Rows = Iterable[tuple[int, Any]]
+Numbered = Iterable[tuple[int, Any]]
 """Each row and its number, counted from 1."""
 
 
@@ -81,7 +81,7 @@ def _table(name: str, rows: Iterable[Any]) -> list[Question]:
     return _questions(name, "row", enumerate(rows, start=1), lenient=True)
 
 
-def _questions(name: str, unit: str, rows: Rows, lenient: bool) -> list[Question]:
+def _questions(name: str, unit: str, rows: Numbered, lenient: bool) -> list[Question]:
     seen: dict[tuple[str, ...], int] = {}
     asked = []
     for number, row in rows:

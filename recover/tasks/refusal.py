@@ -3,7 +3,7 @@
 A defense that makes a model refuse is judged on its answers, so the prompts are whole requests in the model's chat
 template and the behavior is a readout of the reply (`recover.tasks.replies`).
 
-1. *Shipped* (`recover.tasks.requests`): `ordinary` requests, which SmolLM2-135M-Instruct answers, and `unservable`
+1. *Shipped* (`recover.tasks.prose`): `ordinary` requests, which SmolLM2-135M-Instruct answers, and `unservable`
    ones, which ask for what no text model has or does and which it declines. All are benign.
 2. *Given*: a file of the user's own, CSV or JSON lines, with the columns of AdvBench (`goal,target`) or of HarmBench
    (`Behavior,FunctionalCategory,SemanticCategory,Tags,ContextString,BehaviorID`). Which one is told by the header.
@@ -24,13 +24,13 @@ from typing import Any, Literal
 from pydantic import PositiveInt
 
 from recover.models.host import Model
-from recover.tasks import requests
 from recover.tasks.dialogue import Request, ask
 from recover.tasks.examples import Contrast, Examples
 from recover.tasks.files import numbered, read_text
+from recover.tasks.prose import ORDINARY, UNSERVABLE
 from recover.types import InputError
 
-__all__ = ["draw", "examples", "load", "load_file", "shipped"]
+__all__ = ["draw", "load", "load_file", "make_examples", "shipped"]
 
 Shipped = Literal["ordinary", "unservable"]
 
@@ -38,7 +38,7 @@ COLUMNS = "goal,target (as AdvBench) or Behavior,...,ContextString,BehaviorID (a
 ID_LENGTH = 200
 
 
-def examples(
+def make_examples(
     model: Model,
     *,
     n: int | None = None,
@@ -79,7 +79,7 @@ def examples(
 
 def shipped(kind: Shipped) -> list[Request]:
     """All shipped requests of a kind, `ordinary-001` first."""
-    texts = requests.ORDINARY if kind == "ordinary" else requests.UNSERVABLE
+    texts = ORDINARY if kind == "ordinary" else UNSERVABLE
     return [Request(f"{kind}-{number:03}", text, kind) for number, text in enumerate(texts, start=1)]
 
 

@@ -15,14 +15,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from pydantic import ConfigDict, create_model
+from pydantic import ConfigDict, ValidationError, create_model
 
 from recover.models.host import Model
 from recover.tasks import choice, cloze, ioi, probe, refusal
 from recover.tasks.examples import Examples
-from recover.types import InputError
+from recover.types import InputError, Progress
 
-__all__ = ["TASKS", "Task", "ask_task", "get_task", "read_options"]
+__all__ = ["TASKS", "Task", "get_task", "load_examples", "read_options"]
 
 
 @runtime_checkable
@@ -43,11 +43,11 @@ class Task(Protocol):
 
 
 TASKS: Mapping[str, Task] = {
-    "ioi": ioi.examples,
-    "choice": choice.examples,
-    "cloze": cloze.examples,
-    "probe": probe.examples,
-    "refusal": refusal.examples,
+    "ioi": ioi.make_examples,
+    "choice": choice.make_examples,
+    "cloze": cloze.make_examples,
+    "probe": probe.make_examples,
+    "refusal": refusal.make_examples,
 }
 OWN = "python:"
 HANDED = ("model", "progress")
@@ -83,7 +83,7 @@ def read_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     if "seed" not in takes and not anything and given.get("seed") == 0:
         del given["seed"]  # what it is where a task draws nothing
     for key in given:
-        if key not in takes and not anything:
+        if key not in takes and (key in HANDED or not anything):
             raise InputError(f"prompts.{key}: the task {name!r} has no such option; it has: {', '.join(takes)}")
     fields: dict[str, Any] = {
         key: (Any if one.annotation is one.empty else one.annotation, ... if one.default is one.empty else one.default)
@@ -94,23 +94,33 @@ def read_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     return {key: getattr(read, key) if key in takes else value for key, value in given.items()}
 
 
-def ask_task(name: str, model: Model, options: Mapping[str, Any], **beside: Any) -> Examples:
-    """The examples of a task.
+def load_examples(task: str, model: Model, /, *, progress: Progress | None = None, **options: Any) -> Examples:
+    """Ask a task for its examples.
 
     Args:
-        name: of the task.
-        model: what they are asked of.
-        options: of the `prompts:` section; those that are None were not given.
-        beside: what is handed over where the task takes it.
+        task: the name of a task (`ioi`, `choice`, `cloze`, `probe`, `refusal`), or `python:module:object`.
+        model: the host model, which the task tokenizes for and may query.
+        progress: called as `progress(phase, done, total)` by tasks that take long.
+        options: the task's own options, such as `n` and `seed`; an option that is None counts as not given.
 
     Raises:
-        InputError: an option that this task does not have; and whatever the task refuses.
+        InputError: the task does not exist, has no such option, or refuses the value of one.
+
+    >>> from recover.models.names import load_model
+    >>> toy = load_model("toy-choice", "cpu")
+    >>> len(load_examples("choice", toy, forget="toy-forget", retain="toy-retain", n=1).ids)
+    24
     """
-    task = get_task(name)
-    takes = inspect.signature(task).parameters
-    found = task(model, **read_options(name, options), **{key: one for key, one in beside.items() if key in takes})
+    function = get_task(task)
+    try:
+        read = read_options(task, options)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise InputError(f"prompts.{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    handed = {"progress": progress} if "progress" in inspect.signature(function).parameters else {}
+    found = function(model, **read, **handed)
     if not isinstance(found, Examples):
-        raise InputError(f"task {name!r}: gave {type(found).__name__}; a task gives `recover.Examples`")
+        raise InputError(f"task {task!r} returned {type(found).__name__}; a task must return `recover.Examples`")
     return found
 
 

@@ -25,6 +25,8 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +36,14 @@ from filelock import FileLock, Timeout
 from recover.defenses.clamps import Defense
 from recover.models.host import Model
 from recover.models.names import OURS, shipped_models, shipped_questions
-from recover.protocol.checking import Progress
 from recover.protocol.folder import VERDICT
+from recover.protocol.plan import Plan
+from recover.protocol.runtime import Runtime
 from recover.protocol.verdict_model import Verdict
 from recover.run.config import Config, load_config
-from recover.run.objects import check_objects
+from recover.run.objects import Objects
 from recover.run.progress import shown
-from recover.run.runner import OtherRunError, run_check
+from recover.run.runner import OtherRunError, run_check, run_source
 from recover.saes.names import shipped_saes
 from recover.tasks.examples import Examples
 from recover.testing.assertions import (
@@ -51,7 +54,7 @@ from recover.testing.assertions import (
     assert_recoverable,
     assert_specific,
 )
-from recover.types import InputError
+from recover.types import InputError, Progress
 
 __all__ = [
     "Checked",
@@ -64,6 +67,13 @@ __all__ = [
 ]
 
 Run = Callable[[Progress | None], Verdict]
+MOVED = {
+    "schedule": "give plan=Plan(schedule=...)",
+    "placement": "give plan=Plan(surface=Surface(placement=...))",
+    "every_site": 'give plan=Plan(surface=Surface("every"))',
+    **{one: f"give runtime=Runtime({one}=...)" for one in ("batch_size", "exact", "neutral", "provenance")},
+}
+"""Where options of `check` went that it took one by one."""
 
 
 class Defenses:
@@ -96,7 +106,7 @@ class Defenses:
         Args:
             defense: a DEFENSE.yaml, or a `Defense`.
             **options: of a file, what overrides it by dotted key, such as `**{"search.budget": 5.0}`; of a `Defense`,
-                the arguments of `recover.check`, `model=`, `examples=`, `budget=` and so on, and `name=`.
+                the arguments of `recover.check`: `model=`, `examples=`, `budget=`, `plan=` and `runtime=`; and `name=`.
         """
         try:
             found = self._objects(defense, **options) if isinstance(defense, Defense) else self._file(defense, options)
@@ -116,22 +126,35 @@ class Defenses:
     def _of_file(self, name: str, config: Config) -> tuple[Verdict, Path]:
         folder = self.folder / f"{Path(name).stem}-{config.fingerprint()[:16]}"
 
-        def run(progress: Progress | None) -> Verdict:
+        def once(progress: Progress | None) -> Verdict:
             try:
                 return run_check(config, folder, progress=progress)
             except OtherRunError:
                 shutil.rmtree(folder)  # of other weights or prompts under the same names: ours to make again
                 return run_check(config, folder, progress=progress)
 
-        return self._once(name, folder, run), folder
+        return self._once(name, folder, once), folder
 
     def _objects(
-        self, defense: Defense, *, model: Model, examples: Examples, name: str = "objects", **options: Any
+        self,
+        defense: Defense,
+        *,
+        model: Model,
+        examples: Examples,
+        budget: float,
+        plan: Plan | None = None,
+        runtime: Runtime | None = None,
+        name: str = "objects",
+        **unknown: Any,
     ) -> Checked:
-        found = []
+        for one in unknown:
+            raise InputError(f"check_defense: {one}: {MOVED.get(one, 'a Defense takes no such option')}")
+        plan, found = plan or Plan(), []
         for seed in range(self.seeds):
-            folder, run = check_objects(self.folder, model, defense, examples, seed=seed, **options)
-            found.append((self._once(name, folder, run), folder))
+            seeded = replace(plan, seed=plan.seed + seed)
+            objects = Objects(model, defense, examples, budget, seeded, runtime or Runtime())
+            folder = self.folder / objects.name
+            found.append((self._once(name, folder, partial(run_source, objects, folder)), folder))
         return self._remembered(name, found)
 
     def _once(self, name: str, folder: Path, run: Run) -> Verdict:

@@ -1,1 +1,60 @@
-"""To be described."""
+"""Attribution: which parts of a perturbation, and which parts of the model, carry a recovery.
+
+Read `parts` first: it splits a perturbation by SAE feature and error, replays each part and knocks it out. `paths`
+follows the effect through heads and MLPs, `movers` finds the heads that attend to the target and write it, and
+`linear_error` fits the part of the SAE's error that is linear in the residual.
+"""
+
+from recover.evidence.attribution.linear_error import LinearError, error_activations, fit_linear_error
+from recover.evidence.attribution.movers import looks, undefended, writes
+from recover.evidence.attribution.parts import (
+    POINTS,
+    TOP_K,
+    VIEWS,
+    Attribution,
+    Parts,
+    View,
+    attribute,
+    entering,
+    parts_of,
+)
+from recover.evidence.attribution.paths import (
+    Carrier,
+    Direct,
+    Trace,
+    carriers,
+    direct,
+    patched,
+    put_back,
+    put_in,
+    through,
+    trace,
+)
+
+__all__ = [
+    "POINTS",
+    "TOP_K",
+    "VIEWS",
+    "Attribution",
+    "Carrier",
+    "Direct",
+    "LinearError",
+    "Parts",
+    "Trace",
+    "View",
+    "attribute",
+    "carriers",
+    "direct",
+    "entering",
+    "error_activations",
+    "fit_linear_error",
+    "looks",
+    "parts_of",
+    "patched",
+    "put_back",
+    "put_in",
+    "through",
+    "trace",
+    "undefended",
+    "writes",
+]

@@ -14,18 +14,20 @@ from dataclasses import replace
 import torch
 from einops import einsum, rearrange, reduce
 
-from recover.defenses.defended import Defended, Delta
+from recover.defenses.defended import Defended
 from recover.evidence.attribution.paths import Carrier, above, keeps, last_slope, trace
 from recover.evidence.controls import Undefended
 from recover.models.components import Component, eager, head_count, modules_of, projection
-from recover.types import InputError, Mask, PerExample, Tensor
+from recover.types import Delta, InputError, Mask, PerExample, Tensor
 
 __all__ = ["looks", "undefended", "writes"]
 
 
 def undefended(defended: Defended) -> Defended:
     """The same examples without the clamps; of use with no delta."""
-    return replace(defended, suffix=Undefended.of(defended).suffix, placement="after_clamp")
+    return replace(
+        defended, suffix=Undefended.of(defended).suffix, surface=replace(defended.surface, placement="after_clamp")
+    )
 
 
 def looks(defended: Defended, delta: Delta, marked: Mask) -> dict[Carrier, PerExample]:

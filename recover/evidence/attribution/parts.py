@@ -27,17 +27,17 @@ Source: reference page, "Recovery-path replay". The linear part and the first-or
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from einops import einsum, rearrange, reduce
 
-from recover.defenses.defended import Defended, Delta
+from recover.defenses.defended import Defended
 from recover.evidence.attribution.linear_error import LinearError
 from recover.models.host import Change
 from recover.saes.sae import SAE
-from recover.types import InputError, Int, PerExample, Residual, Site, Tensor, widened
+from recover.types import Delta, InputError, Int, PerExample, Residual, Site, Surface, Tensor, widened
 
 __all__ = [
     "VIEWS",
@@ -178,11 +178,11 @@ def attribute(
 
 def entering(defended: Defended, delta: Delta) -> tuple[Defended, Delta]:
     """The same perturbation as one that enters after the clamp, and the examples that it enters so."""
-    if defended.placement == "after_clamp":
+    if defended.surface.placement == "after_clamp":
         return defended, delta
     with torch.no_grad():
         moved = defended.perturbed(delta) - defended.suffix.residual
-    return replace(defended, placement="after_clamp"), moved
+    return defended.entered_at(Surface()), moved
 
 
 def parts_of(

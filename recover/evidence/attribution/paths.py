@@ -23,11 +23,11 @@ from typing import Any
 import torch
 from einops import rearrange, reduce
 
-from recover.defenses.defended import Defended, Delta
+from recover.defenses.defended import Defended
 from recover.evidence.attribution.parts import POINTS, entering, first_order, nodes
 from recover.models.components import Component, head_count
 from recover.models.host import Change
-from recover.types import Float, InputError, PerExample, Residual, Site, Tensor
+from recover.types import Delta, Float, InputError, PerExample, Residual, Site, Tensor
 
 __all__ = [
     "Carrier",

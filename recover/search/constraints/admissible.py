@@ -1,4 +1,4 @@
-"""Which deltas leave every clamped feature of a defense as it is: at one site exactly, at several to first order.
+"""The deltas that leave every clamped feature of a defense as it is: at one site exactly, at several to first order.
 
 A delta enters at the first clamped site. Over one site the admissible deltas are the null space of the clamped encoder
 columns (C1). A later site sees what the blocks between make of a delta, so that over several sites a delta must keep
@@ -29,10 +29,10 @@ import torch
 from einops import einsum, rearrange, repeat
 
 from recover.defenses.defended import Defended
-from recover.numerics.metrics import norm
+from recover.numerics.metrics import by_example, norm
 from recover.numerics.subspaces import NullSpaces
 from recover.search.constraints.linear import Constraint, EncoderOrthogonal
-from recover.types import Float, Int, PerExample, Residual, Tensor
+from recover.types import Float, Int, PerExample, Residual, Rows, Tensor
 
 __all__ = ["JacobianOrthogonal", "admissible", "jacobian"]
 
@@ -41,7 +41,7 @@ ROUNDING = 1e-5
 ELEMENTS_AT_ONCE = 2**18
 """Numbers in the gradients of one backward pass."""
 
-Rows = Float[Tensor, "batch row pos d_model"]
+Gradients = Float[Tensor, "batch row pos d_model"]
 
 
 def admissible(defended: Defended, *, write_orthogonal: bool = False) -> EncoderOrthogonal | JacobianOrthogonal:
@@ -66,7 +66,7 @@ def admissible(defended: Defended, *, write_orthogonal: bool = False) -> Encoder
     return JacobianOrthogonal.of(first, jacobian(defended), torch.cat(read))
 
 
-def jacobian(defended: Defended) -> Rows:
+def jacobian(defended: Defended) -> Gradients:
     """The gradients of the clamped pre-activations of all later sites (1 above), by site, clamp, position, feature."""
     leaf = defended.zero_delta.requires_grad_(True)
     with torch.enable_grad():
@@ -109,17 +109,17 @@ class JacobianOrthogonal(Constraint):
     """
 
     first: EncoderOrthogonal
-    rows: Rows
+    rows: Gradients
     later: NullSpaces
     stage: ClassVar[int] = 0
 
     @classmethod
-    def of(cls, first: EncoderOrthogonal, rows: Rows, read: Float[Tensor, "row"]) -> JacobianOrthogonal:
+    def of(cls, first: EncoderOrthogonal, rows: Gradients, read: Float[Tensor, "row"]) -> JacobianOrthogonal:
         """From C1 and the rows of a Jacobian (2 and 3 above).
 
         Args:
             first: C1, or C1+.
-            rows: the Jacobian. A row that is not finite is not held; a search meets the same gradient, and says so.
+            rows: the Jacobian. A row that is not finite is left out; a search meets the same gradient, and says so.
             read: norm of the encoder column that each row is of.
         """
         wide = torch.where(rows.isfinite().all(dim=(2, 3), keepdim=True), rows.double(), 0.0)
@@ -141,7 +141,7 @@ class JacobianOrthogonal(Constraint):
         free = rearrange(C1.project(delta.double()), "batch pos d_model -> batch (pos d_model)")
         free = rearrange(self.later.project(free), "batch (pos d_model) -> batch pos d_model", pos=pos)
         # Once more: an error relative to what the Jacobian took away is large where little is left.
-        open_ = rearrange(self.dimensions > 0, "batch -> batch 1 1")
+        open_ = by_example(self.dimensions > 0)
         return torch.where(open_, C1.project(free), 0.0).to(delta.dtype)
 
     def violation(self, delta: Residual) -> PerExample:
@@ -150,5 +150,5 @@ class JacobianOrthogonal(Constraint):
         both = torch.stack([self.first.violation(delta.double()), norm(later)], dim=1)
         return norm(both).to(delta.dtype)
 
-    def select(self, rows: Int[Tensor, "rows"]) -> JacobianOrthogonal:
+    def select(self, rows: Rows) -> JacobianOrthogonal:
         return JacobianOrthogonal(self.first, self.rows[rows], self.later.select(rows))

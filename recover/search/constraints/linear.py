@@ -35,9 +35,9 @@ import torch
 from einops import einsum, rearrange
 
 from recover.defenses.clamps import Clamp, Number
-from recover.numerics.metrics import activation_drift, decode_drift, norm
+from recover.numerics.metrics import activation_drift, by_example, decode_drift, norm
 from recover.numerics.subspaces import NullSpace
-from recover.types import Bool, Float, InputError, Int, PerExample, Residual, Tensor
+from recover.types import Bool, Float, InputError, PerExample, Residual, Rows, Tensor
 
 __all__ = [
     "ActivationStable",
@@ -63,13 +63,19 @@ class Constraint(ABC):
         """By how much each example fails the constraint; 0 where it is satisfied."""
 
     @abstractmethod
-    def select(self, rows: Int[Tensor, "rows"]) -> Constraint:
-        """The same for the examples `rows`; itself where it is the same for all."""
+    def select(self, rows: Rows) -> Constraint:
+        """The constraint of the examples `rows`; itself where all examples share one."""
 
 
 @dataclass(frozen=True, eq=False)
 class EncoderOrthogonal(Constraint):
-    """C1: `A^T delta = 0` at every position, for directions `A` that must not be touched."""
+    """C1: `A^T delta = 0` at every position, for directions `A` that must not be touched.
+
+    >>> import torch
+    >>> from recover.search import EncoderOrthogonal
+    >>> EncoderOrthogonal(torch.tensor([[1.0], [0.0]])).project(torch.tensor([[[3.0, 4.0]]]))
+    tensor([[[0., 4.]]])
+    """
 
     directions: Float[Tensor, "d_model k"]
     stage: ClassVar[int] = 0
@@ -92,7 +98,7 @@ class EncoderOrthogonal(Constraint):
         seen = einsum(delta.double(), self.directions.double(), "batch pos d_model, d_model k -> batch pos k")
         return norm(seen).to(delta.dtype)
 
-    def select(self, rows: Int[Tensor, "rows"]) -> EncoderOrthogonal:
+    def select(self, rows: Rows) -> EncoderOrthogonal:
         return self
 
 
@@ -131,7 +137,7 @@ class ActivationStable(Constraint):
         """The activation drift, `||z_S(h_def + delta) - z_S(h_def)||`."""
         return activation_drift(self.clamp.read(self.h_def + delta), self.reference)
 
-    def select(self, rows: Int[Tensor, "rows"]) -> ActivationStable:
+    def select(self, rows: Rows) -> ActivationStable:
         return ActivationStable(self.clamp, self.h_def[rows])
 
 
@@ -152,13 +158,18 @@ class DecodeStable(Constraint):
         moved, reference = self.clamp.read(self.h_def + delta), self.clamp.reference(self.h_def)
         return decode_drift(moved, reference, self.clamp.decoder)
 
-    def select(self, rows: Int[Tensor, "rows"]) -> DecodeStable:
+    def select(self, rows: Rows) -> DecodeStable:
         return DecodeStable(self.clamp, self.h_def[rows])
 
 
 @dataclass(frozen=True)
 class Budget(Constraint):
     """C4: `||delta||_F <= eps` for each example, over all its positions.
+
+    >>> import torch
+    >>> from recover.search import Budget
+    >>> Budget(1.0).violation(torch.tensor([[[3.0, 4.0]]]))
+    tensor([4.])
 
     Raises:
         InputError: `eps` is not a finite number above 0.
@@ -169,7 +180,7 @@ class Budget(Constraint):
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.eps) and self.eps > 0):
-            raise InputError(f"budget: {self.eps} is no norm; give a finite number above 0")
+            raise InputError(f"budget must be finite and positive, got {self.eps}")
 
     def project(self, delta: Residual) -> Residual:
         """`delta`, scaled down to the budget where it is longer."""
@@ -177,13 +188,13 @@ class Budget(Constraint):
         # Aimed two roundings low, so that rounding each entry does not lift the norm over the budget again.
         aim = self.eps * (1 - 2 * torch.finfo(delta.dtype).eps)
         factor = torch.where(length > self.eps, aim / length.clamp(min=self.eps), 1.0)
-        return delta * rearrange(factor, "batch -> batch 1 1")
+        return delta * by_example(factor)
 
     def violation(self, delta: Residual) -> PerExample:
         """By how much the norm exceeds the budget."""
         return torch.relu(norm(delta) - self.eps)
 
-    def select(self, rows: Int[Tensor, "rows"]) -> Budget:
+    def select(self, rows: Rows) -> Budget:
         return self
 
 
@@ -210,7 +221,7 @@ class Constraints(Constraint):
             worst = torch.maximum(worst, part.violation(delta).to(worst.dtype))
         return worst
 
-    def select(self, rows: Int[Tensor, "rows"]) -> Constraints:
+    def select(self, rows: Rows) -> Constraints:
         parts = tuple(part.select(rows) for part in self.parts)
         same = all(new is old for new, old in zip(parts, self.parts, strict=True))
         return self if same else Constraints(parts)

@@ -1,20 +1,20 @@
-"""What clamped features of every site do when a delta enters at the first: watched, differentiated, never tabulated.
+"""Watch what the clamped features of every site do when a delta enters at the first, and differentiate it.
 
 `Phi(delta)` stacks the pre-activations of the clamped features of all sites, at the positions that a delta touches,
-read *after* the clamp of each site: drift is measured there (reference: Definitions). Not every row must be held:
+read *after* the clamp of each site: drift is measured there (reference: Definitions). Not every row must be kept:
 
 1. *Active* features, those that are not zero in the defended state, stay at their pre-activation.
 2. *Inactive* ones are free below their threshold. One that comes near it is brought back a part of the way, to
    `threshold - BACK gap`, with `gap` its distance in the defended state; from where a search is turned aside, if it
    would go on toward the threshold.
-3. Where features compete there is no threshold, and all are held.
+3. Where features compete there is no threshold, and all are kept.
 
-Rows are in units of length, pre-activation by norm of the encoder column. At the first site C1 holds the features, all
+Rows are in units of length, pre-activation by norm of the encoder column. At the first site C1 keeps the features, all
 of them, exactly (or, without C1, they are rows like those of later sites). Of what C1 leaves, `J = d Phi / d delta`
 gives the row space that a delta must keep out of:
 
-    P v = v - J^T (J J^T)^+ J v        nearest delta that moves no held row, to first order
-    J^+ r                              shortest delta that moves the held rows by r
+    P v = v - J^T (J J^T)^+ J v        nearest delta that moves no kept row, to first order
+    J^+ r                              shortest delta that moves the kept rows by r
 
 - *Few rows*: `J` itself, by batched backward passes, and its singular values; those up to `tolerance` of the largest
   count as zero.
@@ -35,13 +35,13 @@ from jaxtyping import Shaped
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from recover.defenses.clamps import Clamp
-from recover.defenses.defended import Defended, Delta
+from recover.defenses.defended import Defended
 from recover.models.host import Change
 from recover.numerics.least_squares import cgls
 from recover.numerics.metrics import relative_drift
 from recover.search.constraints.admissible import _gradients
 from recover.search.constraints.linear import EncoderOrthogonal
-from recover.types import Bool, Float, InputError, Int, PerExample, Residual, Site, Tensor
+from recover.types import Bool, Delta, Float, InputError, Int, PerExample, Residual, Rows, Site, Tensor
 
 __all__ = ["DenseRows", "IteratedRows", "Jacobian", "Monitor", "RowSpace", "Watched", "jacobian_row_space", "passed"]
 
@@ -51,7 +51,7 @@ the third, so that what was brought back is not run into again."""
 DENSE_ROWS, DENSE_NUMBERS = 256, 2**25
 """Rows, and numbers in the Jacobian of a batch, up to which it is stored."""
 STEPS = 200
-"""Of conjugate gradients at most."""
+"""Steps of conjugate gradients at most."""
 TOLERANCE = 1e-5
 """Share of the largest singular value up to which what back-propagation gives is rounding."""
 
@@ -66,8 +66,8 @@ class Watched:
     pre: OfRows
     features: OfRows
 
-    def select(self, rows: Int[Tensor, "rows"]) -> Watched:
-        """The same for the examples `rows`."""
+    def select(self, rows: Rows) -> Watched:
+        """The values of the examples `rows` alone."""
         return Watched(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})
 
     def detached(self) -> Watched:
@@ -81,7 +81,7 @@ class Monitor:
 
     Attributes:
         reference: without a delta.
-        c1: whether the features of the first site are held exactly, all of them.
+        c1: whether the features of the first site are kept exactly, all of them.
     """
 
     defended: Defended
@@ -95,10 +95,10 @@ class Monitor:
         Raises:
             InputError: a delta enters elsewhere than after the clamp of the first site.
         """
-        if defended.delta_sites != defended.defense.sites[:1] or defended.placement != "after_clamp":
+        if defended.delta_sites != defended.defense.sites[:1] or defended.surface.placement != "after_clamp":
             raise InputError(
                 "restoration: a delta must enter at the first clamped site alone, after the clamp; "
-                'use defend(..., placement="after_clamp", every_site=False)'
+                'use defend(..., surface=Surface("first", "after_clamp"))'
             )
         with torch.no_grad():
             return cls(defended, _watch(defended, defended.zero_delta), c1)
@@ -107,8 +107,8 @@ class Monitor:
         """Logits and clamped features with `delta` added."""
         return _watch(self.defended, delta)
 
-    def select(self, rows: Int[Tensor, "rows"]) -> Monitor:
-        """The same for the examples `rows`."""
+    def select(self, rows: Rows) -> Monitor:
+        """The values of the examples `rows` alone."""
         return Monitor(self.defended.select(rows), self.reference.select(rows), self.c1)
 
     @cached_property
@@ -119,7 +119,7 @@ class Monitor:
 
     @cached_property
     def watched(self) -> Bool[Tensor, "row"]:
-        """Which rows are not held by C1."""
+        """Which rows C1 does not keep."""
         first = self.defended.defense.sites[0].index
         free = [torch.full((len(c),), clamp.site.index != first or not self.c1) for clamp, c in self._parts]
         return torch.cat([self._by_row(one) for one in free]).to(self.reference.pre.device)
@@ -132,7 +132,7 @@ class Monitor:
 
     @cached_property
     def threshold(self) -> Float[Tensor, "row"]:
-        """Of each row; NaN where features compete."""
+        """The threshold of each row; NaN where features compete."""
         return torch.cat([self._by_row(clamp.threshold) for clamp, _ in self._parts]).to(self.reference.pre)
 
     def drift(self, watched: Watched) -> PerExample:
@@ -148,14 +148,14 @@ class Monitor:
         """Which inactive ones are nearer to their threshold than this share of their gap, or above it."""
         return ~self.active & (watched.pre > self.threshold - share * self._gap)
 
-    def held(self, watched: Watched) -> Bool[Tensor, "batch row"]:
+    def kept(self, watched: Watched) -> Bool[Tensor, "batch row"]:
         """Which rows a restoration brings back: the active ones, and what has come too near to its threshold."""
         return self.active | self.near(watched, NEAR)
 
     def moved(self, watched: Watched) -> OfRows:
-        """How far each held row is from where it should be, in units of length; 0 for the others."""
+        """How far each kept row is from where it should be, in units of length; 0 for the others."""
         goal = torch.where(self.active, self.reference.pre, self.threshold - BACK * self._gap)
-        return torch.where(self.held(watched), (watched.pre - goal) / self.units, 0.0)
+        return torch.where(self.kept(watched), (watched.pre - goal) / self.units, 0.0)
 
     @property
     def _gap(self) -> OfRows:
@@ -199,12 +199,12 @@ def _watch(defended: Defended, delta: Delta) -> Watched:
 
 @dataclass(frozen=True, eq=False)
 class Jacobian:
-    """The held rows of `Phi` at one delta, restricted to C1: known by what it makes of vectors.
+    """The kept rows of `Phi` at one delta, restricted to C1: known by what it makes of vectors.
 
     Attributes:
         leaf: the delta.
         pre: `Phi` there, with the graph that leads to it.
-        weight: what each row counts: 0 where it is not held.
+        weight: what each row counts: 0 where it is not kept.
         first: C1.
     """
 
@@ -214,14 +214,14 @@ class Jacobian:
     first: EncoderOrthogonal
 
     @classmethod
-    def at(cls, monitor: Monitor, leaf: Delta, watched: Watched, held: Bool[Tensor, "batch row"]) -> Jacobian:
-        """Of those of the rows `held` that C1 does not hold, at `leaf`, where `watched` was seen (with gradients)."""
-        weight = torch.where(held & monitor.watched, 1 / monitor.units, 0.0)
+    def at(cls, monitor: Monitor, leaf: Delta, watched: Watched, kept: Bool[Tensor, "batch row"]) -> Jacobian:
+        """At `leaf`, where `watched` was seen (with gradients), for those of the rows `kept` that C1 does not keep."""
+        weight = torch.where(kept & monitor.watched, 1 / monitor.units, 0.0)
         return cls(leaf, watched.pre, weight, monitor.first)
 
     @property
     def rows(self) -> Int[Tensor, "row"]:
-        """Those that are held in some example."""
+        """Rows that are kept in some example."""
         return self.weight.any(dim=0).nonzero().flatten()
 
     def pull(self, w: OfRows) -> Delta:
@@ -261,15 +261,15 @@ class RowSpace(Protocol):
     """The space that a delta must keep out of, and the way back."""
 
     def project(self, v: Residual) -> Residual:
-        """`P v`: the nearest delta within C1 that moves no held row, to first order."""
+        """`P v`: the nearest delta within C1 that moves no kept row, to first order."""
 
     def solve(self, r: Tensor) -> Residual:
-        """`J^+ r`: the shortest delta within C1 that moves the held rows by `r [batch row]`."""
+        """`J^+ r`: the shortest delta within C1 that moves the kept rows by `r [batch row]`."""
 
 
 @dataclass(frozen=True, eq=False)
 class DenseRows:
-    """By the singular values of a stored Jacobian.
+    """The row space by the singular values of a stored Jacobian.
 
     Attributes:
         jacobian: where it is from.
@@ -306,7 +306,7 @@ class DenseRows:
 
 @dataclass(frozen=True, eq=False)
 class IteratedRows:
-    """By conjugate gradients. Where they are cut short, drift tells: a search believes what it measures."""
+    """The row space by conjugate gradients; where they are cut short, the measured drift shows it."""
 
     jacobian: Jacobian
     tolerance: float
@@ -329,7 +329,7 @@ class IteratedRows:
 
 
 def jacobian_row_space(jacobian: Jacobian, *, dense: bool | None = None, tolerance: float = TOLERANCE) -> RowSpace:
-    """The row space of a Jacobian.
+    """The row space of a Jacobian, stored where it is small and iterated where it is large.
 
     Args:
         jacobian: at one delta.

@@ -25,18 +25,18 @@ import torch
 from einops import einsum, rearrange
 
 from recover.defenses.clamps import Clamp
-from recover.defenses.defended import Defended, Delta
+from recover.defenses.defended import Defended
 from recover.models.host import Change
-from recover.numerics.metrics import norm
+from recover.numerics.metrics import by_example, norm
 from recover.numerics.subspaces import NullSpace
 from recover.search.constraints.linear import EncoderOrthogonal
 from recover.tasks.behaviors import Behavior
-from recover.types import Float, InputError, Int, PerExample, Residual, Site, Tensor, widened
+from recover.types import Delta, Float, InputError, PerExample, Residual, Rows, Site, Tensor, widened
 
 __all__ = ["FreeParts", "Pin", "Pinned"]
 
 HALVINGS = 30
-"""Of the share by which a delta is shortened until it is within the budget."""
+"""Bisections of the share by which a delta is shortened until it is within the budget."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,8 +76,8 @@ class Pin:
         missing = (self.reference - _read(self.clamps, state)).double()
         return einsum(missing, self.answer, "batch pos k, k d_model -> batch pos d_model").to(state.dtype)
 
-    def select(self, rows: Int[Tensor, "rows"]) -> Pin:
-        """The same for the examples `rows`."""
+    def select(self, rows: Rows) -> Pin:
+        """The pin of the examples `rows` alone."""
         return Pin(self.clamps, self.reference[rows])
 
 
@@ -93,7 +93,7 @@ class FreeParts:
         free = [space.project(part) for space, part in zip(self.sites, parts, strict=True)]
         return rearrange(torch.stack(free), "site batch pos d_model -> batch (site pos) d_model")
 
-    def select(self, rows: Int[Tensor, "rows"]) -> FreeParts:
+    def select(self, rows: Rows) -> FreeParts:
         return self
 
 
@@ -114,7 +114,7 @@ class Pinned:
         defense = defended.defense
         if defended.delta_sites != defense.sites:
             raise InputError(
-                "pinned search: a delta must enter at every clamped site; use defend(..., every_site=True)"
+                'pinned search: a delta must enter at every clamped site; use defend(..., surface=Surface("every"))'
             )
         states = defended.states()
         return cls(defended, {site: Pin.at(defense.at(site), widened(states[site])) for site in defense.sites})
@@ -152,10 +152,10 @@ class Pinned:
         return self.defended.zero_delta
 
     def asking(self, behavior: Behavior) -> Pinned:
-        """The same examples, asked for another behavior."""
+        """These examples with another behavior as the goal."""
         return Pinned(self.defended.asking(behavior), self.pins)
 
-    def select(self, rows: Int[Tensor, "rows"]) -> Pinned:
+    def select(self, rows: Rows) -> Pinned:
         return Pinned(self.defended.select(rows), {site: pin.select(rows) for site, pin in self.pins.items()})
 
     def run(self, free: Delta) -> tuple[Float[Tensor, "batch ..."], Delta]:
@@ -199,12 +199,12 @@ class Pinned:
             if bool(fits.all()):
                 break
             middle = (low + high) / 2
-            inside = norm(self.delta(rearrange(middle, "batch -> batch 1 1") * free)) <= budget
+            inside = norm(self.delta(by_example(middle) * free)) <= budget
             low, high = torch.where(inside, middle, low), torch.where(inside, high, middle)
             if bool(((high - low) <= 1e-4 * high)[~fits].all()):
                 break
         share = torch.where(fits, 1.0, low)
-        return rearrange(share, "batch -> batch 1 1") * free
+        return by_example(share) * free
 
 
 def _read(clamps: tuple[Clamp, ...], state: Delta) -> Float[Tensor, "batch pos k"]:

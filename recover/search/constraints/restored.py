@@ -1,11 +1,11 @@
-"""Jacobian search: a delta at the first of several clamped sites, under which the features of all of them stay.
+"""Restored search: a delta at the first of several clamped sites, under which the features of all of them stay.
 
 Later sites see what the blocks between make of a delta. To first order they stay if it keeps out of the row space of a
 Jacobian (`recover.search.constraints.monitor`); what curvature adds is taken back by Gauss-Newton. The climb is that of
-`recover.search.held`; of it this module says, for every example of a batch at once,
+`recover.search.restoring`; of it this module says, for every example of a batch at once,
 
 1. *Which way*: the gradient of the score, projected with the Jacobian at the delta that is reached and not at zero.
-   Inactive features near their threshold count as held if the direction would take them on toward it.
+   Inactive features near their threshold are kept as well if the direction would take them on toward it.
 2. *Restore*: `delta <- delta - J^+ (Phi(delta) - Phi_ref)` within C1 of the first site, a few times, until the relative
    drift is within the tolerance. A step that makes drift worse is halved.
 3. *Clip* to the budget, and restore again, as clipping moves the features too.
@@ -18,13 +18,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from recover.defenses.defended import Defended, Delta
-from recover.numerics.metrics import norm
-from recover.search.ascent import ROUNDING, Schedule, better, clip, find_perturbation
+from recover.defenses.defended import Defended
+from recover.numerics.metrics import by_example, norm
+from recover.search.ascent import Point, Schedule, better, clip, find_perturbation, without_rounding
 from recover.search.constraints.admissible import admissible
 from recover.search.constraints.monitor import Jacobian, Monitor, Watched, jacobian_row_space
-from recover.search.held import Point, RestoredSolution, each, search_held
-from recover.types import Bool, Int, PerExample, Tensor
+from recover.search.restoring import RestoredSolution, search_restoring
+from recover.types import Bool, Delta, PerExample, Rows, Tensor
 
 __all__ = ["DRIFT", "Restored", "find_linearized", "find_restored", "restore"]
 
@@ -33,16 +33,16 @@ DRIFT = 1e-3
 CORRECTIONS = 8
 """Gauss-Newton steps of one restoration at most."""
 ROUNDS = 3
-"""Of restoring and clipping."""
+"""Rounds of restoring and clipping."""
 LOOSE_DRIFT, LINEAR_ROUNDS, CLEAR = 1e-2, 3, 1.0
-"""Of a search with one Jacobian: relative drift that is allowed, rounds, and the slack that is left for restoring."""
+"""In a search with one Jacobian: relative drift that is allowed, rounds, and the slack that is left for restoring."""
 TURNS = 4
-"""Rounds of holding what a direction would wake."""
+"""Rounds of keeping what a direction would wake."""
 
 
 @dataclass(frozen=True, eq=False)
 class Restored:
-    """The nearest found with the clamped features back in place.
+    """The nearest delta found with the clamped features back in place.
 
     Attributes:
         drift: relative, of `delta`.
@@ -80,17 +80,17 @@ def restore(
         if taken == 0:
             # Where it starts is all there is, however far off.
             drift = torch.where(seen.isfinite(), seen, torch.inf)
-        here, drift = torch.where(each(nearer), trial, here), torch.where(nearer, seen, drift)
+        here, drift = torch.where(by_example(nearer), trial, here), torch.where(nearer, seen, drift)
         going = drift > tolerance
         if taken == steps or not bool(going.any()):
             return Restored(here, drift, drift <= tolerance, taken)
         taken += 1
-        back = jacobian_row_space(Jacobian.at(monitor, leaf, watched, monitor.held(watched)), dense=dense).solve(
+        back = jacobian_row_space(Jacobian.at(monitor, leaf, watched, monitor.kept(watched)), dense=dense).solve(
             monitor.moved(watched.detached())
         )
-        move = torch.where(each(nearer), back.to(here.dtype), move)
+        move = torch.where(by_example(nearer), back.to(here.dtype), move)
         share = torch.where(nearer, 1.0, share / 2)
-        trial = torch.where(each(going), here - each(share) * move, here)
+        trial = torch.where(by_example(going), here - by_example(share) * move, here)
 
 
 def find_restored(
@@ -111,7 +111,7 @@ def find_restored(
         schedule: how hard to search.
         on_step: called with (steps done, examples still being searched) after every step.
         tolerance: largest relative drift of a result.
-        c1: whether the features of the first site are held exactly, all of them; otherwise the active ones are held to
+        c1: whether the features of the first site are kept exactly, all of them; otherwise the active ones are kept to
             the tolerance, as at later sites, and inactive ones may move below their threshold.
         dense: as in `row_space`.
 
@@ -123,7 +123,7 @@ def find_restored(
         InputError: the budget is not a positive number, or a delta enters elsewhere.
     """
     watching = _Watching(Monitor.of(defended, c1=c1), budget, tolerance, dense)
-    return search_held(watching, [defended.zero_delta], budget, tolerance, schedule or Schedule(), on_step)
+    return search_restoring(watching, [defended.zero_delta], budget, tolerance, schedule or Schedule(), on_step)
 
 
 def find_linearized(
@@ -135,24 +135,24 @@ def find_linearized(
     rounds: int = LINEAR_ROUNDS,
     dense: bool | None = None,
 ) -> RestoredSolution:
-    """The same at a fraction of the passes, for long answers: one Jacobian for a whole search, and then restoring.
+    """Search as `find_restored` does with one Jacobian for a whole search: a fraction of the passes, for long answers.
 
     1. Search within the space that is admissible to first order at no delta (`admissible`), for a margin of a logit.
     2. Restore what was found, to the tolerance and within the budget.
     3. What restoring undid is searched again from there; a few rounds.
 
-    Where the model curves much on the way it finds less than `recover_restored`, which looks at every step.
+    Where the model curves much on the way it finds less than `find_restored`, which looks at every step.
 
     Args:
-        defended: as in `recover_restored`.
-        budget: as in `recover_restored`.
+        defended: as in `find_restored`.
+        budget: as in `find_restored`.
         schedule: how hard each round searches.
         tolerance: largest relative drift of a result.
         rounds: of searching and restoring.
         dense: as in `row_space`.
 
     Returns:
-        As `recover_restored`.
+        For each example the delta with the largest slack met, as `find_restored`.
 
     Raises:
         InputError: the budget is not a positive number, or a delta enters elsewhere.
@@ -183,14 +183,14 @@ def find_linearized(
 
 @dataclass(frozen=True, eq=False)
 class _Watching:
-    """All features as a monitor watches them: `Held` for `search_held`."""
+    """The `Restoration` of all clamped features, as a monitor watches them."""
 
     monitor: Monitor
     budget: float
     tolerance: float
     dense: bool | None
 
-    def select(self, rows: Int[Tensor, "rows"]) -> _Watching:
+    def select(self, rows: Rows) -> _Watching:
         return _Watching(self.monitor.select(rows), self.budget, self.tolerance, self.dense)
 
     def look(self, delta: Delta) -> Point:
@@ -201,10 +201,8 @@ class _Watching:
         score = behavior.score(logits)
         (gradient,) = torch.autograd.grad(score.sum(), leaf, retain_graph=True)
         free = self._uphill(leaf, watched, gradient)
-        # What rounding leaves of a gradient that has no admissible part is no direction to go.
-        rounding = norm(free) <= ROUNDING * norm(gradient)
         slack, drift = behavior.slack(logits).detach(), monitor.drift(watched.detached())
-        return Point(score.detach(), slack, drift, free.masked_fill(each(rounding), 0.0))
+        return Point(score.detach(), slack, without_rounding(free, gradient), drift)
 
     def free(self, delta: Delta, along: Delta) -> Delta:
         leaf = delta.detach().requires_grad_(True)
@@ -213,16 +211,16 @@ class _Watching:
     def _uphill(self, leaf: Delta, watched: Watched, gradient: Delta) -> Delta:
         """The part of a direction that moves no active feature, and no inactive one on toward a near threshold."""
         monitor = self.monitor
-        held, near = monitor.active, monitor.near(watched)
+        kept, near = monitor.active, monitor.near(watched)
         for _ in range(TURNS):
-            free = jacobian_row_space(Jacobian.at(monitor, leaf, watched, held), dense=self.dense).project(gradient)
-            blocked = near & monitor.watched & ~held
+            free = jacobian_row_space(Jacobian.at(monitor, leaf, watched, kept), dense=self.dense).project(gradient)
+            blocked = near & monitor.watched & ~kept
             if not bool(blocked.any()):
                 break
             blocked = Jacobian.at(monitor, leaf, watched, blocked).push(free) > 0
             if not bool(blocked.any()):
                 break
-            held = held | blocked
+            kept = kept | blocked
         return free
 
     def within(self, delta: Delta) -> Delta:
@@ -233,5 +231,5 @@ class _Watching:
             if round_ == ROUNDS - 1 or not bool(long.any()):
                 break
             # Below the budget, as restoring may lengthen it again.
-            delta = torch.where(each(long), clip(delta, self.budget * (1 - 1e-3 * 4**round_)), delta)
+            delta = torch.where(by_example(long), clip(delta, self.budget * (1 - 1e-3 * 4**round_)), delta)
         return delta

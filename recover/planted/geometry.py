@@ -30,7 +30,18 @@ from recover.defenses.clamps import Clamp, Defense, Set
 from recover.numerics.subspaces import NullSpace
 from recover.planted.meaning import WithNone
 from recover.planted.network import Monotone, build_network
-from recover.planted.world import DEAD, SITE, THRESHOLD, Atoms, Draw, Planted, answers, distance, examples
+from recover.planted.world import (
+    DEAD,
+    SITE,
+    THRESHOLD,
+    Atoms,
+    Draw,
+    Planted,
+    Sizes,
+    distance,
+    draw_answers,
+    make_examples,
+)
 from recover.saes.activations import JumpReLU
 from recover.saes.sae import SAE
 from recover.tasks.behaviors import LogitDifference
@@ -39,21 +50,11 @@ from recover.types import Tensor
 VARIANTS = ("duplicate", "dependent", "zero", "all", "one", "full")
 
 
-def degenerate_geometry(
-    seed: int,
-    *,
-    d_model: int = 20,
-    n_answers: int = 4,
-    n_context: int = 5,
-    n_dead: int = 6,
-    n_prompts: int = 10,
-    length: int = 4,
-    vocab: int = 0,
-    depth: int = 1,
-    variant: str | None = None,
-) -> Planted:
+def degenerate_geometry(seed: int, *, n_dead: int = 6, variant: str | None = None, **sizes: int) -> Planted:
     """Kind 9; the variant goes by the seed. Needs `d_model >= 2 n_answers + n_context` and `n_dead >= 1`."""
     draw = Draw(seed)
+    size = Sizes.of(sizes, d_model=20, n_answers=4, n_context=5, n_prompts=10)
+    d_model, n_answers, n_context, n_prompts, _, _ = size.shape
     variant = variant or VARIANTS[seed % len(VARIANTS)]
     if variant == "one":
         n_answers = 1
@@ -86,7 +87,7 @@ def degenerate_geometry(
         gamma = draw.number(0.5, 2.0) * (draw.below(3) > 0)
         f: nn.Module = WithNone(0.0)
     else:
-        target, other = answers(draw, n_prompts, n_answers)
+        target, other = draw_answers(draw, n_prompts, n_answers)
         gamma = draw.number(0.5, 2.0)
         f = Monotone(Monotone.NAMES[draw.below(len(Monotone.NAMES))])
     rows = torch.arange(n_prompts)
@@ -107,9 +108,7 @@ def degenerate_geometry(
         atoms.W[:, :n_answers] + gamma * copies,
         f,
         n_out=max(n_answers, 2),
-        vocab=vocab,
-        length=length,
-        depth=depth,
+        size=size,
     )
     reachable = gamma > 0 and variant != "full"
     v = copies[:, target] - (copies[:, other] if n_answers > 1 else 0.0)
@@ -121,10 +120,9 @@ def degenerate_geometry(
         name="degenerate_geometry",
         model=model,
         defense=Defense((clamp,)),
-        examples=examples(prompts, LogitDifference(target, other)),
+        examples=make_examples(prompts, LogitDifference(target, other)),
         budget=(float(smallest.max()) if reachable else 10.0) * draw.number(1.3, 2.0),
         expected=("RECOVERABLE" if reachable else "NOT_RECOVERED_AT_BUDGET",),
-        specific=None,
         smallest_norm=smallest.float(),
         bypass="error" if reachable else None,
         admissible=NullSpace.of(span),

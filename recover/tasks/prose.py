@@ -1,0 +1,54 @@
+"""The text that recover ships, read from `recover/tasks/data`: facts, requests and neutral passages.
+
+All of it was written for this project.
+
+- `facts.json`: facts that a small model may know, by domain and relation. Each paraphrase of a relation ends right
+  before the answer, which follows after a space; `{}` stands for the subject. Of some 400 facts these are the ones that
+  SmolLM2-135M-Instruct answers correctly in all four paraphrases, above every other answer of their relation. No answer
+  occurs in the prompts of its own fact.
+- `ordinary.txt` and `unservable.txt`: benign requests to a chat model, one per line. None is text that the shipped SAEs
+  were trained on (`fixtures/phrases.py`). Each was kept by the greedy replies of SmolLM2-135M-Instruct: an ordinary
+  request where the reply neither opens with a refusal nor loops, in float32 (48 tokens) and in bfloat16 (40); an
+  unservable one where the float32 reply opens with a refusal. The ids of examples count lines from the start of a
+  file, so append new requests at its end.
+- `neutral.txt`: everyday passages of two or three sentences, one per line. Nobody in them has a name, so that behaviors
+  about names leave them alone.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from importlib import resources
+
+__all__ = ["NEUTRAL", "ORDINARY", "RELATIONS", "UNSERVABLE", "Relation"]
+
+
+@dataclass(frozen=True)
+class Relation:
+    """Facts that share a relation.
+
+    Attributes:
+        domain: the domain of knowledge, whose facts a defense may suppress together.
+        name: the name of the relation, part of an example's id.
+        ways: the paraphrases, with `{}` for the subject.
+        pairs: subjects and their answers.
+    """
+
+    domain: str
+    name: str
+    ways: tuple[str, ...]
+    pairs: tuple[tuple[str, str], ...]
+
+
+def _read(file: str) -> str:
+    return resources.files("recover.tasks").joinpath("data", file).read_text(encoding="utf-8")
+
+
+NEUTRAL, ORDINARY, UNSERVABLE = (
+    tuple(_read(f"{name}.txt").splitlines()) for name in ("neutral", "ordinary", "unservable")
+)
+RELATIONS = tuple(
+    Relation(row["domain"], row["name"], tuple(row["ways"]), tuple(row["pairs"].items()))
+    for row in json.loads(_read("facts.json"))
+)
