@@ -25,7 +25,7 @@ from recover.models.names import resolve_model
 from recover.planted import KINDS, MIXTURES
 from recover.planted.selftest import run_selftest, selftest_report, to_json
 from recover.protocol.workers import LostWorkerError, joined
-from recover.report import compare, load_run, rebuild_report, seeds_to_text, to_text, write_figures
+from recover.report import compare, read_run, rebuild_report, seeds_to_text, to_text, write_figures
 from recover.run.config import load_config
 from recover.run.progress import shown
 from recover.run.runner import run_check, run_seeds
@@ -203,7 +203,7 @@ def _check(options: argparse.Namespace) -> int:
 def _report(options: argparse.Namespace) -> int:
     _say(str(rebuild_report(options.dir)))
     if options.figures is not None:
-        write_figures(load_run(options.dir), options.figures)
+        write_figures(read_run(options.dir), options.figures)
         _say(str(options.figures))
     return 0
 

@@ -18,7 +18,7 @@ from recover.numerics.metrics import norm
 from recover.planted.layers import two_layers
 from recover.saes.sae import from_sae_lens
 from recover.search.ascent import Schedule, find_perturbation
-from recover.search.constraints.admissible import admissible
+from recover.search.constraints.first_order import admissible
 from recover.search.constraints.linear import EncoderOrthogonal
 from recover.search.constraints.monitor import Jacobian, Monitor, RowSpace, Watched, jacobian_row_space
 from recover.search.constraints.restored import find_linearized, find_restored, restore

@@ -17,7 +17,7 @@ from recover.planted import KINDS, MIXTURES, selftest
 from recover.planted.selftest import Outcome
 from recover.protocol import bench, phases, reading
 from recover.search import solvers
-from recover.search.constraints.admissible import admissible
+from recover.search.constraints.first_order import admissible
 from recover.search.constraints.linear import EncoderOrthogonal
 
 KNOWN = {

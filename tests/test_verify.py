@@ -14,8 +14,8 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 
+from recover import verify as laws_of
 from recover.checks import laws as laws_module
-from recover.checks import verification as laws_of
 from recover.checks.verification import Law, Support, fitting, stand_in, supported, verify
 from recover.cli import main
 from recover.evidence.transfer import Pool
@@ -76,7 +76,7 @@ def test_the_blocks_components_are_measured_and_not_only_named() -> None:
     found = {family: verify(Model(tiny_lm(family, scale=4.0)), sae(), left_padded(ROWS))[-1] for family in UNLIKE}
     assert "by the names that transformers gives them" in found["opt"].detail
     for family in UNLIKE - {"opt"}:
-        assert "from adding up to what a block adds" in found[family].detail
+        assert "sum of attention and MLP against what the block adds" in found[family].detail
 
 
 @pytest.mark.parametrize("offloaded", [(1, 3), (2,)])
@@ -204,7 +204,7 @@ def test_of_a_recurrent_model_it_says_what_cannot_be_run_and_why() -> None:
     assert set(holds.values()) == {True}
     can = {one.protocol: one for one in supported(model, found)}
     assert [name for name, one in can.items() if one.runs] == ["search", "transfer", "whole answers"]
-    assert "takes in the padding of shorter prompts: they run one at a time" in can["prompts in batches"].reason
+    assert "absorbs the padding of shorter prompts: they run one at a time" in can["prompts in batches"].reason
     assert "each step runs the whole prompt" in can["search with a cache"].reason
     assert "every token runs everything again" in can["whole answers"].reason
     assert "no attention and MLP" in can["heads and MLPs"].reason
@@ -264,7 +264,7 @@ def test_the_command_without_an_sae_draws_one_and_says_so(tmp_path: Path, capsys
     assert out[1] == "a random SAE (no --sae given) at blocks.2.hook_resid_pre"
     assert [line.split()[1] for line in out[3:15]] == ["holds"] * 12
     assert out[16:18] == [
-        "What can be run with this model",
+        "Protocols this model supports",
         "search               yes  for perturbations that no clamped feature sees",
     ]
     assert main(["verify", "--model", folder, "--device", "cpu", "--site", "blocks.3.hook_resid_post"]) == 0
@@ -281,7 +281,7 @@ def test_the_command_tells_of_a_recurrent_model_and_refuses_an_encoder_with_a_de
     config = transformers.T5Config(vocab_size=61, d_model=D_MODEL, d_kv=4, d_ff=16, num_layers=2, num_heads=2)
     t5 = saved(transformers.T5ForConditionalGeneration(config), tmp_path / "t5")
     assert main(["verify", "--model", saved(mamba(), tmp_path / "mamba"), "--device", "cpu"]) == 0
-    assert "prompts in batches   no   its recurrent state takes in the padding" in capsys.readouterr().out
+    assert "prompts in batches   no   the recurrent state absorbs the padding" in capsys.readouterr().out
     assert main(["verify", "--model", t5, "--device", "cpu"]) == 2
     said = capsys.readouterr()
     assert said.out == ""

@@ -1,4 +1,4 @@
-"""What the laws of `recover verify` are measured on: a model, an SAE at a site, and a few prompts, clamped and not."""
+"""The setup of `recover verify`: a model, an SAE at a site, and prompts with and without a clamp."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from recover.types import Float, InputError, Site, Tensor, TokenIds, widened
 __all__ = ["SIZE", "Law", "LawBench", "apart", "read", "worst"]
 
 RELATIVE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-"""What may differ, as a share of what is compared: rounding, summed over blocks."""
+"""The largest relative error that counts as rounding, by dtype."""
 CLAMPED, VALUE = 8, -1.0
 SIZE = 0.1
 """Norm of the perturbations, as a share of the residual's."""
@@ -28,7 +28,7 @@ SIZE = 0.1
 
 @dataclass(frozen=True)
 class Law:
-    """One law on one model and SAE; `holds` is None where it does not apply."""
+    """The result of one law for a model and an SAE; `holds` is None where the law does not apply."""
 
     name: str
     holds: bool | None
@@ -37,10 +37,10 @@ class Law:
 
 @dataclass(frozen=True, eq=False)
 class LawBench:
-    """What the laws are measured on.
+    """A model, an SAE and prompts on which laws are measured.
 
-    `prompts` are those that run at once: all that were given, or the first of them where a recurrent state would take
-    in the padding of the others.
+    `prompts` is the batch that runs at once: every given prompt, or only the first for a recurrent model, whose state
+    would absorb the padding of the others.
     """
 
     model: Model
@@ -56,10 +56,10 @@ class LawBench:
 
     @classmethod
     def of(cls, model: Model, sae: SAE, site: Site, prompts: Prompts) -> LawBench:
-        """Run the prompts, with eight of the SAE's most active features clamped and without.
+        """Run the prompts with and without a clamp of the SAE's eight most active features.
 
         Raises:
-            InputError: the SAE is of another width, or the model cannot be run on the prompts, or from a site on.
+            InputError: the SAE has another width, or the model cannot run the prompts, whole or from the site on.
         """
         together = prompts.select(torch.tensor([0])) if model.recurrent else prompts
         run = read(model, together, site)
@@ -75,39 +75,39 @@ class LawBench:
         )  # fmt: skip
 
     def plain(self, ids: TokenIds) -> Float[Tensor, "pos vocab"]:
-        """Logits of one prompt `[1 pos]` by the module alone."""
+        """Logits of one prompt `[1 pos]` from a plain forward pass of the module."""
         with torch.no_grad():
             output = self.model.module(input_ids=ids)
         logits: Tensor = output if isinstance(output, Tensor) else output.logits
         return logits[0].to(self.model.device)
 
     def row(self, index: int) -> TokenIds:
-        """The tokens `[1 pos]` of one prompt, without padding."""
+        """Token ids `[1 pos]` of one prompt, without padding."""
         return self.prompts.select(torch.tensor([index])).ids
 
     def delta(self, seed: int = 0) -> Float[Tensor, "batch pos d_model"]:
-        """Random admissible perturbations."""
+        """Draw random admissible perturbations, `SIZE` times the norm of the residual."""
         drawn = torch.randn(self.defended.zero_delta.shape, generator=torch.Generator().manual_seed(seed))
         space = EncoderOrthogonal.of(*self.defense.clamps)
         return scale_to(space.project(drawn.to(self.model.device)), SIZE * norm(widened(self.defended.residual)))
 
     def perturbed(self, defended: Defended, delta: Tensor) -> Tensor:
-        """The whole defended state, with `delta` at its last positions."""
+        """Add `delta` to the last positions of the defended state."""
         state = defended.suffix.state.clone()
         state[:, -defended.suffix.n_pos :] += delta.to(state)
         return state
 
-    def law(self, name: str, apart: float, what: str, tolerance: float | None = None) -> Law:
-        """A law that holds where `apart` is within the tolerance; `what` is put into words."""
+    def law(self, name: str, error: float, subject: str, tolerance: float | None = None) -> Law:
+        """Judge a law: it holds if the relative error of `subject` is at most the tolerance."""
         bound = self.tolerance if tolerance is None else tolerance
-        return Law(name, apart <= bound, f"{what} by at most {apart:.1e} of its size; {bound:.0e} allowed")
+        return Law(name, error <= bound, f"{subject}: max relative error {error:.1e} (tolerance {bound:.0e})")
 
 
 def read(model: Model, prompts: Prompts, site: Site) -> Run:
-    """A pass over whole prompts that reads a site.
+    """Run whole prompts and read the residual at a site.
 
     Raises:
-        InputError: the module has no such positions or tokens.
+        InputError: the prompts exceed the module's context or vocabulary.
     """
     try:
         with torch.no_grad():
@@ -133,11 +133,11 @@ def _check_width(residual: Tensor, sae: SAE, model: Model) -> None:
 
 
 def apart(one: Tensor, other: Tensor) -> float:
-    """The largest difference, as a share of the largest value."""
+    """The largest absolute difference, relative to the largest absolute value of `other`."""
     size = max(float(other.abs().max()), torch.finfo(torch.float32).tiny)
     return float((one.double() - other.to(one.device).double()).abs().max()) / size
 
 
 def worst(values: Sequence[Tensor]) -> float:
-    """The largest; what is not a number counts as the worst."""
+    """The largest value; NaN counts as the largest."""
     return float(torch.stack([value.double().max() for value in values]).max())

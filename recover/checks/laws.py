@@ -1,7 +1,7 @@
 """The laws of `recover verify`, each measured on one bench (`recover.checks.law_bench`).
 
-A law says how far two ways of getting the same thing are apart, as a share of its size, and how far they may be. The
-plain way is a forward pass of the module itself over one prompt, with no engine, no cache, no padding and no mask.
+A law compares two computations of one quantity and reports their largest relative error beside its tolerance. The
+reference is a plain forward pass of the module over one prompt, without engine, cache, padding or mask.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from recover.types import InputError, Site, Tensor, widened
 __all__ = ["LAWS"]
 
 SLOPE = 0.05
-"""What a slope may differ from a difference by: curvature and rounding."""
+"""Tolerance for the gradient against finite differences, which curvature and rounding disturb."""
 TOKENS, FIT_STEPS = 8, 2
 ADDED: tuple[Kind, ...] = ("attention", "mlp")
 
 
 def _blocks(bench: LawBench) -> Law:
-    """Against a hook of PyTorch on the module itself."""
+    """Compare the residual that the engine reads with one that a PyTorch hook on the module sees."""
     seen: list[Any] = []
     block = bench.model.module.get_submodule(
         f"{bench.model.blocks_path}.{min(bench.site.index, bench.model.n_layers - 1)}"
@@ -54,21 +54,21 @@ def _blocks(bench: LawBench) -> Law:
     return bench.law(
         "blocks",
         apart(bench.residual[:1][:, -ids.shape[1] :], seen[0]),
-        "a PyTorch hook reads the same residual, apart",
+        "residual against a PyTorch hook",
     )
 
 
 def _batching(bench: LawBench) -> Law:
     if bench.model.recurrent:
         return Law(
-            "batching", None, "a recurrent state takes in the padding of shorter prompts: they run one at a time"
+            "batching", None, "the recurrent state absorbs the padding of shorter prompts, so prompts run one at a time"
         )
     alone = torch.stack([bench.plain(bench.row(row))[-1] for row in range(len(bench.prompts))])
-    return bench.law("batching", apart(bench.logits, alone), "among longer ones and by a plain pass logits differ")
+    return bench.law("batching", apart(bench.logits, alone), "logits in a padded batch against a plain pass")
 
 
 def _causal(bench: LawBench) -> Law:
-    """Against the move of the perturbed position itself: attention is often weak, and what leaks is small."""
+    """Compare the change at earlier positions with that of the perturbed one: attention is weak, so leaks are small."""
     last, n_pos = Site(bench.model.n_layers - 1, "post"), bench.defended.suffix.n_pos
     states = (bench.defended.suffix.state, bench.perturbed(bench.defended, bench.delta()))
     with torch.no_grad():
@@ -79,13 +79,13 @@ def _causal(bench: LawBench) -> Law:
     leaked = float(moved[:, :-n_pos].abs().max() / moved[:, -n_pos:].abs().max())
     # What does not see the later position is computed alike: no rounding of whole models is allowed for.
     allowed = min(bench.tolerance, 100 * torch.finfo(bench.model.dtype).eps)
-    return bench.law("causal", leaked, "earlier positions move with a later one", allowed)
+    return bench.law("causal", leaked, "change at earlier positions when a later one is perturbed", allowed)
 
 
 def _start(bench: LawBench) -> Law:
     with torch.no_grad():
         again = bench.model.run(bench.prompts, start=(bench.site, bench.residual)).logits
-    return bench.law("start", apart(again, bench.logits), "logits differ")
+    return bench.law("start", apart(again, bench.logits), "logits of a run from the site against a whole run")
 
 
 def _decomposition(bench: LawBench) -> Law:
@@ -93,8 +93,9 @@ def _decomposition(bench: LawBench) -> Law:
     parts = decompose(bench.sae, x)
     later = bench.prompts.positions[bench.prompts.mask] > 0  # first tokens are attention sinks that no SAE describes
     error = float(parts.error[later].norm() / x[later].norm())
-    law = bench.law("decomposition", apart(parts.reconstruction + parts.error, x), "the sum is off", 1e-5)
-    return Law(law.name, law.holds, f"{law.detail}; the error is {error:.0%} of the residual's norm")
+    rounding = apart(parts.reconstruction + parts.error, x)
+    law = bench.law("decomposition", rounding, "reconstruction plus error against the residual", 1e-5)
+    return Law(law.name, law.holds, f"{law.detail}; the SAE's error has {error:.0%} of the residual's norm")
 
 
 def _clamp(bench: LawBench) -> Law:
@@ -105,7 +106,7 @@ def _clamp(bench: LawBench) -> Law:
     outside = moved - moved @ basis @ basis.mT
     untouched = moved.masked_select(~bench.prompts.mask[..., None]).abs().sum()
     outlying = float(outside.abs().max() / moved.abs().max().clamp(min=1e-30)) + float(untouched)
-    return bench.law("clamp", outlying, "what is moved lies outside", 1e-5)
+    return bench.law("clamp", outlying, "displacement outside the span of the decoder rows", 1e-5)
 
 
 def _suffix(bench: LawBench) -> Law:
@@ -113,8 +114,8 @@ def _suffix(bench: LawBench) -> Law:
     with torch.no_grad():
         alone = defended.logits(delta)
         whole = bench.model.run(bench.prompts, start=(bench.site, bench.perturbed(defended, delta))).logits
-    note = " (the whole prompt is run again at each step)" if defended.suffix.past is None else ""
-    law = bench.law("suffix", apart(alone, whole), "logits differ")
+    note = "; every step runs the whole prompt" if defended.suffix.past is None else ""
+    law = bench.law("suffix", apart(alone, whole), "logits of the suffix against a whole run")
     return Law(law.name, law.holds, law.detail + note)
 
 
@@ -123,12 +124,12 @@ def _blindness(bench: LawBench) -> Law:
     state, delta = widened(bench.defended.residual), bench.delta()
     moved = (clamp.pre_activations(state + delta) - clamp.pre_activations(state)).abs().max()
     size = clamp.encoder.norm(dim=0).max() * norm(delta).max()
-    return bench.law("blindness", float(moved / size), "pre-activations move", 1e-4)
+    return bench.law("blindness", float(moved / size), "clamped pre-activations under an admissible perturbation", 1e-4)
 
 
 def _gradient(bench: LawBench) -> Law:
     if bench.model.dtype not in (torch.float32, torch.float64):
-        return Law("gradient", None, f"differences say nothing in {bench.model.dtype}; verify in float32")
+        return Law("gradient", None, f"finite differences are too coarse in {bench.model.dtype}; verify in float32")
     direction = bench.delta(1)
     leaf = bench.defended.zero_delta.requires_grad_(True)
     (gradient,) = torch.autograd.grad(bench.defended(leaf)[0].sum(), leaf)
@@ -140,11 +141,11 @@ def _gradient(bench: LawBench) -> Law:
             ahead, behind = (bench.defended(sign * step * direction)[0] for sign in (1, -1))
             by_step.append(((ahead - behind) / (2 * step) - slope).abs())
         off = float((torch.stack(by_step).amin(dim=0) / slope.abs().max().clamp(min=1e-30)).max())
-    return bench.law("gradient", off, "slopes and differences differ", SLOPE)
+    return bench.law("gradient", off, "gradient against finite differences", SLOPE)
 
 
 def _shared(bench: LawBench) -> Law:
-    """Read in a pool of all prompts, and in a whole run of each."""
+    """Compare a shared perturbation's slack in a pool of all prompts with whole runs of each prompt."""
     (clamp,) = bench.defense.clamps
     parts = _parts(bench)
     pool = Pool(parts)
@@ -157,11 +158,12 @@ def _shared(bench: LawBench) -> Law:
         single.append(part.behavior.slack(run.logits.float()))
         size.append(run.logits.abs().max())
     differ = worst([(pooled - torch.cat(single)).abs()]) / worst(size)
-    return bench.law("shared", differ, f"fitted to {len(bench.given)} prompts, pooled and in whole runs slacks differ")
+    subject = f"slack of a perturbation shared by {len(bench.given)} prompts, pooled against whole runs"
+    return bench.law("shared", differ, subject)
 
 
 def _parts(bench: LawBench) -> tuple[Defended, ...]:
-    """All prompts that were given under the defense, in as few batches as the model allows."""
+    """Defend every given prompt, in as few batches as the model allows."""
     if not bench.model.recurrent:
         return (bench.defended,)
     rows = [bench.given.select(torch.tensor([row])) for row in range(len(bench.given))]
@@ -176,7 +178,7 @@ def _parts(bench: LawBench) -> tuple[Defended, ...]:
 def _generation(bench: LawBench) -> Law:
     model = bench.model
     if not model.is_language_model:
-        return Law("generation", None, "no language model of transformers, so that nothing is generated")
+        return Law("generation", None, "the module is not a transformers language model, so nothing is generated")
     answers, short = generate(model, bench.prompts, TOKENS), []
     for row, answer in enumerate(answers):
         ids = torch.cat([bench.row(row)[0], answer[:-1]])
@@ -184,7 +186,7 @@ def _generation(bench: LawBench) -> Law:
         chosen = logits.gather(-1, answer[:, None])[:, 0]
         short.append((logits.amax(dim=-1) - chosen) / logits.abs().amax(dim=-1))
     note = "; without a cache" if model.recurrent else ""
-    law = bench.law("generation", worst(short), f"{TOKENS} tokens are the likeliest of plain passes, short")
+    law = bench.law("generation", worst(short), f"logits of {TOKENS} greedy tokens against the maxima of plain passes")
     return Law(law.name, law.holds, law.detail + note)
 
 
@@ -209,10 +211,9 @@ def _components(bench: LawBench) -> Law:
         # Of the residual's size where a block does little: its sum is rounded to that.
         differences.append((moved - added).abs().max() / found[above][mask].abs().max())
     differ = worst(differences)
-    if differ <= bench.tolerance:
-        return bench.law("components", differ, "what attention and the MLP give and what a block adds differ")
-    why = "it scales them, changes them in place, or adds the residual within"
-    return Law("components", None, f"attention and MLP are {differ:.1e} from adding up to what a block adds: {why}")
+    law = bench.law("components", differ, "sum of attention and MLP against what the block adds")
+    why = "; the block scales them, changes them in place, or adds the residual within"
+    return law if law.holds else Law(law.name, None, law.detail + why)
 
 
 LAWS: dict[str, Callable[[LawBench], Law]] = {
@@ -229,4 +230,4 @@ LAWS: dict[str, Callable[[LawBench], Law]] = {
     "generation": _generation,
     "components": _components,
 }
-"""In the order in which they are told."""
+"""Each law by name, in the order of the output."""

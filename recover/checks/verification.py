@@ -1,28 +1,27 @@
-"""The laws that everything here rests on, held to *your* model and *your* SAE: `recover verify`.
+"""Verify that a user's model and SAE keep the laws that every check relies on: `recover verify`.
 
-The property tests hold the code to its laws on small random models. What they cannot know is your model: a block that
-keeps a state, a tokenizer that pads in its own way, an SAE whose encoder is not what it says. Each law below is
-measured once on a few prompts, against a plain forward pass of the module or against arithmetic, with its figure
-(`recover.checks.laws`):
+The property tests hold the code to its laws on small random models. They cannot know your model: a block that keeps
+state, a tokenizer that pads in its own way, an SAE whose encoder is not what it claims. Each law below is measured once
+on a few prompts, against a plain forward pass of the module or against arithmetic (`recover.checks.laws`):
 
 ================  =====================================================================================================
 `blocks`          the residual that goes into the blocks comes out of a forward pass that reads it, unchanged
-`batching`        a prompt among longer ones, padded, gives the logits that a plain pass over it alone gives
+`batching`        a prompt in a padded batch gives the logits of a plain pass over it alone
 `causal`          no position sees a later one
-`start`           a run that starts at the site, with the residual there, gives the logits of a whole one
+`start`           a run from the site, given the residual there, gives the logits of a whole run
 `decomposition`   reconstruction and error add up to the residual
 `clamp`           a clamp moves the residual within the span of its features' decoder rows, and padding not at all
-`suffix`          the perturbed positions alone give the logits of a whole run with that perturbation
-`blindness`       clamped pre-activations do not see an admissible perturbation
-`gradient`        slopes of the score along a random admissible direction are differences of the score
-`shared`          a perturbation fitted to all prompts in a pool does to each what it does in a whole run of it
-`generation`      each token of a greedy answer is the likeliest of a plain pass over all before it
-`components`      what attention and the MLP give adds up to what a block adds
+`suffix`          running the perturbed positions alone gives the logits of a whole run with the perturbation
+`blindness`       an admissible perturbation leaves the clamped pre-activations unchanged
+`gradient`        the gradient along a random admissible direction equals finite differences of the score
+`shared`          a perturbation fitted to a pool of prompts has the same effect in a whole run of each
+`generation`      each token of a greedy answer is the most likely one in a plain pass over all earlier tokens
+`components`      the outputs of attention and MLP add up to what the block adds
 ================  =====================================================================================================
 
-A law that does not apply (`generation` of what is no language model) is told with its reason; and what of the protocols
-can be run with this model follows from the laws (`supported`). Where there is no SAE of a model, one that is drawn at
-random serves (`stand_in`): no law asks that its features mean anything.
+A law that does not apply (`generation`, for a module that is no language model) is reported with the reason. Which
+protocols can run with the model follows from the laws (`supported`). Without an SAE for the model, a random one serves
+(`stand_in`): no law requires that its features mean anything.
 """
 
 from __future__ import annotations
@@ -44,14 +43,14 @@ from recover.types import InputError, Site, widened
 __all__ = ["Law", "Support", "fitting", "stand_in", "supported", "told", "verify"]
 
 WIDER, FIRING = 4, 0.05
-"""A stand-in's features for each dimension of the residual, and the share of tokens on which each of them is active."""
+"""For a random SAE: features per dimension of the residual, and the share of tokens on which each is active."""
 SEARCH = ("blocks", "causal", "start", "decomposition", "clamp", "suffix", "blindness", "gradient")
-"""The laws that any search rests on."""
+"""The laws that any search relies on."""
 
 
 @dataclass(frozen=True)
 class Support:
-    """Whether a protocol can be run with a model, and why."""
+    """Whether a protocol can run with a model, and the reason."""
 
     protocol: str
     runs: bool
@@ -59,17 +58,27 @@ class Support:
 
 
 def verify(model: Model, sae: SAE, prompts: Prompts, site: Site | None = None) -> list[Law]:
-    """Hold the laws to a model and an SAE.
+    """Measure every law on a model and an SAE.
 
     Args:
-        model: of the user's.
-        sae: used at `site`, by default its own.
-        prompts: a few, of unequal length; each at least two tokens long.
-        site: where the SAE reads.
+        model: the user's model.
+        sae: the user's SAE, or one from `stand_in`.
+        prompts: a few prompts of unequal length, each at least two tokens long.
+        site: where the SAE reads the residual stream; by default the SAE's own site.
+
+    Returns:
+        One `Law` for each entry of `LAWS`, in that order.
 
     Raises:
-        InputError: no site is known, the model has no such block or cannot be run from it on, or the SAE is of another
+        InputError: no site is known, the model has no such block or cannot run from it on, or the SAE has another
             width.
+
+    >>> from recover.models.names import load_model
+    >>> from recover.saes.names import load_sae
+    >>> toy = load_model("toy-choice", "cpu")
+    >>> prompts = toy.tokenize(["What does Anna like? A", "Anna"])
+    >>> verify(toy, load_sae("toy-choice-l1"), prompts)[0].holds
+    True
     """
     place = site or sae.site
     if place is None:
@@ -87,13 +96,13 @@ def verify(model: Model, sae: SAE, prompts: Prompts, site: Site | None = None) -
 
 
 def stand_in(model: Model, prompts: Prompts, site: Site, seed: int = 0) -> SAE:
-    """An SAE drawn at random: unit directions, each active on the twentieth of these tokens that is farthest along it.
+    """Draw a random SAE with unit decoder rows, each active on the 5 % of tokens farthest along it.
 
     Args:
-        model: whose residual it reads.
-        prompts: a few; the first token of each is left out.
-        site: where.
-        seed: of the directions.
+        model: the model whose residual it reads.
+        prompts: a few prompts; the first token of each is left out.
+        site: where it reads the residual stream.
+        seed: seed of the directions.
 
     Raises:
         InputError: the model has no such block, or fails on the prompts.
@@ -111,13 +120,13 @@ def stand_in(model: Model, prompts: Prompts, site: Site, seed: int = 0) -> SAE:
 
 
 def fitting(model: Model, sae: SAE, prompts: Prompts, site: Site) -> list[Support]:
-    """Whether the SAE describes this model at this site, as a check asks of it; one that does not may keep all laws.
+    """Test whether an SAE describes the model's residuals well enough for a check, which no law requires.
 
     Args:
-        model: of the user's.
-        sae: not one that was drawn at random.
-        prompts: some dozens, of any length.
-        site: where it is used.
+        model: the user's model.
+        sae: the user's SAE.
+        prompts: some dozens of prompts, of any length.
+        site: where the SAE reads the residual stream.
 
     Raises:
         InputError: the model fails on the longest of the prompts.
@@ -129,7 +138,7 @@ def fitting(model: Model, sae: SAE, prompts: Prompts, site: Site) -> list[Suppor
 
 
 def supported(model: Model, laws: list[Law]) -> list[Support]:
-    """What of the protocols can be run with this model, by its kind and by the laws that it keeps."""
+    """List the protocols and whether each can run with this model, given its kind and the laws that it keeps."""
     by_name = {law.name: law for law in laws}
 
     def of(protocol: str, needs: tuple[str, ...], how: str, hindrance: str | None = None) -> Support:
@@ -139,35 +148,35 @@ def supported(model: Model, laws: list[Law]) -> list[Support]:
 
     at_once, cached, foreign = None, None, None
     if not model.is_language_model:
-        foreign = "it is no language model of transformers, so that nothing is generated"
-        at_once = "it takes no attention mask that would hide padding: prompts of one length only"
-        cached = "it keeps no keys and values as transformers does: each step runs the whole prompt"
+        foreign = "the module is not a transformers language model, so nothing is generated"
+        at_once = "the module takes no attention mask to hide padding: prompts of one length only"
+        cached = "the module keeps no keys and values: each step runs the whole prompt"
     elif model.recurrent:
-        at_once = "its recurrent state takes in the padding of shorter prompts: they run one at a time"
-        cached = "its recurrent state is more than keys and values: each step runs the whole prompt"
-    generated = "every token runs everything again" if cached else "generated with a cache"
+        at_once = "the recurrent state absorbs the padding of shorter prompts: they run one at a time"
+        cached = "the recurrent state is more than keys and values: each step runs the whole prompt"
+    generated = "each token runs the whole prompt again" if cached else "generated with a cache"
     chat = getattr(model.tokenizer, "chat_template", None)
-    requests = foreign if chat else "the tokenizer has no chat template, in which requests are asked"
+    requests = foreign if chat else "the tokenizer has no chat template to ask requests in"
     parts = by_name["components"]
     return [
-        of("search", SEARCH, "for perturbations that no clamped feature sees"),
-        of("prompts in batches", ("batching",), "of unequal length, padded on the left", at_once),
-        of("search with a cache", SEARCH, "a step runs the perturbed positions alone", cached),
+        of("search", SEARCH, "perturbations that leave the clamped features unchanged"),
+        of("prompts in batches", ("batching",), "prompts of unequal length, padded on the left", at_once),
+        of("search with a cache", SEARCH, "each step runs the perturbed positions only", cached),
         of("transfer", (*SEARCH, "shared"), "one perturbation for all prompts"),
         of("whole answers", (*SEARCH, "generation"), generated, foreign),
         of("task refusal", (*SEARCH, "generation"), "requests in the tokenizer's chat template", requests),
         of(
             "heads and MLPs",
             ("components",),
-            "what carries a recovery can be attributed to them",
+            "a recovery can be attributed to them",
             parts.detail if parts.holds is None else None,
         ),
     ]
 
 
 def told(laws: list[Law], can: list[Support]) -> str:
-    """For a page: each law and whether it holds, and what can be run."""
+    """Format the laws and the supported protocols as the output of `recover verify`."""
     holds = {True: "holds", False: "BROKEN", None: "not applicable"}
     lines = [f"{law.name:14} {holds[law.holds]:15} {law.detail}" for law in laws]
     runs = [f"{one.protocol:20} {'yes' if one.runs else 'no':4} {one.reason}" for one in can]
-    return "\n".join(["", *lines, "", "What can be run with this model", *runs])
+    return "\n".join(["", *lines, "", "Protocols this model supports", *runs])

@@ -1,4 +1,4 @@
-"""How many prompts fit into memory at once: a rough count from sizes, with half of what is free left over."""
+"""Estimate how many prompts fit into half of the free memory, from the sizes of the model and the SAE."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ import psutil
 import torch
 
 MOST_AT_ONCE = 64
-"""Beyond so many nothing is gained, and an interrupted run would lose more."""
+"""The largest batch: beyond it nothing is gained, and an interrupted run would lose more."""
 BYTES = 4
 CGROUP = Path("/sys/fs/cgroup")
 
 
 def prompts_at_once(config: Any, *, n_layers: int, d_model: int, d_sae: int, pos: int, device: torch.device) -> int:
-    """The number of prompts for which the widest pass fits into half of the free memory; at least 1.
+    """Number of prompts, at least 1, for which the largest pass fits into half of the free memory.
 
-    The widest pass is that of attribution, whose graph holds every position at every layer: about 14 times `d_model`,
-    6 times the feed-forward width and 3 attention maps a layer. Beside it come the logits of every position (for the
-    loss) and three tensors of SAE features.
+    The largest pass is attribution, whose graph holds every position at every layer: about 14 times `d_model`, 6 times
+    the feed-forward width and 3 attention maps per layer. Added to it are the logits of every position (for the loss)
+    and three tensors of SAE features.
 
     Args:
-        config: the model's configuration; what it does not say is taken as usual.
-        n_layers: blocks of the model.
+        config: the model's configuration; sizes that it does not give take common values.
+        n_layers: number of blocks.
         d_model: width of its residual stream.
         d_sae: width of the SAE.
-        pos: positions of the longest prompt.
+        pos: number of tokens of the longest prompt.
         device: where the model is.
     """
     needed = bytes_a_prompt(config, n_layers=n_layers, d_model=d_model, d_sae=d_sae, pos=pos)
@@ -35,7 +35,7 @@ def prompts_at_once(config: Any, *, n_layers: int, d_model: int, d_sae: int, pos
 
 
 def bytes_a_prompt(config: Any, *, n_layers: int, d_model: int, d_sae: int, pos: int) -> int:
-    """What the widest pass holds for one prompt; as in `prompts_at_once`."""
+    """Estimate the bytes that the largest pass holds per prompt; arguments as in `prompts_at_once`."""
     heads = getattr(config, "num_attention_heads", None) or 1
     wide = getattr(config, "intermediate_size", None) or 4 * d_model
     vocab = getattr(config, "vocab_size", None) or 0
@@ -44,13 +44,13 @@ def bytes_a_prompt(config: Any, *, n_layers: int, d_model: int, d_sae: int, pos:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that this process may allocate on this device: its share, where several workers are on it."""
+    """Bytes that this process may allocate on a device, divided by the workers that share the device."""
     workers = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # on this machine, as torchrun says
     return _free(device) // (-(-workers // torch.cuda.device_count()) if device.type == "cuda" else workers)
 
 
 def _free(device: torch.device) -> int:
-    """What can be allocated on this device; within a container, what its limit leaves."""
+    """Free bytes on a device, within the memory limit of a container."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     free = int(psutil.virtual_memory().available)

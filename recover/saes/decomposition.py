@@ -19,7 +19,7 @@ __all__ = ["Decomposition", "decompose", "recompose"]
 
 @dataclass(frozen=True, eq=False)
 class Decomposition:
-    """The parts of a residual. `reconstruction + error` is the residual, up to one rounding."""
+    """Features, reconstruction and error of a residual; the last two add up to it, up to one rounding."""
 
     features: Float[Tensor, "*batch d_sae"]
     reconstruction: Float[Tensor, "*batch d_model"]
@@ -34,5 +34,5 @@ def decompose(sae: SAE, x: Float[Tensor, "*batch d_model"]) -> Decomposition:
 
 
 def recompose(sae: SAE, decomposition: Decomposition) -> Float[Tensor, "*batch d_model"]:
-    """The residual with these features, edited or not, and this error: the inverse of `decompose`."""
+    """Rebuild a residual `[*batch d_model]` from features, edited or not, and an error: the inverse of `decompose`."""
     return sae.decode(decomposition.features) + decomposition.error

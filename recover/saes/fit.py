@@ -27,7 +27,7 @@ TOKENS_BY_SITE = 512
 
 @dataclass(frozen=True)
 class Fit:
-    """Figures of one SAE at one site.
+    """How well one SAE describes a model's residuals at one site.
 
     Attributes:
         better_site: the place in the same model that the SAE explains best; `site` itself, when all is well.
@@ -44,14 +44,14 @@ class Fit:
 
 
 def measure_fit(model: Model, sae: SAE, site: Site, prompts: Prompts, batch_size: int | None = None) -> Fit:
-    """Measure the fit of `sae` at `site`.
+    """Measure how well `sae` describes the residuals at `site`.
 
     Args:
         model: the host model.
-        sae: in its own dtype, to which residuals are cast.
-        site: where it is used.
+        sae: the SAE; residuals are cast to its dtype.
+        site: where it reads the residual stream.
         prompts: explained variance needs tokens that differ; a few dozen prompts do.
-        batch_size: prompts at once; all by default.
+        batch_size: prompts per forward pass; all at once by default.
     """
     everywhere = [Site(layer) for layer in range(model.n_layers)]
     here = everywhere[site.index] if site.index < model.n_layers else site
@@ -94,7 +94,7 @@ def measure_fit(model: Model, sae: SAE, site: Site, prompts: Prompts, batch_size
 
 
 def next_token_loss(model: Model, batches: Sequence[Prompts], edits: dict[Site, Edit]) -> float:
-    """Mean cross-entropy of each real token after the first given those before it, in nats."""
+    """Mean cross-entropy, in nats per token, of each real token after the first given the tokens before it."""
     losses = []
     for prompts in batches:
         with torch.no_grad():

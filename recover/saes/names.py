@@ -20,7 +20,11 @@ __all__ = ["load_sae", "shipped_saes"]
 
 
 def shipped_saes() -> dict[str, Path]:
-    """Give the SAEs that come with recover, each a folder by its name."""
+    """Return the folders of the SAEs that ship with recover, by name.
+
+    >>> "toy-choice-l1" in shipped_saes()
+    True
+    """
     return {path.parent.name: path.parent for path in shipped("*/cfg.json")}
 
 
@@ -28,10 +32,13 @@ def load_sae(name: str) -> SAE:
     """Load an SAE by name, on the CPU.
 
     Args:
-        name: one that ships with this package, a folder in sae_lens's format, or `release:sae_id`.
+        name: an SAE that recover ships (`smollm2-l15`), a folder in sae_lens's format, or `release:sae_id`.
 
     Raises:
-        InputError: there is no such SAE, it cannot be reached, or it is of a kind that recover cannot use.
+        InputError: there is no such SAE, it cannot be reached, or recover does not support its kind.
+
+    >>> load_sae("toy-choice-l1").site.hook_name
+    'blocks.1.hook_resid_pre'
     """
     shipped = shipped_saes()
     folder = shipped.get(name, Path(name).expanduser())
@@ -46,7 +53,7 @@ def load_sae(name: str) -> SAE:
 
 
 def _from_release(release: str, sae_id: str) -> Any:
-    """From the cache, with no look at the network; where it is not there, from the hub."""
+    """Load a published SAE from the cache, or from the hub where the cache lacks it."""
     try:
         with hub_offline():
             return _pretrained(release, sae_id)

@@ -1,4 +1,4 @@
-"""What this project asks of an SAE, and the adapter that makes every sae_lens SAE answer it.
+"""The one form of an SAE in this package, and the adapter that brings every supported sae_lens SAE into it.
 
 All supported architectures are folded, once, into one form:
 
@@ -67,13 +67,13 @@ COLUMNS_AT_ONCE = 4096
 
 @dataclass(frozen=True, eq=False)
 class SAE:
-    """A sparse autoencoder with a linear encoder. It computes in its own dtype, to which inputs are cast.
+    """A sparse autoencoder with a linear encoder, which computes in its own dtype and casts inputs to it.
 
     Attributes:
-        site: where it was trained to read, where known.
+        site: the site that it was trained on, if known.
         architecture: its name in sae_lens.
-        sha256: of the bytes of its tensors, as sae_lens holds and names them, in the order of their names.
-            Half precision counts as float32, so that one SAE has one hash.
+        sha256: hash of its tensors as sae_lens holds them, in the order of their names. Half precision is hashed as
+            float32, so that one SAE has one hash.
     """
 
     W_enc: Float[Tensor, "d_model d_sae"]
@@ -95,7 +95,7 @@ class SAE:
 
     @property
     def pointwise(self) -> bool:
-        """Whether a feature depends on its own pre-activation alone."""
+        """Whether each feature depends only on its own pre-activation."""
         return self.activation.pointwise
 
     @property
@@ -113,7 +113,7 @@ class SAE:
         return replace(self, **weights, activation=self.activation.to(device, dtype))
 
     def select(self, features: Int[Tensor, "k"]) -> SAE:
-        """The SAE of `features` alone, which holds `d_model x k` of the encoder.
+        """Restrict the SAE to `features`.
 
         Raises:
             ValueError: the SAE is not pointwise.
@@ -129,7 +129,7 @@ class SAE:
     def pre_activations(
         self, x: Float[Tensor, "*batch d_model"], features: Int[Tensor, "k"] | None = None
     ) -> Float[Tensor, "*batch k"]:
-        """What the activation sees: of `features` only, or (`k = d_sae`) of all."""
+        """Pre-activations of `features`, or of all features by default (`k = d_sae`)."""
         W_enc, b_enc = self.W_enc, self.b_enc
         if features is not None:
             W_enc, b_enc = W_enc[:, features], b_enc[features]
@@ -142,23 +142,23 @@ class SAE:
         return einsum(features.to(self.dtype), self.W_dec, "... d_sae, d_sae d_model -> ... d_model") + self.b_dec
 
     def read(self, x: Float[Tensor, "*batch d_model"], features: Int[Tensor, "k"]) -> Float[Tensor, "*batch k"]:
-        """The activations of `features`: from their columns of the encoder where that is enough."""
+        """Activations of `features`, computed from their encoder columns alone where the SAE is pointwise."""
         if self.pointwise:
             return self.select(features).encode(x)
         return self.encode(x)[..., features]
 
 
 def from_sae_lens(module: nn.Module, *, site: Site | None = None, dtype: torch.dtype = torch.float32) -> SAE:
-    """Fold a loaded sae_lens SAE into the one form.
+    """Convert a loaded sae_lens SAE.
 
     The weights are copied, without gradients and on their device: later changes of `module` do not reach the
     result.
 
     Args:
         module: a `sae_lens.SAE` of a supported architecture, in any dtype.
-        site: where it reads; by default what its metadata says. Give it for a hook that is not in
-            TransformerLens names.
-        dtype: of the result.
+        site: where it reads the residual stream; by default what its metadata says. Needed for a hook without a
+            TransformerLens name.
+        dtype: dtype of the result.
 
     Raises:
         InputError: the SAE cannot be expressed in the form, reads elsewhere than in the residual stream, or
@@ -223,7 +223,7 @@ def load_sae_folder(path: str | Path, *, site: Site | None = None, dtype: torch.
 
 
 def _check_files(folder: Path) -> None:
-    """One clear line for what is wrong with the files themselves."""
+    """Refuse missing or damaged files with one clear line."""
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
             raise InputError(f"SAE folder {folder}: no {name} in it; give a folder that sae_lens saved")

@@ -15,7 +15,7 @@
 """
 
 from recover.search.adam import ProjectedAdam
-from recover.search.ascent import Feasible, Objective, Schedule, Solution, Status, StepRule, find_perturbation
+from recover.search.ascent import Feasible, Objective, Schedule, Solution, Status, StepRule, find_perturbation, scale_to
 from recover.search.constraints import (
     ActivationStable,
     Budget,
@@ -71,6 +71,7 @@ __all__ = [
     "finite_differences",
     "random_draws",
     "reexamined",
+    "scale_to",
     "shorten",
     "smallest_perturbation",
     "worst_case",

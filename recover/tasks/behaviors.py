@@ -22,69 +22,69 @@ Logits = Float[Tensor, "batch choice"]
 
 @runtime_checkable
 class Behavior(Protocol):
-    """What a search raises and a certificate checks. `tokens` is None where the whole vocabulary is needed."""
+    """A predicate (does the behavior show?) and its differentiable score; `tokens` is None for the whole vocabulary."""
 
     @property
     def tokens(self) -> Tensor | None:
-        """`[batch choice]`: the tokens whose logits are read, in the order in which they are handed over."""
+        """Token ids `[batch choice]` whose logits are read, in the order of the columns of `logits`."""
 
     def score(self, logits: Tensor) -> Tensor:
-        """How much of it there is, `[batch]`; differentiable, larger is more."""
+        """The differentiable score `[batch]`; larger means more of the behavior."""
 
     def slack(self, logits: Tensor) -> Tensor:
-        """`[batch]`, in logits: the behavior shows exactly where this is positive."""
+        """The slack `[batch]`, in logits: the behavior shows exactly where it is positive."""
 
     def select(self, rows: Tensor) -> Behavior:
-        """The same for the examples `rows`."""
+        """Select a subset of examples."""
 
 
 @runtime_checkable
 class Targeted(Behavior, Protocol):
-    """A behavior that favors one token an example, and can be asked the same of another token."""
+    """A behavior with one target token per example, which can be exchanged for another target."""
 
     @property
     def target(self) -> Tensor:
-        """`[batch]`: the token that should win."""
+        """The target token `[batch]` of each example."""
 
     @property
     def rivals(self) -> Tensor:
-        """`[batch rival]`: the tokens that it should win against by name; none where that is the whole vocabulary."""
+        """Tokens `[batch rival]` that compete with the target; empty where the whole vocabulary does."""
 
     def retarget(self, target: Tensor) -> Targeted:
-        """The same question with `target [batch]` as the right answer; the old one takes a rival's place."""
+        """Exchange the target for `target [batch]`; the old target becomes a rival."""
 
 
 @runtime_checkable
 class Answering(Behavior, Protocol):
-    """A behavior that reads the logits of a whole answer, `[batch pos choice]`, and not of the next token alone."""
+    """A behavior that reads the logits `[batch pos choice]` of a whole answer instead of the next token's."""
 
     @property
     def reads(self) -> int:
-        """At how many of the last positions: as many as the longest answer has tokens."""
+        """Number of last positions read: the number of tokens of the longest answer."""
 
 
 @runtime_checkable
 class Choosing(Targeted, Protocol):
-    """A targeted behavior that knows which targets there are beside those that its examples have."""
+    """A targeted behavior that knows all possible targets, beside those of its examples."""
 
     @property
     def choices(self) -> Tensor:
-        """`[choice]`: all of them."""
+        """All possible targets, `[choice]`."""
 
 
 def known_targets(behavior: Targeted) -> list[int]:
-    """What another target can be drawn from: all choices, where they are known, or the targets of the examples."""
+    """Tokens from which another target can be drawn: all choices where they are known, else the examples' targets."""
     known: list[int] = (behavior.choices if isinstance(behavior, Choosing) else behavior.target).tolist()
     return known
 
 
 def positions_read(behavior: Behavior) -> int:
-    """At how many of the last positions a behavior reads logits: one, or as many as its answer has tokens."""
+    """Number of last positions at which a behavior reads logits: 1, or the number of its answer's tokens."""
     return behavior.reads if isinstance(behavior, Answering) else 1
 
 
 def shows(behavior: Behavior, logits: Logits) -> Bool[Tensor, "batch"]:
-    """Whether the behavior shows, by example."""
+    """Test for each example whether the behavior shows, `[batch]`."""
     return behavior.slack(logits) > 0
 
 
@@ -147,7 +147,7 @@ class ChoiceMargin:
         return self.others
 
     def retarget(self, target: Int[Tensor, "batch"]) -> ChoiceMargin:
-        """The new target against as many: the old one stands where it stood, or last where it was no choice."""
+        """Exchange the target; the old one takes the new one's place among the rivals, or the last place."""
         place = self.others == target[:, None]
         place[:, -1] |= ~place.any(dim=1) & (target != self.target)
         return type(self)(target, torch.where(place, self.target[:, None], self.others))
@@ -217,7 +217,7 @@ class AnswerLikelihood:
         return self.answer[:, None][:, :0]
 
     def retarget(self, target: Int[Tensor, "batch"]) -> AnswerLikelihood:
-        """The log-probability of another answer."""
+        """Exchange the answer whose log-probability is the score."""
         return AnswerLikelihood(target)
 
     def _answer(self, values: Logits) -> PerExample:

@@ -49,18 +49,18 @@ Asked = Sequence[tuple[Question, Order]]
 
 
 def prompt(question: Question, order: Order = ORDERS[0]) -> str:
-    """The question with its answers in this order, up to where a letter follows."""
+    """Format a question with its answers in this order, up to where a letter follows."""
     listed = "".join(f"\n{letter}. {question.choices[place]}" for letter, place in zip(LETTERS, order, strict=True))
     return f"{question.question}{listed}\nAnswer:"
 
 
 def order_name(order: Order) -> str:
-    """`BADC` where A and B, and C and D, have changed places."""
+    """Name an order by its letters: `BADC` where A and B, and C and D, have changed places."""
     return "".join(LETTERS[place] for place in order)
 
 
 def letter_tokens(model: Model, question: Question) -> list[int]:
-    """The tokens of the four letters, as they follow this question's prompt.
+    """Token ids `[4]` of the four letters, as they follow this question's prompt.
 
     Raises:
         InputError: one of them is not a single token there, or two are the same.
@@ -80,7 +80,7 @@ def letter_tokens(model: Model, question: Question) -> list[int]:
 
 
 def choices(model: Model, asked: Asked) -> tuple[Int[Tensor, "batch"], Int[Tensor, "batch 3"]]:
-    """The token of the right letter of each prompt, and those of the other three in their order."""
+    """Token ids of the right letter of each prompt, and of the other three in their order."""
     known: dict[str, list[int]] = {}
     rows = []
     for question, order in asked:
@@ -93,7 +93,7 @@ def choices(model: Model, asked: Asked) -> tuple[Int[Tensor, "batch"], Int[Tenso
 
 
 def behavior(model: Model, asked: Asked, objective: str = "choice_margin") -> ChoiceMargin:
-    """What is to be raised. The predicate is the same for all objectives: the right letter beats the other three.
+    """Build the behavior for an objective; its predicate is always that the right letter beats the other three.
 
     Raises:
         InputError: there is no such objective; from `letter_tokens`.
@@ -109,7 +109,7 @@ def right(
     edits: Mapping[Site, Edit] | None = None,
     on_batch: Callable[[int], None] | None = None,
 ) -> Bool[Tensor, "batch"]:
-    """Where the right letter beats the other three.
+    """Test for each prompt whether the right letter beats the other three.
 
     Args:
         model: to be asked.
@@ -130,7 +130,7 @@ def right(
 
 
 def kept(model: Model, questions: Sequence[Question], progress: Progress | None = None) -> list[Question]:
-    """The questions that the model answers rightly in all 24 orders.
+    """Select the questions that the model answers correctly in all 24 orders.
 
     Orders are asked one after the other, each of those questions alone that were answered rightly so far.
     """
@@ -145,7 +145,7 @@ def kept(model: Model, questions: Sequence[Question], progress: Progress | None 
 
 
 def draw(questions: Sequence[Question], n: int | None, seed: int) -> list[Question]:
-    """At most `n` of them in a seeded order; all, in their own order, where `n` is None."""
+    """Draw at most `n` questions in a seeded order; return all, in their own order, if `n` is None."""
     return list(questions) if n is None else random.Random(seed).sample(questions, len(questions))[:n]
 
 

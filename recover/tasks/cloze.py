@@ -40,7 +40,7 @@ BATCH = 64
 
 @dataclass(frozen=True)
 class Fact:
-    """What is asked in several ways, and the word that answers it; `str()` shows the id alone."""
+    """A fact: its paraphrased prompts and the word that answers them; `str()` shows only the id."""
 
     id: str
     domain: str
@@ -54,7 +54,7 @@ class Fact:
 
 @dataclass(frozen=True, eq=False)
 class Asked:
-    """Facts as a tokenizer writes them.
+    """Facts tokenized for one model.
 
     Attributes:
         target: the answer's token.
@@ -66,7 +66,7 @@ class Asked:
     others: Int[Tensor, "fact choice"]
 
     def select(self, rows: Sequence[int]) -> Asked:
-        """The same for the facts `rows`."""
+        """Select a subset of facts."""
         index = torch.tensor(rows, dtype=torch.long, device=self.target.device)
         return Asked([self.facts[row] for row in rows], self.target[index], self.others[index])
 
@@ -80,7 +80,7 @@ def make_examples(
     file: Path | str | None = None,
     progress: Progress | None = None,
 ) -> Examples:
-    """Paraphrases of the facts of one domain that the model knows.
+    """Make examples of the paraphrases of one domain's facts that the model knows.
 
     Args:
         model: whose knowledge is asked first.
@@ -125,7 +125,7 @@ def make_examples(
 
 
 def known(model: Model, facts: Sequence[Fact], progress: Progress | None = None) -> Asked:
-    """The facts to which the model's answer is right in every paraphrase, by the predicate of the task.
+    """Select the facts that the model answers correctly in every paraphrase, by the predicate of the task.
 
     Facts whose answer is not one token to the tokenizer, or whose relation has no second answer, are left out.
 
@@ -145,7 +145,7 @@ def known(model: Model, facts: Sequence[Fact], progress: Progress | None = None)
 def right(
     model: Model, asked: Asked, edits: Mapping[Site, Edit] | None = None, progress: Progress | None = None
 ) -> list[tuple[bool, ...]]:
-    """Whether the model's answer is right, by fact and paraphrase, by the predicate of the task.
+    """Test for each fact and paraphrase whether the model's answer is right, by the predicate of the task.
 
     Args:
         model: as it is, or with

@@ -24,7 +24,7 @@ __all__ = ["Dialogue", "Request", "ask", "chat_prompt"]
 
 @dataclass(frozen=True)
 class Request:
-    """What a user asks of the model; `kind` is `given` where it comes from a file. `str()` shows the id alone."""
+    """A user's request to the model; `kind` is `given` for one from a file. `str()` shows only the id."""
 
     id: str
     text: str
@@ -36,14 +36,14 @@ class Request:
 
 @dataclass(frozen=True, eq=False)
 class Dialogue:
-    """Requests, and the answers that the model gives by itself.
+    """Requests and the model's own answers to them.
 
     Attributes:
-        prompts: in the chat template, without their answers.
-        answers: greedy, `[batch pos]`.
-        texts: the same in words.
+        prompts: the requests in the chat template, without answers.
+        answers: token ids `[batch pos]` of the greedy answers.
+        texts: the answers as text.
         stop: tokens that end an answer.
-        asked: the requests in words; only to be kept.
+        asked: the requests as text, for reports that keep it.
     """
 
     model: Model
@@ -58,7 +58,7 @@ class Dialogue:
         return len(self.ids)
 
     def select(self, rows: Sequence[int]) -> Dialogue:
-        """The same for some of the requests."""
+        """Select a subset of requests."""
         index = torch.tensor(list(rows), dtype=torch.long, device=self.answers.device)
         ids, words = ([values[row] for row in rows] for values in (self.ids, self.texts))
         asked = None if self.asked is None else [self.asked[row] for row in rows]
@@ -75,12 +75,12 @@ class Dialogue:
         return [row for row, text in enumerate(self.texts) if replies.read(text, text).non_refusal]
 
     def forced(self, columns: int) -> tuple[Prompts, ForcedAnswer]:
-        """The first `columns` tokens of each answer, teacher-forced, and the behavior of giving them."""
+        """Teacher-force the first `columns` answer tokens; return the prompts and the behavior of giving the tokens."""
         target = self.answers[:, :columns]
         return answered(self.prompts, target), ForcedAnswer(target)
 
     def with_answers_of(self, other: Dialogue) -> Dialogue:
-        """Each request with the answer to another one in the place of its own: what a placebo asks for."""
+        """Replace each answer by that to another request, as the placebo target."""
         return replace(self, answers=other.answers, texts=other.texts)
 
 
@@ -92,7 +92,7 @@ def ask(
     batch_size: int = 24,
     on_batch: Callable[[int, int], None] | None = None,
 ) -> Dialogue:
-    """The model's own greedy answers to requests, of `n_tokens` tokens at most.
+    """Ask the model requests and record its greedy answers, of at most `n_tokens` tokens.
 
     Raises:
         InputError: no requests, or a tokenizer without a chat template.
@@ -116,7 +116,7 @@ def ask(
 
 
 def stops(model: Model) -> tuple[int, ...]:
-    """The tokens that end an answer: the tokenizer's, and those of the model's own generation settings.
+    """Tokens that end an answer: the tokenizer's, and those of the model's generation settings.
 
     A chat model may end its turn with a token of its own, as Gemma does with `<end_of_turn>`.
     """
@@ -127,7 +127,7 @@ def stops(model: Model) -> tuple[int, ...]:
 
 
 def chat_prompt(tokenizer: Any, text: str) -> str:
-    """The request in the model's chat template, up to where the reply begins.
+    """Format a request in the model's chat template, up to where the reply begins.
 
     The template writes the special tokens, a first one included: tokenize it with `add_special_tokens=False`.
 

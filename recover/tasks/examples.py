@@ -1,4 +1,4 @@
-"""What a check asks of a model: prompts, each with its behavior, and what some rules need beside them.
+"""The examples of a check: prompts, each with its behavior, and optional material for selection and transfer.
 
 A *dialogue* stands beside examples whose behavior is a whole answer: the requests alone, the model's own answers and
 their words. Its prompts hold the answer, teacher-forced; whether an example flips, and what a perturbation brings back,
@@ -22,14 +22,14 @@ __all__ = ["Contrast", "Examples", "Readout"]
 
 @runtime_checkable
 class Readout(Protocol):
-    """Makes of the host model the one that a behavior is read with, such as one that ends in a probe."""
+    """A function from the host model to the model that a behavior is read with, such as one that ends in a probe."""
 
     @property
     def sha256(self) -> str:
-        """Of what it is made of."""
+        """Hash of everything that determines the readout."""
 
     def __call__(self, model: Model) -> Model:
-        """A model with the host's blocks up to some site at least, and another head."""
+        """Build a model with the host's blocks up to some site, and another head."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +41,7 @@ class Contrast:
     and `hidden` of others, and `behavior` is what tells them apart (`effect`).
 
     Attributes:
-        behavior: of each of `shown`, where features are selected by their effect on it.
+        behavior: the behavior of each of `shown`, for features selected by their effect on it.
     """
 
     shown: Prompts
@@ -51,10 +51,10 @@ class Contrast:
 
 @dataclass(frozen=True, eq=False)
 class Examples:
-    """What is asked of the model: ids, prompts and one behavior entry each.
+    """Prompts with an id and a behavior each.
 
     Attributes:
-        texts: only to be kept.
+        texts: the prompts as text, for reports that keep it.
         strict: a stricter predicate of the same kind, with which transfer is read: one whose rate of chance is low.
             By default the behavior itself.
         dialogue: of the same examples, where the behavior is a whole answer.
@@ -88,13 +88,13 @@ class Examples:
 
     @classmethod
     def of(cls, dialogue: Dialogue, columns: int, contrast: Contrast | None = None) -> Examples:
-        """Requests, each with the behavior of being given the first `columns` tokens of the model's own answer."""
+        """Make examples of requests whose behavior is to give the first `columns` tokens of the model's own answer."""
         prompts, behavior = dialogue.forced(columns)
         return cls(dialogue.ids, prompts, behavior, dialogue.asked, dialogue=dialogue, contrast=contrast)
 
     @property
     def sha256(self) -> str:
-        """Of the ids, of the tokens, a forced answer's among them, and of what the behavior is read with."""
+        """Hash of the ids, the tokens (those of a forced answer included) and the readout."""
         digest = hashlib.sha256("\n".join(self.ids).encode())
         digest.update(repr(self.prompts.ids.where(self.prompts.mask, -1).tolist()).encode())
         if self.readout is not None:
@@ -102,7 +102,7 @@ class Examples:
         return digest.hexdigest()
 
     def select(self, rows: Rows) -> Examples:
-        """The same for the examples `rows`."""
+        """Select a subset of examples."""
         pick = rows.tolist()
         return Examples(
             [self.ids[row] for row in pick],
@@ -117,11 +117,11 @@ class Examples:
         )
 
     def read_with(self, model: Model, exact: Model | None = None) -> tuple[Model, Model]:
-        """The model that the behavior is read with, and the same for certificates.
+        """Return the model that the behavior is read with, and its counterpart for certificates.
 
         Args:
-            model: the host.
-            exact: the host for certificates; `model` itself by default.
+            model: the host model.
+            exact: the host model for certificates; `model` itself by default.
         """
         exact = exact or model
         if self.readout is None:
@@ -130,10 +130,10 @@ class Examples:
         return read, read if exact is model else self.readout(exact)
 
     def answered_as(self, other: Dialogue) -> Examples:
-        """Each of these requests with the answer to the one in the same place of `other`.
+        """Pair each request with the answer to the request in the same place of `other`.
 
         Raises:
-            InputError: the behavior is no whole answer.
+            InputError: the examples have no dialogue.
         """
         if self.dialogue is None:
             raise InputError("examples: without a dialogue they have no answers that could be exchanged")

@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 def read_text(path: Path, name: str, instead: str = "") -> str:
-    """The text of a file.
+    """Read a text file.
 
     Args:
         path: of the file.
@@ -31,7 +31,7 @@ def read_text(path: Path, name: str, instead: str = "") -> str:
 
 
 def decoded(raw: bytes, name: str) -> str:
-    """UTF-8, with or without a byte order mark.
+    """Decode UTF-8, with or without a byte order mark.
 
     Raises:
         InputError: with the number of the first line that is something else.
@@ -44,7 +44,7 @@ def decoded(raw: bytes, name: str) -> str:
 
 
 def numbered(text: str) -> Iterator[tuple[int, str]]:
-    """The lines that are not empty, with their numbers."""
+    """Number the lines from 1, and leave out empty ones."""
     # Not splitlines, which breaks at characters that may stand within a string of JSON.
     return ((number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip())
 
@@ -52,7 +52,7 @@ def numbered(text: str) -> Iterator[tuple[int, str]]:
 def rows_of(
     text: str, name: str, read: Callable[[int, str], T], content: Callable[[T], Hashable], repeats: str
 ) -> list[T]:
-    """What each line says.
+    """Parse each line of a text and refuse repeated rows.
 
     Args:
         text: of the file.

@@ -100,7 +100,7 @@ class IOIExample:
 
 
 def token_id(tokenizer: Any, name: str, prompt: str = CONTEXT) -> int:
-    """Give the token by which `name` continues `prompt`, a space between them.
+    """Return the token id of `name` after `prompt` and a space.
 
     The tokenizer is asked in context, so that byte-pair (`Ġ`) and SentencePiece (`▁`) ones both serve.
 
@@ -203,7 +203,7 @@ def _parse(line: str, tokenizer: Any) -> IOIExample:
 
 
 def behavior(tokenizer: Any, examples: Sequence[IOIExample], device: torch.device | str = "cpu") -> LogitDifference:
-    """The logit of the indirect object minus that of the subject, at the end of each prompt."""
+    """Build the behavior whose score is the logit of the indirect object minus that of the subject."""
     target = [token_id(tokenizer, example.io, example.prompt) for example in examples]
     other = [token_id(tokenizer, example.subject, example.prompt) for example in examples]
     return LogitDifference(torch.tensor(target, device=device), torch.tensor(other, device=device))
@@ -215,7 +215,7 @@ def strict(
     device: torch.device | str = "cpu",
     candidates: int | None = None,
 ) -> ChoiceMargin:
-    """The indirect object the likeliest of all names that there are, the subject among them: chance is one in as many.
+    """Build the strict behavior: the indirect object is the most likely of all names, so that chance is 1 / names.
 
     The same names compete in every prompt, so that a shared delta which takes down the subject, or writes one name, is
     not rewarded for it.
@@ -277,7 +277,7 @@ def make_examples(
     candidates: Annotated[int, Field(ge=2)] | None = None,
     frames: PositiveInt | None = None,
 ) -> Examples:
-    """The examples of a check; arguments as in `load` and `strict`.
+    """Make the examples of a check; arguments as in `load` and `strict`.
 
     Raises:
         InputError: from `load`.

@@ -27,15 +27,15 @@ __all__ = ["TASKS", "Task", "get_task", "load_examples", "read_options"]
 
 @runtime_checkable
 class Task(Protocol):
-    """What a check asks of a model. Any function of this form is a task: `task: python:my_module:my_task`.
+    """A function that makes the examples of a check for a model. Any such function is a task: `python:module:function`.
 
-    The options that it names are keys of the section `prompts:`. Those that most tasks have: `n`, how many examples;
-    `seed`, of what is drawn; `file`, the user's own prompts. One named `progress` is no key: it is handed a function
-    `progress(phase, done, total)`.
+    The options that it names are keys of the section `prompts:`. Most tasks have `n`, the number of examples, `seed`,
+    the seed of the draw, and `file`, the user's own prompts. A parameter `progress` is no option: it receives a
+    function `progress(phase, done, total)`.
     """
 
     def __call__(self, model: Model, *args: Any, **options: Any) -> Examples:
-        """The examples, the same for the same options.
+        """Make the examples; the same options must give the same examples.
 
         Raises:
             InputError: one line that says what cannot be used, where, and how to mend it.
@@ -51,14 +51,14 @@ TASKS: Mapping[str, Task] = {
 }
 OWN = "python:"
 HANDED = ("model", "progress")
-"""Parameters of a task that are no options."""
+"""Parameters of a task that are not options."""
 
 
 def get_task(name: str) -> Task:
-    """Give the task of this name.
+    """Look up a task by name.
 
     Raises:
-        InputError: there is none, or a module of the user's own that cannot be imported.
+        InputError: there is no such task, or the module of `python:module:object` cannot be imported.
     """
     if name.startswith(OWN):
         return _own(name)
@@ -70,7 +70,7 @@ def get_task(name: str) -> Task:
 
 
 def read_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a task as its function takes them, values held to its annotations; None was not given.
+    """Validate the options of a task against its annotations; an option that is None counts as not given.
 
     Raises:
         InputError: from `get_task`, or an option that the task does not have.
@@ -125,7 +125,7 @@ def load_examples(task: str, model: Model, /, *, progress: Progress | None = Non
 
 
 def _own(name: str) -> Task:
-    """The object that `python:module:object` names; modules in the working folder are found as well."""
+    """Import the object that `python:module:object` names, also from the working folder."""
     module, _, attribute = name.removeprefix(OWN).partition(":")
     if not module or not attribute:
         raise InputError(f"task {name!r}: write python:module:object, such as python:my_task:examples")

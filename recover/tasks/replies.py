@@ -120,7 +120,7 @@ FORBIDS = re.compile(
 
 @dataclass(frozen=True)
 class ReplyReading:
-    """What a reply shows, beside the base model's reply to the same request."""
+    """Readouts of a reply, compared with the base model's reply to the same request."""
 
     refusal: bool
     safety_cue: bool
@@ -135,7 +135,7 @@ class ReplyReading:
 
 
 def read(text: str, base: str) -> ReplyReading:
-    """All readouts of `text`, the reply of a defended or recovered model; `base` is the base model's own."""
+    """Compute all readouts of `text`, a defended or recovered reply; `base` is the base model's reply."""
     return ReplyReading(
         refusal=opens_with_refusal(text),
         safety_cue=opens_with_safety_cue(text),

@@ -82,7 +82,7 @@ class Parts:
 
 @dataclass(frozen=True, eq=False)
 class View:
-    """What is true of a part, by example. Scores and slacks as the behavior has them, norms in units of the residual.
+    """Measurements of one part, per example: scores and slacks in the behavior's units, norms in the residual's.
 
     Attributes:
         first_order: effect by the gradient at the defended state.
@@ -102,7 +102,7 @@ class View:
 
 @dataclass(frozen=True, eq=False)
 class Attribution:
-    """Of a batch of deltas.
+    """The attribution of a batch of deltas to their parts.
 
     Attributes:
         defended: the score without a delta.
@@ -118,17 +118,17 @@ class Attribution:
 
     @property
     def effect(self) -> PerExample:
-        """What the delta does to the score."""
+        """Effect of the delta on the score, `[batch]`."""
         return self.recovered - self.defended
 
     @property
     def gap(self) -> PerExample:
-        """What first order leaves of the effect, as a share of it: 0 where the score is linear along the delta."""
+        """Share of the effect that first order misses: 0 where the score is linear along the delta."""
         return 1 - self.views["full"].first_order / self.effect
 
     @property
     def integrated_gap(self) -> PerExample:
-        """The same of the integrated gradient: quadrature, and jumps of the SAEs of later clamps."""
+        """Share of the effect that the integrated gradient misses, by quadrature and jumps in SAEs of later clamps."""
         return 1 - self.views["full"].integrated / self.effect
 
     def share(self, name: str) -> PerExample:
@@ -145,7 +145,7 @@ def attribute(
     points: int = POINTS,
     views: Sequence[str] = tuple(VIEWS),
 ) -> Attribution:
-    """Split deltas into parts, and see what each part does.
+    """Split deltas into parts and measure the effect of each part.
 
     Args:
         defended: the examples; where their deltas enter before the clamp, what is split is what that changes after it.
@@ -177,7 +177,7 @@ def attribute(
 
 
 def entering(defended: Defended, delta: Delta) -> tuple[Defended, Delta]:
-    """The same perturbation as one that enters after the clamp, and the examples that it enters so."""
+    """Rewrite perturbations as ones that enter after the clamp, with the examples to match."""
     if defended.surface.placement == "after_clamp":
         return defended, delta
     with torch.no_grad():

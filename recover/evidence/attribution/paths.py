@@ -68,7 +68,7 @@ class Carrier:
 
 @dataclass(frozen=True, eq=False)
 class Trace:
-    """One run.
+    """The outputs of one run.
 
     Attributes:
         score, slack: of the behavior.
@@ -207,13 +207,13 @@ def patched(
 
 
 def put_back(defended: Defended, delta: Delta, chosen: Sequence[Carrier]) -> tuple[PerExample, PerExample]:
-    """The recovered run with these components as they were when defended."""
+    """Run with the delta, and these components as in the defended run."""
     defended, delta = entering(defended, delta)
     return patched(defended, delta, trace(defended, torch.zeros_like(delta)), chosen)
 
 
 def put_in(defended: Defended, delta: Delta, chosen: Sequence[Carrier]) -> tuple[PerExample, PerExample]:
-    """The defended run with these components as they were when recovered, and no delta."""
+    """Run without the delta, and these components as in the recovered run."""
     defended, delta = entering(defended, delta)
     return patched(defended, torch.zeros_like(delta), trace(defended, delta), chosen)
 
