@@ -98,7 +98,7 @@ def _shortened(value: Any) -> str:
         return "-"
     if isinstance(value, list):
         more = f", ... ({len(value)})" if len(value) > SHOWN else ""
-        return ", ".join(map(_shortened, value[:SHOWN])) + more
+        return ", ".join(map(_shortened, value[:SHOWN])) + more or "none"
     text = f"{value:.4g}" if isinstance(value, float) else str(value)
     return HASH.sub(r"\1", text)
 
