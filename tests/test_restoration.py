@@ -21,7 +21,7 @@ from recover.search.ascent import Schedule, find_perturbation
 from recover.search.constraints.first_order import admissible
 from recover.search.constraints.linear import EncoderOrthogonal
 from recover.search.constraints.monitor import Jacobian, Monitor, RowSpace, Watched, jacobian_row_space
-from recover.search.constraints.restored import find_linearized, find_restored, restore
+from recover.search.restored import find_linearized, find_restored, restore
 from recover.tasks.behaviors import AnswerLikelihood, LogitDifference
 from recover.types import InputError, Site, Surface
 from tests.by_hand import Edits, clamped, defense_of, sae_lens_sae
