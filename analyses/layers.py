@@ -25,7 +25,7 @@ examples = rc.load_examples("ioi", model, n=options.n)
 canvas, axes = plt.subplots(layout="constrained")
 for layer in options.layers:
     sae = rc.load_sae(f"smollm2-l{layer}")
-    features = rc.choose_features(model, sae, sae.site, examples, top=32)
+    features = rc.select_features(model, sae, sae.site, examples, top=32)
     defense = rc.Defense((rc.Clamp(sae, features, rc.Set(-5.0)),), skip_first=1)
     held = rc.EncoderOrthogonal.of(*defense.clamps)
 
