@@ -486,6 +486,9 @@ def test_the_scripts_of_a_setting_print_its_published_row(
     arguments += ["--budgets", "20", "--counts", "4"] if script == "tpp" else []
     monkeypatch.setattr("sys.argv", arguments)
     __import__(script).main()
+    if script == "tpp":  # its tables are those of a script of their own
+        monkeypatch.setattr("sys.argv", ["tpp_table.py", str(tmp_path / "points"), str(file)])
+        __import__("tpp_table").main()
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.lstrip().startswith("published")]
     assert ("0.987" if script == "tpp" else "87/91") in line
 
