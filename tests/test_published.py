@@ -369,7 +369,7 @@ def test_a_setting_runs_from_a_cache_of_the_hubs_layout(
     jsonschema.validate(verdict.to_dict(), SCHEMA, cls=jsonschema.Draft202012Validator)
     assert verdict.counts.valid_flips > 0
     assert verdict.recovery.searched > 0
-    assert verdict.threat_model.sites == [site.hook_name for site in SITES[name]]
+    assert list(verdict.threat_model.sites) == [site.hook_name for site in SITES[name]]
     assert verdict.provenance.model == f"{config.model} (cache, revision:{hub_layout.REVISION})"
     assert [row.figure for row in verdict.published] == [one.figure for one in config.published.figures]  # type: ignore[union-attr]
     for row in verdict.published:
