@@ -28,8 +28,6 @@ from recover.search.constraints.monitor import Jacobian, Monitor, Watched
 from recover.search.restoring import RestoredSolution
 from recover.types import Bool, Delta, Float, InputError, Rows, Tensor
 
-__all__ = ["find_probed"]
-
 PROBES, CORRECTIONS, RATE = 8, 5, 0.1
 MOMENTUM, MEMORY, FLOOR = 0.9, 0.999, 1e-8
 

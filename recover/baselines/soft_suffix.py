@@ -27,8 +27,6 @@ from recover.numerics.metrics import relative_drift
 from recover.tasks.behaviors import Behavior, positions_read
 from recover.types import Float, InputError, PerExample, Rows, Site, Tensor, TokenIds
 
-__all__ = ["SoftSuffix", "spoken_with", "with_room"]
-
 EMBEDDINGS = Site(0)
 Vectors = Float[Tensor, "batch n d_model"]
 

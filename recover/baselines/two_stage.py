@@ -24,8 +24,6 @@ from recover.search.constraints.pinned import Pinned
 from recover.tasks.behaviors import positions_read
 from recover.types import Delta, Float, PerExample, Rows, Tensor
 
-__all__ = ["OPENING_STEPS", "Opening", "opened"]
-
 OPENING_STEPS = 20
 """Steps of the first stage, as published."""
 

@@ -25,8 +25,6 @@ from einops import rearrange
 from recover.numerics.metrics import norm
 from recover.types import Bool, Float, Tensor
 
-__all__ = ["LeastSquares", "cgls"]
-
 Product = Callable[[Float[Tensor, "batch n"]], Float[Tensor, "batch m"]]
 
 

@@ -19,24 +19,6 @@ from einops import einsum, rearrange, reduce
 
 from recover.types import Bool, Float, Int, PerExample, Tensor
 
-__all__ = [
-    "Reactivation",
-    "activation_drift",
-    "by_example",
-    "clamp_floor_violation",
-    "decode_drift",
-    "explained_variance",
-    "l0",
-    "loss_recovered",
-    "norm",
-    "reactivation",
-    "recovery_rate",
-    "relative_drift",
-    "relative_norm",
-    "valid_flips",
-    "zero_reactivation_recovery",
-]
-
 
 @dataclass(frozen=True, eq=False)
 class Reactivation:
@@ -103,9 +85,7 @@ def relative_drift(z_rec: Float[Tensor, "batch *pos k"], z_def: Float[Tensor, "b
 
 
 def decode_drift(
-    z_rec: Float[Tensor, "batch *pos k"],
-    z_def: Float[Tensor, "batch *pos k"],
-    decoder: Float[Tensor, "k d_model"],
+    z_rec: Float[Tensor, "batch *pos k"], z_def: Float[Tensor, "batch *pos k"], decoder: Float[Tensor, "k d_model"]
 ) -> PerExample:
     """`||(z_S(h_rec) - z_S(h_def)) W_dec[S]||`, in residual units."""
     return norm(einsum(z_rec - z_def, decoder, "batch ... k, k d_model -> batch ... d_model"))

@@ -25,8 +25,6 @@ from scipy.stats import binom, fisher_exact
 
 from recover.types import InputError
 
-__all__ = ["Paired", "bootstrap", "holm", "median_interval", "more_often", "paired_smaller", "wilson"]
-
 TIE = 0.01
 """A smallest norm is where a local search in rounded arithmetic stopped: norms that differ by less are equal."""
 DRAWN_AT_ONCE = 2**20

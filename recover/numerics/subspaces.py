@@ -26,8 +26,6 @@ from einops import einsum, rearrange
 
 from recover.types import Float, Int, Rows, Tensor
 
-__all__ = ["NullSpace", "NullSpaces", "row_space"]
-
 
 def row_space(A: Float[Tensor, "d_model k"], rtol: float | None = None) -> Float[Tensor, "d_model rank"]:
     """An orthonormal float64 basis of the span of the columns of `A`, which is what `A^T` sees.

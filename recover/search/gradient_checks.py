@@ -52,8 +52,6 @@ from recover.search.ascent import Feasible, Objective, scale_to, without_roundin
 from recover.search.gradient_free import ADDED_UP, Draws, values_of
 from recover.types import Bool, Delta, Float, InputError, PerExample, Rows, Tensor
 
-__all__ = ["Agreement", "error_channel", "finite_differences"]
-
 DIRECTIONS = 4
 STEPS = (0.1, 0.03, 0.003)
 TOLERANCE, HIDDEN = 0.05, 100.0
@@ -258,12 +256,7 @@ class _Differences:
 
 
 def _disagreement(
-    objective: Objective,
-    at: _Slopes,
-    directions: Draws,
-    typical: PerValue,
-    reach: PerExample,
-    rounding: float,
+    objective: Objective, at: _Slopes, directions: Draws, typical: PerValue, reach: PerExample, rounding: float
 ) -> tuple[PerExample, PerExample]:
     """Steps 3 to 5 at one point: the largest disagreement of each example, and the step that it was read at."""
     claimed = einsum(at.gradient, directions, "value batch pos d, batch draws pos d -> value batch draws")

@@ -37,16 +37,7 @@ import torch
 from einops import einsum, rearrange, repeat
 
 from recover.numerics.metrics import by_example, norm
-from recover.search.ascent import (
-    ROUNDING,
-    Feasible,
-    Objective,
-    Schedule,
-    Solution,
-    Status,
-    find_perturbation,
-    scale_to,
-)
+from recover.search.ascent import ROUNDING, Feasible, Objective, Schedule, Solution, Status, find_perturbation, scale_to
 from recover.search.minimum import OnSlack, closer, edge
 from recover.types import Bool, Delta, Float, PerExample, Tensor
 

@@ -54,12 +54,7 @@ class Minimum:
 
 
 def smallest_perturbation(
-    objective: Objective,
-    start: Delta,
-    feasible: Feasible,
-    schedule: Schedule | None = None,
-    *,
-    rounds: int = 20,
+    objective: Objective, start: Delta, feasible: Feasible, schedule: Schedule | None = None, *, rounds: int = 20
 ) -> Minimum:
     """Find for each example the smallest norm of an admissible delta with positive slack.
 

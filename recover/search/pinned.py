@@ -27,8 +27,6 @@ from recover.search.constraints.pinned import Pinned
 from recover.search.minimum import MARGIN
 from recover.types import Bool, Delta, InputError, Int, PerExample, Residual, Tensor
 
-__all__ = ["PinnedSolution", "find_pinned", "shorten"]
-
 ROUNDS = 4
 TIGHTER = 0.85
 """How much smaller the bound of the free parts is from round to round."""

@@ -27,8 +27,6 @@ from recover.numerics.metrics import by_example, norm
 from recover.search.ascent import Ends, Point, Schedule, Seen, Status, Steepest, ascend, from_each_start, scale_to
 from recover.types import Bool, Delta, InputError, Int, PerExample, Rows, Tensor
 
-__all__ = ["Restoration", "RestoredSolution", "search_restoring"]
-
 HALVINGS = 6
 """How often a random start that cannot be restored is halved."""
 

@@ -44,8 +44,6 @@ from recover.search.pinned import find_pinned
 from recover.search.restoring import RestoredSolution, search_restoring
 from recover.types import Bool, Delta, Float, PerExample, Residual, Rows, Tensor
 
-__all__ = ["Stable", "find_stable"]
-
 Stable = type[ActivationStable] | type[DecodeStable]
 TOLERANCE = 1e-4
 """Relative drift that is allowed."""

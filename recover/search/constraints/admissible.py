@@ -34,8 +34,6 @@ from recover.numerics.subspaces import NullSpaces
 from recover.search.constraints.linear import Constraint, EncoderOrthogonal
 from recover.types import Float, Int, PerExample, Residual, Rows, Tensor
 
-__all__ = ["JacobianOrthogonal", "admissible", "jacobian"]
-
 ROUNDING = 1e-5
 """Share of the largest gain, and of a row of unit length, up to which what back-propagation gives is rounding."""
 ELEMENTS_AT_ONCE = 2**18

@@ -39,15 +39,6 @@ from recover.numerics.metrics import activation_drift, by_example, decode_drift,
 from recover.numerics.subspaces import NullSpace
 from recover.types import Bool, Float, InputError, PerExample, Residual, Rows, Tensor
 
-__all__ = [
-    "ActivationStable",
-    "Budget",
-    "Constraint",
-    "Constraints",
-    "DecodeStable",
-    "EncoderOrthogonal",
-]
-
 
 class Constraint(ABC):
     """What every constraint does. A projection of a later `stage` keeps what an earlier one made true."""

@@ -43,8 +43,6 @@ from recover.search.constraints.admissible import _gradients
 from recover.search.constraints.linear import EncoderOrthogonal
 from recover.types import Bool, Delta, Float, InputError, Int, PerExample, Residual, Rows, Site, Tensor
 
-__all__ = ["DenseRows", "IteratedRows", "Jacobian", "Monitor", "RowSpace", "Watched", "jacobian_row_space", "passed"]
-
 NEAR, BACK, ASIDE = 0.05, 0.2, 0.3
 """Shares of its gap: an inactive feature as near as the first is brought back to the second; a search turns aside at
 the third, so that what was brought back is not run into again."""

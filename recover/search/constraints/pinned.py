@@ -33,8 +33,6 @@ from recover.search.constraints.linear import EncoderOrthogonal
 from recover.tasks.behaviors import Behavior
 from recover.types import Delta, Float, InputError, PerExample, Residual, Rows, Site, Tensor, widened
 
-__all__ = ["FreeParts", "Pin", "Pinned"]
-
 HALVINGS = 30
 """Bisections of the share by which a delta is shortened until it is within the budget."""
 

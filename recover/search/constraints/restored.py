@@ -26,8 +26,6 @@ from recover.search.constraints.monitor import Jacobian, Monitor, Watched, jacob
 from recover.search.restoring import RestoredSolution, search_restoring
 from recover.types import Bool, Delta, PerExample, Rows, Tensor
 
-__all__ = ["DRIFT", "Restored", "find_linearized", "find_restored", "restore"]
-
 DRIFT = 1e-3
 """Relative drift that is allowed."""
 CORRECTIONS = 8
