@@ -15,7 +15,7 @@ from recover.evidence.transfer import FitSchedule, Pool, Problem, fit_shared
 from recover.models.generation import answered, generate
 from recover.models.host import Model, Prompts, Run, Suffix
 from recover.models.names import load_model, resolve_model
-from recover.numerics.statistics import bootstrap, wilson
+from recover.numerics.statistics import wilson
 from recover.numerics.subspaces import NullSpace, row_space
 from recover.protocol.checking import check
 from recover.protocol.ledger import InMemoryStore, Store
@@ -124,7 +124,6 @@ __all__ = [
     "ask",
     "attribute",
     "attributions",
-    "bootstrap",
     "certify",
     "check",
     "contrast",

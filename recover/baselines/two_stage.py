@@ -52,9 +52,8 @@ class Opening:
 
     def _first(self, part: Defended | Pinned, delta: Delta) -> Float[Tensor, "batch site_opening d_model"]:
         """The columns of a delta that an opening has, site after site."""
-        reads = positions_read(part.behavior)
-        sites = delta.shape[1] // self.columns
-        return torch.cat([site[:, :reads] for site in delta.chunk(sites, dim=1)], dim=1)
+        sites = delta.chunk(delta.shape[1] // self.columns, dim=1)
+        return torch.cat([site[:, : positions_read(part.behavior)] for site in sites], dim=1)
 
 
 def opened(
@@ -67,13 +66,7 @@ def opened(
 ) -> Delta:
     """Run the first stage: the delta that it ends at, within the budget, is where the second starts.
 
-    Args:
-        opening: the objective of the first stage.
-        start: as in `find_perturbation`.
-        feasible: as in `find_perturbation`.
-        budget: as in `find_perturbation`.
-        schedule: its stride and seed; steps are those of an opening.
-        on_step: as in `find_perturbation`.
+    The arguments are those of `find_perturbation`; of the schedule the stride and the seed count.
     """
     first = replace(schedule or Schedule(), steps=OPENING_STEPS, goal=math.inf, restarts=0)
     return find_perturbation(opening, start, feasible, budget, first, on_step).delta

@@ -38,17 +38,14 @@ def row_space(A: Float[Tensor, "d_model k"], rtol: float | None = None) -> Float
 
     Args:
         A: any number of columns, of any norms and however dependent.
-        rtol: singular values (of `A` with normalized columns) up to this share of the largest count as zero;
-            by default float64 rounding, `max(d_model, k) * eps`, and for narrower dtypes four roundings of float32 of a
-            column as well.
+        rtol: singular values (of `A` with normalized columns) up to this share of the largest count as zero; by default
+            `max(d_model, k)` roundings of float64, and for narrower dtypes four of float32 of a column as well.
     """
     wide = A.detach().double()
     norms = torch.linalg.vector_norm(wide, dim=0)
     wide = wide / norms.where(norms > 0, 1.0)
-    floor = 0.0
-    if rtol is None:
-        rtol = max(wide.shape) * torch.finfo(torch.float64).eps
-        floor = 0.0 if A.dtype == torch.float64 else 4 * torch.finfo(torch.float32).eps
+    floor = 0.0 if rtol is not None or A.dtype == torch.float64 else 4 * torch.finfo(torch.float32).eps
+    rtol = max(wide.shape) * torch.finfo(torch.float64).eps if rtol is None else rtol
     if wide.shape[1] > wide.shape[0]:
         # A triangular factor of A^T spans the same space in d_model columns.
         wide = torch.linalg.qr(wide.mT, mode="r").R.mT
@@ -98,10 +95,6 @@ class NullSpace:
             free = free - einsum(seen, self.basis, "... rank, d_model rank -> ... d_model")
         return free.to(v.dtype)
 
-    def select(self, rows: Rows) -> NullSpace:
-        """Itself: all examples share one null space."""
-        return self
-
 
 @dataclass(frozen=True, eq=False)
 class NullSpaces:
@@ -138,5 +131,4 @@ class NullSpaces:
         return torch.where(nothing, 0.0, free).to(v.dtype)
 
     def select(self, rows: Rows) -> NullSpaces:
-        """The null spaces of the examples `rows` alone."""
         return NullSpaces(self.bases[rows])

@@ -16,17 +16,17 @@
 
 from recover.search.adam import ProjectedAdam
 from recover.search.ascent import Feasible, Objective, Schedule, Solution, Status, StepRule, find_perturbation
-from recover.search.constraints import (
+from recover.search.constraints.admissible import JacobianOrthogonal, admissible
+from recover.search.constraints.linear import (
     ActivationStable,
     Budget,
     Constraint,
     Constraints,
     DecodeStable,
     EncoderOrthogonal,
-    JacobianOrthogonal,
-    Pinned,
-    admissible,
 )
+from recover.search.constraints.monitor import Monitor
+from recover.search.constraints.pinned import Pinned
 from recover.search.constraints.restored import find_linearized, find_restored
 from recover.search.gradient_checks import Agreement, error_channel, finite_differences
 from recover.search.gradient_free import Effort, reexamined
@@ -50,6 +50,7 @@ __all__ = [
     "Found",
     "JacobianOrthogonal",
     "Minimum",
+    "Monitor",
     "Objective",
     "Pinned",
     "PinnedSolution",

@@ -1,7 +1,7 @@
 """Check that the gradient a search follows is the derivative of what it climbs, by values alone, on a few examples.
 
-A gradient can be reversed, vanish, or lack a part (an SAE's error computed under `no_grad` loses all that flows through
-it), and a search that follows it finds less than there is and does not notice. So, example by example:
+A gradient can be reversed, vanish, or lack a part (an SAE's error computed under `no_grad`), and a search that follows
+it finds less than there is and does not notice. So, example by example:
 
 1. *Points*: zero, where a search begins, and a random admissible point of norm `reach / 2`.
 2. *Directions* at each: the admissible gradient of the score there, and DIRECTIONS random admissible ones, all of norm
@@ -102,8 +102,7 @@ def finite_differences(
         like: any delta `[batch pos d_model]`, for its shape, dtype and device.
         reach: the norm over which the objective is of interest, as a rule the budget; in units of the residual.
         seed: of the random directions and the random point.
-        rounding: what is not to be relied on of a value, as a share of 1 plus its size: give it for a model that does
-            not compute in float32 (but better give such a model in float32).
+        rounding: uncertainty of a value, as a share of 1 plus its size; give it for a model that is not in float32.
 
     Raises:
         InputError: `reach` is not finite and positive.
@@ -125,15 +124,8 @@ def error_channel(
     and the part `e = v - J v` that it leaves to the error (see `decompose`). Each direction is replaced by its `e`,
     made admissible again. A gradient that stops at the error is `J^T` times the right one, which loses just these.
 
-    Args:
-        defended: the objective, with the residual and the SAE of its first site.
-        feasible: the constraint that the search keeps.
-        seed: of the random directions and the random point.
-        reach: as in `finite_differences`; by default a tenth of the norm of the defended residual, by example.
-        rounding: as in `finite_differences`.
-
-    Raises:
-        InputError: `reach` is not finite and positive.
+    Arguments and errors are those of `finite_differences`; the objective is `defended`, with the residual and the SAE
+    of its first site, and `reach` is by default a tenth of the norm of the defended residual, by example.
     """
     sae = defended.defense.at(defended.suffix.site)[0].sae
     state = defended.suffix.residual.to(sae.dtype)
@@ -142,7 +134,7 @@ def error_channel(
         followed = torch.func.jvp(lambda h: sae.decode(sae.encode(h)), (state,), (directions.to(sae.dtype),))[1]
         left = feasible.project(directions - followed.to(directions))
         # An SAE that follows all of a direction leaves a rounding of it, which is no direction.
-        return _none_if(norm(left) <= 1e-4 * norm(directions), left)
+        return left.masked_fill(by_example(norm(left) <= 1e-4 * norm(directions)), 0.0)
 
     like = defended.zero_delta
     tenth = 0.1 * norm(state).to(like)
@@ -172,8 +164,7 @@ def _compare(
     random = [scale_to(channel(one), 1.0) for one in drawn]
 
     start = _slopes(objective, torch.zeros_like(like), feasible)
-    error, step = torch.full_like(far, -1.0), torch.full_like(far, math.nan)
-    steepest = torch.zeros_like(far)
+    error, step, steepest = torch.full_like(far, -1.0), torch.full_like(far, math.nan), torch.zeros_like(far)
     for at in (start, _slopes(objective, scale_to(elsewhere, far / 2), feasible)):
         directions = torch.stack([scale_to(channel(at.gradient[0]), 1.0), *random], dim=1)
         typical = at.length / freedom.clamp(min=1)
@@ -202,8 +193,7 @@ class _Slopes:
 
     def uncertain(self, length: PerExample, rounding: float) -> PerValue:
         """What is not to be relied on of a value at a distance `length` from the point."""
-        away = norm(self.point) + length
-        return rounding * (1 + self.values.abs()) + ADDED_UP * self.whole * away
+        return rounding * (1 + self.values.abs()) + ADDED_UP * self.whole * (norm(self.point) + length)
 
     def select(self, rows: Rows) -> _Slopes:
         return _Slopes(self.point[rows], self.values[:, rows], self.gradient[:, rows], self.whole[:, rows])
@@ -217,9 +207,8 @@ def _slopes(objective: Objective, point: Delta, feasible: Feasible) -> _Slopes:
         gradient = torch.zeros_like(leaf)
         if value.requires_grad:  # a value that is cut off altogether claims no slope
             (gradient,) = torch.autograd.grad(value.sum(), leaf, retain_graph=True, materialize_grads=True)
-        admissible = feasible.project(gradient)
         # As the search has it: what rounding leaves of a gradient is none.
-        gradients.append(without_rounding(admissible, gradient))
+        gradients.append(without_rounding(feasible.project(gradient), gradient))
         whole.append(norm(gradient))
     return _Slopes(point, torch.stack([value.detach() for value in values]), torch.stack(gradients), torch.stack(whole))
 
@@ -297,8 +286,3 @@ def _hidden(
     change = (values_of(objective, probes)[0] - start.values[0][:, None]).abs()
     accounted = torch.maximum(start.uncertain(far, rounding)[0], HIDDEN * steepest * far)
     return (change > accounted[:, None]).any(dim=1)
-
-
-def _none_if(rounding: Bool[Tensor, "batch"], delta: Delta) -> Delta:
-    """`delta`, and zero where it is no more than rounding."""
-    return delta.masked_fill(by_example(rounding), 0.0)

@@ -94,7 +94,10 @@ def reexamined(
     directions = _directions(solution.delta[at], feasible.select(at), effort.draws, schedule.seed)
     able = norm(directions) > 0
     if not bool(able.all()):
-        solution = _closed(solution, at[~able])
+        # These are left no direction.
+        shut = at[~able]
+        status = [Status.NOTHING_ADMISSIBLE] * len(shut)
+        solution = put(solution, shut, solution.delta[shut], solution.score[shut], solution.slack[shut], status)
         at, directions = at[able], directions[able]
     if len(at) == 0:
         return solution
@@ -136,33 +139,19 @@ def reexamined(
             status[row] = Status.RECOVERED
         elif not moved[row]:
             status[row] = Status.UNMOVED
-        elif status[row] is not Status.NO_GRADIENT and outdone[row]:
-            status[row] = Status.OUTDONE
-        elif status[row] is not Status.NO_GRADIENT and (jump[row] or lies[row]):
-            status[row] = Status.MISLED
+        elif status[row] is not Status.NO_GRADIENT and (outdone[row] or jump[row] or lies[row]):
+            status[row] = Status.OUTDONE if outdone[row] else Status.MISLED
     return put(solution, at, delta, score, slack, status)
-
-
-def _closed(solution: Solution, rows: Tensor) -> Solution:
-    """`solution`, with these rows judged to be left no direction."""
-    status = [Status.NOTHING_ADMISSIBLE] * len(rows)
-    return put(solution, rows, solution.delta[rows], solution.score[rows], solution.slack[rows], status)
 
 
 def put(
     solution: Solution, rows: Tensor, delta: Delta, score: PerExample, slack: PerExample, status: list[Status]
 ) -> Solution:
     """`solution` with these rows replaced."""
-    statuses = list(solution.status)
-    for row, one in zip(rows.tolist(), status, strict=True):
-        statuses[row] = one
-    return replace(
-        solution,
-        delta=solution.delta.index_copy(0, rows, delta),
-        score=solution.score.index_copy(0, rows, score),
-        slack=solution.slack.index_copy(0, rows, slack),
-        status=tuple(statuses),
-    )
+    given = dict(zip(rows.tolist(), status, strict=True))
+    new = {"delta": delta, "score": score, "slack": slack}
+    values = {name: getattr(solution, name).index_copy(0, rows, value) for name, value in new.items()}
+    return replace(solution, **values, status=tuple(given.get(row, one) for row, one in enumerate(solution.status)))
 
 
 def _margin(slack: PerExample, start: PerExample, goal: float) -> PerExample:
@@ -177,9 +166,7 @@ def _directions(like: Delta, feasible: Feasible, draws: int, seed: int) -> Draws
     noise = repeat(torch.cat([half, -half]), "draws pos d -> batch draws pos d", batch=len(like))
     admissible = projected(feasible, noise)
     nothing = norm(admissible) <= 1e-6 * norm(noise)
-    if not bool(nothing.any()):
-        return admissible
-    return admissible.masked_fill(rearrange(nothing, "batch -> batch 1 1 1"), 0.0)
+    return admissible.masked_fill(rearrange(nothing, "batch -> batch 1 1 1"), 0.0) if nothing.any() else admissible
 
 
 def projected(feasible: Feasible, draws: Draws) -> Draws:
@@ -221,9 +208,8 @@ class _Slopes:
 
 
 def _slopes(objective: Objective, end: Delta, feasible: Feasible) -> _Slopes:
-    steepest: list[Tensor] = []
-    start = torch.zeros_like(end)
-    for point in (end, start):
+    steepest = list[Tensor]()
+    for point in (end, torch.zeros_like(end)):
         leaf = point.detach().requires_grad_(True)
         _, slack = objective(leaf)
         (whole,) = torch.autograd.grad(slack.sum(), leaf)
@@ -238,7 +224,6 @@ class _Probes:
     """Slacks of all probes.
 
     Attributes:
-        directions: of the probes.
         lengths: how far along them, `[batch]` each.
         slacks: `[batch draws]` at each length.
         moved: whether any probe changed the slack by more than `rounding`.
@@ -259,9 +244,8 @@ class _Probes:
 
 def _probe(objective: Objective, directions: Draws, reach: float, slopes: _Slopes) -> _Probes:
     freedom = norm(directions) / directions.shape[1] ** 0.5  # the root of the dimension of each admissible space
-    lengths, slacks = [], []
+    lengths, slacks, rounding = [], [], torch.zeros_like(slopes.slack)
     moved = torch.zeros_like(slopes.slack, dtype=torch.bool)
-    rounding = torch.zeros_like(slopes.slack)
     for times in (torch.full_like(freedom, 1.0 - 1e-6), freedom, 3 * freedom):
         values = slacks_of(objective, scaled(directions, times * reach))
         rounding = 1e-3 * (1 + slopes.slack.abs()) + ADDED_UP * times * reach * slopes.whole
@@ -298,22 +282,19 @@ def walk(
     It ends within the budget, or where that is out of reach; with a budget of 0, with the effort.
     """
     goal, steps = schedule.goal, _directions(start, feasible, effort.around, schedule.seed + 1)
-    here = edge(objective, start, goal)
-    normal = torch.zeros_like(start)
+    here, normal = edge(objective, start, goal), torch.zeros_like(start)
     for turn in range(effort.rounds):
         length = norm(here)
         going = (length > budget) & ((length <= 4 * budget) if turn > 3 and budget > 0 else True)
         if not bool(going.any()):
             break
         radius = 0.3 * length / 2 ** (turn % 3)
-        spin = steps.roll(7 * turn, dims=-1) if turn else steps
-        spin = scaled(projected(feasible, spin), 1.0)
+        spin = scaled(projected(feasible, steps.roll(7 * turn, dims=-1) if turn else steps), 1.0)
         around = here[:, None] + rearrange(radius, "batch -> batch 1 1 1") * spin
         across = torch.where(slacks_of(objective, around) >= goal, 1.0, -1.0).to(start)
         weights = across - across.mean(dim=1, keepdim=True)
         normal = normal + einsum(weights, spin, "batch draws, batch draws pos d -> batch pos d")
-        turned = closer(objective, here, normal, goal)
-        here = torch.where(by_example(going), turned, here)
+        here = torch.where(by_example(going), closer(objective, here, normal, goal), here)
     return here
 
 
@@ -328,8 +309,7 @@ def values_of(objective: Objective, deltas: Draws) -> Float[Tensor, "value batch
     flat = rearrange(deltas, "batch draws pos d -> (batch draws) pos d")
     rows = torch.arange(batch, device=deltas.device).repeat_interleave(draws)
     at_once = max(batch, ELEMENTS_AT_ONCE // (flat.shape[1] * flat.shape[2]))
-    found = []
+    parts = zip(torch.split(flat, at_once), torch.split(rows, at_once), strict=True)
     with torch.no_grad():
-        for some, where in zip(torch.split(flat, at_once), torch.split(rows, at_once), strict=True):
-            found.append(torch.stack(objective.select(where)(some)))
+        found = [torch.stack(objective.select(where)(some)) for some, where in parts]
     return rearrange(torch.cat(found, dim=1), "value (batch draws) -> value batch draws", batch=batch)

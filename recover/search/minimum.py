@@ -60,8 +60,7 @@ def smallest_perturbation(
 
     Args:
         objective: score and slack of a delta.
-        start: a delta to begin the search from, or one that reaches the goal already, `[batch pos d_model]`;
-            admissible.
+        start: an admissible delta to begin from, or one that reaches the goal already, `[batch pos d_model]`.
         feasible: the linear constraint, or any cone, which may be another one for each example.
         schedule: of the search that finds a first such delta, without a budget.
         rounds: turns at most.
@@ -87,21 +86,18 @@ def smallest_perturbation(
         going = going[norm(stepped) <= norm(before) * (1 - STILL)]
     last = (reached & (slack < 0)).nonzero().flatten()
     if len(last):
-        here = here.index_copy(0, last, _corner(objective.select(last), here[last], feasible.select(last), goal[last]))
-        here = here.index_copy(0, last, edge(objective.select(last), here[last], goal[last]))
+        part = objective.select(last)
+        shortest = edge(part, _corner(part, here[last], feasible.select(last), goal[last]), goal[last])
+        here = here.index_copy(0, last, shortest)
     return Minimum(here, torch.where(reached, norm(here), torch.inf))
 
 
 def _step(objective: Objective, here: Delta, feasible: Feasible, goal: PerExample) -> Delta:
     """One Newton step on the margin, as far as the goal is still reached; else `here`."""
-    leaf = here.detach().requires_grad_(True)
-    _, value = objective(leaf)
-    (gradient,) = torch.autograd.grad(value.sum(), leaf)
-    gradient = feasible.project(gradient)
+    value, gradient = _slope(objective, here, feasible)
     steep = norm(gradient)
-    along = rearrange(gradient * here, "batch pos d -> batch (pos d)").sum(dim=1)
     # How long a delta along the gradient is, where the slack's linear part meets the goal.
-    length = torch.where(steep > 0, (along - (value.detach() - goal)) / steep.where(steep > 0, 1.0), torch.inf)
+    length = torch.where(steep > 0, (dot(gradient, here) - (value - goal)) / steep.where(steep > 0, 1.0), torch.inf)
     nearest = scale_to(gradient, length.clamp(min=0).nan_to_num(0.0, 0.0, 0.0))
     stepped, left = here.clone(), (torch.isfinite(length) & (length < norm(here))).nonzero().flatten()
     for beyond, share in STEPS:
@@ -120,23 +116,31 @@ def _step(objective: Objective, here: Delta, feasible: Feasible, goal: PerExampl
 def _corner(objective: Objective, here: Delta, feasible: Feasible, goal: PerExample) -> Delta:
     """A shorter delta that reaches the goal by several linear pieces of the slack at once; else `here`."""
     best, point = here, here
-    normals: list[Tensor] = []
-    offsets: list[Tensor] = []
+    normals, offsets = list[Tensor](), list[Tensor]()
     for _ in range(CUTS):
-        leaf = point.detach().requires_grad_(True)
-        _, value = objective(leaf)
-        (gradient,) = torch.autograd.grad(value.sum(), leaf)
-        value, gradient = value.detach(), feasible.project(gradient)
+        value, gradient = _slope(objective, point, feasible)
         better = (value >= goal) & (norm(point) < norm(best))
         best = torch.where(by_example(better), point, best)
         steep = norm(gradient).clamp(min=torch.finfo(gradient.dtype).tiny)
         unit = scale_to(gradient, 1.0).nan_to_num(0.0, 0.0, 0.0)
         normals.append(rearrange(unit, "batch pos d -> batch (pos d)"))
-        along = rearrange(unit * point, "batch pos d -> batch (pos d)").sum(dim=1)
-        offsets.append((along - (value - goal) / steep).nan_to_num(0.0, 0.0, 0.0))
+        offsets.append((dot(unit, point) - (value - goal) / steep).nan_to_num(0.0, 0.0, 0.0))
         nearest = _nearest_to_all(torch.stack(normals, dim=1).double(), torch.stack(offsets, dim=1).double())
         point = (1 + MARGIN) * nearest.to(here.dtype).reshape(here.shape)
     return best
+
+
+def _slope(objective: Objective, at: Delta, feasible: Feasible) -> tuple[PerExample, Delta]:
+    """The slack and its admissible gradient."""
+    leaf = at.detach().requires_grad_(True)
+    _, slack = objective(leaf)
+    (gradient,) = torch.autograd.grad(slack.sum(), leaf)
+    return slack.detach(), feasible.project(gradient)
+
+
+def dot(one: Delta, other: Delta) -> PerExample:
+    """The inner product of each example's two deltas."""
+    return rearrange(one * other, "batch pos d -> batch (pos d)").sum(dim=1)
 
 
 def _nearest_to_all(
@@ -149,9 +153,8 @@ def _nearest_to_all(
         for cut in range(offsets.shape[1]):
             own = gram[:, cut, cut]
             lacking = offsets[:, cut] - (gram[:, cut] * weights).sum(dim=1)
-            weights[:, cut] = (weights[:, cut] + torch.where(own > 0, lacking / own.where(own > 0, 1.0), 0.0)).clamp(
-                min=0
-            )
+            change = torch.where(own > 0, lacking / own.where(own > 0, 1.0), 0.0)
+            weights[:, cut] = (weights[:, cut] + change).clamp(min=0)
     return einsum(weights, normals, "batch cut, batch cut n -> batch n")
 
 
@@ -162,7 +165,7 @@ class OnSlack:
     of: Objective
 
     def __call__(self, delta: Tensor) -> tuple[Tensor, Tensor]:
-        _, slack = self.of(delta)
+        slack = self.of(delta)[1]
         return slack, slack
 
     def select(self, rows: Tensor) -> OnSlack:
@@ -173,9 +176,8 @@ def edge(objective: Objective, outer: Delta, goal: float | PerExample, halvings:
     """The shortest point met on the ray from zero to `outer` that reaches the goal, if `outer` does.
 
     An interval that holds the edge shrinks to `2^-halvings` of the ray by the ITP method (Oliveira and Takahashi 2020):
-    the next point to try is where a straight line through the slacks at its ends meets the goal, pushed a little toward
-    its middle, and kept so near to that that no edge takes more than one point more than bisection. A smooth one takes
-    about half as many.
+    try where a straight line through the slacks at its ends meets the goal, pushed a little toward its middle, and so
+    near to that that no edge takes more than one point more than bisection. A smooth one takes about half as many.
     """
     fine, trial = 2.0**-halvings, 0
     below, above = _excess(objective, torch.zeros_like(outer), goal), _excess(objective, outer, goal)
@@ -219,8 +221,7 @@ def closer(objective: Objective, here: Delta, normal: Delta, goal: float | PerEx
 def _excess(objective: Objective, delta: Delta, goal: float | PerExample) -> PerExample:
     """By how much the slack is above the goal."""
     with torch.no_grad():
-        _, slack = objective(delta)
-    return slack - goal
+        return objective(delta)[1] - goal
 
 
 def _of(goal: float | Tensor, rows: Rows) -> float | Tensor:

@@ -19,13 +19,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from einops import rearrange
 
 from recover.numerics.metrics import by_example, norm
-from recover.search.ascent import Plain, Schedule, StepRule, better, clip, find_perturbation
+from recover.search.ascent import Best, Plain, Schedule, StepRule, better, clip, find_perturbation
 from recover.search.constraints.pinned import Pinned
-from recover.search.minimum import MARGIN
-from recover.types import Bool, Delta, InputError, Int, PerExample, Residual, Tensor
+from recover.search.minimum import MARGIN, dot
+from recover.types import Delta, InputError, PerExample, Residual, Tensor
 
 ROUNDS = 4
 TIGHTER = 0.85
@@ -33,33 +32,21 @@ TIGHTER = 0.85
 
 
 @dataclass(frozen=True, eq=False)
-class PinnedSolution:
-    """The best found for each example.
+class PinnedSolution(Best):
+    """The best found for each example; `delta` is the whole, which is saved and replayed.
 
     Attributes:
         free: the free parts, `[batch (site pos) d_model]`.
-        delta: the whole delta: what is saved and replayed.
-        score, slack: of it.
-        steps: gradient steps.
         budget: the largest norm of the whole.
     """
 
     free: Residual
-    delta: Residual
-    score: PerExample
-    slack: PerExample
-    steps: Int[Tensor, "batch"]
     budget: float
 
     @property
     def norm(self) -> PerExample:
         """The norm of the whole delta."""
         return norm(self.delta)
-
-    @property
-    def recovered(self) -> Bool[Tensor, "batch"]:
-        """Where the behavior is back, by the solver's own account."""
-        return self.slack > 0
 
 
 def find_pinned(
@@ -121,18 +108,14 @@ def shorten(pinned: Pinned, free: Residual, goal: float | None = None, steps: in
         slack, length = pinned.defended.behavior.slack(logits.float()), norm(delta)
         (steep,) = torch.autograd.grad(slack.sum(), leaf, retain_graph=True)
         (outward,) = torch.autograd.grad((length.square() / 2).sum(), leaf)
-        steep, outward, slack, length = (
-            pinned.free.project(steep),
-            pinned.free.project(outward),
-            slack.detach(),
-            length.detach(),
-        )
+        steep, outward = pinned.free.project(steep), pinned.free.project(outward)
+        slack, length = slack.detach(), length.detach()
         shorter = (slack >= least) & (length < size)
         stride = torch.where(shorter, stride, stride / 2)
         moved = by_example(shorter)
         best, size = torch.where(moved, here, best), torch.where(shorter, length, size)
         square = norm(steep).square().clamp(min=torch.finfo(steep.dtype).tiny)
-        level = _dot(outward, steep) / square
+        level = dot(outward, steep) / square
         back = (2 * least - slack) / square  # past the edge, so that rounding cannot undo it
         step = by_example(back + stride * level) * steep - by_example(stride) * outward
         here = here + step.nan_to_num(0.0, 0.0, 0.0)
@@ -144,8 +127,4 @@ def _measured(pinned: Pinned, free: Residual, budget: float, steps: Tensor | Non
         logits, delta = pinned.run(free)
     behavior, logits = pinned.defended.behavior, logits.float()
     taken = torch.zeros(len(free), dtype=torch.long, device=free.device) if steps is None else steps
-    return PinnedSolution(free, delta, behavior.score(logits), behavior.slack(logits), taken, budget)
-
-
-def _dot(one: Residual, other: Residual) -> PerExample:
-    return rearrange(one * other, "batch pos d_model -> batch (pos d_model)").sum(dim=1)
+    return PinnedSolution(delta, behavior.score(logits), behavior.slack(logits), taken, free, budget)

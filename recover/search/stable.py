@@ -77,9 +77,8 @@ def find_stable(
             write, in the defended state. Where that is nothing there must be no drift at all.
 
     Returns:
-        For each example the delta with the largest slack met within budget and tolerance; no delta is one of them, and
-        what C1 gives, or C2 where C3 is asked for, is another where it is within the tolerance: what that recovers is
-        left as it is.
+        For each example the delta with the largest slack met within budget and tolerance, zero included. What C1 (under
+        C3: C2) recovers within the tolerance is left as it is.
 
     Raises:
         InputError: the budget or the tolerance is not a positive number, or a delta enters elsewhere.
@@ -145,7 +144,7 @@ class _Rules:
         seen = self._see(leaf)
         (gradient,) = torch.autograd.grad(seen.score.sum(), leaf, retain_graph=True)
         free = self._uphill(leaf, seen, gradient)
-        return Point(seen.score.detach(), seen.slack.detach(), without_rounding(free, gradient), seen.drift)
+        return Point(delta, seen.score.detach(), seen.slack.detach(), without_rounding(free, gradient), seen.drift)
 
     def free(self, delta: Delta, along: Delta) -> Delta:
         leaf = delta.detach().requires_grad_(True)
@@ -167,20 +166,18 @@ class _Rules:
         """A pass with `delta`; differentiable."""
         logits, states = passed(self.defended, delta)
         equal, below, now, before = [], [], [], []
-        for clamp, writes, (pre_ref, z_ref, distance_ref) in zip(
-            self.watched, self.writes, self.reference, strict=True
-        ):
+        for clamp, writes, reference in zip(self.watched, self.writes, self.reference, strict=True):
+            pre_ref, z_ref, distance_ref = reference
             pre, z, distance = _read(clamp, states[clamp.site])
             units, awake = clamp.encoder.norm(dim=0), z_ref != 0
             units = torch.where(units > 0, units, 1.0)
-            if self.constraint is ActivationStable:
-                now.append(z)
-                before.append(z_ref)
-                equal.append(torch.where(awake, pre - pre_ref, 0.0) / units)
+            if self.constraint is DecodeStable:
+                z, z_ref = (einsum(one, writes, "batch pos k, rank k -> batch pos rank") for one in (z, z_ref))
+                equal.append((z - z_ref) / units.mean())
             else:
-                now.append(einsum(z, writes, "batch pos k, rank k -> batch pos rank"))
-                before.append(einsum(z_ref, writes, "batch pos k, rank k -> batch pos rank"))
-                equal.append((now[-1] - before[-1]) / units.mean())
+                equal.append(torch.where(awake, pre - pre_ref, 0.0) / units)
+            now.append(z)
+            before.append(z_ref)
             below.append((torch.where(awake, -distance, distance) + INSIDE * distance_ref.abs()) / units)
         if math.isfinite(self.budget):
             # As long as what is too long, near the budget. Aimed low, so that no rounding is above it.

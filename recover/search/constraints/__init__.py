@@ -8,28 +8,3 @@
 `restored`    the search for a delta at the first site, with the features of all sites restored after each step
 ============  ==============================================================================================
 """
-
-from recover.search.constraints.admissible import JacobianOrthogonal, admissible
-from recover.search.constraints.linear import (
-    ActivationStable,
-    Budget,
-    Constraint,
-    Constraints,
-    DecodeStable,
-    EncoderOrthogonal,
-)
-from recover.search.constraints.monitor import Monitor
-from recover.search.constraints.pinned import Pinned
-
-__all__ = [
-    "ActivationStable",
-    "Budget",
-    "Constraint",
-    "Constraints",
-    "DecodeStable",
-    "EncoderOrthogonal",
-    "JacobianOrthogonal",
-    "Monitor",
-    "Pinned",
-    "admissible",
-]

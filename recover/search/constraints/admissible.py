@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -68,13 +69,10 @@ def jacobian(defended: Defended) -> Gradients:
     """The gradients of the clamped pre-activations of all later sites (1 above), by site, clamp, position, feature."""
     leaf = defended.zero_delta.requires_grad_(True)
     with torch.enable_grad():
-        read = [
-            rearrange(clamp.pre_activations(state), "batch pos k -> batch (pos k)")
-            for site, state in defended.entering(leaf).items()
-            for clamp in defended.defense.at(site)
-        ]
+        entering = defended.entering(leaf).items()
+        read = [clamp.pre_activations(state) for site, state in entering for clamp in defended.defense.at(site)]
         # Examples do not see each other, so that the gradient of a sum over them holds the row of each.
-        total = torch.cat(read, dim=1).sum(dim=0)
+        total = torch.cat([rearrange(pre, "batch pos k -> batch (pos k)") for pre in read], dim=1).sum(dim=0)
     return rearrange(_gradients(total, leaf), "row batch pos d_model -> batch row pos d_model")
 
 
@@ -86,12 +84,8 @@ def _gradients(outputs: Float[Tensor, "row"], leaf: Residual) -> Float[Tensor, "
         with warnings.catch_warnings():
             # An operation that is run one row at a time is as good as the loop below.
             warnings.filterwarnings("ignore", message="There is a performance drop")
-            return torch.cat(
-                [
-                    torch.autograd.grad(outputs, leaf, some, retain_graph=True, is_grads_batched=True)[0]
-                    for some in torch.split(one_hot, at_once)
-                ]
-            )
+            several = partial(torch.autograd.grad, outputs, leaf, retain_graph=True, is_grads_batched=True)
+            return torch.cat([several(some)[0] for some in torch.split(one_hot, at_once)])
     except RuntimeError:
         return torch.stack([torch.autograd.grad(output, leaf, retain_graph=True)[0] for output in outputs])
 

@@ -7,16 +7,11 @@ C3   `DecodeStable`         what they write keeps its reference value
 C4   `Budget`               `||delta||_F <= eps` for each example
 ===  =====================  ==================================================================
 
-`project(delta)` returns a delta that satisfies the constraint and is no longer than `delta`;
-`violation(delta)` says, for each example, by how much a delta fails it (0: satisfied); `select(rows)` gives the
-constraint of these examples alone.
+For a pointwise SAE C1 implies C2, and C2 implies C3. Where features compete (TopK, AbsTopK) C1 implies neither, as a
+delta can push a clamped feature out by raising others: `violation` tells, `project` does not mend it.
 
-For a pointwise SAE C1 implies C2, and C2 implies C3. Where features compete (TopK, AbsTopK) C1 implies
-neither, as a delta can push a clamped feature out by raising others: `violation` tells, `project` does not
-mend it.
-
-C2 leaves more room than C1, as a feature may move below its threshold. Its projection holds few features,
-those that it must, at each position on its own:
+C2 leaves more room than C1, as a feature may move below its threshold. At each position on its own, its projection
+holds no more features than it must:
 
 1. hold the features that are active in the reference, and project `delta` onto their null space;
 2. hold those too that this wakes, and project again, until none wakes (each round holds more, so this ends);
@@ -178,8 +173,7 @@ class Budget(Constraint):
         length = norm(delta)
         # Aimed two roundings low, so that rounding each entry does not lift the norm over the budget again.
         aim = self.eps * (1 - 2 * torch.finfo(delta.dtype).eps)
-        factor = torch.where(length > self.eps, aim / length.clamp(min=self.eps), 1.0)
-        return delta * by_example(factor)
+        return delta * by_example(torch.where(length > self.eps, aim / length.clamp(min=self.eps), 1.0))
 
     def violation(self, delta: Residual) -> PerExample:
         """By how much the norm exceeds the budget."""
@@ -193,8 +187,8 @@ class Budget(Constraint):
 class Constraints(Constraint):
     """Several constraints at one site as one: projected onto in the order of their stages.
 
-    The linear C1 comes first; C2 and C3 remove only directions that C1 removes too; the budget scales, which
-    the others allow, as their sets hold the segment from any of their points to 0.
+    The linear C1 comes first; C2 and C3 remove only directions that C1 removes too; the budget scales, which the others
+    allow, as their sets hold the segment from any of their points to 0.
     """
 
     parts: tuple[Constraint, ...]
@@ -221,8 +215,7 @@ class Constraints(Constraint):
 def _hold(A: Float[Tensor, "d_model k"], held: Bool[Tensor, "batch pos k"], delta: Residual) -> Residual:
     """At each position, `delta` projected onto the null space of the columns of `A` held there."""
     patterns, which = torch.unique(rearrange(held, "batch pos k -> (batch pos) k"), dim=0, return_inverse=True)
-    which = which.reshape(held.shape[:2])
-    projected = delta
+    which, projected = which.reshape(held.shape[:2]), delta
     for index, pattern in enumerate(patterns):
         if pattern.any():
             here = rearrange(which == index, "batch pos -> batch pos 1")

@@ -65,7 +65,6 @@ class Watched:
     features: OfRows
 
     def select(self, rows: Rows) -> Watched:
-        """The values of the examples `rows` alone."""
         return Watched(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})
 
     def detached(self) -> Watched:
@@ -106,7 +105,6 @@ class Monitor:
         return _watch(self.defended, delta)
 
     def select(self, rows: Rows) -> Monitor:
-        """The values of the examples `rows` alone."""
         return Monitor(self.defended.select(rows), self.reference.select(rows), self.c1)
 
     @cached_property
@@ -119,19 +117,19 @@ class Monitor:
     def watched(self) -> Bool[Tensor, "row"]:
         """Which rows C1 does not keep."""
         first = self.defended.defense.sites[0].index
-        free = [torch.full((len(c),), clamp.site.index != first or not self.c1) for clamp, c in self._parts]
+        free = [torch.full((len(c.features),), c.site.index != first or not self.c1) for c in self._clamps]
         return torch.cat([self._by_row(one) for one in free]).to(self.reference.pre.device)
 
     @cached_property
     def units(self) -> Float[Tensor, "row"]:
         """What a row is divided by: the norm of its encoder column; 1 where that reads nothing."""
-        read = torch.cat([self._by_row(clamp.encoder.norm(dim=0)) for clamp, _ in self._parts])
+        read = torch.cat([self._by_row(clamp.encoder.norm(dim=0)) for clamp in self._clamps])
         return torch.where(read > 0, read, 1.0)
 
     @cached_property
     def threshold(self) -> Float[Tensor, "row"]:
         """The threshold of each row; NaN where features compete."""
-        return torch.cat([self._by_row(clamp.threshold) for clamp, _ in self._parts]).to(self.reference.pre)
+        return torch.cat([self._by_row(clamp.threshold) for clamp in self._clamps]).to(self.reference.pre)
 
     def drift(self, watched: Watched) -> PerExample:
         """`||z_S(h_rec) - z_S(h_def)|| / ||z_S(h_def)||`, over all sites and positions."""
@@ -160,8 +158,8 @@ class Monitor:
         return (self.threshold - self.reference.pre).clamp(min=0)
 
     @property
-    def _parts(self) -> list[tuple[Clamp, tuple[int, ...]]]:
-        return [(c, c.features) for site in self.defended.defense.sites for c in self.defended.defense.at(site)]
+    def _clamps(self) -> list[Clamp]:
+        return [clamp for site in self.defended.defense.sites for clamp in self.defended.defense.at(site)]
 
     def _by_row(self, values: Shaped[Tensor, "k"]) -> Shaped[Tensor, "row"]:
         return repeat(values, "k -> (pos k)", pos=self.defended.suffix.n_pos)
@@ -188,11 +186,8 @@ def passed(defended: Defended, delta: Delta) -> tuple[Float[Tensor, "batch ..."]
 def _watch(defended: Defended, delta: Delta) -> Watched:
     logits, seen = passed(defended, delta)
     clamps = [(clamp, seen[site]) for site in defended.defense.sites for clamp in defended.defense.at(site)]
-    pre, features = (
-        torch.cat([rearrange(values, "batch pos k -> batch (pos k)") for values in read], dim=1)
-        for read in ([c.pre_activations(h) for c, h in clamps], [c.read(h) for c, h in clamps])
-    )
-    return Watched(logits, pre, features)
+    pre = torch.cat([_flat(clamp.pre_activations(h)) for clamp, h in clamps], dim=1)
+    return Watched(logits, pre, torch.cat([_flat(clamp.read(h)) for clamp, h in clamps], dim=1))
 
 
 @dataclass(frozen=True, eq=False)
@@ -239,11 +234,8 @@ class Jacobian:
         """`J` of `rows`, in float64."""
         rows = self.rows
         # Examples do not see each other, so that the gradient of a sum over them holds the row of each.
-        table = _gradients(self.pre.sum(dim=0)[rows], self.leaf)
-        table = self.first.null_space.project(
-            rearrange(table, "row batch pos d_model -> batch row pos d_model").double()
-        )
-        table = table * rearrange(self.weight[:, rows], "batch row -> batch row 1 1")
+        table = rearrange(_gradients(self.pre.sum(dim=0)[rows], self.leaf), "row batch ... -> batch row ...").double()
+        table = self.first.null_space.project(table) * rearrange(self.weight[:, rows], "batch row -> batch row 1 1")
         return rearrange(table, "batch row pos d_model -> batch row (pos d_model)")
 
     @cached_property

@@ -75,7 +75,6 @@ class Pin:
         return einsum(missing, self.answer, "batch pos k, k d_model -> batch pos d_model").to(state.dtype)
 
     def select(self, rows: Rows) -> Pin:
-        """The pin of the examples `rows` alone."""
         return Pin(self.clamps, self.reference[rows])
 
 
@@ -89,7 +88,7 @@ class FreeParts:
         """The nearest free parts, site by site."""
         parts = rearrange(delta, "batch (site pos) d_model -> site batch pos d_model", site=len(self.sites))
         free = [space.project(part) for space, part in zip(self.sites, parts, strict=True)]
-        return rearrange(torch.stack(free), "site batch pos d_model -> batch (site pos) d_model")
+        return torch.cat(free, dim=1)
 
     def select(self, rows: Rows) -> FreeParts:
         return self
@@ -111,9 +110,8 @@ class Pinned:
         """
         defense = defended.defense
         if defended.delta_sites != defense.sites:
-            raise InputError(
-                'pinned search: a delta must enter at every clamped site; use defend(..., surface=Surface("every"))'
-            )
+            use = 'use defend(..., surface=Surface("every"))'
+            raise InputError(f"pinned search: a delta must enter at every clamped site; {use}")
         states = defended.states()
         return cls(defended, {site: Pin.at(defense.at(site), widened(states[site])) for site in defense.sites})
 
@@ -172,8 +170,7 @@ class Pinned:
         first, *later = self.defended.delta_sites
         state = pinned(first)(self.defended.suffix.residual)
         logits = self.defended.changed_logits(state, {site: pinned(site) for site in later})
-        whole = torch.stack([added[site] for site in self.defended.delta_sites])
-        return logits, rearrange(whole, "site batch pos d_model -> batch (site pos) d_model")
+        return logits, torch.cat([added[site] for site in self.defended.delta_sites], dim=1)
 
     def __call__(self, delta: Delta) -> tuple[PerExample, PerExample]:
         """Score and slack, as a search asks for them; what it varies are the free parts."""
@@ -190,8 +187,7 @@ class Pinned:
 
         The length of a delta need not fall with that of its free parts, but it is zero where they are.
         """
-        share = torch.ones_like(norm(free))
-        low, high = torch.zeros_like(share), share.clone()
+        low, high = torch.zeros_like(norm(free)), torch.ones_like(norm(free))
         fits = norm(self.delta(free)) <= budget
         for _ in range(HALVINGS):
             if bool(fits.all()):
@@ -201,8 +197,7 @@ class Pinned:
             low, high = torch.where(inside, middle, low), torch.where(inside, high, middle)
             if bool(((high - low) <= 1e-4 * high)[~fits].all()):
                 break
-        share = torch.where(fits, 1.0, low)
-        return by_example(share) * free
+        return by_example(torch.where(fits, 1.0, low)) * free
 
 
 def _read(clamps: tuple[Clamp, ...], state: Delta) -> Float[Tensor, "batch pos k"]:
