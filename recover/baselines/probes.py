@@ -15,7 +15,6 @@ drift, and a solved example is retired, which leaves it with less drift than all
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +22,7 @@ from einops import einsum, rearrange, repeat
 
 from recover.defenses.defended import Defended
 from recover.numerics.metrics import by_example, norm
-from recover.search.ascent import Ends, Mask, Point, Schedule, Status, StepRule, ascend, clip
+from recover.search.ascent import Ends, Mask, OnStep, Point, Schedule, Status, StepRule, ascend, clip
 from recover.search.constraints.monitor import Jacobian, Monitor, Watched
 from recover.search.restoring import RestoredSolution
 from recover.types import Delta, Float, InputError, PerExample, Rows, Tensor
@@ -36,7 +35,7 @@ def find_probed(
     defended: Defended,
     budget: float,
     schedule: Schedule | None = None,
-    on_step: Callable[[int, int], None] | None = None,
+    on_step: OnStep | None = None,
     *,
     probes: int = PROBES,
     corrections: int = CORRECTIONS,
@@ -77,14 +76,13 @@ class _Probed:
     generator: torch.Generator
 
     def look(self, delta: Delta) -> Point:
-        leaf, watched = _watched(self.monitor, delta)
-        logits, behavior = watched.logits.float(), self.monitor.defended.behavior
-        score, slack = behavior.score(logits), behavior.slack(logits).detach()
-        (gradient,) = torch.autograd.grad(score.sum(), leaf, retain_graph=True)
+        leaf = delta.detach().requires_grad_(True)
+        watched = self.monitor.watch(leaf)
+        score, slack, gradient = watched.graded(self.monitor.defended.behavior, leaf)
         # One draw for all examples: a result must not depend on which others are in the batch.
         weights = torch.randn(self.probes, watched.pre.shape[1], generator=self.generator).to(delta.device)
         free = _outside(_span(self.monitor, leaf, watched, weights), gradient)
-        return Point(delta, score.detach(), slack, free, self.monitor.drift(watched.detached()))
+        return Point(delta, score, slack, free, self.monitor.drift(watched.detached()))
 
     def select(self, rows: Rows) -> _Probed:
         return _Probed(self.monitor.select(rows), self.probes, self.generator)
@@ -115,11 +113,6 @@ class _ProbedAdam(StepRule[_Probed]):
         return delta, None
 
 
-def _watched(monitor: Monitor, delta: Delta) -> tuple[Delta, Watched]:
-    leaf = delta.detach().requires_grad_(True)
-    return leaf, monitor.watch(leaf)
-
-
 def _span(
     monitor: Monitor, leaf: Delta, watched: Watched, weights: Float[Tensor, "probe row"]
 ) -> Float[Tensor, "batch n direction"]:
@@ -143,7 +136,8 @@ def _outside(basis: Float[Tensor, "batch n direction"], gradient: Delta) -> Delt
 
 def _corrected(monitor: Monitor, delta: Delta) -> Delta:
     """One step along the drift direction."""
-    leaf, watched = _watched(monitor, delta)
+    leaf = delta.detach().requires_grad_(True)
+    watched = monitor.watch(leaf)
     jacobian = Jacobian.at(monitor, leaf, watched, monitor.kept(watched))
     toward = jacobian.pull(monitor.moved(watched.detached()))
     passed = norm(jacobian.push(toward))

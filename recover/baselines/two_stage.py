@@ -13,13 +13,12 @@ Only the start of the second stage differs, so what it may vary, its budget and 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 
 from recover.defenses.defended import Defended
-from recover.search.ascent import Feasible, Objective, Schedule, find_perturbation
+from recover.search.ascent import Feasible, Objective, OnStep, Schedule, find_perturbation
 from recover.search.constraints.pinned import Pinned
 from recover.tasks.behaviors import positions_read
 from recover.types import Delta, Float, PerExample, Rows, Tensor
@@ -62,7 +61,7 @@ def opened(
     feasible: Feasible,
     budget: float,
     schedule: Schedule | None = None,
-    on_step: Callable[[int, int], None] | None = None,
+    on_step: OnStep | None = None,
 ) -> Delta:
     """Run the first stage: the delta that it ends at, within the budget, is where the second starts.
 

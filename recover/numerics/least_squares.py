@@ -9,9 +9,8 @@
    `A` up to the tolerance; where `||A p|| <= tolerance ||A|| ||p||`, as what `p` passes on is then rounding; or where
    `||r|| <= tolerance ||b||`, so that nothing is left. `||A||` is the largest gain met.
 
-Every `x` lies in the row space of `A`, so that among several solutions the shortest is found. Directions that `A`
-passes on with less than the tolerance, as a share of the most, are left as they are. Scalars and recurrences are in
-float64, whatever the products are computed in.
+Every `x` lies in the row space of `A`, so that the shortest of several solutions is found. Directions of a gain below
+the tolerance, as a share of the largest, are left as they are. Scalars and recurrences are in float64.
 """
 
 from __future__ import annotations

@@ -2,11 +2,10 @@
 
 Two groups:
 
-- *of a recovery*, one figure an example. Features are `[batch *pos k]`, residuals `[batch *pos d_model]`,
-  with or without positions. Norms are over everything but `batch`: give the positions that were searched.
-  A share of 0 is 0 where the part is 0 too, and infinite otherwise.
-- *of an SAE's fit*, one figure for all tokens. Leave out BOS and other outlying first tokens: one of them
-  weighs more than all the rest.
+- *of a recovery*, one figure an example. Features are `[batch *pos k]`, residuals `[batch *pos d_model]`, with or
+  without positions. Norms are over everything but `batch`: give the positions that were searched. A share of 0 is 0
+  where the part is 0 too, and infinite otherwise.
+- *of an SAE's fit*, one figure for all tokens. Leave out BOS and other outlying first tokens: they outweigh the rest.
 """
 
 from __future__ import annotations

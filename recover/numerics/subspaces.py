@@ -5,12 +5,10 @@ orthonormal basis `Q` of the columns of `A`,
 
     P = I - Q Q^T        P P = P,  P^T = P,  A^T P = 0
 
-Why each detail is there:
-
-- columns are normalized first, so that a feature with a small encoder is kept as exactly as the others;
-- rank is revealed by an SVD, as feature sets do hold duplicate, dependent and zero columns;
-- the tolerance is the rounding of the columns: a sum of two float32 columns, itself rounded, points out of their
-  plane by 1e-8 of its length, and to exclude that noise would cost a real dimension; dropped, it leaks less than 1e-6;
+- Columns are normalized first, so that a feature with a small encoder is kept as exactly as the others.
+- Rank is revealed by an SVD, as feature sets do hold duplicate, dependent and zero columns.
+- The tolerance is the rounding of the columns: a rounded sum of two float32 columns points out of their plane by 1e-8
+  of its length, and to exclude that would cost a real dimension; dropped, it leaks less than 1e-6.
 - `P` is applied twice: once leaves an error relative to the *input*, which matters when little is left.
 
 Where what must be excluded differs between examples (rows of a Jacobian), each has a basis of its own: `NullSpaces`.

@@ -41,6 +41,8 @@ from recover.numerics.metrics import by_example, norm
 from recover.search.constraints.linear import Budget
 from recover.types import Bool, Delta, InputError, Int, PerExample, Rows, Tensor
 
+OnStep = Callable[[int, int], None]
+"""Called with (steps done, examples still being searched) after every step."""
 ROUNDING = 3e-6
 """An admissible part of a gradient up to this share of the whole is rounding (float32, with a margin)."""
 
@@ -197,12 +199,7 @@ class StepRule(Generic[T]):
 
 
 def ascend(
-    terrain: T,
-    start: Delta,
-    rule: StepRule[T],
-    on_step: Callable[[int, int], None] | None = None,
-    *,
-    otherwise: Delta | None = None,
+    terrain: T, start: Delta, rule: StepRule[T], on_step: OnStep | None = None, *, otherwise: Delta | None = None
 ) -> tuple[Solution, PerExample]:
     """One start of a search.
 
@@ -271,8 +268,7 @@ class Steepest(StepRule[T]):
     def __init__(self, start: Delta, budget: float, schedule: Schedule) -> None:
         super().__init__(start, budget, schedule)
         self.here, self.slope = start, torch.zeros_like(start)
-        self.height = start.new_full((len(start),), -torch.inf)
-        self.stride = start.new_full((len(start),), schedule.stride)
+        self.height, self.stride = (start.new_full((len(start),), value) for value in (-torch.inf, schedule.stride))
 
     def step(self, terrain: T, point: Point, counts: Mask, best: PerExample, number: int) -> tuple[Delta, Ends]:
         delta = clip(self._uphill(point, counts, best), self.budget)
@@ -313,15 +309,18 @@ class Plain:
         return Plain(self.objective.select(rows), self.feasible.select(rows))
 
 
+Rule = type[StepRule[Plain]]
+
+
 def find_perturbation(
     objective: Objective,
     start: Delta,
     feasible: Feasible,
     budget: float,
     schedule: Schedule | None = None,
-    on_step: Callable[[int, int], None] | None = None,
+    on_step: OnStep | None = None,
     *,
-    rule: type[StepRule[Plain]] | None = None,
+    rule: Rule | None = None,
 ) -> Solution:
     """Search for an admissible delta of norm at most `budget` that brings the behavior back.
 

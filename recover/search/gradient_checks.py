@@ -18,16 +18,15 @@ it finds less than there is and does not notice. So, example by example:
 
        |C - D| <= noise + TOLERANCE scale
 
-   In float32 `rounding` is `64 eps = 8e-6` (a margin of four over what SmolLM2's logits were seen to move by when a
-   delta too small to matter was added), and at the best step a function that bends over lengths of about `reach` is
-   missed by about `rounding^(2/3) = 4e-4` of its slope. TOLERANCE is a hundred times that, so a part of the gradient
-   that is shorter than a tenth of it may be missed. A finer step counts only where `noise <= TOLERANCE scale`:
-   otherwise anything would agree. Where even the coarsest is all noise, `D` and `C` are zero as far as can be told, and
-   that is agreement: in a complete bottleneck nothing moves and no slope is claimed.
-5. *Kinks*. Where relu or max bend at the point, or nearer than `h`, `F` and `B` differ, and the gradient is that of one
-   side or between. So it agrees as well where it is `F` of this step and of the coarser one before, or `B` of both, up
-   to the same tolerance with `2 noise`; or where it lies between `B` and `F` and these differ by more than rounding and
-   by half of what they did with the coarser step, or more: the gap that a curve makes goes with `h`.
+   In float32 `rounding` is `64 eps = 8e-6` (four times what SmolLM2's logits moved by when a negligible delta was
+   added), and at the best step a function that bends over lengths of about `reach` is missed by about
+   `rounding^(2/3) = 4e-4` of its slope. TOLERANCE is a hundred times that, so a part of the gradient shorter than a
+   tenth of it may be missed. A finer step counts only where `noise <= TOLERANCE scale`: otherwise anything would agree.
+   Where even the coarsest is all noise (a complete bottleneck) `D` and `C` are zero as far as can be told, and agree.
+5. *Kinks*. Where relu or max bend at the point, or nearer than `h`, the gradient is that of one side or between. So it
+   agrees as well where it is `F` of this step and of the coarser one before, or `B` of both, up to the same tolerance
+   with `2 noise`; or where it lies between `B` and `F` and their gap is more than rounding and at least half of what it
+   was with the coarser step: the gap that a curve makes goes with `h`.
 6. *Hidden*. A step function agrees with its zero gradient at almost every point. So random directions are followed as
    far as `sqrt(n) reach` too, where their part along any single direction is about `reach`: if the score changes there
    by more than rounding, and on average a hundred times (HIDDEN) as steeply as the gradient at either point has it, the
@@ -41,7 +40,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from einops import einsum, rearrange, reduce
@@ -163,17 +162,17 @@ def _compare(
     freedom = torch.stack([norm(one).square() for one in drawn]).mean(dim=0).sqrt()
     random = [scale_to(channel(one), 1.0) for one in drawn]
 
-    start = _slopes(objective, torch.zeros_like(like), feasible)
+    start = _slopes(objective, torch.zeros_like(like), feasible, rounding)
     error, step, steepest = torch.full_like(far, -1.0), torch.full_like(far, math.nan), torch.zeros_like(far)
-    for at in (start, _slopes(objective, scale_to(elsewhere, far / 2), feasible)):
+    for at in (start, _slopes(objective, scale_to(elsewhere, far / 2), feasible, rounding)):
         directions = torch.stack([scale_to(channel(at.gradient[0]), 1.0), *random], dim=1)
         typical = at.length / freedom.clamp(min=1)
-        here, length = _disagreement(objective, at, directions, typical, far, rounding)
+        here, length = _disagreement(objective, at, directions, typical, far)
         step = torch.where(here > error, length, step)
         error, steepest = torch.maximum(error, here), torch.maximum(steepest, at.length[0])
-    hidden = _hidden(objective, start, torch.stack(random, dim=1), steepest, freedom * far, rounding)
+    hidden = _hidden(objective, start, torch.stack(random, dim=1), steepest, freedom * far)
     coarsest = STEPS[0] * far
-    noise = start.uncertain(coarsest, rounding)[0] / (coarsest * start.length[0])
+    noise = start.uncertain(coarsest)[0] / (coarsest * start.length[0])
     return Agreement((error <= TOLERANCE) & ~hidden, error, step, steepest, noise, hidden)
 
 
@@ -185,21 +184,23 @@ class _Slopes:
     values: PerValue
     gradient: Float[Tensor, "value batch pos d_model"]
     whole: PerValue
+    rounding: float
 
     @property
     def length(self) -> PerValue:
         """Norms of the admissible gradients."""
         return torch.stack([norm(one) for one in self.gradient])
 
-    def uncertain(self, length: PerExample, rounding: float) -> PerValue:
+    def uncertain(self, length: PerExample) -> PerValue:
         """What is not to be relied on of a value at a distance `length` from the point."""
-        return rounding * (1 + self.values.abs()) + ADDED_UP * self.whole * (norm(self.point) + length)
+        return self.rounding * (1 + self.values.abs()) + ADDED_UP * self.whole * (norm(self.point) + length)
 
     def select(self, rows: Rows) -> _Slopes:
-        return _Slopes(self.point[rows], self.values[:, rows], self.gradient[:, rows], self.whole[:, rows])
+        parts = {name: getattr(self, name)[:, rows] for name in ("values", "gradient", "whole")}
+        return replace(self, point=self.point[rows], **parts)
 
 
-def _slopes(objective: Objective, point: Delta, feasible: Feasible) -> _Slopes:
+def _slopes(objective: Objective, point: Delta, feasible: Feasible, rounding: float) -> _Slopes:
     leaf = point.detach().requires_grad_(True)
     values = objective(leaf)
     gradients, whole = [], []
@@ -210,7 +211,8 @@ def _slopes(objective: Objective, point: Delta, feasible: Feasible) -> _Slopes:
         # As the search has it: what rounding leaves of a gradient is none.
         gradients.append(without_rounding(feasible.project(gradient), gradient))
         whole.append(norm(gradient))
-    return _Slopes(point, torch.stack([value.detach() for value in values]), torch.stack(gradients), torch.stack(whole))
+    here = torch.stack([value.detach() for value in values])
+    return _Slopes(point, here, torch.stack(gradients), torch.stack(whole), rounding)
 
 
 @dataclass(frozen=True, eq=False)
@@ -245,14 +247,14 @@ class _Differences:
 
 
 def _disagreement(
-    objective: Objective, at: _Slopes, directions: Draws, typical: PerValue, reach: PerExample, rounding: float
+    objective: Objective, at: _Slopes, directions: Draws, typical: PerValue, reach: PerExample
 ) -> tuple[PerExample, PerExample]:
     """Steps 3 to 5 at one point: the largest disagreement of each example, and the step that it was read at."""
     claimed = einsum(at.gradient, directions, "value batch pos d, batch draws pos d -> value batch draws")
     best, chosen = torch.full_like(claimed, torch.inf), torch.full_like(claimed, math.nan)
     rows, coarser = torch.arange(len(reach), device=reach.device), None
     for share in STEPS:
-        here = _differences(objective.select(rows), at.select(rows), directions[rows], share * reach[rows], rounding)
+        here = _differences(objective.select(rows), at.select(rows), directions[rows], share * reach[rows])
         error = here.errors(claimed[:, rows], typical[:, rows], coarser)
         better = error < best[:, rows]
         best[:, rows] = torch.where(better, error, best[:, rows])
@@ -266,23 +268,21 @@ def _disagreement(
     return worst, steps.gather(1, where[:, None])[:, 0]
 
 
-def _differences(
-    objective: Objective, at: _Slopes, directions: Draws, step: PerExample, rounding: float
-) -> _Differences:
+def _differences(objective: Objective, at: _Slopes, directions: Draws, step: PerExample) -> _Differences:
     """Step 3, with one step for each example."""
     move = rearrange(step, "batch -> batch 1 1 1") * directions
     point = rearrange(at.point, "batch pos d -> batch 1 pos d")
     ahead, behind = values_of(objective, torch.cat([point + move, point - move], dim=1)).chunk(2, dim=2)
     here, length = at.values[..., None], rearrange(step, "batch -> batch 1")
-    noise = at.uncertain(step, rounding)[..., None] / length
+    noise = at.uncertain(step)[..., None] / length
     return _Differences((ahead - here) / length, (here - behind) / length, noise.expand_as(ahead))
 
 
 def _hidden(
-    objective: Objective, start: _Slopes, random: Draws, steepest: PerExample, far: PerExample, rounding: float
+    objective: Objective, start: _Slopes, random: Draws, steepest: PerExample, far: PerExample
 ) -> Bool[Tensor, "batch"]:
     """Step 6: whether the score changes along random directions, each and its opposite, as no slope has it."""
     probes = rearrange(far, "batch -> batch 1 1 1") * torch.cat([random, -random], dim=1)
     change = (values_of(objective, probes)[0] - start.values[0][:, None]).abs()
-    accounted = torch.maximum(start.uncertain(far, rounding)[0], HIDDEN * steepest * far)
+    accounted = torch.maximum(start.uncertain(far)[0], HIDDEN * steepest * far)
     return (change > accounted[:, None]).any(dim=1)

@@ -1,31 +1,29 @@
 """A second opinion on what a gradient search did not solve, from the score's values alone.
 
 "Not recovered" says something only if the search could have seen a way. A gradient that is zero may mean that nothing
-admissible matters (a true bottleneck) or that a readout is flat where the search began (a step, a saturated unit, a
-competition that is lost): the first is an answer, the second a failure. Values tell them apart:
+admissible matters (an answer) or that a readout is flat where the search began (a failure). Values tell them apart:
 
 1. *Probe*. Random admissible directions, each and its opposite, at three lengths: the budget, and `1` and `3 sqrt(n)`
    times the budget with `n` the dimension of the example's admissible space, so that along every single direction some
    probes go as far as the budget allows, and further.
-2. *Walk*. Where some probe, of any length, reaches the goal, start there and come closer: find the edge on the ray
-   to zero by bisection, estimate the edge's normal from which of many small steps stay across it, turn toward the
-   normal, repeat (after HopSkipJump: Chen, Jordan and Wainwright 2020). What ends within the budget is a solution.
-   A probe within the budget that beats the search is first given to the search, as a place to begin.
+2. *Walk*. Where some probe reaches the goal, start there and come closer: find the edge on the ray to zero, estimate
+   its normal from which of many small steps stay across it, turn toward the normal, repeat (after HopSkipJump: Chen,
+   Jordan and Wainwright 2020). What ends within the budget is a solution. A probe within the budget that beats the
+   search is first given to the search, as a place to begin.
 3. *Judge* what is still unsolved, example by example:
 
    `NOTHING_ADMISSIBLE`  the constraint leaves no direction
    `UNMOVED`             no probe of any length changed the slack by more than rounding, and neither did the search
    `NO_GRADIENT`         the gradient is zero, but probes do change it: the gradient hides something
-   `OUTDONE`             a probe within the budget is better than what the search found, and a search from there is not
-                         better than the probe
+   `OUTDONE`             a probe within the budget beats both what the search found and a search that starts there
    `MISLED`              slopes do not account for values: a small step along the gradient does not change the slack as
-                         the gradient says; or the walk ended not far outside the budget, across a rise that would need
-                         slopes several times as steep as any that the search met
+                         the gradient says; or the walk ended not far outside the budget, across a rise several times as
+                         steep as any slope that the search met
 
    The first two are answers; the other three are reasons to believe neither answer. Everything else stays as it was.
 
-No rule looks at anything but scores and norms. Draws are seeded and the same for every example (each projects them onto
-its own admissible space), so that a result does not depend on which others are in the batch.
+No rule looks at anything but scores and norms. Draws are seeded and the same for every example, so that a result does
+not depend on which others are in the batch.
 """
 
 from __future__ import annotations
@@ -93,12 +91,9 @@ def reexamined(
     at = rows.to(solution.slack.device)
     directions = _directions(solution.delta[at], feasible.select(at), effort.draws, schedule.seed)
     able = norm(directions) > 0
-    if not bool(able.all()):
-        # These are left no direction.
-        shut = at[~able]
-        status = [Status.NOTHING_ADMISSIBLE] * len(shut)
-        solution = put(solution, shut, solution.delta[shut], solution.score[shut], solution.slack[shut], status)
-        at, directions = at[able], directions[able]
+    shut, at, directions = at[~able], at[able], directions[able]
+    judged = [Status.NOTHING_ADMISSIBLE] * len(shut)
+    solution = put(solution, shut, solution.delta[shut], solution.score[shut], solution.slack[shut], judged)
     if len(at) == 0:
         return solution
     part, allowed, delta, slack = objective.select(at), feasible.select(at), solution.delta[at], solution.slack[at]

@@ -1,22 +1,20 @@
 """The smallest admissible perturbation that brings the behavior back, example by example.
 
-A rate at one budget hides everything; a smallest norm is a figure that two defenses can be compared by. From any delta
-that reaches the goal:
+From any delta that reaches the goal:
 
 1. *Edge*: on the ray from zero to it, close in on the shortest point that still reaches the goal.
 2. *Step*: to the nearest point that would reach the goal if the slack were linear (a Newton step on the margin, as in
    DeepFool: Moosavi-Dezfooli et al. 2016), a little beyond it, or part of the way: the first of these that does reach
-   the goal and is shorter. That costs a gradient and a few values; no edge is sought between steps, as a slack that is
-   left over shortens the next step.
-3. *Turn*, where no such step helps: on the edge of a smooth goal the nearest point to zero is where the delta is
-   parallel to the edge's normal. Turn toward that, as far as the goal is still reached, and go to the edge on the ray.
+   the goal and is shorter. No edge is sought between steps, as slack that is left over shortens the next one.
+3. *Turn*, where no such step helps: the nearest point of a smooth edge is parallel to its normal, so turn toward that,
+   as far as the goal is still reached, and go to the edge on the ray.
 4. Repeat 2 and 3 until neither helps. Where the slack is linear, or increasing in something linear, one step is exact.
 5. *Corner*. Where a slack is the least of several margins the nearest point may lie where pieces meet, and each alone
    points past it. So a few cuts are collected, each the linear part of the slack where the last ones led, and the point
    nearest to zero that satisfies all of them is kept if it reaches the goal and is shorter. End with step 1.
 
-The result is never longer than where it began, and always reaches the goal. It is an upper bound of the true smallest
-norm: the nearest point of *this* piece of the edge, which is all that a local method can say.
+The result is never longer than where it began, and always reaches the goal. It is an upper bound of the smallest norm:
+the nearest point of *this* piece of the edge.
 """
 
 from __future__ import annotations

@@ -1,11 +1,10 @@
 """Search for a pinned delta within a budget, and for a short one; its norm is that of the whole, corrections included.
 
-*Within a budget* (`find_pinned`): search among the free parts with the budget as their bound. Where a find's whole
-delta is longer than that, it is shortened to fit; where it then no longer reaches the goal, the search goes on from
-there with a smaller bound for the free parts.
+*Within a budget* (`find_pinned`): search among the free parts with the budget as their bound. A find whose whole delta
+is longer is shortened to fit; where that misses the goal, the search goes on from there with a smaller bound.
 
-*Short* (`shorten`). The whole delta of free parts `v` has another metric than `v` has, so the nearest point is not
-where `v` is parallel to the gradient of the slack, but where the gradient of `||delta(v)||^2 / 2` is. From a find:
+*Short* (`shorten`). The nearest point is where the free parts `v` are parallel to the gradient of `||delta(v)||^2 / 2`,
+as the whole delta has another metric than `v`. From a find:
 
 1. step against the part of that gradient which leaves the slack as it is, to first order;
 2. step back along the gradient of the slack to the edge of the goal;
@@ -21,7 +20,7 @@ from dataclasses import dataclass
 import torch
 
 from recover.numerics.metrics import by_example, norm
-from recover.search.ascent import Best, Plain, Schedule, StepRule, better, clip, find_perturbation
+from recover.search.ascent import Best, Rule, Schedule, better, clip, find_perturbation
 from recover.search.constraints.pinned import Pinned
 from recover.search.minimum import MARGIN, dot
 from recover.types import Delta, InputError, PerExample, Residual, Tensor
@@ -55,7 +54,7 @@ def find_pinned(
     schedule: Schedule | None = None,
     *,
     start: Delta | None = None,
-    rule: type[StepRule[Plain]] | None = None,
+    rule: Rule | None = None,
 ) -> PinnedSolution:
     """Search for pinned deltas of norm at most `budget` that bring the behavior back.
 
@@ -72,9 +71,9 @@ def find_pinned(
     if not budget > 0:
         raise InputError(f"budget: {budget} is not a positive number")
     schedule = schedule or Schedule()
-    best = _measured(pinned, pinned.start, budget)
+    best = _measured(pinned, pinned.zero_delta, budget)
     rows = torch.arange(len(best.slack), device=best.slack.device)
-    start, bound = pinned.start if start is None else start, budget
+    start, bound = pinned.zero_delta if start is None else start, budget
     for _ in range(ROUNDS):
         part = pinned.select(rows)
         found = find_perturbation(part, start, part.free, bound, schedule, rule=rule)

@@ -14,7 +14,7 @@ that of clamped features at several sites, `recover.search.stable` that of C2 an
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -25,6 +25,7 @@ from recover.search.ascent import (
     Best,
     Ends,
     Mask,
+    OnStep,
     Point,
     Schedule,
     Status,
@@ -88,7 +89,7 @@ def search_restoring(
     budget: float,
     tolerance: float,
     schedule: Schedule,
-    on_step: Callable[[int, int], None] | None = None,
+    on_step: OnStep | None,
 ) -> RestoredSolution:
     """Search from the given starts, and from as many random ones as the schedule says.
 

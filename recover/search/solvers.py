@@ -1,9 +1,8 @@
 """Several solvers that differ in kind, and for each example the best over them: the worst case for the defense.
 
-A search that fails may have been the wrong search. A defense is therefore charged with whatever *any* solver finds, as
-AutoAttack does (Croce and Hein 2020):
+A defense is charged with whatever *any* solver finds, as in AutoAttack (Croce and Hein 2020):
 
-1. *Solve*. Each of these runs on every example, whatever the others found:
+1. *Solve* every example by each of
 
    ===============  ===========================================================================================
    `ascent`         `find_perturbation`: steepest ascent with Newton lengths, within the budget
@@ -35,18 +34,17 @@ from recover.search.adam import ProjectedAdam
 from recover.search.ascent import (
     Feasible,
     Objective,
-    Plain,
+    Rule,
     Schedule,
     Solution,
     Status,
-    StepRule,
     better,
     clip,
     find_perturbation,
 )
 from recover.search.gradient_free import ELEMENTS_AT_ONCE, Effort, projected, put, reexamined, scaled, slacks_of, walk
-from recover.search.minimum import MARGIN, edge, smallest_perturbation
-from recover.types import Bool, Delta, InputError, Int, PerExample, Rows, Tensor
+from recover.search.minimum import MARGIN, Minimum, edge, smallest_perturbation
+from recover.types import Bool, Delta, InputError, PerExample, Rows, Tensor
 
 FURTHER = (1.0, 1.01, 1.05, 1.3, 2.0)
 """How many times as far as the edge to look for a delta that is clear of it."""
@@ -54,18 +52,14 @@ TIE = 0.01
 
 
 @dataclass(frozen=True, eq=False)
-class Found:
-    """What one solver found.
+class Found(Minimum):
+    """What one solver found: the shortest delta that reaches the edge of the goal, whatever the budget, and its norm.
 
     Attributes:
-        delta: the shortest that reaches the edge of the goal, whatever the budget; zero where none was found.
-        norm: of `delta`; infinite where none was found, 0 where the behavior shows without any.
         within: the best within the budget, never worse than the start.
         share: of random draws at the budget's norm, those that reached the goal; None where the solver does not draw.
     """
 
-    delta: Delta
-    norm: PerExample
     within: Solution
     share: PerExample | None = None
 
@@ -75,13 +69,12 @@ Solver = Callable[[Objective, Delta, Feasible, float, Schedule], Found]
 
 
 @dataclass(frozen=True, eq=False)
-class WorstCase:
-    """The best over several solvers, by example.
+class WorstCase(Solution):
+    """The best over several solvers within the budget, and the smallest, by example.
+
+    `delta` is that of the first solver that reached the schedule's goal, else of the largest slack met.
 
     Attributes:
-        delta: within the budget: of the first solver that reached the schedule's goal, else of the largest slack met.
-        score, slack, status: of `delta`.
-        steps: gradient steps, of the solvers that count them.
         smallest: the shortest delta that reaches the edge of the goal, whatever the budget; zero where none was found.
         norm: of `smallest`, no larger than any solver's; infinite where none was found, 0 where none is needed.
         winner: the first solver whose norm is within 1 % of the least; None where none was found.
@@ -89,11 +82,6 @@ class WorstCase:
         draws_reached: the share of random draws at the budget's norm that reached the goal; NaN where none were drawn.
     """
 
-    delta: Delta
-    score: PerExample
-    slack: PerExample
-    status: tuple[Status, ...]
-    steps: Int[Tensor, "batch"]
     smallest: Delta
     norm: PerExample
     winner: tuple[str | None, ...]
@@ -107,12 +95,7 @@ class WorstCase:
 
 
 def by_ascent(
-    objective: Objective,
-    start: Delta,
-    feasible: Feasible,
-    budget: float,
-    schedule: Schedule,
-    rule: type[StepRule[Plain]] | None = None,
+    objective: Objective, start: Delta, feasible: Feasible, budget: float, schedule: Schedule, rule: Rule | None = None
 ) -> Found:
     """An ascent within the budget, steepest by default."""
     within = find_perturbation(objective, start, feasible, budget, schedule, rule=rule)
@@ -226,7 +209,7 @@ def worst_case(
         again = put(again, rows, last.delta, last.score, last.slack, list(last.status))
     names, first = list(found), (norms > (1 + TIE) * least).long().cumprod(dim=0).sum(dim=0)
     return WorstCase(
-        **{name: getattr(again, name) for name in ("delta", "score", "slack", "status", "steps")},
+        **vars(again),
         smallest=least_of.delta,
         norm=least_of.norm,
         winner=tuple(names[at] if size < math.inf else None for at, size in zip(first, least, strict=True)),

@@ -6,10 +6,10 @@ feature, position and site it says, with *awake* for what is not zero in the def
     awake      its pre-activation stays, and it stays awake     equality `c = 0`, inequality `g <= 0`
     asleep     it stays asleep, anywhere below its threshold    inequality `g <= 0`
 
-C3 has the same inequalities and weaker equalities: what all of a site write together stays. (That features trade what
-they write by one falling asleep or waking is left out: from there no gradient need lead back.) Where features compete,
-the distance to the `k`-th largest of the others says who is awake. The budget (C4) is one more inequality. All are rows
-in units of length; at the only site that a delta enters those of features that do not compete are linear in it.
+C3 has the same inequalities and a weaker equality: what all of a site write together stays. (Trades by which one
+feature falls asleep as another wakes are left out: no gradient need lead back from there.) Where features compete, the
+distance to the `k`-th largest of the others says who is awake. The budget (C4) is one more inequality. All are rows in
+units of length; at the only site that a delta enters those of features that do not compete are linear in it.
 
 The search is that of `recover.search.restoring`, from what C1 gives (under C3: what C2 gives) and then from no delta.
 Of it this module says
@@ -18,14 +18,11 @@ Of it this module says
    inequalities that are met and that it would break (Rosen 1961).
 2. *Restore*: Gauss-Newton on the equalities and on what is broken of the inequalities; each step is the shortest that
    mends them to first order. Linear rows are met at once: features end at their thresholds and not short of them.
-
-Multipliers and penalties (an augmented Lagrangian) have no part in it, as every point is restored before it is judged.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -35,7 +32,7 @@ from recover.defenses.clamps import Clamp, Set
 from recover.defenses.defended import Defended
 from recover.numerics.metrics import by_example, norm, relative_drift
 from recover.saes.activations import AbsTopK, TopK
-from recover.search.ascent import Point, Schedule, clip, without_rounding
+from recover.search.ascent import OnStep, Point, Schedule, clip, without_rounding
 from recover.search.constraints.linear import ActivationStable, DecodeStable, EncoderOrthogonal
 from recover.search.constraints.monitor import Jacobian, jacobian_row_space, passed
 from recover.search.constraints.pinned import Pinned
@@ -61,7 +58,7 @@ def find_stable(
     constraint: Stable,
     budget: float,
     schedule: Schedule | None = None,
-    on_step: Callable[[int, int], None] | None = None,
+    on_step: OnStep | None = None,
     *,
     tolerance: float = TOLERANCE,
 ) -> RestoredSolution:

@@ -5,12 +5,11 @@ columns (C1). A later site sees what the blocks between make of a delta, so that
 out of the row space of a Jacobian as well:
 
 1. *Rows*. For each example, each perturbed position and each clamped feature of a later site, the gradient with respect
-   to delta, at delta = 0 and with the clamps below live, of the feature's pre-activation as it *enters* the clamp. If
-   none of a site's clamped pre-activations moves there, its clamp writes what it wrote before, and then none moves
-   after it either. The state after the clamp would not do: a clamp that sets a value hides every move of an active
-   feature, though not from the sites above.
-2. *Units*. Each row is divided by its length. Where the blocks pass on next to nothing of what a feature reads (beside
-   what they pass on to others), its row is rounding and is left out: scaled up, it would cost a direction for nothing.
+   to delta, at delta = 0 and with the clamps below live, of the feature's pre-activation as it *enters* the clamp.
+   Where none of a site's moves there, its clamp writes what it wrote before. (After the clamp a value that is set would
+   hide every move of an active feature, though not from the sites above.)
+2. *Units*. Each row is divided by its length. A row of next to no gain, beside others, is rounding and is left out:
+   scaled up, it would cost a direction for nothing.
 3. *Null space*. What C1 leaves of the rows is given an orthonormal basis for each example, in float64. Singular values
    at the rounding of float32 back-propagation count as zero: that row depends on others, or on C1.
 4. *Project*: onto C1, then onto the complement of that basis, which lies within C1.

@@ -22,9 +22,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from functools import cached_property
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from functools import cached_property, reduce
+from typing import ClassVar, Self
 
 import torch
 from einops import einsum, rearrange
@@ -123,29 +123,20 @@ class ActivationStable(Constraint):
         """The activation drift, `||z_S(h_def + delta) - z_S(h_def)||`."""
         return activation_drift(self.clamp.read(self.h_def + delta), self.reference)
 
-    def select(self, rows: Rows) -> ActivationStable:
-        return ActivationStable(self.clamp, self.h_def[rows])
+    def select(self, rows: Rows) -> Self:
+        return replace(self, h_def=self.h_def[rows])
 
 
 @dataclass(frozen=True, eq=False)
-class DecodeStable(Constraint):
-    """C3: what the clamped features write at `h_def + delta` is what they write at `h_def`."""
+class DecodeStable(ActivationStable):
+    """C3: what the clamped features write at `h_def + delta` is what they write at `h_def`.
 
-    clamp: Clamp
-    h_def: Residual
-    stage: ClassVar[int] = 1
-
-    def project(self, delta: Residual) -> Residual:
-        """The projection of C2, which is sufficient, and necessary where the decoder rows are independent."""
-        return ActivationStable(self.clamp, self.h_def).project(delta)
+    The projection is that of C2, which is sufficient, and necessary where the decoder rows are independent.
+    """
 
     def violation(self, delta: Residual) -> PerExample:
         """The decode drift, `||(z_S(h_def + delta) - z_S(h_def)) W_dec[S]||`, in residual units."""
-        moved, reference = self.clamp.read(self.h_def + delta), self.clamp.reference(self.h_def)
-        return decode_drift(moved, reference, self.clamp.decoder)
-
-    def select(self, rows: Rows) -> DecodeStable:
-        return DecodeStable(self.clamp, self.h_def[rows])
+        return decode_drift(self.clamp.read(self.h_def + delta), self.reference, self.clamp.decoder)
 
 
 @dataclass(frozen=True)
@@ -201,10 +192,8 @@ class Constraints(Constraint):
 
     def violation(self, delta: Residual) -> PerExample:
         """The largest violation of any part (their units differ)."""
-        worst = torch.zeros(delta.shape[0], dtype=delta.dtype, device=delta.device)
-        for part in self.parts:
-            worst = torch.maximum(worst, part.violation(delta).to(worst.dtype))
-        return worst
+        none = delta.new_zeros(delta.shape[0])
+        return reduce(torch.maximum, (part.violation(delta).to(delta.dtype) for part in self.parts), none)
 
     def select(self, rows: Rows) -> Constraints:
         parts = tuple(part.select(rows) for part in self.parts)

@@ -4,23 +4,21 @@
 read *after* the clamp of each site: drift is measured there (reference: Definitions). Not every row must be kept:
 
 1. *Active* features, those that are not zero in the defended state, stay at their pre-activation.
-2. *Inactive* ones are free below their threshold. One that comes near it is brought back a part of the way, to
-   `threshold - BACK gap`, with `gap` its distance in the defended state; from where a search is turned aside, if it
-   would go on toward the threshold.
+2. *Inactive* ones are free below their threshold. One that comes near it is brought back to `threshold - BACK gap`,
+   with `gap` its distance in the defended state; a search that would go on toward the threshold is turned aside.
 3. Where features compete there is no threshold, and all are kept.
 
-Rows are in units of length, pre-activation by norm of the encoder column. At the first site C1 keeps the features, all
-of them, exactly (or, without C1, they are rows like those of later sites). Of what C1 leaves, `J = d Phi / d delta`
-gives the row space that a delta must keep out of:
+Rows are in units of length, pre-activation by norm of the encoder column. At the first site C1 keeps all features
+exactly (without C1, they are rows like those of later sites). Of what C1 leaves, `J = d Phi / d delta` gives the row
+space that a delta must keep out of:
 
     P v = v - J^T (J J^T)^+ J v        nearest delta that moves no kept row, to first order
     J^+ r                              shortest delta that moves the kept rows by r
 
-- *Few rows*: `J` itself, by batched backward passes, and its singular values; those up to `tolerance` of the largest
-  count as zero.
+- *Few rows*: `J` itself, by batched backward passes, and those of its singular values above `tolerance` of the largest.
 - *Many*: by `least_squares`, which stops at the same tolerance and stores nothing of size rows x columns. `J^T w` is
-  one backward pass, `J v` a second one through the first: `J^T w` is linear in `w`, its gradient along `v` `J v`.
-  Attention is computed in the open ("math"), as fused kernels have no second derivative.
+  one backward pass; it is linear in `w`, so its gradient along `v` is `J v`. Attention is computed in the open
+  ("math"), as fused kernels have no second derivative.
 """
 
 from __future__ import annotations
@@ -41,6 +39,7 @@ from recover.numerics.least_squares import cgls
 from recover.numerics.metrics import relative_drift
 from recover.search.constraints.admissible import _gradients
 from recover.search.constraints.linear import EncoderOrthogonal
+from recover.tasks.behaviors import Behavior
 from recover.types import Bool, Delta, Float, InputError, Int, PerExample, Residual, Rows, Site, Tensor
 
 NEAR, BACK, ASIDE = 0.05, 0.2, 0.3
@@ -63,6 +62,12 @@ class Watched:
     logits: Float[Tensor, "batch ..."]
     pre: OfRows
     features: OfRows
+
+    def graded(self, behavior: Behavior, leaf: Delta) -> tuple[PerExample, PerExample, Delta]:
+        """Score, slack and the score's gradient at `leaf`, the delta that was watched; the graph is kept."""
+        score, slack = behavior.score(self.logits.float()), behavior.slack(self.logits.float())
+        (gradient,) = torch.autograd.grad(score.sum(), leaf, retain_graph=True)
+        return score.detach(), slack.detach(), gradient
 
     def select(self, rows: Rows) -> Watched:
         return Watched(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})
@@ -93,10 +98,8 @@ class Monitor:
             InputError: a delta enters elsewhere than after the clamp of the first site.
         """
         if defended.delta_sites != defended.defense.sites[:1] or defended.surface.placement != "after_clamp":
-            raise InputError(
-                "restoration: a delta must enter at the first clamped site alone, after the clamp; "
-                'use defend(..., surface=Surface("first", "after_clamp"))'
-            )
+            use = 'use defend(..., surface=Surface("first", "after_clamp"))'
+            raise InputError(f"restoration: a delta must enter at the first clamped site alone, after the clamp; {use}")
         with torch.no_grad():
             return cls(defended, _watch(defended, defended.zero_delta), c1)
 
@@ -325,7 +328,6 @@ def jacobian_row_space(jacobian: Jacobian, *, dense: bool | None = None, toleran
         jacobian: at one delta.
         dense: whether to store it; by default where it is small.
         tolerance: share of the largest singular value up to which one counts as zero, and precision of the projection.
-            Models of transformers compute norms in float32 even where their weights are in float64.
     """
     n_rows = len(jacobian.rows)
     if dense is None:

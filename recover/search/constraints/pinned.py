@@ -11,8 +11,8 @@ At site `m`, after its clamp, a delta consists of two parts (design, "Several si
 3. *Norm*. The two parts are orthogonal at every site: `||delta||^2 = ||P v||^2 + ||correction||^2`. A search bounds the
    first; `Pinned.within` shortens it until the whole is within the budget.
 
-Every pinned delta is of this form and every `v` gives one, so that nothing is lost and no iterate can leave it. With a
-pointwise SAE pinned pre-activations are pinned features. All of it is differentiable, through the correction too.
+Every pinned delta is of this form and every `v` gives one. With a pointwise SAE pinned pre-activations are pinned
+features. All of it is differentiable, through the correction too.
 """
 
 from __future__ import annotations
@@ -131,10 +131,6 @@ class Pinned:
         return self.defended.behavior
 
     @property
-    def zero_delta(self) -> Delta:
-        return self.start
-
-    @property
     def residual(self) -> Delta:
         """Where the free parts enter, as in `Defended`."""
         return self.defended.residual
@@ -143,9 +139,11 @@ class Pinned:
         return len(self.defended)
 
     @property
-    def start(self) -> Delta:
+    def zero_delta(self) -> Delta:
         """`v = 0`."""
         return self.defended.zero_delta
+
+    start = zero_delta
 
     def asking(self, behavior: Behavior) -> Pinned:
         """These examples with another behavior as the goal."""

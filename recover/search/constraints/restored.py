@@ -13,14 +13,13 @@ Jacobian (`recover.search.constraints.monitor`); what curvature adds is taken ba
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 
 from recover.defenses.defended import Defended
 from recover.numerics.metrics import by_example, norm
-from recover.search.ascent import Point, Schedule, better, clip, find_perturbation, without_rounding
+from recover.search.ascent import OnStep, Point, Schedule, better, clip, find_perturbation, without_rounding
 from recover.search.constraints.admissible import admissible
 from recover.search.constraints.monitor import Jacobian, Monitor, Watched, jacobian_row_space
 from recover.search.restoring import RestoredSolution, search_restoring
@@ -89,7 +88,7 @@ def find_restored(
     defended: Defended,
     budget: float,
     schedule: Schedule | None = None,
-    on_step: Callable[[int, int], None] | None = None,
+    on_step: OnStep | None = None,
     *,
     tolerance: float = DRIFT,
     c1: bool = True,
@@ -176,12 +175,9 @@ class _Watching:
         monitor = self.monitor
         leaf = delta.detach().requires_grad_(True)
         watched = monitor.watch(leaf)
-        logits, behavior = watched.logits.float(), monitor.defended.behavior
-        score = behavior.score(logits)
-        (gradient,) = torch.autograd.grad(score.sum(), leaf, retain_graph=True)
+        score, slack, gradient = watched.graded(monitor.defended.behavior, leaf)
         free = self._uphill(leaf, watched, gradient)
-        slack, drift = behavior.slack(logits).detach(), monitor.drift(watched.detached())
-        return Point(delta, score.detach(), slack, without_rounding(free, gradient), drift)
+        return Point(delta, score, slack, without_rounding(free, gradient), monitor.drift(watched.detached()))
 
     def free(self, delta: Delta, along: Delta) -> Delta:
         leaf = delta.detach().requires_grad_(True)
