@@ -72,11 +72,9 @@ class SoftSuffix:
         answer = reads - 1
         edits = clamp_edits(defense, answer)
         split = prompts.ids.shape[1] - answer
-        bare = Prompts(prompts.ids[:, :split], prompts.mask[:, :split])
-        room = with_room(bare, n)
-        whole = Prompts(
-            torch.cat([room.ids, prompts.ids[:, split:]], dim=1), torch.cat([room.mask, prompts.mask[:, split:]], dim=1)
-        )
+        room = with_room(Prompts(prompts.ids[:, :split], prompts.mask[:, :split]), n)
+        pairs = ((room.ids, prompts.ids), (room.mask, prompts.mask))
+        whole = Prompts(*(torch.cat([before, after[:, split:]], dim=1) for before, after in pairs))
         with torch.no_grad():
             embedded = model.run(whole, read=[EMBEDDINGS]).residuals[EMBEDDINGS]
             seen, states = _watched(edits, reads)

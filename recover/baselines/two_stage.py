@@ -32,8 +32,7 @@ class Opening:
     """The objective of the first stage.
 
     Attributes:
-        own: the first tokens of each answer, forced (`ForcedAnswer`).
-        refusal: those of each refusal, as many.
+        own, refusal: the first tokens of each answer, forced (`ForcedAnswer`), and as many of each refusal.
         columns: how many columns a delta has at each site; those beyond the opening do not matter to it.
     """
 

@@ -207,7 +207,7 @@ def ascend(
         terrain: what is climbed.
         start: where to begin, `[batch pos d_model]`.
         rule: fresh from this start.
-        on_step: called with (steps done, examples still being searched) after every step.
+        on_step: as in `find_perturbation`.
         otherwise: the result where no point counts; `start` by default.
 
     Returns:
@@ -240,7 +240,7 @@ def ascend(
             break
         active, delta, terrain = _narrowed(going, active, delta, terrain, rule)
         delta, moving = rule.settle(terrain, delta)
-        if moving is not None and not bool(moving.all()):
+        if moving is not None:
             for row in active[~moving].tolist():
                 status[row] = Status.STALLED
             if not bool(moving.any()):
@@ -412,7 +412,7 @@ def from_each_start(
     best, like = climb(terrain, starts[0]), starts[0]
     for at in range(1, len(starts) + schedule.restarts):
         unsolved = (best.slack < schedule.goal).nonzero().flatten()
-        if len(unsolved) == 0:
+        if not len(unsolved):
             break
         part = terrain.select(unsolved)
         if at < len(starts):

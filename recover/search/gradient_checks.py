@@ -261,7 +261,7 @@ def _disagreement(
         chosen[:, rows] = torch.where(better, rearrange(share * reach[rows], "batch -> batch 1"), chosen[:, rows])
         left = reduce(best[:, rows] > TOLERANCE, "value batch draws -> batch", "any").nonzero().flatten()
         rows, coarser = rows[left], here.select(left)
-        if len(rows) == 0:
+        if not len(rows):
             break
     flat, steps = (rearrange(one, "value batch draws -> batch (value draws)") for one in (best, chosen))
     worst, where = flat.max(dim=1)

@@ -86,7 +86,7 @@ def reexamined(
     """
     schedule, effort = schedule or Schedule(), effort or Effort()
     rows = (~solution.recovered & torch.isfinite(solution.slack).cpu()).nonzero().flatten()
-    if len(rows) == 0:
+    if not len(rows):
         return solution
     at = rows.to(solution.slack.device)
     directions = _directions(solution.delta[at], feasible.select(at), effort.draws, schedule.seed)
@@ -94,7 +94,7 @@ def reexamined(
     shut, at, directions = at[~able], at[able], directions[able]
     judged = [Status.NOTHING_ADMISSIBLE] * len(shut)
     solution = put(solution, shut, solution.delta[shut], solution.score[shut], solution.slack[shut], judged)
-    if len(at) == 0:
+    if not len(at):
         return solution
     part, allowed, delta, slack = objective.select(at), feasible.select(at), solution.delta[at], solution.slack[at]
     status = [solution.status[row] for row in at.tolist()]
@@ -254,8 +254,7 @@ def _probe(objective: Objective, directions: Draws, reach: float, slopes: _Slope
 def _nearest(probes: _Probes, like: Delta, goal: float) -> Delta:
     """For each example the shortest probe that reaches the goal; zero where none does."""
     nearest = torch.zeros_like(like)
-    for which in reversed(range(len(probes.lengths))):
-        probe, value = probes.best(which)
+    for probe, value in map(probes.best, reversed(range(len(probes.lengths)))):
         nearest = torch.where(by_example(value >= goal), probe, nearest)
     return nearest
 
@@ -265,8 +264,7 @@ def _inside(objective: Objective, delta: Delta, budget: float, goal: float) -> D
     length = norm(delta)
     further = scale_to(delta, torch.minimum(length * 1.01, (length + budget) / 2).where(length < budget, length))
     with torch.no_grad():
-        _, slack = objective(further)
-    return torch.where(by_example(slack >= goal), further, delta)
+        return torch.where(by_example(objective(further)[1] >= goal), further, delta)
 
 
 def walk(

@@ -59,7 +59,7 @@ def smallest_perturbation(
     Args:
         objective: score and slack of a delta.
         start: an admissible delta to begin from, or one that reaches the goal already, `[batch pos d_model]`.
-        feasible: the linear constraint, or any cone, which may be another one for each example.
+        feasible: as in `find_perturbation`.
         schedule: of the search that finds a first such delta, without a budget.
         rounds: turns at most.
     """
@@ -74,15 +74,14 @@ def smallest_perturbation(
         better = here_too & (~reached | (norm(there) < norm(here)))
         here, reached = torch.where(by_example(better), there, here), reached | here_too
     # At a slack of exactly 0 the edge is zero itself, and there is nothing to turn.
-    going = (reached & (slack < 0)).nonzero().flatten()
+    going = last = (reached & (slack < 0)).nonzero().flatten()
     for _ in range(rounds):
-        if len(going) == 0:
+        if not len(going):
             break
-        part, before = objective.select(going), here[going]
-        stepped = _step(part, before, feasible.select(going), goal[going])
+        before = here[going]
+        stepped = _step(objective.select(going), before, feasible.select(going), goal[going])
         here = here.index_copy(0, going, stepped)
         going = going[norm(stepped) <= norm(before) * (1 - STILL)]
-    last = (reached & (slack < 0)).nonzero().flatten()
     if len(last):
         part = objective.select(last)
         shortest = edge(part, _corner(part, here[last], feasible.select(last), goal[last]), goal[last])
@@ -99,7 +98,7 @@ def _step(objective: Objective, here: Delta, feasible: Feasible, goal: PerExampl
     nearest = scale_to(gradient, length.clamp(min=0).nan_to_num(0.0, 0.0, 0.0))
     stepped, left = here.clone(), (torch.isfinite(length) & (length < norm(here))).nonzero().flatten()
     for beyond, share in STEPS:
-        if len(left) == 0:
+        if not len(left):
             break
         tried = (1 - share) * here[left] + share * beyond * nearest[left]
         shorter = norm(tried) < norm(here[left]) * (1 - MARGIN / 2)
@@ -204,7 +203,7 @@ def closer(objective: Objective, here: Delta, normal: Delta, goal: float | PerEx
     """
     turned, left = here.clone(), (norm(normal) > 0).nonzero().flatten()
     for toward in TURNS:
-        if len(left) == 0:
+        if not len(left):
             break
         ray = (1 - toward) * scale_to(here[left], 1.0) + toward * scale_to(normal[left], 1.0)
         candidate = scale_to(ray, norm(here[left]) * (1 - MARGIN / 2))

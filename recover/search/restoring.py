@@ -93,13 +93,8 @@ def search_restoring(
 ) -> RestoredSolution:
     """Search from the given starts, and from as many random ones as the schedule says.
 
-    Args:
-        restoration: what must stay.
-        starts: one at least, each of all examples; a start that is not within the bounds leads nowhere.
-        budget: largest Frobenius norm of an example's delta; `inf` for none.
-        tolerance: largest drift of a result, relative.
-        schedule: how hard to search.
-        on_step: called with (steps done, examples still being searched) after every step.
+    The first of `starts` is for all examples; one that is not within the bounds leads nowhere. `budget` is the largest
+    Frobenius norm of an example's delta, `tolerance` the largest relative drift of a result.
 
     Raises:
         InputError: the budget or the tolerance is not a positive number.

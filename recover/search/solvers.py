@@ -165,8 +165,8 @@ def worst_case(
 
     Args:
         objective: score and slack of a delta.
-        start: where to begin, `[batch pos d_model]`, admissible and within the budget; zeros as a rule.
-        feasible: the linear constraint, or any cone, which may be another one for each example.
+        start: as in `find_perturbation`.
+        feasible: as in `find_perturbation`.
         budget: largest Frobenius norm of an example's `delta`, `inf` for none; `smallest` may be longer.
         schedule: how hard each solver searches.
         solvers: by name, in the order in which ties are decided.

@@ -44,10 +44,9 @@ from recover.types import Bool, Delta, Float, PerExample, Residual, Rows, Tensor
 Stable = type[ActivationStable] | type[DecodeStable]
 TOLERANCE = 1e-4
 """Relative drift that is allowed."""
-INSIDE = 1e-3
-"""How far from its threshold a feature must stay, as a share of its distance in the defended state."""
-NEAR = 1e-3
-"""An inequality counts as met if it is nearer than this share of the length of delta."""
+INSIDE, NEAR = 1e-3, 1e-3
+"""How far from its threshold a feature must stay, as a share of its distance in the defended state; and the share of
+the length of delta within which an inequality counts as met."""
 CORRECTIONS, TURNS = 8, 4
 """Gauss-Newton steps of one restoration, and rounds of keeping what a direction would break."""
 OfRows = Float[Tensor, "batch row"]
@@ -122,10 +121,8 @@ class _Rules:
 
     @classmethod
     def of(cls, defended: Defended, constraint: Stable, budget: float, tolerance: float) -> _Rules:
-        watched = []
-        for site in defended.defense.sites:
-            here = defended.defense.at(site)
-            watched.append(Clamp(here[0].sae, [f for clamp in here for f in clamp.features], Set(0.0), site=site))
+        sites = [(site, defended.defense.at(site)) for site in defended.defense.sites]
+        watched = [Clamp(at[0].sae, [f for c in at for f in c.features], Set(0.0), site=site) for site, at in sites]
         with torch.no_grad():
             states = passed(defended, defended.zero_delta)[1]
             reference = tuple(_read(clamp, states[clamp.site]) for clamp in watched)

@@ -50,7 +50,8 @@ DENSE_ROWS, DENSE_NUMBERS = 256, 2**25
 STEPS = 200
 """Steps of conjugate gradients at most."""
 TOLERANCE = 1e-5
-"""Share of the largest singular value up to which what back-propagation gives is rounding."""
+"""Share of the largest singular value up to which what back-propagation gives is rounding: models compute norms in
+float32 even where their weights are in float64."""
 
 OfRows = Float[Tensor, "batch row"]
 
@@ -222,8 +223,7 @@ class Jacobian:
 
     def pull(self, w: OfRows) -> Delta:
         """`J^T w`, in float64."""
-        w = (w * self.weight).to(self.pre.dtype)
-        (pulled,) = torch.autograd.grad(self.pre, self.leaf, w, retain_graph=True)
+        (pulled,) = torch.autograd.grad(self.pre, self.leaf, (w * self.weight).to(self.pre.dtype), retain_graph=True)
         return self.first.project(pulled.double())
 
     def push(self, v: Delta) -> OfRows:

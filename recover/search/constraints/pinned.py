@@ -28,7 +28,6 @@ from recover.defenses.clamps import Clamp
 from recover.defenses.defended import Defended
 from recover.models.host import Change
 from recover.numerics.metrics import by_example, norm
-from recover.numerics.subspaces import NullSpace
 from recover.search.constraints.linear import EncoderOrthogonal
 from recover.tasks.behaviors import Behavior
 from recover.types import Delta, Float, InputError, PerExample, Residual, Rows, Site, Tensor, widened
@@ -58,10 +57,6 @@ class Pin:
     def encoder(self) -> Float[Tensor, "d_model k"]:
         """`A`: the directions that are read."""
         return torch.cat([clamp.encoder for clamp in self.clamps], dim=1)
-
-    @cached_property
-    def null_space(self) -> NullSpace:
-        return NullSpace.of(self.encoder)
 
     @cached_property
     def answer(self) -> Float[Tensor, "k d_model"]:
@@ -173,7 +168,7 @@ class Pinned:
     def __call__(self, delta: Delta) -> tuple[PerExample, PerExample]:
         """Score and slack, as a search asks for them; what it varies are the free parts."""
         logits = self.run(delta)[0].float()
-        return self.defended.behavior.score(logits), self.defended.behavior.slack(logits)
+        return self.behavior.score(logits), self.behavior.slack(logits)
 
     def delta(self, free: Delta) -> Delta:
         """The pinned delta of these free parts, corrections included: what is saved and replayed."""

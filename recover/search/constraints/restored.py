@@ -146,11 +146,11 @@ def find_linearized(
         rows = (best.slack < schedule.goal).nonzero().flatten()
         if not len(rows):
             break
-        part = watching.select(rows)
-        found = find_perturbation(defended.select(rows), start[rows], space.select(rows), budget, clear)
+        part, asked = watching.select(rows), defended.select(rows)
+        found = find_perturbation(asked, start[rows], space.select(rows), budget, clear)
         delta = part.within(found.delta)
         with torch.no_grad():
-            score, slack = defended.select(rows)(delta)
+            score, slack = asked(delta)
             drift = part.monitor.drift(part.monitor.watch(delta).detached()).to(score.dtype)
         counts = (drift <= tolerance) & (norm(delta) <= budget)
         told = RestoredSolution(delta, score, slack.where(counts, -torch.inf), found.steps, drift)
@@ -189,10 +189,9 @@ class _Watching:
         for _ in range(TURNS):
             free = jacobian_row_space(Jacobian.at(monitor, leaf, watched, kept), dense=self.dense).project(gradient)
             blocked = near & monitor.watched & ~kept
-            if not bool(blocked.any()):
-                break
-            blocked = Jacobian.at(monitor, leaf, watched, blocked).push(free) > 0
-            if not bool(blocked.any()):
+            if blocked.any():
+                blocked = Jacobian.at(monitor, leaf, watched, blocked).push(free) > 0
+            if not blocked.any():
                 break
             kept = kept | blocked
         return free
