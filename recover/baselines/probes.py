@@ -35,7 +35,7 @@ def find_probed(
     defended: Defended,
     budget: float,
     schedule: Schedule | None = None,
-    on_step: OnStep | None = None,
+    on_step: OnStep = None,
     *,
     probes: int = PROBES,
     corrections: int = CORRECTIONS,

@@ -60,7 +60,7 @@ def opened(
     feasible: Feasible,
     budget: float,
     schedule: Schedule | None = None,
-    on_step: OnStep | None = None,
+    on_step: OnStep = None,
 ) -> Delta:
     """Run the first stage: the delta that it ends at, within the budget, is where the second starts.
 

@@ -66,11 +66,9 @@ def cgls(
     r = b.double()
     s = adjoint(r).double()
     x, p, gamma = torch.zeros_like(s), s, s.square().sum(dim=1)
-    goal = tolerance * norm(r)
-    gain = _ratio(gamma.sqrt(), norm(r))
+    goal, gain = tolerance * norm(r), _ratio(gamma.sqrt(), norm(r))
     # Written so that what is not finite is done: nothing can be made of it.
-    going = (gamma > 0) & (norm(r) > goal) & gamma.isfinite()
-    taken = 0
+    going, taken = (gamma > 0) & (norm(r) > goal) & gamma.isfinite(), 0
     while taken < steps and bool(going.any()):
         taken += 1
         q = forward(p).double()

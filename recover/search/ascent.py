@@ -41,8 +41,7 @@ from recover.numerics.metrics import by_example, norm
 from recover.search.constraints.linear import Budget
 from recover.types import Bool, Delta, InputError, Int, PerExample, Rows, Tensor
 
-OnStep = Callable[[int, int], None]
-"""Called with (steps done, examples still being searched) after every step."""
+OnStep = Callable[[int, int], None] | None
 ROUNDING = 3e-6
 """An admissible part of a gradient up to this share of the whole is rounding (float32, with a margin)."""
 
@@ -199,7 +198,7 @@ class StepRule(Generic[T]):
 
 
 def ascend(
-    terrain: T, start: Delta, rule: StepRule[T], on_step: OnStep | None = None, *, otherwise: Delta | None = None
+    terrain: T, start: Delta, rule: StepRule[T], on_step: OnStep = None, *, otherwise: Delta | None = None
 ) -> tuple[Solution, PerExample]:
     """One start of a search.
 
@@ -318,7 +317,7 @@ def find_perturbation(
     feasible: Feasible,
     budget: float,
     schedule: Schedule | None = None,
-    on_step: OnStep | None = None,
+    on_step: OnStep = None,
     *,
     rule: Rule | None = None,
 ) -> Solution:

@@ -118,8 +118,7 @@ def reexamined(
         delta, slack = delta.index_copy(0, some, again.delta), slack.index_copy(0, some, again.slack)
         outdone = outdone.index_copy(0, some, ~useful)
 
-    near = torch.full_like(slack, torch.inf)
-    start = _nearest(probes, delta, schedule.goal)
+    near, start = torch.full_like(slack, torch.inf), _nearest(probes, delta, schedule.goal)
     if len(some := ((slack < schedule.goal) & (norm(start) > 0)).nonzero().flatten()):
         walked = walk(part.select(some), start[some], allowed.select(some), budget, schedule, effort)
         walked = _inside(part.select(some), walked, budget, schedule.goal)

@@ -89,11 +89,11 @@ def search_restoring(
     budget: float,
     tolerance: float,
     schedule: Schedule,
-    on_step: OnStep | None,
+    on_step: OnStep,
 ) -> RestoredSolution:
     """Search from the given starts, and from as many random ones as the schedule says.
 
-    The first of `starts` is for all examples; one that is not within the bounds leads nowhere. `budget` is the largest
+    A start, each of all examples, that is not within the bounds leads nowhere. `budget` is the largest
     Frobenius norm of an example's delta, `tolerance` the largest relative drift of a result.
 
     Raises:

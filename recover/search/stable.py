@@ -57,7 +57,7 @@ def find_stable(
     constraint: Stable,
     budget: float,
     schedule: Schedule | None = None,
-    on_step: OnStep | None = None,
+    on_step: OnStep = None,
     *,
     tolerance: float = TOLERANCE,
 ) -> RestoredSolution:

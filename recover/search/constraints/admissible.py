@@ -23,7 +23,6 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
 
 import torch
 from einops import einsum, rearrange, repeat
@@ -102,7 +101,6 @@ class JacobianOrthogonal(Constraint):
     first: EncoderOrthogonal
     rows: Gradients
     later: NullSpaces
-    stage: ClassVar[int] = 0
 
     @classmethod
     def of(cls, first: EncoderOrthogonal, rows: Gradients, read: Float[Tensor, "row"]) -> JacobianOrthogonal:

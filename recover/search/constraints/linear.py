@@ -24,7 +24,7 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from functools import cached_property, reduce
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import torch
 from einops import einsum, rearrange
@@ -38,7 +38,7 @@ from recover.types import Bool, Float, InputError, PerExample, Residual, Rows, T
 class Constraint(ABC):
     """What every constraint does. A projection of a later `stage` keeps what an earlier one made true."""
 
-    stage: ClassVar[int]
+    stage: ClassVar[int] = 0
 
     @abstractmethod
     def project(self, delta: Residual) -> Residual:
@@ -48,9 +48,9 @@ class Constraint(ABC):
     def violation(self, delta: Residual) -> PerExample:
         """By how much each example fails the constraint; 0 where it is satisfied."""
 
-    @abstractmethod
     def select(self, rows: Rows) -> Constraint:
         """The constraint of the examples `rows`; itself where all examples share one."""
+        return self
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +64,6 @@ class EncoderOrthogonal(Constraint):
     """
 
     directions: Float[Tensor, "d_model k"]
-    stage: ClassVar[int] = 0
 
     @classmethod
     def of(cls, *clamps: Clamp) -> EncoderOrthogonal:
@@ -83,9 +82,6 @@ class EncoderOrthogonal(Constraint):
         """`||A^T delta||_F`, in pre-activation units, computed in float64."""
         seen = einsum(delta.double(), self.directions.double(), "batch pos d_model, d_model k -> batch pos k")
         return norm(seen).to(delta.dtype)
-
-    def select(self, rows: Rows) -> EncoderOrthogonal:
-        return self
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,7 +119,7 @@ class ActivationStable(Constraint):
         """The activation drift, `||z_S(h_def + delta) - z_S(h_def)||`."""
         return activation_drift(self.clamp.read(self.h_def + delta), self.reference)
 
-    def select(self, rows: Rows) -> Self:
+    def select(self, rows: Rows) -> ActivationStable:
         return replace(self, h_def=self.h_def[rows])
 
 
@@ -170,9 +166,6 @@ class Budget(Constraint):
         """By how much the norm exceeds the budget."""
         return torch.relu(norm(delta) - self.eps)
 
-    def select(self, rows: Rows) -> Budget:
-        return self
-
 
 @dataclass(frozen=True)
 class Constraints(Constraint):
@@ -183,7 +176,6 @@ class Constraints(Constraint):
     """
 
     parts: tuple[Constraint, ...]
-    stage: ClassVar[int] = 0
 
     def project(self, delta: Residual) -> Residual:
         for part in sorted(self.parts, key=lambda part: part.stage):

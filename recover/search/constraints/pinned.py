@@ -82,8 +82,7 @@ class FreeParts:
     def project(self, delta: Delta) -> Delta:
         """The nearest free parts, site by site."""
         parts = rearrange(delta, "batch (site pos) d_model -> site batch pos d_model", site=len(self.sites))
-        free = [space.project(part) for space, part in zip(self.sites, parts, strict=True)]
-        return torch.cat(free, dim=1)
+        return torch.cat([space.project(part) for space, part in zip(self.sites, parts, strict=True)], dim=1)
 
     def select(self, rows: Rows) -> FreeParts:
         return self

@@ -88,7 +88,7 @@ def find_restored(
     defended: Defended,
     budget: float,
     schedule: Schedule | None = None,
-    on_step: OnStep | None = None,
+    on_step: OnStep = None,
     *,
     tolerance: float = DRIFT,
     c1: bool = True,
