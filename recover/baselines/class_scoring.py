@@ -14,8 +14,6 @@ from recover.saes.sae import SAE
 from recover.tasks.probe import SKIPPED, Material, Texts
 from recover.types import Float, Tensor
 
-__all__ = ["ClassScores", "class_scores"]
-
 
 @dataclass(frozen=True)
 class ClassScores:

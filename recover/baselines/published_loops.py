@@ -29,8 +29,6 @@ from recover.search.ascent import Feasible
 from recover.tasks.behaviors import ForcedAnswer, LogitDifference
 from recover.types import Residual, TokenIds
 
-__all__ = ["PublishedAnswerLoop", "published_loop"]
-
 FIRST_STAGE, PREFIX, PROBES, CORRECTIONS, PENALTY, RATE = 20, 8, 8, 5, 200.0, 0.1
 
 

@@ -27,9 +27,6 @@ from einops import einsum, rearrange
 from recover.saes.sae import SAE
 from recover.types import Float, InputError, Int, Mask, Positions, Residual, Site, Tensor
 
-__all__ = ["Clamp", "Defense", "Floor", "Mode", "Scale", "Set"]
-
-
 Number = float | int  # to a run-time type checker an int is no float
 Values = Number | tuple[Number, ...]
 """One for all clamped features, or one for each in their order."""

@@ -24,8 +24,6 @@ from recover.models.host import Change, Edit, Model, Prompts, Suffix
 from recover.tasks.behaviors import Behavior, positions_read
 from recover.types import Delta, Float, InputError, PerExample, Residual, Rows, Site, Surface, Tensor, TokenIds
 
-__all__ = ["Defended", "check_fits", "clamp_edits", "defend"]
-
 
 @dataclass(frozen=True, eq=False)
 class Defended:

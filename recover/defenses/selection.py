@@ -30,20 +30,6 @@ from recover.tasks.behaviors import Behavior, positions_read
 from recover.tasks.examples import Contrast, Examples
 from recover.types import Float, InputError, Progress, Residual, Site, Tensor
 
-__all__ = [
-    "attribution_of",
-    "attributions",
-    "contrast",
-    "contrast_of",
-    "effects",
-    "firing_rates",
-    "forgettable",
-    "largest",
-    "matched",
-    "mean_activations",
-    "select_features",
-]
-
 Rule = Literal["attribution", "effect", "firing", "contrast"]
 RETAIN = 0.01
 """The default for the largest firing rate, on prompts to keep, of a feature selected by `firing`."""

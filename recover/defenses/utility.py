@@ -49,11 +49,7 @@ class Utility:
 
 
 def measure_utility(
-    model: Model,
-    defense: Defense,
-    neutral: Prompts,
-    batch_size: int | None = None,
-    max_increase: float = MAX_INCREASE,
+    model: Model, defense: Defense, neutral: Prompts, batch_size: int | None = None, max_increase: float = MAX_INCREASE
 ) -> Utility:
     """Measure what the defense costs on neutral text.
 

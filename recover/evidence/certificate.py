@@ -46,8 +46,6 @@ from recover.types import (
     widened,
 )
 
-__all__ = ["Certificate", "certify", "constraint_residual", "encoder_columns", "free_drift"]
-
 ROUNDING = 1e-5
 """Share of what a clamped pre-activation could at most be, up to which a change of it is rounding in float32."""
 

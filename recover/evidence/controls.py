@@ -24,8 +24,6 @@ from recover.search.ascent import Feasible, scale_to
 from recover.tasks.behaviors import Behavior, Targeted, positions_read
 from recover.types import Bool, Delta, Float, Int, PerExample, Residual, Rows, Tensor
 
-__all__ = ["Anywhere", "Undefended", "displacement", "placebo_targets", "undone"]
-
 TRIES = 8
 """Candidates looked at before an example counts as having no placebo."""
 

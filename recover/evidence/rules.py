@@ -43,8 +43,6 @@ from pydantic import ConfigDict, Field, PositiveInt, with_config
 from recover.numerics.statistics import Paired, holm, more_often, wilson
 from recover.types import Share
 
-__all__ = ["Finding", "Reading", "Rule", "Rules", "TransferEvidence", "decided_by", "judge", "survives"]
-
 Count = Annotated[int, Field(ge=0)]
 
 

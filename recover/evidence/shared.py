@@ -14,8 +14,6 @@ from recover.defenses.defended import Defended
 from recover.evidence.transfer import FitSchedule, Pool, Problem, Shared, derangement, fit_shared, halves
 from recover.search.ascent import Feasible
 
-__all__ = ["Transferred", "fit_and_read"]
-
 
 @dataclass(frozen=True, eq=False)
 class Transferred:

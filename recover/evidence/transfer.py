@@ -36,8 +36,6 @@ from recover.search.gradient_free import ELEMENTS_AT_ONCE
 from recover.tasks.behaviors import Behavior, Targeted
 from recover.types import Float, InputError, Int, Rows, Tensor
 
-__all__ = ["FitSchedule", "Pool", "Problem", "derangement", "fit_shared", "halves", "random_shared"]
-
 Shared = Float[Tensor, "fit pos d_model"]
 MARGIN = 1.0
 

@@ -35,8 +35,6 @@ from recover.tasks.dialogue import Dialogue
 from recover.tasks.examples import Examples
 from recover.types import Delta, Float, Int, Surface, Tensor, TokenIds
 
-__all__ = ["Batch", "Bench"]
-
 
 @dataclass(frozen=True, eq=False)
 class Batch:

@@ -86,10 +86,7 @@ def fit(bench: Bench, fold: int, progress: BatchProgress) -> Done:
     pool, plan = bench.pool, bench.plan
     rows, _ = split(bench, fold)
     half, fits = pool.select(rows), _fits(bench, exchangeable(bench))
-    spaces = {
-        C1: bench.feasible(pool.parts[0]),
-        C1_PLUS: bench.feasible(pool.parts[0], write_orthogonal=True),
-    }
+    spaces = {C1: bench.feasible(pool.parts[0]), C1_PLUS: bench.feasible(pool.parts[0], write_orthogonal=True)}
     schedule: FitSchedule = replace(plan.transfer.fit, seed=plan.seed)
     shuffles = {
         draw: exchanged(bench, half, rows, _seed(plan.seed, fold, draw), draw)
@@ -97,9 +94,7 @@ def fit(bench: Bench, fold: int, progress: BatchProgress) -> Done:
     }
     problems = [
         Problem(
-            spaces.get(one.kind, spaces[C1]),
-            one.budget,
-            shuffles[one.draw].targets if one.kind == SHUFFLED else None,
+            spaces.get(one.kind, spaces[C1]), one.budget, shuffles[one.draw].targets if one.kind == SHUFFLED else None
         )
         for one in fits
     ]

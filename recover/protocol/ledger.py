@@ -22,8 +22,6 @@ from recover.protocol.records import without_nan
 from recover.protocol.workers import ALONE, Workers
 from recover.types import Tensor
 
-__all__ = ["InMemoryStore", "Ledger", "Part", "Store"]
-
 Part = tuple[str, int]
 """Units that one worker runs in order, such as `("batch", 3)`."""
 

@@ -23,8 +23,6 @@ from recover.tasks.behaviors import Targeted, known_targets
 from recover.tasks.examples import Examples
 from recover.types import Bool, Float, Int, Rows, Tensor
 
-__all__ = ["Exchanged", "exchangeable", "exchanged", "one_for_all", "parts_of", "said_like", "shown", "shown_as_asked"]
-
 Shared = Float[Tensor, "fit pos d_model"]
 
 

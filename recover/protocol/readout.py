@@ -28,8 +28,6 @@ from recover.tasks.examples import Examples
 from recover.tasks.replies import read
 from recover.types import Delta
 
-__all__ = ["ReadOut", "certificate_of", "flips_of", "read_out", "read_out_suffix", "search_pinned"]
-
 
 @dataclass(frozen=True)
 class ReadOut:

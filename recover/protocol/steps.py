@@ -14,8 +14,6 @@ from recover.protocol.records import ExampleRecord
 from recover.protocol.verdict_model import Transfer
 from recover.types import Progress
 
-__all__ = ["run_phases", "run_transfer"]
-
 
 def run_phases(
     bench: Bench, names: Sequence[str], store: InMemoryStore, progress: Progress | None = None

@@ -47,8 +47,6 @@ from recover.search.ascent import Schedule
 from recover.tasks import read_options
 from recover.types import DeviceMap, Finite, InputError, Positions, Positive, Share, Surface
 
-__all__ = ["DEFAULTS", "ClampConfig", "Config", "PromptConfig", "SearchConfig", "Selection", "load_config"]
-
 DEFAULTS: Mapping[str, Any] = {
     "model": "smollm2",
     "clamps": [

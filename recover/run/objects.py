@@ -23,8 +23,6 @@ from recover.run.setting import Chosen, package_versions
 from recover.tasks.examples import Examples
 from recover.types import InputError, Progress, Tensor
 
-__all__ = ["Objects", "content_hash"]
-
 
 @dataclass(frozen=True, eq=False)
 class Objects:

@@ -11,8 +11,6 @@ from typing import Any
 from recover.protocol.folder import write_whole
 from recover.types import InputError
 
-__all__ = ["Points"]
-
 SETTINGS = "settings.json"
 
 

@@ -28,8 +28,6 @@ from recover.run.setting import Chosen, build_bench, load_setting
 from recover.tasks.examples import Examples
 from recover.types import Delta, InputError, Tensor
 
-__all__ = ["SavedRun", "SharedDelta", "load_run"]
-
 
 @dataclass(frozen=True, eq=False)
 class SharedDelta:

@@ -33,8 +33,6 @@ from recover.run.objects import Objects
 from recover.run.setting import Chosen, Setting, load_setting, threads
 from recover.types import InputError, Progress
 
-__all__ = ["FromConfig", "OtherRunError", "beside_published", "run_check", "run_seeds", "run_source"]
-
 
 @dataclass(frozen=True)
 class FromConfig:
@@ -74,12 +72,7 @@ Subject = Setting | Objects
 
 
 def run_check(
-    config: Config,
-    out: Path,
-    *,
-    keep_text: bool = False,
-    progress: Progress | None = None,
-    workers: Workers = ALONE,
+    config: Config, out: Path, *, keep_text: bool = False, progress: Progress | None = None, workers: Workers = ALONE
 ) -> Verdict:
     """Check the defense of `config` and leave the artifacts in `out`.
 

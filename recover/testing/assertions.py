@@ -14,15 +14,6 @@ from recover.protocol.verdict import certified_norm
 from recover.protocol.verdict_model import Recovery, Transfer, Verdict
 from recover.report.finished import read_records
 
-__all__ = [
-    "Checked",
-    "assert_attribution",
-    "assert_drift_below",
-    "assert_not_recovered",
-    "assert_recoverable",
-    "assert_specific",
-]
-
 BELIEVED = ("RECOVERABLE", "NOT_RECOVERED_AT_BUDGET")
 
 

@@ -46,25 +46,8 @@ from recover.run.progress import shown
 from recover.run.runner import OtherRunError, run_check, run_source
 from recover.saes.names import shipped_saes
 from recover.tasks.examples import Examples
-from recover.testing.assertions import (
-    Checked,
-    assert_attribution,
-    assert_drift_below,
-    assert_not_recovered,
-    assert_recoverable,
-    assert_specific,
-)
+from recover.testing.assertions import Checked
 from recover.types import InputError, Progress
-
-__all__ = [
-    "Checked",
-    "Defenses",
-    "assert_attribution",
-    "assert_drift_below",
-    "assert_not_recovered",
-    "assert_recoverable",
-    "assert_specific",
-]
 
 Run = Callable[[Progress | None], Verdict]
 MOVED = {

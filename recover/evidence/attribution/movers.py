@@ -23,8 +23,6 @@ from recover.models.components import Component, eager, head_count, modules_of, 
 from recover.tasks.behaviors import Targeted
 from recover.types import Delta, InputError, Mask, PerExample, Tensor
 
-__all__ = ["Movers", "looks", "name_movers", "undefended", "writes"]
-
 LOOKS = 0.2
 """Attention at base above which a head that writes the target counts as a name mover."""
 Reading = Mapping[str, float]

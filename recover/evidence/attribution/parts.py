@@ -39,20 +39,6 @@ from recover.models.host import Change
 from recover.saes.sae import SAE
 from recover.types import Delta, InputError, Int, PerExample, Residual, Site, Surface, Tensor, widened
 
-__all__ = [
-    "VIEWS",
-    "Attribution",
-    "Parts",
-    "View",
-    "attribute",
-    "entering",
-    "first_order",
-    "gradient",
-    "nodes",
-    "parts_of",
-    "split",
-]
-
 LEAVES = ("clamped", "top_k", "other", "error_linear", "error_rest")
 VIEWS: Mapping[str, tuple[str, ...]] = {
     "full": LEAVES,

@@ -29,23 +29,6 @@ from recover.models.components import Component, head_count
 from recover.models.host import Change
 from recover.types import Delta, Float, InputError, PerExample, Residual, Site, Tensor
 
-__all__ = [
-    "Carrier",
-    "Direct",
-    "Trace",
-    "above",
-    "carriers",
-    "direct",
-    "keeps",
-    "last_slope",
-    "patched",
-    "put_back",
-    "put_in",
-    "through",
-    "trace",
-]
-
-
 ADDS_UP = 0.05
 """A share of the residual that sums of components may miss: rounding, in half precision too."""
 

@@ -22,8 +22,6 @@ from recover.evidence.attribution.parts import POINTS, entering
 from recover.evidence.attribution.paths import Carrier, carriers, direct, patched, through, trace
 from recover.types import Delta
 
-__all__ = ["Carried", "carried"]
-
 SIZES, DRAWS, TOP = (1, 2, 4, 8, 16, 32, 64), 4, 12
 """Components put back and put in together; random draws of as many; components looked at one by one."""
 
