@@ -17,13 +17,12 @@ import pytest
 from pydantic import BaseModel
 
 import recover
-from recover import cli
+from recover import cli, testing
 from recover.protocol import gates
 from recover.protocol.verdict_model import Counts, Gate
 from recover.run.config import Config
 from recover.saes.fit import Fit
 from recover.tasks import TASKS
-from recover.testing import defenses
 
 ROOT = Path(__file__).parent.parent
 PAGES = ROOT / "docs" / "pages"
@@ -53,7 +52,7 @@ def test_every_public_name_is_in_the_reference_once():
     assert sorted(name for _, name in public) == sorted(recover.__all__)
     for module, name in public:
         assert getattr(importlib.import_module(module), name) is getattr(recover, name)
-    assert sorted(name for module, name in shown if module == "recover.testing") == sorted(defenses.__all__)
+    assert sorted(name for module, name in shown if module == "recover.testing") == sorted(testing.__all__)
 
 
 @pytest.mark.parametrize("command", [None, *cli.COMMANDS])

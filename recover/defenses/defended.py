@@ -115,7 +115,7 @@ class Defended:
             changes: at sites above it, after the clamp and the delta there.
         """
         first, *later = self.by_site(delta).items()
-        added = {site: _adds(part) for site, part in later}
+        added = {site: adds(part) for site, part in later}
         for site, change in (changes or {}).items():
             place = next((known for known in added if known.index == site.index), site)
             added[place] = _chained(added[place], change) if place in added else change
@@ -170,7 +170,8 @@ class Defended:
         return self.behavior.score(logits), self.behavior.slack(logits)
 
 
-def _adds(part: Residual) -> Change:
+def adds(part: Residual) -> Change:
+    """Add a part to what is there."""
     return lambda h: h + part
 
 

@@ -54,12 +54,9 @@ def undefended(defended: Defended) -> Defended:
 
 
 def looks(defended: Defended, delta: Delta, marked: Mask) -> dict[Carrier, PerExample]:
-    """Share of each head's attention at the last position that falls on marked positions.
+    """Share of each head's attention at the last position that falls on marked positions of the whole prompts.
 
-    Args:
-        defended: the examples.
-        delta: one for each, which enters after the clamp.
-        marked: `[batch pos]`, of the whole prompts.
+    The delta enters after the clamp.
     """
     seen: dict[Component, Tensor] = {}
     places = [Component(layer, "pattern") for layer in above(defended)]
@@ -97,10 +94,9 @@ def writes(defended: Defended, delta: Delta) -> dict[Carrier, PerExample]:
 
 
 def name_movers(defended: Defended, delta: Delta) -> Movers | None:
-    """The name movers of these examples without the defense, with it, and with a delta; None where there can be none.
+    """Find the name movers of these examples; read them without the defense, with it, and with a delta.
 
-    There can be none where the behavior has no target, or where a prompt does not hold its target. What a head writes
-    is read with the score of the examples' behavior.
+    None where the behavior has no target, or where a prompt does not hold its target.
 
     Raises:
         InputError: the model's blocks norm what attention gives, so that heads do not add.

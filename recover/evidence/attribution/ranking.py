@@ -50,13 +50,9 @@ class Carried:
 
 
 def carried(defended: Defended, delta: Delta, points: int = POINTS, seed: int = 0) -> Carried:
-    """Rank the heads and MLPs above the first clamped site, and see what the first of them do.
+    """Rank the heads and MLPs above the first clamped site, and measure what the first of them do.
 
-    Args:
-        defended: the examples.
-        delta: one for each.
-        points: of the integral along a delta.
-        seed: of the random draws.
+    `points` are those of the integral along a delta; `seed` is that of the random draws.
 
     Raises:
         InputError: no block is above the site, or the model's heads and MLPs cannot be told apart.
