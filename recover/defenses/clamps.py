@@ -111,8 +111,7 @@ class Clamp:
         if isinstance(given, tuple) and len(given) != len(chosen):
             raise InputError(f"clamp: {len(given)} values for {len(chosen)} features; give one for all, or one each")
         values = (sae, chosen, mode, only_active, positions, site)
-        for name, value in zip(self.__dataclass_fields__, values, strict=True):
-            object.__setattr__(self, name, value)
+        vars(self).update(zip(self.__dataclass_fields__, values, strict=True))
 
     @cached_property
     def indices(self) -> Int[Tensor, "k"]:
@@ -162,10 +161,7 @@ class Clamp:
     def apply(self, x: Residual, mask: Mask | None = None, n_answer: int = 0) -> Residual:
         """The defended residual, in the dtype of `x`.
 
-        Args:
-            x: the residual at the clamp's site.
-            mask: where the clamp may act: the real tokens; all, where None.
-            n_answer: so many of the last columns follow the prompt.
+        The clamp may act where `mask` is true, the real tokens; the last `n_answer` columns follow the prompt.
         """
         return (x + self.displacement(x, mask, n_answer)).to(x.dtype)
 
@@ -223,7 +219,7 @@ class Defense:
         return tuple(clamp for clamp in self.clamps if clamp.site.index == site.index)
 
     def to(self, dtype: torch.dtype) -> Defense:
-        """The same with SAEs that compute in `dtype`; itself, where they do."""
+        """Let the SAEs compute in `dtype`."""
         if all(clamp.sae.dtype == dtype for clamp in self.clamps):
             return self
         # Clamps of one SAE go on sharing it.

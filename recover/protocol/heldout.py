@@ -138,13 +138,9 @@ def read(bench: Bench, fold: int, deltas: Deltas) -> dict[str, Any]:
         size = max(float(norm(back)), torch.finfo(torch.float32).tiny)
         scales = sorted({min(scale, budget / size) for scale in plan.undo_scales})
         undo = shown(bench, half, others, torch.cat([scale * back for scale in scales]))
-        readings.append(
-            {
-                "budget": budget,
-                "random": {"hits": int(random.sum()), "n": random.numel()},
-                "undo": {"hits": int(undo.sum(dim=1).max()), "n": len(half)},
-            }
-        )
+        by_chance = {"hits": int(random.sum()), "n": random.numel()}
+        undone_at_best = {"hits": int(undo.sum(dim=1).max()), "n": len(half)}
+        readings.append({"budget": budget, "random": by_chance, "undo": undone_at_best})
     values: dict[str, Any] = {
         "readings": readings,
         "one_for_all": one_for_all(bench),
@@ -221,9 +217,11 @@ def summary(folds: Sequence[tuple[dict[str, Any], dict[str, Any]]], residual_nor
     def total(parts: list[dict[str, Any]], hits: str = "hits", n: str = "n") -> Reading:
         return Reading(sum(part[hits] for part in parts), sum(part[n] for part in parts))
 
+    def fits(kind: str, budget: float) -> list[dict[str, Any]]:
+        return [one for read in reads for one in read["fits"] if (one["kind"], one["budget"]) == (kind, budget)]
+
     def of(kind: str, budget: float, hits: str = "hits", n: str = "n") -> Reading:
-        fits = [one for read in reads for one in read["fits"] if (one["kind"], one["budget"]) == (kind, budget)]
-        return total(fits, hits, n)
+        return total(fits(kind, budget), hits, n)
 
     def control(name: str, budget: float) -> Reading:
         return total([r[name] for read in reads for r in read["readings"] if r["budget"] == budget])
@@ -232,8 +230,7 @@ def summary(folds: Sequence[tuple[dict[str, Any], dict[str, Any]]], residual_nor
         return total([v for name, v in fitted if f"/{kind}/{budget:.6g}/" in name], "fitted")
 
     def cosine_of(kind: str) -> float:
-        fits = [one for read in reads for one in read["fits"] if (one["kind"], one["budget"]) == (kind, main)]
-        return _widest([one["undo_cosine"] for one in fits])
+        return _widest([one["undo_cosine"] for one in fits(kind, main)])
 
     curve = tuple(
         TransferPoint(
