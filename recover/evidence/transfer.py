@@ -33,7 +33,7 @@ from recover.numerics.metrics import norm
 from recover.search.ascent import Feasible, clip, scale_to
 from recover.search.constraints.pinned import Pinned
 from recover.search.gradient_free import ELEMENTS_AT_ONCE
-from recover.tasks.behaviors import Behavior, Targeted
+from recover.tasks.behaviors import Targeted
 from recover.types import Float, InputError, Int, Rows, Tensor
 
 Shared = Float[Tensor, "fit pos d_model"]
@@ -133,7 +133,9 @@ class Pool:
                 fits, rows = chosen // batch, chosen % batch
                 chunk = part.select(rows)
                 if targets is not None:
-                    chunk = chunk.asking(aim(chunk.behavior, targets[fits, start + rows]))
+                    if not isinstance(chunk.behavior, Targeted):
+                        raise InputError("behavior: it names no target, so that it cannot be asked of another one")
+                    chunk = chunk.asking(chunk.behavior.retarget(targets[fits, start + rows]))
                 yield fits, start + rows, chunk
             start += batch
 
@@ -216,17 +218,6 @@ def derangement(targets: Int[Tensor, "batch"], ids: Sequence[str], seed: int) ->
     for place, row in enumerate(inorder):
         shuffled[row] = targets[inorder[(place + largest) % len(inorder)]]
     return shuffled
-
-
-def aim(behavior: Behavior, targets: Int[Tensor, "batch"]) -> Behavior:
-    """The behavior, asked of other targets.
-
-    Raises:
-        InputError: it has no target.
-    """
-    if not isinstance(behavior, Targeted):
-        raise InputError("behavior: it names no target, so that it cannot be asked of another one")
-    return behavior.retarget(targets)
 
 
 def _gradient(

@@ -92,11 +92,9 @@ def fit(bench: Bench, fold: int, progress: BatchProgress) -> Done:
         draw: exchanged(bench, half, rows, _seed(plan.seed, fold, draw), draw)
         for draw in {one.draw for one in fits if one.kind == SHUFFLED}
     }
+    targets = [shuffles[one.draw].targets if one.kind == SHUFFLED else None for one in fits]
     problems = [
-        Problem(
-            spaces.get(one.kind, spaces[C1]), one.budget, shuffles[one.draw].targets if one.kind == SHUFFLED else None
-        )
-        for one in fits
+        Problem(spaces.get(one.kind, spaces[C1]), one.budget, asked) for one, asked in zip(fits, targets, strict=True)
     ]
     # Those over the same examples are fitted side by side; other answers to a request are other examples.
     pools = [shuffles[one.draw].pool if one.kind == SHUFFLED else half for one in fits]
@@ -183,8 +181,7 @@ def _dealt(
 
 def _certified(bench: Bench, rows: Int[Tensor, "rows"], delta: Tensor) -> dict[str, Any]:
     """Count the rows of the pool that one delta recovers, of those that the certificate too finds defended."""
-    hits, moved, n = 0, 0, 0
-    shifts, residuals = [], []
+    hits, moved, n, shifts, residuals = 0, 0, 0, [], []
     for batch, here, part in parts_of(bench, rows):
         behavior = part.strict or part.behavior
         each = repeat(delta, "pos d_model -> batch pos d_model", batch=len(here))
@@ -230,7 +227,8 @@ def summary(folds: Sequence[tuple[dict[str, Any], dict[str, Any]]], residual_nor
         return total([v for name, v in fitted if f"/{kind}/{budget:.6g}/" in name], "fitted")
 
     def cosine_of(kind: str) -> float:
-        return _widest([one["undo_cosine"] for one in fits(kind, main)])
+        known = (one["undo_cosine"] for one in fits(kind, main) if one["undo_cosine"] is not None)
+        return max(known, key=abs, default=math.nan)
 
     curve = tuple(
         TransferPoint(
@@ -286,11 +284,6 @@ def _largest(values: Sequence[float | None]) -> float:
     """The largest; NaN where one of them is no number."""
     known = [value for value in values if value is not None and not math.isnan(value)]
     return max(known) if known and len(known) == len(values) else math.nan
-
-
-def _widest(values: Sequence[float | None]) -> float:
-    """The value of the largest size; NaN where there is none."""
-    return max((value for value in values if value is not None), key=abs, default=math.nan)
 
 
 def _seed(seed: int, fold: int, draw: int) -> int:

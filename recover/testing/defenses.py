@@ -92,11 +92,9 @@ class Defenses:
                 the arguments of `recover.check`: `model=`, `examples=`, `budget=`, `plan=` and `runtime=`; and `name=`.
         """
         try:
-            found = self._objects(defense, **options) if isinstance(defense, Defense) else self._file(defense, options)
+            return self._objects(defense, **options) if isinstance(defense, Defense) else self._file(defense, options)
         except InputError as error:
             told = " ".join(str(error).split())
-        else:
-            return found
         pytest.fail(told, pytrace=False)
 
     def _file(self, defense: Path | str, options: dict[str, Any]) -> Checked:
@@ -160,7 +158,7 @@ class Defenses:
 
 
 def _anchored(config: Config, folder: Path) -> Config:
-    """The same, with what lies in this folder named by its whole path, as a session may be started from anywhere."""
+    """Name what lies in this folder by its whole path, as a session may be started from anywhere."""
 
     def place(name: str, ours: Sequence[str]) -> str:
         there = folder / name

@@ -156,8 +156,7 @@ def direct(defended: Defended, delta: Delta, points: int = POINTS) -> Direct:
     added = torch.stack(list(defended.by_site(delta).values())).sum(dim=0).to(moved.dtype)
     writes = {"delta": added}
     for layer in above(defended):
-        for word in ("attention", "MLP"):
-            place = Component(layer, word.lower())
+        for place, word in ((Component(layer, "attention"), "attention"), (Component(layer, "mlp"), "MLP")):
             writes[f"L{layer} {word}"] = end.given[place] - start.given[place]
     writes["rest"] = moved - torch.stack(list(writes.values())).sum(dim=0)
     effects = {name: first_order(slope, write) for name, write in writes.items()}
