@@ -496,11 +496,7 @@ class FolderCase:
         return found
 
 
-@guards(
-    RunFolder.resume,
-    '[*self.path.glob(DELTAS), *sorted((self.path / UNITS).glob("*.safetensors"))]',
-    "self.path.glob(DELTAS)",
-)
+@guards(RunFolder.resume, ', *sorted((self.path / UNITS).glob("*.safetensors"))', "")
 @guards("recover.protocol.ledger.Ledger.run", "if self.store.load(unit) is not None:", "if False:")
 @costly(5)
 @given(

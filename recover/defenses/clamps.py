@@ -32,40 +32,42 @@ Values = Number | tuple[Number, ...]
 """One for all clamped features, or one for each in their order."""
 
 
+class _Finite:
+    """A mode, whose values must be finite."""
+
+    def __post_init__(self) -> None:
+        for given in vars(self).values():
+            for value in given if isinstance(given, tuple) else (given,):
+                if not math.isfinite(value):
+                    mode = type(self).__name__.lower()
+                    raise InputError(f"clamp: {mode} {value} is not finite; give a finite number")
+
+
 @dataclass(frozen=True)
-class Set:
+class Set(_Finite):
     """Write a value, whatever the activation was."""
 
     value: Values
-
-    def __post_init__(self) -> None:
-        _check_finite("set", self.value)
 
     def __call__(self, z: Float[Tensor, "*batch k"]) -> Float[Tensor, "*batch k"]:
         return torch.zeros_like(z) + _like(self.value, z)
 
 
 @dataclass(frozen=True)
-class Scale:
+class Scale(_Finite):
     """Multiply the activation."""
 
     factor: Values
-
-    def __post_init__(self) -> None:
-        _check_finite("scale", self.factor)
 
     def __call__(self, z: Float[Tensor, "*batch k"]) -> Float[Tensor, "*batch k"]:
         return _like(self.factor, z) * z
 
 
 @dataclass(frozen=True)
-class Floor:
+class Floor(_Finite):
     """Raise the activation to at least a value."""
 
     value: Values
-
-    def __post_init__(self) -> None:
-        _check_finite("floor", self.value)
 
     def __call__(self, z: Float[Tensor, "*batch k"]) -> Float[Tensor, "*batch k"]:
         return torch.maximum(z, _like(self.value, z).expand_as(z))
@@ -238,12 +240,6 @@ class Defense:
 
 def _like(values: Values, z: Tensor) -> Tensor:
     return torch.tensor(values, dtype=z.dtype, device=z.device)
-
-
-def _check_finite(mode: str, values: Values) -> None:
-    for value in values if isinstance(values, tuple) else (values,):
-        if not math.isfinite(value):
-            raise InputError(f"clamp: {mode} {value} is not finite; give a finite number")
 
 
 def _checked(features: Iterable[SupportsIndex], d_sae: int) -> tuple[int, ...]:

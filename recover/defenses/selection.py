@@ -35,7 +35,7 @@ RETAIN = 0.01
 """The default for the largest firing rate, on prompts to keep, of a feature selected by `firing`."""
 
 NEAREST = 10
-"""Of so many features nearest in rate one is drawn, for draws that differ."""
+"""One of so many features nearest in rate is drawn, so that draws differ."""
 CALIPER = math.log(1.25)
 """But of those farther than this only the nearest: few features fire often, and the ten nearest may fire far less."""
 

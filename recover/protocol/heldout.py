@@ -196,13 +196,8 @@ def _certified(bench: Bench, rows: Int[Tensor, "rows"], delta: Tensor) -> dict[s
         moved += int((gone & shows & ~facts.held).sum())
         shifts.append(float(facts.preactivation_shift.max()))
         residuals.append(float(facts.constraint_residual.max()))
-    return {
-        "hits": hits,
-        "n": n,
-        "back_but_features_moved": moved,
-        "preactivation_shift_max": _largest(shifts),
-        "constraint_residual_max": _largest(residuals),
-    }
+    counts = {"hits": hits, "n": n, "back_but_features_moved": moved}
+    return counts | {"preactivation_shift_max": _largest(shifts), "constraint_residual_max": _largest(residuals)}
 
 
 def summary(folds: Sequence[tuple[dict[str, Any], dict[str, Any]]], residual_norm: float) -> Transfer:

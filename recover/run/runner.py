@@ -230,7 +230,7 @@ def _begin(folder: RunFolder, source: Source, subject: Subject, size: int, progr
 
 
 def _tell_of_idle_workers(subject: Subject, state: RunState, workers: Workers) -> None:
-    """Batches are the same for any number of workers, so that the verdict is: there may be too few for all."""
+    """Warn where batches, the same for any number of workers so that the verdict is, are too few for all of them."""
     examples = len(subject.examples.ids)
     batches = -(-examples // state.batch_size)
     if workers.leads and batches < workers.size:
@@ -243,13 +243,6 @@ def _tell_of_idle_workers(subject: Subject, state: RunState, workers: Workers) -
 
 def _check(subject: Subject, state: RunState, folder: RunFolder, progress: Progress, workers: Workers) -> Verdict:
     defense = subject.build(Chosen.kept_by(state))
-    runtime = Runtime(
-        batch_size=state.batch_size,
-        store=folder,
-        exact=subject.exact,
-        neutral=subject.neutral,
-        provenance={**subject.provenance, "threads": state.threads, "workers": workers.size},
-        progress=progress,
-        workers=workers,
-    )
+    provenance = {**subject.provenance, "threads": state.threads, "workers": workers.size}
+    runtime = Runtime(state.batch_size, folder, subject.exact, subject.neutral, provenance, progress, workers)
     return check(subject.model, defense, subject.examples, subject.budget, plan=subject.plan, runtime=runtime)

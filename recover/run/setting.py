@@ -68,13 +68,8 @@ class Setting:
     @property
     def fingerprint(self) -> str:
         """SHA-256 of everything that can change a result."""
-        identities = {
-            "recover": _version("recover"),
-            "model": self.loaded.version,
-            "prompts": self.examples.sha256,
-            **{f"sae:{name}": sae.sha256 for name, sae in self.saes.items()},
-        }
-        return self.config.fingerprint(**identities)
+        code, saes = _version("recover"), {f"sae:{name}": sae.sha256 for name, sae in self.saes.items()}
+        return self.config.fingerprint(recover=code, model=self.loaded.version, prompts=self.examples.sha256, **saes)
 
     @property
     def batch_size(self) -> int:

@@ -117,12 +117,8 @@ def name_movers(defended: Defended, delta: Delta) -> Movers | None:
     movers.sort(key=lambda head: -base[head]["write"])
     total = {name: sum((at[head]["write"] for head in movers), 0.0) for name, at in read.items()}
     lost = total["base"] - total["defended"]
-    return Movers(
-        n=len(ids),
-        heads={head: {name: at[head] for name, at in read.items()} for head in movers},
-        written=total,
-        re_engaged=(total["recovered"] - total["defended"]) / lost if lost else None,
-    )
+    heads = {head: {name: at[head] for name, at in read.items()} for head in movers}
+    return Movers(len(ids), heads, total, (total["recovered"] - total["defended"]) / lost if lost else None)
 
 
 def _at(defended: Defended, delta: Delta, target: Mask, rival: Mask) -> dict[str, dict[str, float]]:

@@ -82,14 +82,8 @@ def carried(defended: Defended, delta: Delta, points: int = POINTS, seed: int = 
             point |= {f"random_{name}": fmean(one[name] for one in drawn) for name in ("gone", "come")}
         doing.append(point)
     shares = {carrier: [float(one[carrier].mean()) / effect for one in (along, plain)] for carrier in ranked[:TOP]}
-    return Carried(
-        n=len(delta),
-        effect=effect,
-        shows=float((on.slack > 0).float().mean()),
-        top=[
-            {"name": str(carrier), "integrated": integrated, "plain": first, **done([carrier])}
-            for carrier, (integrated, first) in shares.items()
-        ],
-        direct={n: float(v.mean()) / effect for n, v in direct(defended, delta, points).by_name.items()},
-        doing=doing,
-    )
+    top: list[dict[str, str | float]] = [
+        {"name": str(one), "integrated": i, "plain": p, **done([one])} for one, (i, p) in shares.items()
+    ]
+    writes = {name: float(v.mean()) / effect for name, v in direct(defended, delta, points).by_name.items()}
+    return Carried(len(delta), effect, float((on.slack > 0).float().mean()), top, writes, doing)
