@@ -293,8 +293,8 @@ def free_drift(
 ) -> Certificate:
     """Certify a delta over the answers that `say` gave under it: what drifted during free generation.
 
-    Prompts come without their answers. The delta enters after the clamps, as in `say`; columns that an answer has and
-    the delta has not are left alone.
+    The model is in float32 or float64, and prompts come without their answers. The delta enters after the clamps, as
+    in `say`; columns that an answer has and the delta has not are left alone.
     """
     surface = replace(surface, placement="after_clamp")
     columns = delta.shape[1] // len(surface.enters(defense.sites))
