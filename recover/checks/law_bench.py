@@ -17,8 +17,6 @@ from recover.search.constraints.linear import EncoderOrthogonal
 from recover.tasks.behaviors import AnswerLikelihood
 from recover.types import Float, InputError, Site, Tensor, TokenIds, widened
 
-__all__ = ["SIZE", "Law", "LawBench", "apart", "read", "worst"]
-
 RELATIVE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """The largest relative error that counts as rounding, by dtype."""
 CLAMPED, VALUE = 8, -1.0

@@ -24,8 +24,6 @@ from recover.search.constraints.linear import EncoderOrthogonal
 from recover.tasks.behaviors import AnswerLikelihood
 from recover.types import InputError, Site, Tensor, widened
 
-__all__ = ["LAWS"]
-
 SLOPE = 0.05
 """Tolerance for the gradient against finite differences, which curvature and rounding disturb."""
 TOKENS, FIT_STEPS = 8, 2
@@ -52,9 +50,7 @@ def _blocks(bench: LawBench) -> Law:
     finally:
         handle.remove()
     return bench.law(
-        "blocks",
-        apart(bench.residual[:1][:, -ids.shape[1] :], seen[0]),
-        "residual against a PyTorch hook",
+        "blocks", apart(bench.residual[:1][:, -ids.shape[1] :], seen[0]), "residual against a PyTorch hook"
     )
 
 

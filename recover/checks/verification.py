@@ -40,8 +40,6 @@ from recover.saes.fit import measure_fit
 from recover.saes.sae import SAE
 from recover.types import InputError, Site, widened
 
-__all__ = ["Law", "Support", "fitting", "stand_in", "supported", "told", "verify"]
-
 WIDER, FIRING = 4, 0.05
 """For a random SAE: features per dimension of the residual, and the share of tokens on which each is active."""
 SEARCH = ("blocks", "causal", "start", "decomposition", "clamp", "suffix", "blindness", "gradient")

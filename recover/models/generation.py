@@ -21,8 +21,6 @@ from recover.models.host import Edit, Model, Prompts
 from recover.models.prefix import recorder
 from recover.types import Int, Site, Tensor, TokenIds
 
-__all__ = ["NO_TOKEN", "answered", "generate", "n_answer", "texts"]
-
 NO_TOKEN = -1
 """The token id that fills an answer after its end."""
 Columns = Callable[[int, int], Mapping[Site, Edit]]

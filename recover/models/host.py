@@ -352,10 +352,7 @@ class Model:
     def returns_tuples(self) -> bool:
         """Whether blocks return tuples, as in older transformers; tested once on one token."""
         if self._block_returns_tuple is None:
-            with (
-                torch.no_grad(),
-                self._traced.trace(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.device)),
-            ):
+            with torch.no_grad(), self._traced.trace(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.device)):
                 output = nnsight.save(self._blocks[0].output)
             self._block_returns_tuple = isinstance(output, tuple)
         return self._block_returns_tuple

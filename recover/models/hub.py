@@ -14,8 +14,6 @@ from huggingface_hub.errors import GatedRepoError, HFValidationError, LocalEntry
 
 from recover.types import InputError
 
-__all__ = ["cached", "hub_offline", "hub_reachable", "one_line", "why"]
-
 PROBE_SECONDS = 3.0
 
 

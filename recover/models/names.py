@@ -33,15 +33,6 @@ from recover.models.hub import one_line, why
 from recover.models.weights import GEMMA3_270M, SMOLLM2, Packed, converted_folder, fetch, load_gguf, quiet
 from recover.types import DeviceMap, InputError
 
-__all__ = [
-    "LoadedModel",
-    "load_model",
-    "resolve_device",
-    "resolve_model",
-    "shipped_models",
-    "shipped_questions",
-]
-
 OURS = {
     "smollm2": ("HuggingFaceTB/SmolLM2-135M-Instruct", SMOLLM2),
     "gemma3-270m": ("google/gemma-3-270m", GEMMA3_270M),

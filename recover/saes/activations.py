@@ -27,8 +27,6 @@ import torch
 
 from recover.types import Float, Int, Tensor
 
-__all__ = ["AbsTopK", "Activation", "Gated", "JumpReLU", "ReLU", "TopK"]
-
 
 @dataclass(frozen=True, eq=False)
 class Activation(ABC):

@@ -33,8 +33,6 @@ from recover.tasks.ioi import token_id
 from recover.tasks.prose import RELATIONS
 from recover.types import InputError, Int, Progress, Site, Tensor
 
-__all__ = ["Asked", "Fact", "known", "load_file", "make_examples", "right", "shipped"]
-
 BATCH = 64
 
 

@@ -19,8 +19,6 @@ from recover.tasks import replies
 from recover.tasks.behaviors import ForcedAnswer
 from recover.types import InputError, TokenIds
 
-__all__ = ["Dialogue", "Request", "ask", "chat_prompt"]
-
 
 @dataclass(frozen=True)
 class Request:

@@ -17,8 +17,6 @@ from recover.tasks.behaviors import Behavior, positions_read
 from recover.tasks.dialogue import Dialogue
 from recover.types import InputError, Rows
 
-__all__ = ["Contrast", "Examples", "Readout"]
-
 
 @runtime_checkable
 class Readout(Protocol):

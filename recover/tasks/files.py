@@ -8,8 +8,6 @@ from typing import TypeVar
 
 from recover.types import InputError
 
-__all__ = ["decoded", "numbered", "read_text", "rows_of"]
-
 T = TypeVar("T")
 
 

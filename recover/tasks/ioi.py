@@ -32,17 +32,6 @@ from recover.tasks.examples import Examples
 from recover.tasks.files import read_text, rows_of
 from recover.types import InputError
 
-__all__ = [
-    "IOIExample",
-    "Template",
-    "behavior",
-    "generate",
-    "load",
-    "load_jsonl",
-    "strict",
-    "token_id",
-]
-
 Template = Literal["BABA", "ABBA"]
 TEMPLATES: tuple[Template, ...] = get_args(Template)
 T = TypeVar("T")
@@ -210,10 +199,7 @@ def behavior(tokenizer: Any, examples: Sequence[IOIExample], device: torch.devic
 
 
 def strict(
-    tokenizer: Any,
-    examples: Sequence[IOIExample],
-    device: torch.device | str = "cpu",
-    candidates: int | None = None,
+    tokenizer: Any, examples: Sequence[IOIExample], device: torch.device | str = "cpu", candidates: int | None = None
 ) -> ChoiceMargin:
     """Build the strict behavior: the indirect object is the most likely of all names, so that chance is 1 / names.
 

@@ -29,8 +29,6 @@ from recover.models.hub import hub_offline
 from recover.tasks.files import decoded, numbered
 from recover.types import InputError
 
-__all__ = ["Data", "Labeled", "Split", "draw", "load", "load_file"]
-
 Data = Literal["glosses", "bias_in_bios_1", "bias_in_bios_2", "bias_in_bios_3", "amazon_reviews"]
 Split = Literal["train", "test"]
 SHIPPED = Path(__file__).parent / "data" / "glosses.jsonl.gz"

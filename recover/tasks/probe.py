@@ -30,8 +30,6 @@ from recover.tasks.labeled import Data, Labeled, Split, draw, load
 from recover.tasks.probe_heads import PooledProbe, ProbeHead, Probes, pooled_residuals, train_probes
 from recover.types import Bool, Float, InputError, Int, Site, Tensor
 
-__all__ = ["SKIPPED", "Material", "Texts", "make_examples", "prepare"]
-
 SKIPPED = 1
 """First tokens that no mean is over."""
 

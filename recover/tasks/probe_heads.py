@@ -27,8 +27,6 @@ from torch.nn import functional as F
 from recover.models.host import Model, Prompts
 from recover.types import Float, InputError, Int, PerExample, Rows, Site, Tensor
 
-__all__ = ["PooledProbe", "ProbeHead", "Probes", "pooled_residuals", "train_probes"]
-
 AGREES = 1e-3
 """Largest difference, as a share of the largest logit, of a head from the probes of the host's residual."""
 INSTRUMENT = "__nnsight__"

@@ -21,8 +21,6 @@ import json
 from dataclasses import dataclass
 from importlib import resources
 
-__all__ = ["NEUTRAL", "ORDINARY", "RELATIONS", "UNSERVABLE", "Relation"]
-
 
 @dataclass(frozen=True)
 class Relation:

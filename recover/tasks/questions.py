@@ -25,8 +25,6 @@ from recover.models import hub, names
 from recover.tasks.files import numbered, read_text
 from recover.types import InputError
 
-__all__ = ["Question", "load"]
-
 LETTERS = "ABCD"
 PUBLISHED = {"cais/wmdp": "wmdp-bio", "cais/mmlu": "all"}
 """Data sets of the hub, each with the configuration that is read where none is named."""

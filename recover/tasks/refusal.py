@@ -30,8 +30,6 @@ from recover.tasks.files import numbered, read_text
 from recover.tasks.prose import ORDINARY, UNSERVABLE
 from recover.types import InputError
 
-__all__ = ["draw", "load", "load_file", "make_examples", "shipped"]
-
 Shipped = Literal["ordinary", "unservable"]
 
 COLUMNS = "goal,target (as AdvBench) or Behavior,...,ContextString,BehaviorID (as HarmBench)"

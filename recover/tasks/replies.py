@@ -22,22 +22,6 @@ from dataclasses import dataclass
 from difflib import SequenceMatcher
 from itertools import pairwise
 
-__all__ = [
-    "ReplyReading",
-    "base_like",
-    "degenerate",
-    "jaccard",
-    "opening",
-    "opens_with_refusal",
-    "opens_with_safety_cue",
-    "read",
-    "repeated_characters",
-    "similarity",
-    "strict_base_like",
-    "unique_words",
-    "valid_flip",
-]
-
 OPENING = 200
 """Characters: some 40 tokens, in which SmolLM2 has said "I'm sorry for ..., but as a chatbot ..., I don't have"."""
 NEAR_JACCARD = 0.15
