@@ -167,8 +167,8 @@ def test_an_admissible_delta_moves_no_clamped_feature_at_any_site(case: PlantedC
 
 @guards(
     "recover.planted.routes.complete_bottleneck",
-    "        atoms.W[:, :n_answers],\n        Tangled",
-    "        atoms.W[:, :n_answers] + 0.01,\n        Tangled",
+    "U, f = atoms.W[:, :n_answers], Tangled",
+    "U, f = atoms.W[:, :n_answers] + 0.01, Tangled",
 )
 @costly(20)
 @given(planted(("complete_bottleneck",)), st.sampled_from([0.1, 1.0, 100.0]))

@@ -30,18 +30,7 @@ from recover.defenses.clamps import Clamp, Defense, Set
 from recover.numerics.subspaces import NullSpace
 from recover.planted.meaning import WithNone
 from recover.planted.network import Monotone, build_network
-from recover.planted.world import (
-    DEAD,
-    SITE,
-    THRESHOLD,
-    Atoms,
-    Draw,
-    Planted,
-    Sizes,
-    distance,
-    draw_answers,
-    make_examples,
-)
+from recover.planted.world import DEAD, SITE, THRESHOLD, Atoms, Draw, Planted, Sizes, distance, numbered
 from recover.saes.activations import JumpReLU
 from recover.saes.sae import SAE
 from recover.tasks.behaviors import LogitDifference
@@ -87,9 +76,9 @@ def degenerate_geometry(seed: int, *, n_dead: int = 6, variant: str | None = Non
         gamma = draw.number(0.5, 2.0) * (draw.below(3) > 0)
         f: nn.Module = WithNone(0.0)
     else:
-        target, other = draw_answers(draw, n_prompts, n_answers)
+        target, other = draw.answers(n_prompts, n_answers)
         gamma = draw.number(0.5, 2.0)
-        f = Monotone(Monotone.NAMES[draw.below(len(Monotone.NAMES))])
+        f = Monotone.drawn(draw)
     rows = torch.arange(n_prompts)
     value = -draw.number(1.5, 3.0)
     beta = draw.uniform(0.1, 0.4, n_prompts)
@@ -99,17 +88,9 @@ def degenerate_geometry(seed: int, *, n_dead: int = 6, variant: str | None = Non
     on = draw.coins(n_prompts, n_context)
     codes[:, n_answers:features] = draw.uniform(1.0, 3.0, n_prompts, n_context) * on
 
-    copies = atoms.W[:, features:]
-    model, prompts = build_network(
-        draw,
-        atoms,
-        codes,
-        range(n_answers, features),
-        atoms.W[:, :n_answers] + gamma * copies,
-        f,
-        n_out=max(n_answers, 2),
-        size=size,
-    )
+    copies, context, n_out = atoms.W[:, features:], range(n_answers, features), max(n_answers, 2)
+    U = atoms.W[:, :n_answers] + gamma * copies
+    model, prompts = build_network(draw, atoms, codes, context, U, f, n_out=n_out, size=size)
     reachable = gamma > 0 and variant != "full"
     v = copies[:, target] - (copies[:, other] if n_answers > 1 else 0.0)
     smallest = torch.full((n_prompts,), torch.inf, dtype=torch.float64)
@@ -120,7 +101,7 @@ def degenerate_geometry(seed: int, *, n_dead: int = 6, variant: str | None = Non
         name="degenerate_geometry",
         model=model,
         defense=Defense((clamp,)),
-        examples=make_examples(prompts, LogitDifference(target, other)),
+        examples=numbered(prompts, LogitDifference(target, other)),
         budget=(float(smallest.max()) if reachable else 10.0) * draw.number(1.3, 2.0),
         expected=("RECOVERABLE" if reachable else "NOT_RECOVERED_AT_BUDGET",),
         smallest_norm=smallest.float(),
