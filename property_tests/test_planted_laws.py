@@ -126,7 +126,7 @@ def test_every_planted_example_is_a_valid_flip_and_a_seed_is_a_world(case: Plant
     assert all(torch.equal(tensor, weights[name]) for name, tensor in one.model.module.state_dict().items())
 
 
-@guards("recover.planted.world.planted_sae", "return sae, order.argsort()[:n]", "return sae, order[:n]")
+@guards("recover.planted.world.planted_sae", "return sae, order.argsort()", "return sae, order")
 @guards(
     "recover.planted.world.planted_sae",
     "W_enc=columns[:, order].float().contiguous(),",

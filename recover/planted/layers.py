@@ -23,7 +23,7 @@ active, and stays so, is read at that value whatever a delta did, and need not b
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -76,5 +76,5 @@ def two_layers(seed: int, **sizes: int) -> Planted:
     held = torch.cat([first.W[:, a.start : a.stop], J.T @ second.W[:, b.start : b.stop]], dim=1)
     slack = after[0] + gamma1 * after[1] + gamma2 * codes[rows, c.start + target]
     smallest = distance(slack, (J.T @ (U[:, target] - U[:, other])).T, held)
-    told = {"bypass": bypass, "variant": bypass, "admissible": NullSpace.of(held)}
+    told: dict[str, Any] = {"bypass": bypass, "variant": bypass, "admissible": NullSpace.of(held)}
     return recoverable("two_layers", draw, network, clamps, LogitDifference(target, other), smallest, **told)

@@ -38,7 +38,7 @@ answer `j` has the decoder `t_j + KAPPA phi_j`, the logits are `phi_j / KAPPA`, 
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -87,7 +87,7 @@ def write_only(seed: int, **sizes: int) -> Planted:
     U, f = atoms.W[:, :n_answers] + gamma * atoms.W[:, features:], WithNone(0.0)
     network = build_network(draw, atoms, codes, range(n_answers, features), U, f, n_out=n_answers + 1, size=size)
     clamp = Clamp(sae, where[:n_answers].tolist(), Set(-v), only_active=False)
-    told = {"specific": False, "admissible": NullSpace.of(atoms.W[:, :n_answers])}
+    told: dict[str, Any] = {"specific": False, "admissible": NullSpace.of(atoms.W[:, :n_answers])}
     smallest, behavior = torch.full((n_prompts,), v / gamma), likeliest(target, n_answers + 1)
     return recoverable("write_only", draw, network, [clamp], behavior, smallest, longest=v / gamma, **told)
 

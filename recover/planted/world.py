@@ -154,7 +154,7 @@ class Draw:
     def blocks(self, d_model: int, sizes: list[int], spread: list[float]) -> Float[Tensor, "n d_model"]:
         """Atoms in blocks that span orthogonal subspaces, each within its own block as far from orthonormal as said."""
         Q, parts = self.orthonormal(d_model, sum(sizes)), []
-        for basis, size, wide in zip(Q.split(sizes, dim=1), sizes, spread, strict=True):
+        for basis, size, wide in zip(torch.split(Q, sizes, dim=1), sizes, spread, strict=True):
             mixed = torch.eye(size, dtype=torch.float64) + wide * self.normal(size, size) / max(size, 4) ** 0.5
             rows = mixed @ basis.T
             parts.append(rows / rows.norm(dim=1, keepdim=True))
@@ -191,22 +191,25 @@ def planted_sae(
     draw: Draw,
     T: Float[Tensor, "n d_model"],
     W: Float[Tensor, "d_model n"],
-    d_sae: int,
+    d_sae: int = 0,
     *,
+    dead: Float[Tensor, "d_model m"] | None = None,
     site: Site = SITE,
     architecture: Architecture = "jumprelu",
-) -> tuple[SAE, Int[Tensor, "n"]]:
-    """An SAE with the `n` features `T`, `W` among `d_sae - n` dead ones, and where among them each of the `n` is."""
+) -> tuple[SAE, Int[Tensor, "d_sae"]]:
+    """An SAE with the `n` features `T`, `W` before `d_sae - n` dead ones, shuffled; and where each of all is now.
+
+    The dead features read random directions, or the columns of `dead`.
+    """
     n, d_model = T.shape
-    dead = max(d_sae - n, 0)
-    columns = torch.cat([W, draw.normal(d_model, dead) / d_model**0.5], dim=1)
-    rows = torch.cat([T, draw.normal(dead, d_model) / d_model**0.5])
-    shift = torch.zeros(n + dead, dtype=torch.float64)
-    shift[n:] = -DEAD
-    if architecture == "standard":
-        shift[:n] = -BIAS
-    order = draw.order(n + dead)
-    activation = JumpReLU(torch.full((n + dead,), THRESHOLD)) if architecture == "jumprelu" else ReLU()
+    if dead is None:
+        dead = draw.normal(d_model, max(d_sae - n, 0)) / d_model**0.5
+    columns, d_sae = torch.cat([W, dead], dim=1), n + dead.shape[1]
+    rows = torch.cat([T, draw.normal(d_sae - n, d_model) / d_model**0.5])
+    shift = torch.full((d_sae,), -DEAD, dtype=torch.float64)
+    shift[:n] = 0.0 if architecture == "jumprelu" else -BIAS
+    order = draw.order(d_sae)
+    activation = JumpReLU(torch.full((d_sae,), THRESHOLD)) if architecture == "jumprelu" else ReLU()
     sae = SAE(
         W_enc=columns[:, order].float().contiguous(),
         b_enc=shift[order].float(),
@@ -217,7 +220,7 @@ def planted_sae(
         architecture=architecture,
         sha256="0" * 64,
     )
-    return sae, order.argsort()[:n]
+    return sae, order.argsort()
 
 
 def clamped(

@@ -29,39 +29,18 @@ from pydantic import Field, PositiveInt
 from recover.models.host import Model
 from recover.tasks.behaviors import ChoiceMargin, LogitDifference
 from recover.tasks.examples import Examples
-from recover.tasks.files import read_text, rows_of
+from recover.tasks.files import read_text, rows_of, text_object
+from recover.tasks.prose import read_data
 from recover.types import InputError
 
 Template = Literal["BABA", "ABBA"]
 TEMPLATES: tuple[Template, ...] = get_args(Template)
 T = TypeVar("T")
 
-NAMES = tuple(
-    """
-    Mary John Sarah David Anna James Emma Robert Laura Michael Alice Peter Susan Thomas Jane Daniel Lisa
-    Paul Karen Mark Rachel George Julia Kevin Amy Brian Helen Steven Kate Andrew Linda Richard Maria Simon
-    Ruth Adam Grace Jack Lucy Henry Martha Eric Rose Frank Diana Jason Claire Charles Nancy Scott Alex Tom
-    Jessica Matthew Sam Ben Emily William Elizabeth Joseph
-    """.split()
-)
-FRAMES = (
-    "When {first} and {second} met at the {place}, {subject} handed {object} to",
-    "Yesterday {first} and {second} walked to the {place}, and {subject} gave {object} to",
-    "While {first} and {second} were busy at the {place}, {subject} passed {object} to",
-    "After {first} and {second} had left the {place}, {subject} offered {object} to",
-    "Once {first} and {second} were back from the {place}, {subject} brought {object} to",
-    "In the end {first} and {second} stayed at the {place}, where {subject} showed {object} to",
-    "Last week {first} and {second} drove to the {place}. Before lunch {subject} lent {object} to",
-    "Later that day {first} and {second} sat near the {place}. Smiling, {subject} gave {object} to",
-    "Because {first} and {second} were early at the {place}, {subject} had time to give {object} to",
-    "The friends {first} and {second} waited at the {place} until {subject} could return {object} to",
-)
-PLACES = tuple("station market library garden museum school office bakery harbor hospital theater park".split())
-OBJECTS = tuple(
-    f"{article} {noun}"
-    for article in ("a", "the")
-    for noun in "book drink letter ticket basket coat camera gift lamp phone map key".split()
-)
+WORDS = json.loads(read_data("ioi.json"))
+NAMES, PLACES, FRAMES = tuple(WORDS["names"].split()), tuple(WORDS["places"].split()), tuple(WORDS["frames"])
+OBJECTS = tuple(f"{article} {noun}" for article in ("a", "the") for noun in WORDS["nouns"].split())
+KEYS = 'the keys "prompt", "io" and "subject"'
 CONTEXT = "The drink was handed to"
 
 
@@ -164,20 +143,12 @@ def load_jsonl(path: Path | str, tokenizer: Any) -> list[IOIExample]:
         text, name, lambda _, line: _parse(line, tokenizer), lambda example: example.id, "repeats line {}"
     )
     if not examples:
-        raise InputError(f'{name}: is empty; give lines with the keys "prompt", "io" and "subject"')
+        raise InputError(f"{name}: is empty; give lines with {KEYS}")
     return examples
 
 
 def _parse(line: str, tokenizer: Any) -> IOIExample:
-    try:
-        row = json.loads(line)
-    except (json.JSONDecodeError, RecursionError):
-        raise InputError("not valid JSON") from None
-    if not isinstance(row, dict):
-        raise InputError('must be a JSON object with the keys "prompt", "io" and "subject"')
-    for key in ("prompt", "io", "subject"):
-        if not isinstance(row.get(key), str) or not row[key].strip():
-            raise InputError(f'the key "{key}" must be there and hold text')
+    row = text_object(line, ("prompt", "io", "subject"), KEYS)
     prompt, io, subject = row["prompt"], row["io"], row["subject"]
     if prompt != prompt.rstrip():
         raise InputError("the prompt ends in white space; end it with its last word")

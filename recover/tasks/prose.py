@@ -13,6 +13,7 @@ All of it was written for this project.
   file, so append new requests at its end.
 - `neutral.txt`: everyday passages of two or three sentences, one per line. Nobody in them has a name, so that behaviors
   about names leave them alone.
+- `ioi.json` and `openings.toml`: the words of `recover.tasks.ioi`, and the patterns of `recover.tasks.replies`.
 """
 
 from __future__ import annotations
@@ -39,14 +40,15 @@ class Relation:
     pairs: tuple[tuple[str, str], ...]
 
 
-def _read(file: str) -> str:
+def read_data(file: str) -> str:
+    """Read a file of `recover/tasks/data`."""
     return resources.files("recover.tasks").joinpath("data", file).read_text(encoding="utf-8")
 
 
 NEUTRAL, ORDINARY, UNSERVABLE = (
-    tuple(_read(f"{name}.txt").splitlines()) for name in ("neutral", "ordinary", "unservable")
+    tuple(read_data(f"{name}.txt").splitlines()) for name in ("neutral", "ordinary", "unservable")
 )
 RELATIONS = tuple(
     Relation(row["domain"], row["name"], tuple(row["ways"]), tuple(row["pairs"].items()))
-    for row in json.loads(_read("facts.json"))
+    for row in json.loads(read_data("facts.json"))
 )
