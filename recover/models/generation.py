@@ -91,13 +91,10 @@ def generate(
 def answered(prompts: Prompts, answer: TokenIds) -> Prompts:
     """Append all but the last column of the answers to their prompts, for a pass that predicts every answer token.
 
-    Args:
-        prompts: left-padded prompts.
-        answer: token ids `[batch pos]`, `NO_TOKEN` where an answer has ended.
+    Answers are token ids `[batch pos]`, `NO_TOKEN` where one has ended.
     """
-    fed = answer[:, :-1]
-    there = fed != NO_TOKEN
-    ids = torch.cat([prompts.ids, torch.where(there, fed, 0)], dim=1)
+    there = answer[:, :-1] != NO_TOKEN
+    ids = torch.cat([prompts.ids, torch.where(there, answer[:, :-1], 0)], dim=1)
     return Prompts(ids, torch.cat([prompts.mask, there], dim=1))
 
 

@@ -112,8 +112,7 @@ def resolve_model(
         return _load(name, folder, "folder", place, dtype)
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise InputError(f"model {name!r}: there is no such folder")
-    cached = on_disk(name)
-    if cached is not None:
+    if (cached := on_disk(name)) is not None:
         return _load(name, cached, "cache", place, dtype)
     if not hub.hub_reachable():
         ours = ", ".join([*OURS, *shipped])
@@ -125,8 +124,7 @@ def resolve_model(
 
 
 def _ours(name: str, repo: str, packed: Packed, device: Place, dtype: DType) -> LoadedModel:
-    cached = on_disk(repo)
-    if cached is not None:
+    if (cached := on_disk(repo)) is not None:
         return _load(name, cached, "cache", device, dtype)
     if not converted_folder(packed).is_dir() and hub.hub_reachable():
         try:
@@ -137,11 +135,7 @@ def _ours(name: str, repo: str, packed: Packed, device: Place, dtype: DType) -> 
 
 
 def _gguf(name: str, place: Path) -> Path | None:
-    """Find the GGUF file of a path: the file itself, or the only one in a folder without a `config.json`.
-
-    Raises:
-        InputError: the folder has several GGUF files.
-    """
+    """Find the GGUF file of a path: the file itself, or the only one in a folder without a `config.json`."""
     if place.suffix == ".gguf" and place.is_file():
         return place
     files = sorted(place.glob("*.gguf")) if place.is_dir() and not (place / "config.json").exists() else []
@@ -201,22 +195,14 @@ def _load(name: str, place: Path | str, source: Source, device: Place, dtype: DT
 
 
 def _check_whole(name: str, loading: dict[str, Any]) -> None:
-    """Refuse files that lack weights, which transformers would fill at random.
-
-    Raises:
-        InputError: weights are missing.
-    """
+    """Refuse files that lack weights, which transformers would fill at random."""
     if loading["missing_keys"]:
         missing = sorted(loading["missing_keys"])
         raise InputError(f"model {name!r}: its files lack {len(missing)} weights, the first {missing[0]!r}")
 
 
 def _refuse_encoder(name: str, config: Any) -> None:
-    """Refuse an encoder-decoder model, which transformers would reject less clearly, or load only in part.
-
-    Raises:
-        InputError: the model has an encoder and a decoder.
-    """
+    """Refuse an encoder-decoder model, which transformers would reject less clearly, or load only in part."""
     if getattr(config, "is_encoder_decoder", False):
         raise InputError(
             f"model {name!r}: it has an encoder and a decoder ({config.model_type}), and what one writes the other "

@@ -253,18 +253,10 @@ def recoverable(
     most: float = 2.0,
     **told: Any,
 ) -> Planted:
-    """A world that the budget suffices for: it is the longest of the `smallest` norms, times 1.3 to `most`.
+    """A world with a budget of 1.3 to `most` times `longest`, by default the largest of the `smallest` norms.
 
-    Args:
-        name: of the kind.
-        draw: decides the budget, and whether the clamps leave out the first position.
-        network: the model and its prompts.
-        clamps: of the defense.
-        behavior: of the prompts.
-        smallest: the smallest norm by example.
-        longest: what the budget is a multiple of, where that is not the largest of `smallest`.
-        most: the largest multiple.
-        told: the other attributes of `Planted`.
+    `draw` decides the budget, and whether the clamps leave out the first position; `told` are the other attributes of
+    the `Planted`.
     """
     model, prompts = network
     defense = Defense(tuple(clamps), skip_first=draw.below(2))

@@ -106,11 +106,7 @@ def right(
 ) -> Bool[Tensor, "batch"]:
     """Test for each prompt whether the right letter beats the other three.
 
-    Args:
-        model: to be asked.
-        asked: questions, each in an order.
-        edits: a defense, as `recover.defenses.defended.clamp_edits` gives it; none by default.
-        on_batch: called with how many prompts were asked.
+    `edits` are those of a defense (`recover.defenses.defended.clamp_edits`); `on_batch` receives each batch's size.
     """
     prompts, wanted = model.tokenize([prompt(*one) for one in asked]), behavior(model, asked)
     found = []

@@ -139,9 +139,7 @@ def load_jsonl(path: Path | str, tokenizer: Any) -> list[IOIExample]:
     """
     name = f"prompt file {path}"
     text = read_text(Path(path), name)
-    examples = rows_of(
-        text, name, lambda _, line: _parse(line, tokenizer), lambda example: example.id, "repeats line {}"
-    )
+    examples = rows_of(text, name, lambda _, line: _parse(line, tokenizer), lambda one: one.id, "repeats line {}")
     if not examples:
         raise InputError(f"{name}: is empty; give lines with {KEYS}")
     return examples
@@ -175,22 +173,13 @@ def strict(
     """Build the strict behavior: the indirect object is the most likely of all names, so that chance is 1 / names.
 
     The same names compete in every prompt, so that a shared delta which takes down the subject, or writes one name, is
-    not rewarded for it.
-
-    Args:
-        tokenizer: the model's.
-        examples: whose names are targets.
-        device: of the tokens.
-        candidates: how many names compete, the example's own two first; all by default.
+    not rewarded for it. Only the first `candidates` compete (None: all), the example's own two before the others.
     """
     names = {name: token_id(tokenizer, name) for name in single_token_names(tokenizer)}
-    rows = []
-    for example in examples:
-        own = [token_id(tokenizer, name, example.prompt) for name in (example.io, example.subject)]
-        rows.append([*own, *(token for token in names.values() if token not in own)])
+    owns = [[token_id(tokenizer, name, one.prompt) for name in (one.io, one.subject)] for one in examples]
+    rows = [[*own, *(token for token in names.values() if token not in own)] for own in owns]
     width = min(candidates or len(names), *map(len, rows))  # a file's own names may not be among ours
-    rows = [row[:width] for row in rows]
-    tokens = torch.tensor(rows, device=device)
+    tokens = torch.tensor([row[:width] for row in rows], device=device)
     return ChoiceMargin(tokens[:, 0], tokens[:, 1:])
 
 

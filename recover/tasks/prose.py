@@ -13,7 +13,8 @@ All of it was written for this project.
   file, so append new requests at its end.
 - `neutral.txt`: everyday passages of two or three sentences, one per line. Nobody in them has a name, so that behaviors
   about names leave them alone.
-- `ioi.json` and `openings.toml`: the words of `recover.tasks.ioi`, and the patterns of `recover.tasks.replies`.
+- `ioi.json`, `openings.toml` and `classes.json`: the words of `recover.tasks.ioi`, the patterns of
+  `recover.tasks.replies`, and the classes of `recover.tasks.labeled`.
 """
 
 from __future__ import annotations
