@@ -99,14 +99,11 @@ def hard_readout(seed: int, *, variant: str | None = None, **sizes: int) -> Plan
     f = Hard(variant, draw.number(6.0, 30.0))
     network = build_network(draw, atoms, codes, range(n_answers, features), U, f, n_out=n_answers + 1, size=size)
     smallest = ((GUARD if variant == "topk" else 0.0) - after - gamma * beta) / gamma
-    return recoverable(
-        "hard_readout",
-        draw,
-        network,
-        [Clamp(sae, where[:n_answers].tolist(), mode, only_active=True)],
-        LogitDifference(target, torch.full_like(target, n_answers)),
-        smallest,
-        expected=("RECOVERABLE", "INCONCLUSIVE"),
-        admissible=NullSpace.of(atoms.W[:, :n_answers]),
-        variant=variant,
-    )
+    clamp = Clamp(sae, where[:n_answers].tolist(), mode, only_active=True)
+    behavior = LogitDifference(target, torch.full_like(target, n_answers))
+    told: dict[str, Any] = {
+        "expected": ("RECOVERABLE", "INCONCLUSIVE"),
+        "admissible": NullSpace.of(atoms.W[:, :n_answers]),
+        "variant": variant,
+    }
+    return recoverable("hard_readout", draw, network, [clamp], behavior, smallest, **told)

@@ -161,19 +161,14 @@ def undone_clamp(seed: int, **sizes: int) -> Planted:
         U, f, shared = phi.T / KAPPA, WithNone(1.0), None
         smallest = KAPPA * (1 - after[torch.arange(n_prompts), target])
     network = build_network(draw, atoms, codes, range(k, k + n_context), U, f, n_out=n_answers + 1, size=size)
-    return recoverable(
-        "undone_clamp",
-        draw,
-        network,
-        [Clamp(sae, where[:k].tolist(), mode, only_active=True)],
-        likeliest(target, n_answers + 1),
-        smallest,
-        most=1.6,
-        specific=False,
-        admissible=NullSpace.of(atoms.W[:, :k]),
-        shared=None if shared is None else shared.float(),
-        variant="gate" if gated else "answers",
-    )
+    clamp, behavior = Clamp(sae, where[:k].tolist(), mode, only_active=True), likeliest(target, n_answers + 1)
+    told: dict[str, Any] = {
+        "specific": False,
+        "admissible": NullSpace.of(atoms.W[:, :k]),
+        "shared": None if shared is None else shared.float(),
+        "variant": "gate" if gated else "answers",
+    }
+    return recoverable("undone_clamp", draw, network, [clamp], behavior, smallest, most=1.6, **told)
 
 
 def likeliest(target: Tensor, n_tokens: int) -> ChoiceMargin:

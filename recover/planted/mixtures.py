@@ -72,7 +72,7 @@ specific, whether a rule says "no" or "unknown" (`Planted.never_specific`). The 
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from einops import rearrange, reduce, repeat
@@ -178,19 +178,15 @@ def half_erased(seed: int, *, members: int = 2, **sizes: int) -> Planted:
     )
     smallest = corner(torch.stack([passes, torch.where(right, lean, -lean)], dim=1), walls)
     opened = 1.1 * float((-passes / gamma).max())
-    return recoverable(
-        "half_erased",
-        draw,
-        network,
-        [Clamp(sae, where[: a.stop].tolist(), Set(value), only_active=False)],
-        likeliest(target, n_answers + 1),
-        smallest,
-        max(opened, float(smallest.max())),
-        most=1.6,
-        admissible=NullSpace.of(atoms.W[:, : a.stop]),
-        shared=(opened * T[x]).float()[None],
-        shared_rows=right,
-    )
+    clamp = Clamp(sae, where[: a.stop].tolist(), Set(value), only_active=False)
+    behavior = likeliest(target, n_answers + 1)
+    longest = max(opened, float(smallest.max()))
+    told: dict[str, Any] = {
+        "admissible": NullSpace.of(atoms.W[:, : a.stop]),
+        "shared": (opened * T[x]).float()[None],
+        "shared_rows": right,
+    }
+    return recoverable("half_erased", draw, network, [clamp], behavior, smallest, longest, most=1.6, **told)
 
 
 def partly_erased(seed: int, *, share: float = 0.5, **sizes: int) -> Planted:
@@ -222,19 +218,15 @@ def partly_erased(seed: int, *, share: float = 0.5, **sizes: int) -> Planted:
     opens = (together - 1) / gamma
     smallest = torch.where(survives, opens, torch.hypot(written / zeta, (together - written) / gamma))
     opened = 1.1 * float(opens[survives].max())
-    return recoverable(
-        "partly_erased",
-        draw,
-        network,
-        [Clamp(sae, where[: a.stop].tolist(), Set(value), only_active=False)],
-        likeliest(target, n_answers + 1),
-        smallest,
-        max(opened, float(smallest.max())),
-        most=1.6,
-        admissible=NullSpace.of(atoms.W[:, : a.stop]),
-        shared=(opened * T[x]).float()[None],
-        shared_rows=survives,
-    )
+    clamp = Clamp(sae, where[: a.stop].tolist(), Set(value), only_active=False)
+    behavior = likeliest(target, n_answers + 1)
+    longest = max(opened, float(smallest.max()))
+    told: dict[str, Any] = {
+        "admissible": NullSpace.of(atoms.W[:, : a.stop]),
+        "shared": (opened * T[x]).float()[None],
+        "shared_rows": survives,
+    }
+    return recoverable("partly_erased", draw, network, [clamp], behavior, smallest, longest, most=1.6, **told)
 
 
 def some_routes(seed: int, *, share: float | None = None, **sizes: int) -> Planted:
@@ -268,22 +260,17 @@ def some_routes(seed: int, *, share: float | None = None, **sizes: int) -> Plant
     network = build_network(draw, atoms, codes, context, U, TwiceGated(), n_out=n_answers + 1, size=size)
     opens = -(after / gamma + codes[:, x])
     longest = float(opens[open_too].max())
-    return recoverable(
-        "some_routes",
-        draw,
-        network,
-        [Clamp(sae, where[: k + 1].tolist(), mode, only_active=True)],
-        likeliest(target, n_answers + 1),
-        torch.where(open_too, opens, torch.inf),
-        longest,
-        most=1.6,
-        specific=True if float(open_too.double().mean()) >= 0.75 else None,
-        bypass=variant,
-        admissible=NullSpace.of(atoms.W[:, : k + 1]),
-        shared=(1.1 * longest * T[x]).float()[None],
-        variant=variant,
-        shared_rows=open_too,
-    )
+    clamp, behavior = Clamp(sae, where[: k + 1].tolist(), mode, only_active=True), likeliest(target, n_answers + 1)
+    smallest = torch.where(open_too, opens, torch.inf)
+    told: dict[str, Any] = {
+        "specific": True if float(open_too.double().mean()) >= 0.75 else None,
+        "bypass": variant,
+        "admissible": NullSpace.of(atoms.W[:, : k + 1]),
+        "shared": (1.1 * longest * T[x]).float()[None],
+        "variant": variant,
+        "shared_rows": open_too,
+    }
+    return recoverable("some_routes", draw, network, [clamp], behavior, smallest, longest, most=1.6, **told)
 
 
 def undone_and_route(seed: int, **sizes: int) -> Planted:
@@ -312,21 +299,16 @@ def undone_and_route(seed: int, **sizes: int) -> Planted:
     network = build_network(draw, atoms, codes, context, U, Gated(), n_out=n_answers + 1, size=size)
     needed = TAU - 1 / RHO - after - gamma * codes[:, x]
     longest = float(needed.max()) / gamma
-    return recoverable(
-        "undone_and_route",
-        draw,
-        network,
-        [Clamp(sae, where[:k].tolist(), mode, only_active=True)],
-        likeliest(target, n_answers + 1),
-        needed / (1 / (k * KAPPA**2) + gamma**2) ** 0.5,
-        longest,
-        most=1.6,
-        specific=True,
-        bypass=variant,
-        admissible=NullSpace.of(atoms.W[:, :k]),
-        shared=(1.1 * longest * T[x]).float()[None],
-        variant=variant,
-    )
+    clamp, behavior = Clamp(sae, where[:k].tolist(), mode, only_active=True), likeliest(target, n_answers + 1)
+    smallest = needed / (1 / (k * KAPPA**2) + gamma**2) ** 0.5
+    told: dict[str, Any] = {
+        "specific": True,
+        "bypass": variant,
+        "admissible": NullSpace.of(atoms.W[:, :k]),
+        "shared": (1.1 * longest * T[x]).float()[None],
+        "variant": variant,
+    }
+    return recoverable("undone_and_route", draw, network, [clamp], behavior, smallest, longest, most=1.6, **told)
 
 
 def weak_predicate(seed: int, *, variant: str | None = None, **sizes: int) -> Planted:
@@ -355,19 +337,17 @@ def weak_predicate(seed: int, *, variant: str | None = None, **sizes: int) -> Pl
     U = atoms.W[:, :n_answers] + gamma * atoms.W[:, features:]
     network = build_network(draw, atoms, codes, context, U, WithPrior(prior), n_out=n_answers + 1, size=size)
     around = 1.3 / gamma * (prior.mean() - prior) @ T[features:]
-    return recoverable(
-        "weak_predicate",
-        draw,
-        network,
-        [Clamp(sae, where[:n_answers].tolist(), Set(value), only_active=False)],
-        LogitDifference(target, other),
-        (prior[other] - prior[target] + gamma * beta) / (gamma * 2**0.5),
-        max(-value / gamma, float(around.norm())),
-        admissible=NullSpace.of(atoms.W[:, :n_answers]),
-        shared=around.float()[None] if variant == "prior" else None,
-        variant=variant,
-        never_specific=True,
-    )
+    clamp = Clamp(sae, where[:n_answers].tolist(), Set(value), only_active=False)
+    behavior = LogitDifference(target, other)
+    smallest = (prior[other] - prior[target] + gamma * beta) / (gamma * 2**0.5)
+    longest = max(-value / gamma, float(around.norm()))
+    told: dict[str, Any] = {
+        "admissible": NullSpace.of(atoms.W[:, :n_answers]),
+        "shared": around.float()[None] if variant == "prior" else None,
+        "variant": variant,
+        "never_specific": True,
+    }
+    return recoverable("weak_predicate", draw, network, [clamp], behavior, smallest, longest, **told)
 
 
 def centered(y: Float[Tensor, "*batch n"], members: int) -> Float[Tensor, "*batch n"]:

@@ -192,15 +192,9 @@ def load(
     file: Path | str | None = None,
     frames: int | None = None,
 ) -> list[IOIExample]:
-    """Give the examples that a `prompts:` section asks for.
+    """Draw `n` examples (by default 64) of these name orders, or keep the first `n` of a JSONL file (by default all).
 
-    Args:
-        tokenizer: the model's.
-        n: how many to draw; with a file, how many to keep from its start (None: all).
-        seed: of the draw; a file is kept in its order.
-        templates: which name orders to draw, or to keep from the file.
-        file: a JSONL file to read instead of drawing.
-        frames: how many of the wordings to draw from (None: all); a file has its own.
+    They are drawn from the first `frames` wordings (None: all); a file has its own wordings, and is kept in its order.
 
     Raises:
         InputError: from `generate` and `load_jsonl`, or if no example of the file has such a template.
