@@ -20,7 +20,7 @@ import pytest
 from pydantic import BaseModel
 
 import recover
-from recover import cli, testing
+from recover import cli
 from recover.protocol import gates
 from recover.protocol.verdict_model import Counts, Gate
 from recover.run.config import Config

@@ -17,8 +17,6 @@ from recover.search.constraints.linear import EncoderOrthogonal
 from recover.tasks.behaviors import AnswerLikelihood
 from recover.types import Float, InputError, Site, Tensor, TokenIds, widened
 
-__all__ = ["SIZE", "Law", "LawBench", "apart", "read", "worst"]
-
 RELATIVE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """The largest relative error that counts as rounding, by dtype."""
 CLAMPED, VALUE = 8, -1.0
@@ -63,16 +61,14 @@ class LawBench:
         """
         together = prompts.select(torch.tensor([0])) if model.recurrent else prompts
         run = read(model, together, site)
-        residual, logits = run.residuals[site], run.logits
+        residual, logits, tolerance = run.residuals[site], run.logits, RELATIVE[model.dtype]
         _check_width(residual, sae, model)
         with torch.no_grad():
             active = sae.encode(widened(residual[:, -1])).sum(dim=0)
         features = tuple(active.argsort(descending=True)[:CLAMPED].tolist())
         defense = Defense((Clamp(sae, features, Set(VALUE), site=site),))
         defended = defend(model, defense, together, AnswerLikelihood(logits.argmax(dim=-1)))
-        return cls(
-            model, sae, site, prompts, together, residual, logits, defense, defended, RELATIVE[model.dtype]
-        )  # fmt: skip
+        return cls(model, sae, site, prompts, together, residual, logits, defense, defended, tolerance)
 
     def plain(self, ids: TokenIds) -> Float[Tensor, "pos vocab"]:
         """Logits of one prompt `[1 pos]` from a plain forward pass of the module."""
@@ -97,10 +93,10 @@ class LawBench:
         state[:, -defended.suffix.n_pos :] += delta.to(state)
         return state
 
-    def law(self, name: str, error: float, subject: str, tolerance: float | None = None) -> Law:
+    def law(self, name: str, error: float, subject: str, tolerance: float | None = None, note: str = "") -> Law:
         """Judge a law: it holds if the relative error of `subject` is at most the tolerance."""
         bound = self.tolerance if tolerance is None else tolerance
-        return Law(name, error <= bound, f"{subject}: max relative error {error:.1e} (tolerance {bound:.0e})")
+        return Law(name, error <= bound, f"{subject}: max relative error {error:.1e} (tolerance {bound:.0e}){note}")
 
 
 def read(model: Model, prompts: Prompts, site: Site) -> Run:

@@ -24,8 +24,6 @@ from recover.search.constraints.linear import EncoderOrthogonal
 from recover.tasks.behaviors import AnswerLikelihood
 from recover.types import InputError, Site, Tensor, widened
 
-__all__ = ["LAWS"]
-
 SLOPE = 0.05
 """Tolerance for the gradient against finite differences, which curvature and rounding disturb."""
 TOKENS, FIT_STEPS = 8, 2
@@ -35,9 +33,8 @@ ADDED: tuple[Kind, ...] = ("attention", "mlp")
 def _blocks(bench: LawBench) -> Law:
     """Compare the residual that the engine reads with one that a PyTorch hook on the module sees."""
     seen: list[Any] = []
-    block = bench.model.module.get_submodule(
-        f"{bench.model.blocks_path}.{min(bench.site.index, bench.model.n_layers - 1)}"
-    )
+    index = min(bench.site.index, bench.model.n_layers - 1)
+    block = bench.model.module.get_submodule(f"{bench.model.blocks_path}.{index}")
 
     def keep(_: object, given: tuple[Any, ...], options: dict[str, Any], output: Any = None) -> None:
         value = (given[0] if given else options["hidden_states"]) if output is None else output
@@ -51,18 +48,14 @@ def _blocks(bench: LawBench) -> Law:
         bench.plain(ids)
     finally:
         handle.remove()
-    return bench.law(
-        "blocks",
-        apart(bench.residual[:1][:, -ids.shape[1] :], seen[0]),
-        "residual against a PyTorch hook",
-    )
+    differ = apart(bench.residual[:1][:, -ids.shape[1] :], seen[0])
+    return bench.law("blocks", differ, "residual against a PyTorch hook")
 
 
 def _batching(bench: LawBench) -> Law:
     if bench.model.recurrent:
-        return Law(
-            "batching", None, "the recurrent state absorbs the padding of shorter prompts, so prompts run one at a time"
-        )
+        why = "the recurrent state absorbs the padding of shorter prompts, so prompts run one at a time"
+        return Law("batching", None, why)
     alone = torch.stack([bench.plain(bench.row(row))[-1] for row in range(len(bench.prompts))])
     return bench.law("batching", apart(bench.logits, alone), "logits in a padded batch against a plain pass")
 
@@ -94,8 +87,8 @@ def _decomposition(bench: LawBench) -> Law:
     later = bench.prompts.positions[bench.prompts.mask] > 0  # first tokens are attention sinks that no SAE describes
     error = float(parts.error[later].norm() / x[later].norm())
     rounding = apart(parts.reconstruction + parts.error, x)
-    law = bench.law("decomposition", rounding, "reconstruction plus error against the residual", 1e-5)
-    return Law(law.name, law.holds, f"{law.detail}; the SAE's error has {error:.0%} of the residual's norm")
+    note = f"; the SAE's error has {error:.0%} of the residual's norm"
+    return bench.law("decomposition", rounding, "reconstruction plus error against the residual", 1e-5, note)
 
 
 def _clamp(bench: LawBench) -> Law:
@@ -115,8 +108,7 @@ def _suffix(bench: LawBench) -> Law:
         alone = defended.logits(delta)
         whole = bench.model.run(bench.prompts, start=(bench.site, bench.perturbed(defended, delta))).logits
     note = "; every step runs the whole prompt" if defended.suffix.past is None else ""
-    law = bench.law("suffix", apart(alone, whole), "logits of the suffix against a whole run")
-    return Law(law.name, law.holds, law.detail + note)
+    return bench.law("suffix", apart(alone, whole), "logits of the suffix against a whole run", note=note)
 
 
 def _blindness(bench: LawBench) -> Law:
@@ -186,8 +178,8 @@ def _generation(bench: LawBench) -> Law:
         chosen = logits.gather(-1, answer[:, None])[:, 0]
         short.append((logits.amax(dim=-1) - chosen) / logits.abs().amax(dim=-1))
     note = "; without a cache" if model.recurrent else ""
-    law = bench.law("generation", worst(short), f"logits of {TOKENS} greedy tokens against the maxima of plain passes")
-    return Law(law.name, law.holds, law.detail + note)
+    subject = f"logits of {TOKENS} greedy tokens against the maxima of plain passes"
+    return bench.law("generation", worst(short), subject, note=note)
 
 
 def _components(bench: LawBench) -> Law:

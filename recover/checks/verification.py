@@ -40,8 +40,6 @@ from recover.saes.fit import measure_fit
 from recover.saes.sae import SAE
 from recover.types import InputError, Site, widened
 
-__all__ = ["Law", "Support", "fitting", "stand_in", "supported", "told", "verify"]
-
 WIDER, FIRING = 4, 0.05
 """For a random SAE: features per dimension of the residual, and the share of tokens on which each is active."""
 SEARCH = ("blocks", "causal", "start", "decomposition", "clamp", "suffix", "blindness", "gradient")
@@ -96,13 +94,9 @@ def verify(model: Model, sae: SAE, prompts: Prompts, site: Site | None = None) -
 
 
 def stand_in(model: Model, prompts: Prompts, site: Site, seed: int = 0) -> SAE:
-    """Draw a random SAE with unit decoder rows, each active on the 5 % of tokens farthest along it.
+    """Draw a random SAE with unit decoder rows, each active on the 5 % of the prompts' tokens farthest along it.
 
-    Args:
-        model: the model whose residual it reads.
-        prompts: a few prompts; the first token of each is left out.
-        site: where it reads the residual stream.
-        seed: seed of the directions.
+    The first token of each prompt is left out.
 
     Raises:
         InputError: the model has no such block, or fails on the prompts.
@@ -122,11 +116,7 @@ def stand_in(model: Model, prompts: Prompts, site: Site, seed: int = 0) -> SAE:
 def fitting(model: Model, sae: SAE, prompts: Prompts, site: Site) -> list[Support]:
     """Test whether an SAE describes the model's residuals well enough for a check, which no law requires.
 
-    Args:
-        model: the user's model.
-        sae: the user's SAE.
-        prompts: some dozens of prompts, of any length.
-        site: where the SAE reads the residual stream.
+    It takes some dozens of prompts, of any length.
 
     Raises:
         InputError: the model fails on the longest of the prompts.
@@ -158,6 +148,7 @@ def supported(model: Model, laws: list[Law]) -> list[Support]:
     chat = getattr(model.tokenizer, "chat_template", None)
     requests = foreign if chat else "the tokenizer has no chat template to ask requests in"
     parts = by_name["components"]
+    untold = parts.detail if parts.holds is None else None
     return [
         of("search", SEARCH, "perturbations that leave the clamped features unchanged"),
         of("prompts in batches", ("batching",), "prompts of unequal length, padded on the left", at_once),
@@ -165,12 +156,7 @@ def supported(model: Model, laws: list[Law]) -> list[Support]:
         of("transfer", (*SEARCH, "shared"), "one perturbation for all prompts"),
         of("whole answers", (*SEARCH, "generation"), generated, foreign),
         of("task refusal", (*SEARCH, "generation"), "requests in the tokenizer's chat template", requests),
-        of(
-            "heads and MLPs",
-            ("components",),
-            "a recovery can be attributed to them",
-            parts.detail if parts.holds is None else None,
-        ),
+        of("heads and MLPs", ("components",), "a recovery can be attributed to them", untold),
     ]
 
 

@@ -20,15 +20,8 @@ def prompts_at_once(config: Any, *, n_layers: int, d_model: int, d_sae: int, pos
 
     The largest pass is attribution, whose graph holds every position at every layer: about 14 times `d_model`, 6 times
     the feed-forward width and 3 attention maps per layer. Added to it are the logits of every position (for the loss)
-    and three tensors of SAE features.
-
-    Args:
-        config: the model's configuration; sizes that it does not give take common values.
-        n_layers: number of blocks.
-        d_model: width of its residual stream.
-        d_sae: width of the SAE.
-        pos: number of tokens of the longest prompt.
-        device: where the model is.
+    and three tensors of SAE features. `pos` is the number of tokens of the longest prompt; sizes that `config` does not
+    give take common values.
     """
     needed = bytes_a_prompt(config, n_layers=n_layers, d_model=d_model, d_sae=d_sae, pos=pos)
     return max(1, min(MOST_AT_ONCE, int(free_memory(device) / 2 / needed)))

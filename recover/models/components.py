@@ -25,8 +25,6 @@ from torch import nn
 
 from recover.types import Float, InputError, Tensor
 
-__all__ = ["KINDS", "Component", "Modules", "eager", "head_count", "modules_of", "projection"]
-
 Kind = Literal["heads", "pattern", "attention", "mlp"]
 KINDS: tuple[Kind, ...] = ("heads", "pattern", "attention", "mlp")
 """Kinds in the order in which a block computes them. One pass reads `pattern` or `attention` of a block, not both."""

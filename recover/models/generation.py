@@ -21,8 +21,6 @@ from recover.models.host import Edit, Model, Prompts
 from recover.models.prefix import recorder
 from recover.types import Int, Site, Tensor, TokenIds
 
-__all__ = ["NO_TOKEN", "answered", "generate", "n_answer", "texts"]
-
 NO_TOKEN = -1
 """The token id that fills an answer after its end."""
 Columns = Callable[[int, int], Mapping[Site, Edit]]
@@ -93,13 +91,10 @@ def generate(
 def answered(prompts: Prompts, answer: TokenIds) -> Prompts:
     """Append all but the last column of the answers to their prompts, for a pass that predicts every answer token.
 
-    Args:
-        prompts: left-padded prompts.
-        answer: token ids `[batch pos]`, `NO_TOKEN` where an answer has ended.
+    Answers are token ids `[batch pos]`, `NO_TOKEN` where one has ended.
     """
-    fed = answer[:, :-1]
-    there = fed != NO_TOKEN
-    ids = torch.cat([prompts.ids, torch.where(there, fed, 0)], dim=1)
+    there = answer[:, :-1] != NO_TOKEN
+    ids = torch.cat([prompts.ids, torch.where(there, answer[:, :-1], 0)], dim=1)
     return Prompts(ids, torch.cat([prompts.mask, there], dim=1))
 
 

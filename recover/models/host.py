@@ -52,6 +52,14 @@ class Prompts:
     ids: TokenIds
     mask: Mask
 
+    @classmethod
+    def padded(cls, rows: Sequence[list[int]], device: torch.device) -> Prompts:
+        """Pad token ids on the left, with token 0."""
+        width = max(map(len, rows))
+        ids = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=device)
+        mask = torch.tensor([[False] * (width - len(row)) + [True] * len(row) for row in rows], device=device)
+        return cls(ids, mask)
+
     def __len__(self) -> int:
         return int(self.ids.shape[0])
 
@@ -94,8 +102,7 @@ class Model:
                 f"model: {type(module).__name__} has an encoder and a decoder, and what one writes the other reads, so "
                 "that a site in the encoder has no suffix of its own; give a decoder-only model"
             )
-        self.module = module
-        self.tokenizer = tokenizer
+        self.module, self.tokenizer = module, tokenizer
         self.blocks_path = blocks if blocks is not None else find_blocks(module)
         self._traced = nnsight.NNsight(module)
         self._blocks = self._traced.get(self.blocks_path)
@@ -105,8 +112,7 @@ class Model:
         self._head_path = next((name for name, m in module.named_modules() if m is self._head), "")
         self.is_language_model = hasattr(module, "prepare_inputs_for_generation")
         self.recurrent = self.is_language_model and is_recurrent(module)
-        forward = inspect.signature(cast(Any, module).forward).parameters
-        self._keeps_logits = "logits_to_keep" in forward
+        self._keeps_logits = "logits_to_keep" in inspect.signature(cast(Any, module).forward).parameters
         self._block_returns_tuple: bool | None = None
 
     @property
@@ -126,8 +132,7 @@ class Model:
         Raises:
             InputError: the module's configuration has no `hidden_size`.
         """
-        config = getattr(self.module, "config", None)
-        width = getattr(config, "hidden_size", None)
+        width = getattr(getattr(self.module, "config", None), "hidden_size", None)
         if width is None:
             raise InputError("model: its configuration has no `hidden_size`; set it on `module.config`")
         return int(width)
@@ -143,10 +148,7 @@ class Model:
         rows = [self.tokenizer(text)["input_ids"] for text in texts]
         if not rows or not all(rows):
             raise InputError("prompts: there is no prompt, or an empty one; give at least one token each")
-        width = max(map(len, rows))
-        ids = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=self.device)
-        mask = torch.tensor([[False] * (width - len(row)) + [True] * len(row) for row in rows], device=self.device)
-        return Prompts(ids, mask)
+        return Prompts.padded(rows, self.device)
 
     def batch_size(self, prompts: Prompts, d_sae: int = 0) -> int:
         """Number of these prompts to run at once with an SAE of width `d_sae` (see `recover.models.capacity`).
@@ -215,7 +217,9 @@ class Model:
         cache, seen = past or (None, None)
         real = prompts.mask if seen is None else torch.cat([seen, prompts.mask], dim=1)
         positions = positions_of(real)[:, -prompts.ids.shape[1] :]
-        inputs = self._inputs(prompts, real, positions, cache) | self._logits_at(reads)
+        inputs = self._inputs(prompts, real, positions, cache)
+        if self._keeps_logits and reads is not None:
+            inputs["logits_to_keep"] = reads
         with self._traced.trace(**inputs):
             if start is not None:
                 for block in range(first):
@@ -299,9 +303,8 @@ class Model:
                 "pass on more than one residual stream, or need what lower blocks give; use another model"
             ) from error
         above = {place: edit for place, edit in (edits or {}).items() if place.index > site.index}
-        state = run.residuals[site]
         kept = None if past is None else KeysValues.of(past, pos - n_pos)
-        return run, Suffix(self, prompts, site, state, n_pos, above, kept)
+        return run, Suffix(self, prompts, site, run.residuals[site], n_pos, above, kept)
 
     def _places(self, parts: Mapping[Component, Change], first: int) -> dict[int, list[tuple[str, str, Change]]]:
         """List, for each block and in the order of a pass, the module path, kind and change of each component."""
@@ -310,10 +313,9 @@ class Model:
             if not first <= component.layer < self.n_layers:
                 reach = f"give {first} to {self.n_layers - 1}"
                 raise InputError(f"component: block {component.layer} is none of those that run; {reach}")
-            block = self.module.get_submodule(f"{self.blocks_path}.{component.layer}")
-            name = getattr(modules_of(block), component.kind)
-            path = f"{self.blocks_path}.{component.layer}.{name}"
-            places.setdefault(component.layer, []).append((path, component.kind, change))
+            path = f"{self.blocks_path}.{component.layer}"
+            name = getattr(modules_of(self.module.get_submodule(path)), component.kind)
+            places.setdefault(component.layer, []).append((f"{path}.{name}", component.kind, change))
         return places
 
     def _inputs(
@@ -330,10 +332,6 @@ class Model:
         inputs = {"input_ids": prompts.ids, "attention_mask": real.long(), "position_ids": positions.clamp(min=0)}
         return inputs | ({"use_cache": False} if past is None else {"use_cache": True, "past_key_values": past})
 
-    def _logits_at(self, reads: int | None) -> dict[str, int]:
-        """Keyword argument that restricts the logits to the last positions, where the module supports it."""
-        return {"logits_to_keep": reads} if self._keeps_logits and reads is not None else {}
-
     def _changed(self, change: Change, h: Tensor) -> Tensor:
         """Apply a change on this model's device; `h` may be on another device of a model that is split over several."""
         return change(h.to(self.device)).to(h.device)
@@ -344,18 +342,14 @@ class Model:
 
     def _entering(self, index: int, residual: Residual) -> Residual:
         """Move a residual to the device of the block `index`, unless accelerate does so."""
-        block = self.module.get_submodule(f"{self.blocks_path}.{index}")
-        weight = next(block.parameters(), None)
+        weight = next(self.module.get_submodule(f"{self.blocks_path}.{index}").parameters(), None)
         return residual if weight is None or weight.is_meta else residual.to(weight.device)
 
     @property
     def returns_tuples(self) -> bool:
         """Whether blocks return tuples, as in older transformers; tested once on one token."""
         if self._block_returns_tuple is None:
-            with (
-                torch.no_grad(),
-                self._traced.trace(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.device)),
-            ):
+            with torch.no_grad(), self._traced.trace(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.device)):
                 output = nnsight.save(self._blocks[0].output)
             self._block_returns_tuple = isinstance(output, tuple)
         return self._block_returns_tuple
@@ -411,11 +405,9 @@ class Suffix:
         return self._run(residual, edits, tokens, reads, parts)
 
     def entering(self, residual: Residual, sites: Sequence[Site]) -> dict[Site, Residual]:
-        """Residuals `[batch n_pos d_model]` at each of `sites`, after all edits below and *before* the edit there.
+        """Residuals `[batch n_pos d_model]` at `sites` above, after all edits below and *before* the edit there.
 
-        Args:
-            residual: as in `logits`; differentiable in it.
-            sites: sites above the suffix's own.
+        `residual` as in `logits`; differentiable in it.
         """
         seen: dict[Site, Tensor] = {}
 
@@ -453,19 +445,15 @@ class Suffix:
         ids, mask, n_pos = self.prompts.ids, self.prompts.mask, self.n_pos
         residual = residual.to(self.state.dtype)
         if self.past is None:
-            whole = torch.cat([self.state[:, :-n_pos], residual], dim=1)
-            there = {p: c if p.kind == "pattern" else self._at_suffix(c) for p, c in (parts or {}).items()}
-            return self.model.run(
-                self.prompts, start=(self.site, whole), edits=edits, tokens=tokens, reads=reads, parts=there
-            ).logits
+            prompts, past = self.prompts, None
+            residual = torch.cat([self.state[:, :-n_pos], residual], dim=1)
+            parts = {p: c if p.kind == "pattern" else self._at_suffix(c) for p, c in (parts or {}).items()}
+        else:
+            prompts = Prompts(ids[:, -n_pos:], mask[:, -n_pos:])
+            past = stored(self.past, self.model.n_layers), mask[:, :-n_pos]
+        start = self.site, residual
         return self.model.run(
-            Prompts(ids[:, -n_pos:], mask[:, -n_pos:]),
-            start=(self.site, residual),
-            edits=edits,
-            past=(stored(self.past, self.model.n_layers), mask[:, :-n_pos]),
-            tokens=tokens,
-            reads=reads,
-            parts=parts,
+            prompts, start=start, edits=edits, past=past, tokens=tokens, reads=reads, parts=parts
         ).logits
 
     def _at_suffix(self, change: Change) -> Change:

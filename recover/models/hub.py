@@ -8,13 +8,12 @@ import threading
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import GatedRepoError, HFValidationError, LocalEntryNotFoundError
 
 from recover.types import InputError
-
-__all__ = ["cached", "hub_offline", "hub_reachable", "one_line", "why"]
 
 PROBE_SECONDS = 3.0
 
@@ -54,13 +53,16 @@ def hub_reachable() -> bool:
 
 
 @contextlib.contextmanager
-def hub_offline() -> Iterator[None]:
-    """Restrict the hub's client to its cache while the context is open."""
-    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+def hub_offline(*clients: Any) -> Iterator[None]:
+    """Restrict the hub's client, and `clients` with a setting of the same name, to their caches in this context."""
+    before = [(one, one.HF_HUB_OFFLINE) for one in (constants, *clients)]
     try:
+        for one, _ in before:
+            one.HF_HUB_OFFLINE = True
         yield
     finally:
-        constants.HF_HUB_OFFLINE = before
+        for one, setting in before:
+            one.HF_HUB_OFFLINE = setting
 
 
 def why(error: BaseException) -> str:

@@ -33,15 +33,6 @@ from recover.models.hub import one_line, why
 from recover.models.weights import GEMMA3_270M, SMOLLM2, Packed, converted_folder, fetch, load_gguf, quiet
 from recover.types import DeviceMap, InputError
 
-__all__ = [
-    "LoadedModel",
-    "load_model",
-    "resolve_device",
-    "resolve_model",
-    "shipped_models",
-    "shipped_questions",
-]
-
 OURS = {
     "smollm2": ("HuggingFaceTB/SmolLM2-135M-Instruct", SMOLLM2),
     "gemma3-270m": ("google/gemma-3-270m", GEMMA3_270M),
@@ -121,8 +112,7 @@ def resolve_model(
         return _load(name, folder, "folder", place, dtype)
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise InputError(f"model {name!r}: there is no such folder")
-    cached = on_disk(name)
-    if cached is not None:
+    if (cached := on_disk(name)) is not None:
         return _load(name, cached, "cache", place, dtype)
     if not hub.hub_reachable():
         ours = ", ".join([*OURS, *shipped])
@@ -134,8 +124,7 @@ def resolve_model(
 
 
 def _ours(name: str, repo: str, packed: Packed, device: Place, dtype: DType) -> LoadedModel:
-    cached = on_disk(repo)
-    if cached is not None:
+    if (cached := on_disk(repo)) is not None:
         return _load(name, cached, "cache", device, dtype)
     if not converted_folder(packed).is_dir() and hub.hub_reachable():
         try:
@@ -146,11 +135,7 @@ def _ours(name: str, repo: str, packed: Packed, device: Place, dtype: DType) -> 
 
 
 def _gguf(name: str, place: Path) -> Path | None:
-    """Find the GGUF file of a path: the file itself, or the only one in a folder without a `config.json`.
-
-    Raises:
-        InputError: the folder has several GGUF files.
-    """
+    """Find the GGUF file of a path: the file itself, or the only one in a folder without a `config.json`."""
     if place.suffix == ".gguf" and place.is_file():
         return place
     files = sorted(place.glob("*.gguf")) if place.is_dir() and not (place / "config.json").exists() else []
@@ -210,22 +195,14 @@ def _load(name: str, place: Path | str, source: Source, device: Place, dtype: DT
 
 
 def _check_whole(name: str, loading: dict[str, Any]) -> None:
-    """Refuse files that lack weights, which transformers would fill at random.
-
-    Raises:
-        InputError: weights are missing.
-    """
+    """Refuse files that lack weights, which transformers would fill at random."""
     if loading["missing_keys"]:
         missing = sorted(loading["missing_keys"])
         raise InputError(f"model {name!r}: its files lack {len(missing)} weights, the first {missing[0]!r}")
 
 
 def _refuse_encoder(name: str, config: Any) -> None:
-    """Refuse an encoder-decoder model, which transformers would reject less clearly, or load only in part.
-
-    Raises:
-        InputError: the model has an encoder and a decoder.
-    """
+    """Refuse an encoder-decoder model, which transformers would reject less clearly, or load only in part."""
     if getattr(config, "is_encoder_decoder", False):
         raise InputError(
             f"model {name!r}: it has an encoder and a decoder ({config.model_type}), and what one writes the other "

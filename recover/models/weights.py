@@ -32,8 +32,6 @@ from transformers.utils import logging
 
 from recover.types import InputError
 
-__all__ = ["GEMMA3_270M", "SMOLLM2", "Packed", "cache_root", "converted_folder", "fetch", "load_gguf", "quiet"]
-
 
 @dataclass(frozen=True)
 class Packed:

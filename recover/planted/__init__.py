@@ -9,10 +9,4 @@ from recover.planted.kinds import KINDS, MIXTURES
 from recover.planted.selftest import Outcome, run_selftest
 from recover.planted.world import Planted
 
-__all__ = [
-    "KINDS",
-    "MIXTURES",
-    "Outcome",
-    "Planted",
-    "run_selftest",
-]
+__all__ = ["KINDS", "MIXTURES", "Outcome", "Planted", "run_selftest"]

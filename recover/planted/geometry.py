@@ -30,22 +30,8 @@ from recover.defenses.clamps import Clamp, Defense, Set
 from recover.numerics.subspaces import NullSpace
 from recover.planted.meaning import WithNone
 from recover.planted.network import Monotone, build_network
-from recover.planted.world import (
-    DEAD,
-    SITE,
-    THRESHOLD,
-    Atoms,
-    Draw,
-    Planted,
-    Sizes,
-    distance,
-    draw_answers,
-    make_examples,
-)
-from recover.saes.activations import JumpReLU
-from recover.saes.sae import SAE
+from recover.planted.world import Atoms, Draw, Planted, Sizes, distance, numbered, planted_sae
 from recover.tasks.behaviors import LogitDifference
-from recover.types import Tensor
 
 VARIANTS = ("duplicate", "dependent", "zero", "all", "one", "full")
 
@@ -61,35 +47,32 @@ def degenerate_geometry(seed: int, *, n_dead: int = 6, variant: str | None = Non
     features = n_answers + n_context
     atoms = Atoms.draw(draw, features + n_answers, d_model)
     W, T = atoms.W[:, :features], atoms.T[:features]
-    answer = list(range(n_answers))
     dead = {
         "dependent": lambda: W[:, :n_answers] @ draw.normal(n_answers, n_dead),
         "zero": lambda: torch.zeros(d_model, n_dead, dtype=torch.float64),
         "all": lambda: W @ draw.normal(features, n_dead),
         "full": lambda: draw.normal(d_model, d_model + n_dead),
     }.get(variant, lambda: draw.normal(d_model, n_dead))()
-    clamped_too: list[int] = []
-    span = W[:, :n_answers]
-    first_dead = features
+    clamped_too, span = range(0), W[:, :n_answers]
     if variant == "duplicate":
         T = torch.cat([T[:n_answers] / 2, T[n_answers:], T[:n_answers] / 2])
         W = torch.cat([W, W[:, :n_answers]], dim=1)
-        clamped_too, first_dead = list(range(features, features + n_answers)), features + n_answers
+        clamped_too = range(features, features + n_answers)
     elif variant in ("dependent", "zero"):
-        clamped_too = list(range(features, features + n_dead))
+        clamped_too = range(features, features + n_dead)
     elif variant in ("all", "full"):
-        clamped_too = list(range(n_answers, features + dead.shape[1]))
+        clamped_too = range(n_answers, features + dead.shape[1])
         span = W if variant == "all" else torch.eye(d_model, dtype=torch.float64)
-    sae, where = _sae(draw, T, W, dead, first_dead)
+    sae, where = planted_sae(draw, T, W, dead=dead)
 
     if variant == "one":
         target, other = torch.zeros(n_prompts, dtype=torch.long), torch.ones(n_prompts, dtype=torch.long)
         gamma = draw.number(0.5, 2.0) * (draw.below(3) > 0)
         f: nn.Module = WithNone(0.0)
     else:
-        target, other = draw_answers(draw, n_prompts, n_answers)
+        target, other = draw.answers(n_prompts, n_answers)
         gamma = draw.number(0.5, 2.0)
-        f = Monotone(Monotone.NAMES[draw.below(len(Monotone.NAMES))])
+        f = Monotone.drawn(draw)
     rows = torch.arange(n_prompts)
     value = -draw.number(1.5, 3.0)
     beta = draw.uniform(0.1, 0.4, n_prompts)
@@ -99,28 +82,20 @@ def degenerate_geometry(seed: int, *, n_dead: int = 6, variant: str | None = Non
     on = draw.coins(n_prompts, n_context)
     codes[:, n_answers:features] = draw.uniform(1.0, 3.0, n_prompts, n_context) * on
 
-    copies = atoms.W[:, features:]
-    model, prompts = build_network(
-        draw,
-        atoms,
-        codes,
-        range(n_answers, features),
-        atoms.W[:, :n_answers] + gamma * copies,
-        f,
-        n_out=max(n_answers, 2),
-        size=size,
-    )
+    copies, context, n_out = atoms.W[:, features:], range(n_answers, features), max(n_answers, 2)
+    U = atoms.W[:, :n_answers] + gamma * copies
+    model, prompts = build_network(draw, atoms, codes, context, U, f, n_out=n_out, size=size)
     reachable = gamma > 0 and variant != "full"
     v = copies[:, target] - (copies[:, other] if n_answers > 1 else 0.0)
     smallest = torch.full((n_prompts,), torch.inf, dtype=torch.float64)
     if reachable:
         smallest = distance(value + gamma * beta, gamma * v.T, span)
-    clamp = Clamp(sae, where[answer + clamped_too].tolist(), Set(value), only_active=True)
+    clamp = Clamp(sae, where[[*range(n_answers), *clamped_too]].tolist(), Set(value), only_active=True)
     return Planted(
         name="degenerate_geometry",
         model=model,
         defense=Defense((clamp,)),
-        examples=make_examples(prompts, LogitDifference(target, other)),
+        examples=numbered(prompts, LogitDifference(target, other)),
         budget=(float(smallest.max()) if reachable else 10.0) * draw.number(1.3, 2.0),
         expected=("RECOVERABLE" if reachable else "NOT_RECOVERED_AT_BUDGET",),
         smallest_norm=smallest.float(),
@@ -128,24 +103,3 @@ def degenerate_geometry(seed: int, *, n_dead: int = 6, variant: str | None = Non
         admissible=NullSpace.of(span),
         variant=variant,
     )
-
-
-def _sae(draw: Draw, T: Tensor, W: Tensor, dead: Tensor, live: int) -> tuple[SAE, Tensor]:
-    """A jumprelu SAE of the features `T`, `W` and of dead ones that read `dead`, shuffled; and where each one went."""
-    n = live + dead.shape[1]
-    rows = torch.cat([T, draw.normal(dead.shape[1], T.shape[1]) / T.shape[1] ** 0.5])
-    columns = torch.cat([W, dead], dim=1)
-    shift = torch.zeros(n)
-    shift[live:] = -DEAD
-    order = draw.order(n)
-    sae = SAE(
-        columns[:, order].float().contiguous(),
-        shift[order],
-        rows[order].float().contiguous(),
-        torch.zeros(T.shape[1]),
-        JumpReLU(torch.full((n,), THRESHOLD)),
-        SITE,
-        "jumprelu",
-        "0" * 64,
-    )
-    return sae, order.argsort()

@@ -24,26 +24,15 @@ A search must find it or say that it cannot tell: NOT_RECOVERED would be a lie, 
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
-from recover.defenses.clamps import Clamp, Defense, Set
+from recover.defenses.clamps import Clamp, Set
 from recover.numerics.subspaces import NullSpace
 from recover.planted.network import build_network
-from recover.planted.world import (
-    Atoms,
-    Draw,
-    Planted,
-    Sizes,
-    blocks,
-    clamped,
-    context_codes,
-    draw_answers,
-    make_examples,
-    planted_sae,
-)
+from recover.planted.world import Atoms, Draw, Planted, Sizes, clamped, planted_sae, recoverable
 from recover.tasks.behaviors import LogitDifference
 from recover.types import Tensor
 
@@ -95,38 +84,26 @@ def hard_readout(seed: int, *, variant: str | None = None, **sizes: int) -> Plan
     d_model, n_answers, n_context, n_prompts, d_sae, _ = size.shape
     variant = variant or VARIANTS[seed % len(VARIANTS)]
     features = n_answers + n_context
-    T = blocks(draw, d_model, [features, n_answers + 1], spread=[0.4, 0.0])
-    atoms = Atoms.of(T)
-    target, _ = draw_answers(draw, n_prompts, n_answers)
+    atoms = Atoms.of(draw.blocks(d_model, [features, n_answers + 1], spread=[0.4, 0.0]))
+    target, _ = draw.answers(n_prompts, n_answers)
     rows = torch.arange(n_prompts)
-    codes = context_codes(draw, n_prompts, len(T), range(n_answers, features))
+    codes = draw.codes(n_prompts, len(atoms.T), range(n_answers, features))
     codes[rows, target] = draw.uniform(2.0, 4.0, n_prompts)
     beta = draw.uniform(0.1, 0.4, n_prompts)
     codes[rows, features + target] = beta
     gamma, mode = draw.number(0.5, 2.0), Set(-draw.number(1.5, 3.0))
-    architecture: Literal["jumprelu", "standard"] = "jumprelu" if draw.below(2) else "standard"
+    architecture = draw.architecture()
     after = clamped(codes[rows, target], mode, architecture, only_active=True)
-    sae, where = planted_sae(draw, T[:features], atoms.W[:, :features], d_sae, architecture=architecture)
-    read = atoms.W[:, :n_answers] + gamma * atoms.W[:, features:-1]
-    model, prompts = build_network(
-        draw,
-        atoms,
-        codes,
-        range(n_answers, features),
-        torch.cat([read, atoms.W[:, -1:]], dim=1),
-        Hard(variant, draw.number(6.0, 30.0)),
-        n_out=n_answers + 1,
-        size=size,
-    )
+    sae, where = planted_sae(draw, atoms.T[:features], atoms.W[:, :features], d_sae, architecture=architecture)
+    U = torch.cat([atoms.W[:, :n_answers] + gamma * atoms.W[:, features:-1], atoms.W[:, -1:]], dim=1)
+    f = Hard(variant, draw.number(6.0, 30.0))
+    network = build_network(draw, atoms, codes, range(n_answers, features), U, f, n_out=n_answers + 1, size=size)
     smallest = ((GUARD if variant == "topk" else 0.0) - after - gamma * beta) / gamma
-    return Planted(
-        name="hard_readout",
-        model=model,
-        defense=Defense((Clamp(sae, where[:n_answers].tolist(), mode, only_active=True),), skip_first=draw.below(2)),
-        examples=make_examples(prompts, LogitDifference(target, torch.full_like(target, n_answers))),
-        budget=float(smallest.max()) * draw.number(1.3, 2.0),
-        expected=("RECOVERABLE", "INCONCLUSIVE"),
-        smallest_norm=smallest.float(),
-        admissible=NullSpace.of(atoms.W[:, :n_answers]),
-        variant=variant,
-    )
+    clamp = Clamp(sae, where[:n_answers].tolist(), mode, only_active=True)
+    behavior = LogitDifference(target, torch.full_like(target, n_answers))
+    told: dict[str, Any] = {
+        "expected": ("RECOVERABLE", "INCONCLUSIVE"),
+        "admissible": NullSpace.of(atoms.W[:, :n_answers]),
+        "variant": variant,
+    }
+    return recoverable("hard_readout", draw, network, [clamp], behavior, smallest, **told)

@@ -10,8 +10,6 @@ from recover.planted.mixtures import half_erased, partly_erased, some_routes, un
 from recover.planted.routes import complete_bottleneck, error_bypass, feature_bypass
 from recover.planted.world import Planted
 
-__all__ = ["KINDS", "MIXTURES"]
-
 KINDS: dict[str, Callable[..., Planted]] = {
     kind.__name__: kind
     for kind in (

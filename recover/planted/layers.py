@@ -23,24 +23,14 @@ active, and stays so, is read at that value whatever a delta did, and need not b
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
-from recover.defenses.clamps import Clamp, Defense, Mode, Scale, Set
+from recover.defenses.clamps import Clamp, Mode, Scale, Set
 from recover.numerics.subspaces import NullSpace
 from recover.planted.network import Linear, Monotone, build_network
-from recover.planted.world import (
-    Atoms,
-    Draw,
-    Planted,
-    Sizes,
-    clamped,
-    distance,
-    draw_answers,
-    make_examples,
-    planted_sae,
-)
+from recover.planted.world import Architecture, Atoms, Draw, Planted, Sizes, clamped, distance, planted_sae, recoverable
 from recover.tasks.behaviors import LogitDifference
 from recover.types import Site
 
@@ -59,7 +49,7 @@ def two_layers(seed: int, **sizes: int) -> Planted:
     second = Atoms.of(first.T @ J.T)
     known = c.stop if bypass == "features" else c.start
 
-    target, other = draw_answers(draw, n_prompts, n_answers)
+    target, other = draw.answers(n_prompts, n_answers)
     rows = torch.arange(n_prompts)
     codes = torch.zeros(n_prompts, c.stop, dtype=torch.float64)
     codes[rows, target] = draw.uniform(2.0, 4.0, n_prompts)
@@ -69,7 +59,7 @@ def two_layers(seed: int, **sizes: int) -> Planted:
     codes[:, context.start : context.stop] = draw.uniform(1.0, 3.0, n_prompts, n_context) * on
 
     gamma1, gamma2 = draw.number(0.5, 1.0), draw.number(0.5, 1.5)
-    architectures: tuple[Literal["jumprelu", "standard"], ...] = ("jumprelu", "standard")
+    architectures: tuple[Architecture, ...] = ("jumprelu", "standard")
     kinds = [architectures[draw.below(2)] for _ in range(2)]
     modes: list[Mode] = [Set(-draw.number(1.0, 2.0)), Scale(-draw.number(0.8, 1.5))]
     sites = (Site(1), Site(2))
@@ -81,28 +71,10 @@ def two_layers(seed: int, **sizes: int) -> Planted:
         after.append(clamped(codes[rows, part.start + target], mode, kind, only_active=True))
 
     U = second.W[:, a.start : a.stop] + gamma1 * second.W[:, b.start : b.stop] + gamma2 * second.W[:, c.start : c.stop]
-    model, prompts = build_network(
-        draw,
-        first,
-        codes,
-        context,
-        U,
-        Monotone(Monotone.NAMES[draw.below(len(Monotone.NAMES))]),
-        n_out=n_answers,
-        size=size,
-        between=[Linear(J)],
-    )
+    f = Monotone.drawn(draw)
+    network = build_network(draw, first, codes, context, U, f, n_out=n_answers, size=size, between=[Linear(J)])
     held = torch.cat([first.W[:, a.start : a.stop], J.T @ second.W[:, b.start : b.stop]], dim=1)
     slack = after[0] + gamma1 * after[1] + gamma2 * codes[rows, c.start + target]
     smallest = distance(slack, (J.T @ (U[:, target] - U[:, other])).T, held)
-    return Planted(
-        name="two_layers",
-        model=model,
-        defense=Defense(tuple(clamps), skip_first=draw.below(2)),
-        examples=make_examples(prompts, LogitDifference(target, other)),
-        budget=float(smallest.max()) * draw.number(1.3, 2.0),
-        smallest_norm=smallest.float(),
-        bypass=bypass,
-        admissible=NullSpace.of(held),
-        variant=bypass,
-    )
+    told: dict[str, Any] = {"bypass": bypass, "variant": bypass, "admissible": NullSpace.of(held)}
+    return recoverable("two_layers", draw, network, clamps, LogitDifference(target, other), smallest, **told)

@@ -38,26 +38,15 @@ answer `j` has the decoder `t_j + KAPPA phi_j`, the logits are `phi_j / KAPPA`, 
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from recover.defenses.clamps import Clamp, Defense, Mode, Scale, Set
+from recover.defenses.clamps import Clamp, Mode, Scale, Set
 from recover.numerics.subspaces import NullSpace
 from recover.planted.network import build_network
-from recover.planted.world import (
-    Atoms,
-    Draw,
-    Planted,
-    Sizes,
-    blocks,
-    clamped,
-    context_codes,
-    draw_answers,
-    make_examples,
-    planted_sae,
-)
+from recover.planted.world import Architecture, Atoms, Draw, Planted, Sizes, clamped, planted_sae, recoverable
 from recover.tasks.behaviors import ChoiceMargin
 from recover.types import Tensor
 
@@ -89,34 +78,18 @@ def write_only(seed: int, **sizes: int) -> Planted:
     size = Sizes.of(sizes, d_model=32, d_sae=48)
     d_model, n_answers, n_context, n_prompts, d_sae, _ = size.shape
     features = n_answers + n_context
-    T = blocks(draw, d_model, [features, n_answers], spread=[0.4, 0.0])
-    atoms = Atoms.of(T)
-    target, _ = draw_answers(draw, n_prompts, n_answers)
-    codes = context_codes(draw, n_prompts, len(T), range(n_answers, features))
+    atoms = Atoms.of(draw.blocks(d_model, [features, n_answers], spread=[0.4, 0.0]))
+    target, _ = draw.answers(n_prompts, n_answers)
+    codes = draw.codes(n_prompts, len(atoms.T), range(n_answers, features))
     codes[torch.arange(n_prompts), target] = draw.uniform(2.0, 4.0, n_prompts)
     gamma, v = draw.number(0.5, 2.0), draw.number(1.0, 3.0)
     sae, where = planted_sae(draw, atoms.T[:features], atoms.W[:, :features], d_sae)
-    model, prompts = build_network(
-        draw,
-        atoms,
-        codes,
-        range(n_answers, features),
-        atoms.W[:, :n_answers] + gamma * atoms.W[:, features:],
-        WithNone(0.0),
-        n_out=n_answers + 1,
-        size=size,
-    )
+    U, f = atoms.W[:, :n_answers] + gamma * atoms.W[:, features:], WithNone(0.0)
+    network = build_network(draw, atoms, codes, range(n_answers, features), U, f, n_out=n_answers + 1, size=size)
     clamp = Clamp(sae, where[:n_answers].tolist(), Set(-v), only_active=False)
-    return Planted(
-        name="write_only",
-        model=model,
-        defense=Defense((clamp,), skip_first=draw.below(2)),
-        examples=make_examples(prompts, likeliest(target, n_answers + 1)),
-        budget=v / gamma * draw.number(1.3, 2.0),
-        specific=False,
-        smallest_norm=torch.full((n_prompts,), v / gamma),
-        admissible=NullSpace.of(atoms.W[:, :n_answers]),
-    )
+    told: dict[str, Any] = {"specific": False, "admissible": NullSpace.of(atoms.W[:, :n_answers])}
+    smallest, behavior = torch.full((n_prompts,), v / gamma), likeliest(target, n_answers + 1)
+    return recoverable("write_only", draw, network, [clamp], behavior, smallest, longest=v / gamma, **told)
 
 
 def shared_route(seed: int, **sizes: int) -> Planted:
@@ -127,7 +100,7 @@ def shared_route(seed: int, **sizes: int) -> Planted:
     variant: Literal["error", "features"] = "features" if draw.below(2) else "error"
     gamma = draw.number(0.5, 1.5)
     route = k + n_context + n_answers
-    T = blocks(draw, d_model, [k, n_context + n_answers, 1], spread=[0.4, 0.4, 0.0])
+    T = draw.blocks(d_model, [k, n_context + n_answers, 1], spread=[0.4, 0.4, 0.0])
     atoms = Atoms.of(T)
     known = len(T) if variant == "features" else route
     codes, target = _gated_codes(draw, n_prompts, len(T), k, n_context, n_answers)
@@ -137,25 +110,17 @@ def shared_route(seed: int, **sizes: int) -> Planted:
     sae, where = planted_sae(draw, T[:known], atoms.W[:, :known], d_sae, architecture=architecture)
     gate = atoms.W[:, :k].mean(dim=1) + gamma * atoms.W[:, route]
     needed = TAU - 1 / RHO - after.mean(dim=1) - gamma * codes[:, route]
-    model, prompts = build_network(
+    U, smallest = torch.cat([atoms.W[:, k + n_context : route], gate[:, None]], dim=1), needed / gamma
+    network = build_network(draw, atoms, codes, range(k, k + n_context), U, Gated(), n_out=n_answers + 1, size=size)
+    return recoverable(
+        "shared_route",
         draw,
-        atoms,
-        codes,
-        range(k, k + n_context),
-        torch.cat([atoms.W[:, k + n_context : route], gate[:, None]], dim=1),
-        Gated(),
-        n_out=n_answers + 1,
-        size=size,
-    )
-    smallest = needed / gamma
-    return Planted(
-        name="shared_route",
-        model=model,
-        defense=Defense((Clamp(sae, where[:k].tolist(), mode, only_active=True),), skip_first=draw.below(2)),
-        examples=make_examples(prompts, likeliest(target, n_answers + 1)),
-        budget=float(smallest.max()) * draw.number(1.3, 1.6),
+        network,
+        [Clamp(sae, where[:k].tolist(), mode, only_active=True)],
+        likeliest(target, n_answers + 1),
+        smallest,
+        most=1.6,
         specific=True,
-        smallest_norm=smallest.float(),
         bypass=variant,
         admissible=NullSpace.of(atoms.W[:, :k]),
         shared=(1.1 * smallest.max() * T[route]).float()[None],
@@ -172,15 +137,15 @@ def undone_clamp(seed: int, **sizes: int) -> Planted:
     k = k if gated else n_answers
     copies = n_answers if gated else 0
     unseen = k + n_context + copies
-    T = blocks(draw, d_model, [k, n_context + copies, k], spread=[0.4, 0.4, 0.0])
+    T = draw.blocks(d_model, [k, n_context + copies, k], spread=[0.4, 0.4, 0.0])
     atoms = Atoms.of(T)
     phi = atoms.T[unseen:]
     mode, architecture = _closing(draw)
     if gated:
         codes, target = _gated_codes(draw, n_prompts, len(T), k, n_context, n_answers)
     else:
-        target, _ = draw_answers(draw, n_prompts, n_answers)
-        codes = context_codes(draw, n_prompts, len(T), range(k, k + n_context))
+        target, _ = draw.answers(n_prompts, n_answers)
+        codes = draw.codes(n_prompts, len(T), range(k, k + n_context))
         codes[torch.arange(n_prompts), target] = draw.uniform(2.0, 4.0, n_prompts)
     codes[:, unseen:] = KAPPA * codes[:, :k]
     after = clamped(codes[:, :k], mode, architecture, only_active=True)
@@ -195,19 +160,15 @@ def undone_clamp(seed: int, **sizes: int) -> Planted:
     else:
         U, f, shared = phi.T / KAPPA, WithNone(1.0), None
         smallest = KAPPA * (1 - after[torch.arange(n_prompts), target])
-    model, prompts = build_network(draw, atoms, codes, range(k, k + n_context), U, f, n_out=n_answers + 1, size=size)
-    return Planted(
-        name="undone_clamp",
-        model=model,
-        defense=Defense((Clamp(sae, where[:k].tolist(), mode, only_active=True),), skip_first=draw.below(2)),
-        examples=make_examples(prompts, likeliest(target, n_answers + 1)),
-        budget=float(smallest.max()) * draw.number(1.3, 1.6),
-        specific=False,
-        smallest_norm=smallest.float(),
-        admissible=NullSpace.of(atoms.W[:, :k]),
-        shared=None if shared is None else shared.float(),
-        variant="gate" if gated else "answers",
-    )
+    network = build_network(draw, atoms, codes, range(k, k + n_context), U, f, n_out=n_answers + 1, size=size)
+    clamp, behavior = Clamp(sae, where[:k].tolist(), mode, only_active=True), likeliest(target, n_answers + 1)
+    told: dict[str, Any] = {
+        "specific": False,
+        "admissible": NullSpace.of(atoms.W[:, :k]),
+        "shared": None if shared is None else shared.float(),
+        "variant": "gate" if gated else "answers",
+    }
+    return recoverable("undone_clamp", draw, network, [clamp], behavior, smallest, most=1.6, **told)
 
 
 def likeliest(target: Tensor, n_tokens: int) -> ChoiceMargin:
@@ -218,15 +179,15 @@ def likeliest(target: Tensor, n_tokens: int) -> ChoiceMargin:
 
 def _gated_codes(draw: Draw, batch: int, n: int, k: int, n_context: int, n_answers: int) -> tuple[Tensor, Tensor]:
     """Every gate feature active, the copy of the answer at 3 or more; and the answers."""
-    target, _ = draw_answers(draw, batch, n_answers)
-    codes = context_codes(draw, batch, n, range(k, k + n_context))
+    target, _ = draw.answers(batch, n_answers)
+    codes = draw.codes(batch, n, range(k, k + n_context))
     codes[:, :k] = draw.uniform(2.0, 4.0, batch, k)
     codes[torch.arange(batch), k + n_context + target] = draw.uniform(3.0, 4.0, batch)
     return codes, target
 
 
-def _closing(draw: Draw) -> tuple[Mode, Literal["jumprelu", "standard"]]:
+def _closing(draw: Draw) -> tuple[Mode, Architecture]:
     """A clamp that leaves active features at -1 or less, and the architecture of the SAE."""
-    architecture: Literal["jumprelu", "standard"] = "jumprelu" if draw.below(2) else "standard"
+    architecture = draw.architecture()
     mode: Mode = Set(-draw.number(2.0, 3.0)) if draw.below(2) else Scale(-draw.number(0.8, 1.2))
     return mode, architecture

@@ -72,28 +72,17 @@ specific, whether a rule says "no" or "unknown" (`Planted.never_specific`). The 
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from einops import rearrange, reduce, repeat
 from torch import nn
 
-from recover.defenses.clamps import Clamp, Defense, Set
+from recover.defenses.clamps import Clamp, Set
 from recover.numerics.subspaces import NullSpace
 from recover.planted.meaning import KAPPA, RHO, TAU, Gated, _closing, _gated_codes, likeliest
 from recover.planted.network import build_network
-from recover.planted.world import (
-    Atoms,
-    Draw,
-    Planted,
-    Sizes,
-    blocks,
-    clamped,
-    context_codes,
-    draw_answers,
-    make_examples,
-    planted_sae,
-)
+from recover.planted.world import Atoms, Draw, Planted, Sizes, clamped, planted_sae, recoverable
 from recover.tasks.behaviors import LogitDifference
 from recover.types import Bool, Float, InputError, Int, Tensor
 
@@ -159,10 +148,10 @@ def half_erased(seed: int, *, members: int = 2, **sizes: int) -> Planted:
     if members < 2 or n_answers % members:
         raise InputError(f"half_erased: {n_answers} answers do not fill groups of {members}; give a multiple")
     n_groups = n_answers // members
-    T = blocks(draw, d_model, [k + n_answers, n_context + n_groups, 1 + n_answers], spread=[0.4, 0.4, 0.0])
+    T = draw.blocks(d_model, [k + n_answers, n_context + n_groups, 1 + n_answers], spread=[0.4, 0.4, 0.0])
     atoms, a, known = Atoms.of(T), range(k, k + n_answers), k + n_answers + n_context + n_groups
     context, copies, x = range(a.stop, a.stop + n_context), known - n_groups, known
-    target, _ = draw_answers(draw, n_prompts, n_answers)
+    target, _ = draw.answers(n_prompts, n_answers)
     rows = torch.arange(n_prompts)
     codes = _codes(draw, target, len(T), k, context)
     codes[rows, copies + target // members] = draw.uniform(3.0, 4.0, n_prompts)
@@ -176,9 +165,8 @@ def half_erased(seed: int, *, members: int = 2, **sizes: int) -> Planted:
     e = atoms.W[:, x + 1 :]
     gate = atoms.W[:, :k].mean(dim=1) + gamma * atoms.W[:, x]
     U = torch.cat([atoms.W[:, copies:known], (atoms.W[:, a.start : a.stop] + epsilon * e) / 2, gate[:, None]], dim=1)
-    model, prompts = build_network(
-        draw, atoms, codes, context, U, Grouped(leans, members), n_out=n_answers + 1, size=size
-    )
+    f = Grouped(leans, members)
+    network = build_network(draw, atoms, codes, context, U, f, n_out=n_answers + 1, size=size)
     best = favorite[target // members]
     right = best == target
     rival = torch.where(right, target // members * members + (target + 1) % members, best)
@@ -190,17 +178,15 @@ def half_erased(seed: int, *, members: int = 2, **sizes: int) -> Planted:
     )
     smallest = corner(torch.stack([passes, torch.where(right, lean, -lean)], dim=1), walls)
     opened = 1.1 * float((-passes / gamma).max())
-    return Planted(
-        name="half_erased",
-        model=model,
-        defense=Defense((Clamp(sae, where[: a.stop].tolist(), Set(value), only_active=False),), draw.below(2)),
-        examples=make_examples(prompts, likeliest(target, n_answers + 1)),
-        budget=max(opened, float(smallest.max())) * draw.number(1.3, 1.6),
-        smallest_norm=smallest.float(),
-        admissible=NullSpace.of(atoms.W[:, : a.stop]),
-        shared=(opened * T[x]).float()[None],
-        shared_rows=right,
-    )
+    clamp = Clamp(sae, where[: a.stop].tolist(), Set(value), only_active=False)
+    behavior = likeliest(target, n_answers + 1)
+    longest = max(opened, float(smallest.max()))
+    told: dict[str, Any] = {
+        "admissible": NullSpace.of(atoms.W[:, : a.stop]),
+        "shared": (opened * T[x]).float()[None],
+        "shared_rows": right,
+    }
+    return recoverable("half_erased", draw, network, [clamp], behavior, smallest, longest, most=1.6, **told)
 
 
 def partly_erased(seed: int, *, share: float = 0.5, **sizes: int) -> Planted:
@@ -214,7 +200,7 @@ def partly_erased(seed: int, *, share: float = 0.5, **sizes: int) -> Planted:
     draw = Draw(seed)
     size = Sizes.of(sizes)
     d_model, n_answers, n_context, n_prompts, d_sae, k = size.shape
-    T = blocks(draw, d_model, [k + n_answers, n_context, 1 + n_answers], spread=[0.4, 0.4, 0.0])
+    T = draw.blocks(d_model, [k + n_answers, n_context, 1 + n_answers], spread=[0.4, 0.4, 0.0])
     atoms, a, x = Atoms.of(T), range(k, k + n_answers), k + n_answers + n_context
     context = range(a.stop, x)
     target, survives = _sorts(draw, n_prompts, n_answers, share)
@@ -226,23 +212,21 @@ def partly_erased(seed: int, *, share: float = 0.5, **sizes: int) -> Planted:
     sae, where = planted_sae(draw, T[:x], atoms.W[:, :x], d_sae)
     gate = atoms.W[:, :k].mean(dim=1) + gamma * atoms.W[:, x]
     U = torch.cat([zeta * atoms.W[:, x + 1 :], atoms.W[:, a.start : a.stop], gate[:, None]], dim=1)
-    model, prompts = build_network(draw, atoms, codes, context, U, Sorted(), n_out=n_answers + 1, size=size)
+    network = build_network(draw, atoms, codes, context, U, Sorted(), n_out=n_answers + 1, size=size)
     together = 1 + NONE - value - gamma * codes[:, x]
     written = (together * zeta**2 / (zeta**2 + gamma**2)).clamp(NONE, 1)
     opens = (together - 1) / gamma
     smallest = torch.where(survives, opens, torch.hypot(written / zeta, (together - written) / gamma))
     opened = 1.1 * float(opens[survives].max())
-    return Planted(
-        name="partly_erased",
-        model=model,
-        defense=Defense((Clamp(sae, where[: a.stop].tolist(), Set(value), only_active=False),), draw.below(2)),
-        examples=make_examples(prompts, likeliest(target, n_answers + 1)),
-        budget=max(opened, float(smallest.max())) * draw.number(1.3, 1.6),
-        smallest_norm=smallest.float(),
-        admissible=NullSpace.of(atoms.W[:, : a.stop]),
-        shared=(opened * T[x]).float()[None],
-        shared_rows=survives,
-    )
+    clamp = Clamp(sae, where[: a.stop].tolist(), Set(value), only_active=False)
+    behavior = likeliest(target, n_answers + 1)
+    longest = max(opened, float(smallest.max()))
+    told: dict[str, Any] = {
+        "admissible": NullSpace.of(atoms.W[:, : a.stop]),
+        "shared": (opened * T[x]).float()[None],
+        "shared_rows": survives,
+    }
+    return recoverable("partly_erased", draw, network, [clamp], behavior, smallest, longest, most=1.6, **told)
 
 
 def some_routes(seed: int, *, share: float | None = None, **sizes: int) -> Planted:
@@ -258,11 +242,11 @@ def some_routes(seed: int, *, share: float | None = None, **sizes: int) -> Plant
     d_model, n_answers, n_context, n_prompts, d_sae, k = size.shape
     share = (0.25, 0.5, 0.75, 0.875)[draw.below(4)] if share is None else share
     variant: Literal["error", "features"] = "features" if draw.below(2) else "error"
-    T = blocks(draw, d_model, [k + 1, n_context + n_answers, 1], spread=[0.4, 0.4, 0.0])
+    T = draw.blocks(d_model, [k + 1, n_context + n_answers, 1], spread=[0.4, 0.4, 0.0])
     atoms, context, x = Atoms.of(T), range(k + 1, k + 1 + n_context), k + 1 + n_context + n_answers
     known = len(T) if variant == "features" else x
     target, open_too = _sorts(draw, n_prompts, n_answers, share)
-    codes = context_codes(draw, n_prompts, len(T), context)
+    codes = draw.codes(n_prompts, len(T), context)
     codes[:, :k] = draw.uniform(2.0, 4.0, n_prompts, k)
     codes[:, k] = torch.where(open_too, 0.0, draw.uniform(2.0, 4.0, n_prompts))
     codes[torch.arange(n_prompts), context.stop + target] = draw.uniform(3.0, 4.0, n_prompts)
@@ -273,23 +257,20 @@ def some_routes(seed: int, *, share: float | None = None, **sizes: int) -> Plant
     sae, where = planted_sae(draw, T[:known], atoms.W[:, :known], d_sae, architecture=architecture)
     gate = atoms.W[:, :k].mean(dim=1) + gamma * atoms.W[:, x]
     U = torch.cat([atoms.W[:, context.stop : x], gate[:, None], atoms.W[:, k : k + 1]], dim=1)
-    model, prompts = build_network(draw, atoms, codes, context, U, TwiceGated(), n_out=n_answers + 1, size=size)
+    network = build_network(draw, atoms, codes, context, U, TwiceGated(), n_out=n_answers + 1, size=size)
     opens = -(after / gamma + codes[:, x])
     longest = float(opens[open_too].max())
-    return Planted(
-        name="some_routes",
-        model=model,
-        defense=Defense((Clamp(sae, where[: k + 1].tolist(), mode, only_active=True),), draw.below(2)),
-        examples=make_examples(prompts, likeliest(target, n_answers + 1)),
-        budget=longest * draw.number(1.3, 1.6),
-        specific=True if float(open_too.double().mean()) >= 0.75 else None,
-        smallest_norm=torch.where(open_too, opens, torch.inf).float(),
-        bypass=variant,
-        admissible=NullSpace.of(atoms.W[:, : k + 1]),
-        shared=(1.1 * longest * T[x]).float()[None],
-        variant=variant,
-        shared_rows=open_too,
-    )
+    clamp, behavior = Clamp(sae, where[: k + 1].tolist(), mode, only_active=True), likeliest(target, n_answers + 1)
+    smallest = torch.where(open_too, opens, torch.inf)
+    told: dict[str, Any] = {
+        "specific": True if float(open_too.double().mean()) >= 0.75 else None,
+        "bypass": variant,
+        "admissible": NullSpace.of(atoms.W[:, : k + 1]),
+        "shared": (1.1 * longest * T[x]).float()[None],
+        "variant": variant,
+        "shared_rows": open_too,
+    }
+    return recoverable("some_routes", draw, network, [clamp], behavior, smallest, longest, most=1.6, **told)
 
 
 def undone_and_route(seed: int, **sizes: int) -> Planted:
@@ -303,7 +284,7 @@ def undone_and_route(seed: int, **sizes: int) -> Planted:
     variant: Literal["error", "features"] = "features" if draw.below(2) else "error"
     gamma = draw.number(0.5, 1.5)
     x = k + n_context + n_answers
-    T = blocks(draw, d_model, [k, n_context + n_answers, 1, k], spread=[0.4, 0.4, 0.0, 0.0])
+    T = draw.blocks(d_model, [k, n_context + n_answers, 1, k], spread=[0.4, 0.4, 0.0, 0.0])
     atoms, context, phi = Atoms.of(T), range(k, k + n_context), T[x + 1 :]
     known = x + 1 if variant == "features" else x
     codes, target = _gated_codes(draw, n_prompts, len(T), k, n_context, n_answers)
@@ -314,31 +295,20 @@ def undone_and_route(seed: int, **sizes: int) -> Planted:
     decoders = torch.cat([T[:k] + KAPPA * phi, T[k:known]])
     sae, where = planted_sae(draw, decoders, atoms.W[:, :known], d_sae, architecture=architecture)
     u = phi.mean(dim=0) / KAPPA + gamma * T[x]
-    model, prompts = build_network(
-        draw,
-        atoms,
-        codes,
-        context,
-        torch.cat([atoms.W[:, context.stop : x], u[:, None]], dim=1),
-        Gated(),
-        n_out=n_answers + 1,
-        size=size,
-    )
+    U = torch.cat([atoms.W[:, context.stop : x], u[:, None]], dim=1)
+    network = build_network(draw, atoms, codes, context, U, Gated(), n_out=n_answers + 1, size=size)
     needed = TAU - 1 / RHO - after - gamma * codes[:, x]
     longest = float(needed.max()) / gamma
-    return Planted(
-        name="undone_and_route",
-        model=model,
-        defense=Defense((Clamp(sae, where[:k].tolist(), mode, only_active=True),), draw.below(2)),
-        examples=make_examples(prompts, likeliest(target, n_answers + 1)),
-        budget=longest * draw.number(1.3, 1.6),
-        specific=True,
-        smallest_norm=(needed / (1 / (k * KAPPA**2) + gamma**2) ** 0.5).float(),
-        bypass=variant,
-        admissible=NullSpace.of(atoms.W[:, :k]),
-        shared=(1.1 * longest * T[x]).float()[None],
-        variant=variant,
-    )
+    clamp, behavior = Clamp(sae, where[:k].tolist(), mode, only_active=True), likeliest(target, n_answers + 1)
+    smallest = needed / (1 / (k * KAPPA**2) + gamma**2) ** 0.5
+    told: dict[str, Any] = {
+        "specific": True,
+        "bypass": variant,
+        "admissible": NullSpace.of(atoms.W[:, :k]),
+        "shared": (1.1 * longest * T[x]).float()[None],
+        "variant": variant,
+    }
+    return recoverable("undone_and_route", draw, network, [clamp], behavior, smallest, longest, most=1.6, **told)
 
 
 def weak_predicate(seed: int, *, variant: str | None = None, **sizes: int) -> Planted:
@@ -351,9 +321,9 @@ def weak_predicate(seed: int, *, variant: str | None = None, **sizes: int) -> Pl
     d_model, n_answers, n_context, n_prompts, d_sae, _ = size.shape
     variant = variant or ("distractor", "prior")[draw.below(2)]
     features = n_answers + n_context
-    T = blocks(draw, d_model, [features, n_answers], spread=[0.4, 0.0])
+    T = draw.blocks(d_model, [features, n_answers], spread=[0.4, 0.0])
     atoms, context = Atoms.of(T), range(n_answers, features)
-    target, other = draw_answers(draw, n_prompts, n_answers)
+    target, other = draw.answers(n_prompts, n_answers)
     prior = torch.zeros(n_answers, dtype=torch.float64)
     if variant == "prior":
         prior[draw.order(n_answers)] = torch.linspace(0, 1, n_answers, dtype=torch.float64)
@@ -365,20 +335,19 @@ def weak_predicate(seed: int, *, variant: str | None = None, **sizes: int) -> Pl
     codes[torch.arange(n_prompts), features + other] = beta
     sae, where = planted_sae(draw, T[:features], atoms.W[:, :features], d_sae)
     U = atoms.W[:, :n_answers] + gamma * atoms.W[:, features:]
-    model, prompts = build_network(draw, atoms, codes, context, U, WithPrior(prior), n_out=n_answers + 1, size=size)
+    network = build_network(draw, atoms, codes, context, U, WithPrior(prior), n_out=n_answers + 1, size=size)
     around = 1.3 / gamma * (prior.mean() - prior) @ T[features:]
-    return Planted(
-        name="weak_predicate",
-        model=model,
-        defense=Defense((Clamp(sae, where[:n_answers].tolist(), Set(value), only_active=False),), draw.below(2)),
-        examples=make_examples(prompts, LogitDifference(target, other)),
-        budget=max(-value / gamma, float(around.norm())) * draw.number(1.3, 2.0),
-        smallest_norm=((prior[other] - prior[target] + gamma * beta) / (gamma * 2**0.5)).float(),
-        admissible=NullSpace.of(atoms.W[:, :n_answers]),
-        shared=around.float()[None] if variant == "prior" else None,
-        variant=variant,
-        never_specific=True,
-    )
+    clamp = Clamp(sae, where[:n_answers].tolist(), Set(value), only_active=False)
+    behavior = LogitDifference(target, other)
+    smallest = (prior[other] - prior[target] + gamma * beta) / (gamma * 2**0.5)
+    longest = max(-value / gamma, float(around.norm()))
+    told: dict[str, Any] = {
+        "admissible": NullSpace.of(atoms.W[:, :n_answers]),
+        "shared": around.float()[None] if variant == "prior" else None,
+        "variant": variant,
+        "never_specific": True,
+    }
+    return recoverable("weak_predicate", draw, network, [clamp], behavior, smallest, longest, **told)
 
 
 def centered(y: Float[Tensor, "*batch n"], members: int) -> Float[Tensor, "*batch n"]:
@@ -397,13 +366,7 @@ def corner(slack: Float[Tensor, "batch 2"], u: Float[Tensor, "batch 2 n"]) -> Fl
     length = u.norm(dim=-1)
     across = (u[:, 0] * u[:, 1]).sum(dim=-1)
     alone = -slack / length
-    keeps = (
-        torch.stack(
-            [slack[:, 1] + alone[:, 0] * across / length[:, 0], slack[:, 0] + alone[:, 1] * across / length[:, 1]],
-            dim=1,
-        )
-        >= 0
-    )
+    keeps = slack.flip(1) + alone * across[:, None] / length >= 0
     gram = torch.einsum("bin,bjn->bij", u, u)
     both = (slack * torch.linalg.solve(gram, slack)).sum(dim=-1).clamp(min=0).sqrt()
     return torch.where(keeps[:, 0], alone[:, 0], torch.where(keeps[:, 1], alone[:, 1], both))
@@ -411,7 +374,7 @@ def corner(slack: Float[Tensor, "batch 2"], u: Float[Tensor, "batch 2 n"]) -> Fl
 
 def _codes(draw: Draw, target: Int[Tensor, "batch"], n: int, k: int, context: range) -> Float[Tensor, "batch n"]:
     """Coordinates: the first `k`, gate features, active; after them a feature of each answer, the answer's active."""
-    codes = context_codes(draw, len(target), n, context)
+    codes = draw.codes(len(target), n, context)
     codes[:, :k] = draw.uniform(2.0, 4.0, len(target), k)
     codes[torch.arange(len(target)), k + target] = draw.uniform(2.0, 4.0, len(target))
     return codes
@@ -425,5 +388,5 @@ def _sorts(
     if not 0 < first < n_prompts:
         raise InputError(f"share: {share} of {n_prompts} prompts is {first}, which leaves one sort empty")
     order = draw.order(n_prompts)
-    target = torch.cat([draw_answers(draw, n, n_answers)[0] for n in (first, n_prompts - first)])
+    target = torch.cat([draw.answers(n, n_answers)[0] for n in (first, n_prompts - first)])
     return target[order], (torch.arange(n_prompts) < first)[order]

@@ -98,6 +98,10 @@ class Monotone(nn.Module):
         super().__init__()
         self.name = name
 
+    @classmethod
+    def drawn(cls, draw: Draw) -> Monotone:
+        return cls(cls.NAMES[draw.below(len(cls.NAMES))])
+
     def forward(self, y: Tensor) -> Tensor:
         match self.name:
             case "asinh":

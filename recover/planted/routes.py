@@ -27,7 +27,6 @@ delta what that feature changes by, as long as it stays above its threshold: the
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
 
 import torch
 from torch import nn
@@ -36,18 +35,19 @@ from recover.defenses.clamps import Clamp, Defense, Mode, Scale, Set
 from recover.numerics.subspaces import NullSpace
 from recover.planted.network import Monotone, build_network
 from recover.planted.world import (
+    Architecture,
     Atoms,
     Draw,
     Planted,
     Sizes,
     clamped,
     distance,
-    draw_answers,
-    make_examples,
+    numbered,
     planted_sae,
+    recoverable,
 )
 from recover.tasks.behaviors import LogitDifference
-from recover.types import Tensor
+from recover.types import Float, Int, Tensor
 
 SWING = 0.4
 
@@ -71,32 +71,23 @@ def complete_bottleneck(seed: int, *, extra: int = 2, **sizes: int) -> Planted:
     d_model, n_answers, n_context, n_prompts, d_sae, _ = size.shape
     features = n_answers + n_context
     atoms = Atoms.draw(draw, features, d_model)
-    target, other = draw_answers(draw, n_prompts, n_answers)
-    codes = _codes(draw, n_prompts, n_answers, n_context, features, target)
+    target, other = draw.answers(n_prompts, n_answers)
+    codes = _codes(draw, target, features, range(n_answers, features))
     mode, architecture = _clamp(draw)
     sae, where = planted_sae(draw, atoms.T, atoms.W, d_sae, architecture=architecture)
-    held = [*range(n_answers), *range(n_answers, n_answers + min(extra, n_context))]
-    model, prompts = build_network(
-        draw,
-        atoms,
-        codes,
-        range(n_answers, features),
-        atoms.W[:, :n_answers],
-        Tangled(draw, n_answers),
-        n_out=n_answers,
-        size=size,
-    )
-    clamp = Clamp(sae, where[held].tolist(), mode, only_active=True)
+    held = range(n_answers + min(extra, n_context))
+    U, f = atoms.W[:, :n_answers], Tangled(draw, n_answers)
+    model, prompts = build_network(draw, atoms, codes, range(n_answers, features), U, f, n_out=n_answers, size=size)
     return Planted(
-        name="complete_bottleneck",
-        model=model,
-        defense=Defense((clamp,), skip_first=draw.below(2)),
-        examples=make_examples(prompts, LogitDifference(target, other)),
+        "complete_bottleneck",
+        model,
+        Defense((Clamp(sae, where[held].tolist(), mode, only_active=True),), skip_first=draw.below(2)),
+        numbered(prompts, LogitDifference(target, other)),
         budget=10 ** draw.number(0.0, 3.0),
-        expected=("NOT_RECOVERED_AT_BUDGET",),
         smallest_norm=torch.full((n_prompts,), torch.inf),
-        bypass=None,
         admissible=NullSpace.of(atoms.W[:, held]),
+        expected=("NOT_RECOVERED_AT_BUDGET",),
+        bypass=None,
     )
 
 
@@ -118,8 +109,8 @@ def _bypass(name: str, seed: int, extra: int, sizes: Mapping[str, int], *, known
     first_copy = n_answers + n_context
     n = first_copy + n_answers
     atoms = Atoms.draw(draw, n, d_model)
-    target, other = draw_answers(draw, n_prompts, n_answers)
-    codes = _codes(draw, n_prompts, n_answers, n_context, n, target)
+    target, other = draw.answers(n_prompts, n_answers)
+    codes = _codes(draw, target, n, range(n_answers, first_copy))
     mode, architecture = _clamp(draw)
     gamma = draw.number(0.5, 2.0)
     rows = torch.arange(n_prompts)
@@ -130,44 +121,33 @@ def _bypass(name: str, seed: int, extra: int, sizes: Mapping[str, int], *, known
     codes[rows, first_copy + target] = base + beta
     sae_atoms = n if known else first_copy
     sae, where = planted_sae(draw, atoms.T[:sae_atoms], atoms.W[:, :sae_atoms], d_sae, architecture=architecture)
-    held = [*range(n_answers), *range(n_answers, n_answers + min(extra, n_context))]
-    copies = atoms.W[:, first_copy:]
-    model, prompts = build_network(
-        draw,
-        atoms,
-        codes,
-        range(n_answers, first_copy),
-        atoms.W[:, :n_answers] + gamma * copies,
-        Monotone(Monotone.NAMES[draw.below(len(Monotone.NAMES))]),
-        n_out=n_answers,
-        size=size,
-    )
+    held, copies = range(n_answers + min(extra, n_context)), atoms.W[:, first_copy:]
+    U, f = atoms.W[:, :n_answers] + gamma * copies, Monotone.drawn(draw)
+    network = build_network(draw, atoms, codes, range(n_answers, first_copy), U, f, n_out=n_answers, size=size)
     u = gamma * (copies[:, target] - copies[:, other]).T
     smallest = distance(after + gamma * beta, u, atoms.W[:, held])
-    clamp = Clamp(sae, where[held].tolist(), mode, only_active=True)
-    return Planted(
-        name=name,
-        model=model,
-        defense=Defense((clamp,), skip_first=draw.below(2)),
-        examples=make_examples(prompts, LogitDifference(target, other)),
-        budget=float(smallest.max()) * draw.number(1.3, 2.0),
-        smallest_norm=smallest.float(),
+    return recoverable(
+        name,
+        draw,
+        network,
+        [Clamp(sae, where[held].tolist(), mode, only_active=True)],
+        LogitDifference(target, other),
+        smallest,
         bypass="features" if known else "error",
         admissible=NullSpace.of(atoms.W[:, held]),
     )
 
 
-def _codes(draw: Draw, batch: int, n_answers: int, n_context: int, n: int, target: Tensor) -> Tensor:
-    """Coordinates `[batch n]`: the answer's feature, and about half of the context features."""
-    codes = torch.zeros(batch, n, dtype=torch.float64)
-    codes[torch.arange(batch), target] = draw.uniform(2.0, 4.0, batch)
-    some = draw.uniform(1.0, 3.0, batch, n_context) * draw.coins(batch, n_context)
-    codes[:, n_answers : n_answers + n_context] = some
+def _codes(draw: Draw, target: Int[Tensor, "batch"], n: int, context: range) -> Float[Tensor, "batch n"]:
+    """Coordinates: the answer's feature, and about half of the context features."""
+    alpha = draw.uniform(2.0, 4.0, len(target))
+    codes = draw.codes(len(target), n, context)
+    codes[torch.arange(len(target)), target] = alpha
     return codes
 
 
-def _clamp(draw: Draw) -> tuple[Mode, Literal["jumprelu", "standard"]]:
+def _clamp(draw: Draw) -> tuple[Mode, Architecture]:
     """A clamp that makes active features clearly negative, and the architecture of the SAE."""
-    architecture: Literal["jumprelu", "standard"] = "standard" if draw.below(2) else "jumprelu"
+    architecture: Architecture = "standard" if draw.below(2) else "jumprelu"
     mode: Mode = Set(-draw.number(1.5, 3.0)) if draw.below(2) else Scale(-draw.number(0.8, 1.5))
     return mode, architecture

@@ -73,13 +73,9 @@ def run_selftest(
     progress: Progress | None = None,
     processes: int | None = None,
 ) -> list[Outcome]:
-    """Judge a world of every kind for every seed; `progress(phase, done, total)` is called after each.
+    """Judge a world of every kind (of `KINDS` and `MIXTURES`) for every seed; `progress` is called after each.
 
-    Args:
-        seeds: of the worlds.
-        kinds: of `KINDS` and `MIXTURES`.
-        progress: called as worlds are judged.
-        processes: at work side by side; by default one for each core, and none beside this one for a few worlds.
+    By default one of the `processes` runs on each core, and for a few worlds none beside this one.
     """
     worlds = [(kind, seed) for seed in seeds for kind in kinds]
     processes = processes or (cores() if len(worlds) >= WORTH_PROCESSES else 1)
@@ -123,17 +119,14 @@ def judge(world: Planted, seed: int) -> Outcome:
     """What the checker says of a world, beside what is true."""
     start = time.monotonic()
     said = check(world.model, world.defense, world.examples, world.budget)
-    matters = said.verdict == "RECOVERABLE" and world.allowed != frozenset(WORDS)
+    asked = world.allowed != frozenset(WORDS)
     words = " or ".join(WORDS[allowed] for allowed in (True, False, None) if allowed in world.allowed)
     return Outcome(
         kind=world.name,
         variant=world.variant,
         seed=seed,
-        expected=tuple(
-            f"{name} ({words})" if name == "RECOVERABLE" and world.allowed != frozenset(WORDS) else name
-            for name in world.expected
-        ),
-        given=f"{said.verdict} ({WORDS[said.specific]})" if matters else said.verdict,
+        expected=tuple(f"{name} ({words})" if name == "RECOVERABLE" and asked else name for name in world.expected),
+        given=f"{said.verdict} ({WORDS[said.specific]})" if said.verdict == "RECOVERABLE" and asked else said.verdict,
         right=said.verdict in world.expected and (said.verdict != "RECOVERABLE" or said.specific in world.allowed),
         norm_error=None if world.name in UNMEASURED else norm_error(world, said),
         seconds=time.monotonic() - start,
@@ -162,24 +155,13 @@ def selftest_report(outcomes: Sequence[Outcome]) -> str:
     for kind in dict.fromkeys(outcome.kind for outcome in outcomes):
         of_kind = [outcome for outcome in outcomes if outcome.kind == kind]
         errors = [outcome.norm_error for outcome in of_kind if outcome.norm_error is not None]
-        kinds.append(
-            [
-                kind,
-                str(len(of_kind)),
-                str(sum(outcome.miss for outcome in of_kind)),
-                f"{max(errors):.3%}" if errors else "-",
-                f"{sum(outcome.seconds for outcome in of_kind):.1f}",
-            ]
-        )
-    misses = [outcome for outcome in outcomes if outcome.miss]
-    lines = [
-        _table(matrix),
-        "",
-        _table(kinds),
-        "",
-        f"{len(misses)} misses in {len(outcomes)} worlds; norm error: largest relative error of the smallest norm.",
-    ]
-    for outcome in misses:
+        misses, seconds = (sum(getattr(outcome, name) for outcome in of_kind) for name in ("miss", "seconds"))
+        worst = f"{max(errors):.3%}" if errors else "-"
+        kinds.append([kind, str(len(of_kind)), str(misses), worst, f"{seconds:.1f}"])
+    missed = [outcome for outcome in outcomes if outcome.miss]
+    total = f"{len(missed)} misses in {len(outcomes)} worlds; norm error: largest relative error of the smallest norm."
+    lines = [_table(matrix), "", _table(kinds), "", total]
+    for outcome in missed:
         name = " ".join(filter(None, (outcome.kind, outcome.variant, f"seed {outcome.seed}")))
         error = "" if outcome.norm_error is None else f"; norm error {outcome.norm_error:.2%}"
         lines.append(f"MISS {name}: {outcome.given}, expected {' or '.join(outcome.expected)}{error}")

@@ -19,13 +19,13 @@ All is drawn in float64 from one generator and rounded to float32 once.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
-from recover.defenses.clamps import Defense, Mode, Number
+from recover.defenses.clamps import Clamp, Defense, Mode, Number
 from recover.models.host import Model, Prompts
 from recover.numerics.subspaces import NullSpace
 from recover.saes.activations import JumpReLU, ReLU
@@ -36,6 +36,7 @@ from recover.types import Bool, Float, Int, Site, Tensor
 
 THRESHOLD, BIAS, DEAD = 0.3, 0.2, 100.0
 SITE = Site(1)
+Architecture = Literal["jumprelu", "standard"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,12 +135,36 @@ class Draw:
     def below(self, n: int) -> int:
         return int(torch.randint(n, (1,), generator=self.generator))
 
+    def architecture(self) -> Architecture:
+        return "jumprelu" if self.below(2) else "standard"
+
     def order(self, n: int) -> Int[Tensor, "n"]:
         return torch.randperm(n, generator=self.generator)
 
     def orthonormal(self, d_model: int, n: int) -> Float[Tensor, "d_model n"]:
         basis: Tensor = torch.linalg.qr(self.normal(d_model, n)).Q
         return basis
+
+    def answers(self, batch: int, n_answers: int) -> tuple[Int[Tensor, "batch"], Int[Tensor, "batch"]]:
+        """For each example its answer, and another one; every answer comes up as often as every other."""
+        target = (torch.arange(batch) % n_answers)[self.order(batch)]
+        step = torch.randint(1, n_answers, (batch,), generator=self.generator)
+        return target, (target + step) % n_answers
+
+    def blocks(self, d_model: int, sizes: list[int], spread: list[float]) -> Float[Tensor, "n d_model"]:
+        """Atoms in blocks that span orthogonal subspaces, each within its own block as far from orthonormal as said."""
+        Q, parts = self.orthonormal(d_model, sum(sizes)), []
+        for basis, size, wide in zip(torch.split(Q, sizes, dim=1), sizes, spread, strict=True):
+            mixed = torch.eye(size, dtype=torch.float64) + wide * self.normal(size, size) / max(size, 4) ** 0.5
+            rows = mixed @ basis.T
+            parts.append(rows / rows.norm(dim=1, keepdim=True))
+        return torch.cat(parts)
+
+    def codes(self, batch: int, n: int, context: range) -> Float[Tensor, "batch n"]:
+        """Coordinates with about half of the `context` features active and everything else zero."""
+        codes, shape = torch.zeros(batch, n, dtype=torch.float64), (batch, len(context))
+        codes[:, context.start : context.stop] = self.uniform(1.0, 3.0, *shape) * self.coins(*shape)
+        return codes
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,22 +191,25 @@ def planted_sae(
     draw: Draw,
     T: Float[Tensor, "n d_model"],
     W: Float[Tensor, "d_model n"],
-    d_sae: int,
+    d_sae: int = 0,
     *,
+    dead: Float[Tensor, "d_model m"] | None = None,
     site: Site = SITE,
-    architecture: Literal["jumprelu", "standard"] = "jumprelu",
-) -> tuple[SAE, Int[Tensor, "n"]]:
-    """An SAE with the `n` features `T`, `W` among `d_sae - n` dead ones, and where among them each of the `n` is."""
+    architecture: Architecture = "jumprelu",
+) -> tuple[SAE, Int[Tensor, "d_sae"]]:
+    """An SAE with the `n` features `T`, `W` before `d_sae - n` dead ones, shuffled; and where each of all is now.
+
+    The dead features read random directions, or the columns of `dead`.
+    """
     n, d_model = T.shape
-    dead = max(d_sae - n, 0)
-    columns = torch.cat([W, draw.normal(d_model, dead) / d_model**0.5], dim=1)
-    rows = torch.cat([T, draw.normal(dead, d_model) / d_model**0.5])
-    shift = torch.zeros(n + dead, dtype=torch.float64)
-    shift[n:] = -DEAD
-    if architecture == "standard":
-        shift[:n] = -BIAS
-    order = draw.order(n + dead)
-    activation = JumpReLU(torch.full((n + dead,), THRESHOLD)) if architecture == "jumprelu" else ReLU()
+    if dead is None:
+        dead = draw.normal(d_model, max(d_sae - n, 0)) / d_model**0.5
+    columns, d_sae = torch.cat([W, dead], dim=1), n + dead.shape[1]
+    rows = torch.cat([T, draw.normal(d_sae - n, d_model) / d_model**0.5])
+    shift = torch.full((d_sae,), -DEAD, dtype=torch.float64)
+    shift[:n] = 0.0 if architecture == "jumprelu" else -BIAS
+    order = draw.order(d_sae)
+    activation = JumpReLU(torch.full((d_sae,), THRESHOLD)) if architecture == "jumprelu" else ReLU()
     sae = SAE(
         W_enc=columns[:, order].float().contiguous(),
         b_enc=shift[order].float(),
@@ -192,7 +220,7 @@ def planted_sae(
         architecture=architecture,
         sha256="0" * 64,
     )
-    return sae, order.argsort()[:n]
+    return sae, order.argsort()
 
 
 def clamped(
@@ -214,34 +242,29 @@ def distance(
     return norms
 
 
-def make_examples(prompts: Prompts, behavior: Behavior) -> Examples:
+def recoverable(
+    name: str,
+    draw: Draw,
+    network: tuple[Model, Prompts],
+    clamps: Sequence[Clamp],
+    behavior: Behavior,
+    smallest: Float[Tensor, "batch"],
+    longest: float | None = None,
+    most: float = 2.0,
+    **told: Any,
+) -> Planted:
+    """A world with a budget of 1.3 to `most` times `longest`, by default the largest of the `smallest` norms.
+
+    `draw` decides the budget, and whether the clamps leave out the first position; `told` are the other attributes of
+    the `Planted`.
+    """
+    model, prompts = network
+    defense = Defense(tuple(clamps), skip_first=draw.below(2))
+    budget = (float(smallest.max()) if longest is None else longest) * draw.number(1.3, most)
+    examples = numbered(prompts, behavior)
+    return Planted(name, model, defense, examples, budget, smallest.float(), **told)
+
+
+def numbered(prompts: Prompts, behavior: Behavior) -> Examples:
     """The prompts as examples, numbered."""
     return Examples([f"{row:03d}" for row in range(len(prompts))], prompts, behavior)
-
-
-def draw_answers(draw: Draw, batch: int, n_answers: int) -> tuple[Int[Tensor, "batch"], Int[Tensor, "batch"]]:
-    """For each example its answer, and another one; every answer comes up as often as every other."""
-    target = torch.arange(batch) % n_answers
-    target = target[draw.order(batch)]
-    step = torch.randint(1, n_answers, (batch,), generator=draw.generator)
-    return target, (target + step) % n_answers
-
-
-def blocks(draw: Draw, d_model: int, sizes: list[int], spread: list[float]) -> Tensor:
-    """Atoms in blocks that span orthogonal subspaces, each within its own block as far from orthonormal as said."""
-    Q = draw.orthonormal(d_model, sum(sizes))
-    parts, start = [], 0
-    for size, wide in zip(sizes, spread, strict=True):
-        mixed = torch.eye(size, dtype=torch.float64) + wide * draw.normal(size, size) / max(size, 4) ** 0.5
-        rows = mixed @ Q[:, start : start + size].T
-        parts.append(rows / rows.norm(dim=1, keepdim=True))
-        start += size
-    return torch.cat(parts)
-
-
-def context_codes(draw: Draw, batch: int, n: int, context: range) -> Tensor:
-    """Coordinates `[batch n]` with about half of the `context` features active and everything else zero."""
-    codes = torch.zeros(batch, n, dtype=torch.float64)
-    shape = (batch, len(context))
-    codes[:, context.start : context.stop] = draw.uniform(1.0, 3.0, *shape) * draw.coins(*shape)
-    return codes

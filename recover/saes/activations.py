@@ -27,8 +27,6 @@ import torch
 
 from recover.types import Float, Int, Tensor
 
-__all__ = ["AbsTopK", "Activation", "Gated", "JumpReLU", "ReLU", "TopK"]
-
 
 @dataclass(frozen=True, eq=False)
 class Activation(ABC):
@@ -40,9 +38,9 @@ class Activation(ABC):
     def __call__(self, pre: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_sae"]:
         """Compute the features `[*batch k]` of pre-activations `[*batch k]`."""
 
-    @abstractmethod
     def threshold(self, features: Int[Tensor, "k"]) -> Float[Tensor, "k"]:
         """Pre-activation `[k]` at or below which each of `features` is zero; NaN where features compete."""
+        return torch.full(features.shape, torch.nan, device=features.device)
 
     def select(self, features: Int[Tensor, "k"]) -> Activation:
         """Restrict the activation to `features`.
@@ -117,9 +115,6 @@ class TopK(Activation):
         top = pre.topk(self.k, dim=-1, sorted=False)
         return torch.zeros_like(pre).scatter(-1, top.indices, torch.relu(top.values))
 
-    def threshold(self, features: Int[Tensor, "k"]) -> Float[Tensor, "k"]:
-        return torch.full(features.shape, torch.nan, device=features.device)
-
 
 @dataclass(frozen=True, eq=False)
 class AbsTopK(Activation):
@@ -131,6 +126,3 @@ class AbsTopK(Activation):
     def __call__(self, pre: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_sae"]:
         top = pre.abs().topk(self.k, dim=-1, sorted=False).indices
         return torch.zeros_like(pre).scatter(-1, top, pre.gather(-1, top))
-
-    def threshold(self, features: Int[Tensor, "k"]) -> Float[Tensor, "k"]:
-        return torch.full(features.shape, torch.nan, device=features.device)

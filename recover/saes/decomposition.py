@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from recover.saes.sae import SAE
 from recover.types import Float, Tensor
 
-__all__ = ["Decomposition", "decompose", "recompose"]
-
 
 @dataclass(frozen=True, eq=False)
 class Decomposition:

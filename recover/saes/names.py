@@ -16,8 +16,6 @@ from recover.models.names import shipped
 from recover.saes.sae import SAE, from_sae_lens, load_sae_folder
 from recover.types import InputError
 
-__all__ = ["load_sae", "shipped_saes"]
-
 
 def shipped_saes() -> dict[str, Path]:
     """Return the folders of the SAEs that ship with recover, by name.

@@ -40,8 +40,6 @@ from torch.nn import functional as F
 from recover.saes.activations import AbsTopK, Activation, Gated, JumpReLU, ReLU, TopK
 from recover.types import Float, InputError, Int, Site, Tensor, widened
 
-__all__ = ["SAE", "from_sae_lens", "load_sae_folder"]
-
 CONFIG_FILE, WEIGHTS_FILE = "cfg.json", "sae_weights.safetensors"
 
 TWO_SITES = "it reads one site and writes another, so there is no error to pass on; use an SAE of one site"

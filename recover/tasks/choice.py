@@ -32,8 +32,6 @@ from recover.tasks.ioi import token_id
 from recover.tasks.questions import LETTERS, Question, load
 from recover.types import Bool, InputError, Int, Progress, Site, Tensor
 
-__all__ = ["OBJECTIVES", "ORDERS", "behavior", "kept", "make_examples", "prompt", "right"]
-
 Order = tuple[int, ...]
 Objective = Literal["choice_margin", "choice_cross_entropy", "vocabulary_margin"]
 
@@ -104,18 +102,11 @@ def behavior(model: Model, asked: Asked, objective: str = "choice_margin") -> Ch
 
 
 def right(
-    model: Model,
-    asked: Asked,
-    edits: Mapping[Site, Edit] | None = None,
-    on_batch: Callable[[int], None] | None = None,
+    model: Model, asked: Asked, edits: Mapping[Site, Edit] | None = None, on_batch: Callable[[int], None] | None = None
 ) -> Bool[Tensor, "batch"]:
     """Test for each prompt whether the right letter beats the other three.
 
-    Args:
-        model: to be asked.
-        asked: questions, each in an order.
-        edits: a defense, as `recover.defenses.defended.clamp_edits` gives it; none by default.
-        on_batch: called with how many prompts were asked.
+    `edits` are those of a defense (`recover.defenses.defended.clamp_edits`); `on_batch` receives each batch's size.
     """
     prompts, wanted = model.tokenize([prompt(*one) for one in asked]), behavior(model, asked)
     found = []

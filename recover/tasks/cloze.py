@@ -14,13 +14,11 @@ stand in the place of the orders of the answers, and the other answers of the sa
 from __future__ import annotations
 
 import difflib
-import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
 from pydantic import PositiveInt
@@ -28,14 +26,13 @@ from pydantic import PositiveInt
 from recover.models.host import Edit, Model
 from recover.tasks.behaviors import AnswerLikelihood, ChoiceMargin
 from recover.tasks.examples import Contrast, Examples
-from recover.tasks.files import read_text, rows_of
+from recover.tasks.files import read_text, rows_of, text_object
 from recover.tasks.ioi import token_id
 from recover.tasks.prose import RELATIONS
 from recover.types import InputError, Int, Progress, Site, Tensor
 
-__all__ = ["Asked", "Fact", "known", "load_file", "make_examples", "right", "shipped"]
-
 BATCH = 64
+KEYS = 'the keys "domain", "prompts" and "answer"'
 
 
 @dataclass(frozen=True)
@@ -147,11 +144,7 @@ def right(
 ) -> list[tuple[bool, ...]]:
     """Test for each fact and paraphrase whether the model's answer is right, by the predicate of the task.
 
-    Args:
-        model: as it is, or with
-        edits: such as those of a defense (`recover.defenses.defended.clamp_edits`).
-        asked: the facts.
-        progress: as in `examples`.
+    `edits` are such as those of a defense (`recover.defenses.defended.clamp_edits`); `progress` as in `make_examples`.
     """
     # In the order of their lengths, so that little of a batch is padding.
     longest = [max(map(len, fact.prompts)) for fact in asked.facts]
@@ -195,15 +188,9 @@ def _asked(model: Model, facts: Sequence[Fact]) -> Asked:
 def shipped() -> list[Fact]:
     """All shipped facts, in the order of their relations."""
     return [
-        Fact(
-            f"{relation.name}-{number:03}",
-            relation.domain,
-            relation.name,
-            tuple(way.format(subject) for way in relation.ways),
-            answer,
-        )
-        for relation in RELATIONS
-        for number, (subject, answer) in enumerate(relation.pairs, start=1)
+        Fact(f"{one.name}-{number:03}", one.domain, one.name, tuple(way.format(subject) for way in one.ways), answer)
+        for one in RELATIONS
+        for number, (subject, answer) in enumerate(one.pairs, start=1)
     ]
 
 
@@ -221,20 +208,12 @@ def load_file(path: Path | str) -> list[Fact]:
     text = read_text(Path(path), name)
     facts = rows_of(text, name, _fact, lambda fact: fact.prompts, "asks the same as line {}; delete one of them")
     if not facts:
-        raise InputError(f'{name}: is empty; give lines with the keys "domain", "prompts" and "answer"')
+        raise InputError(f"{name}: is empty; give lines with {KEYS}")
     return facts
 
 
 def _fact(number: int, line: str) -> Fact:
-    try:
-        row: Any = json.loads(line)
-    except (json.JSONDecodeError, RecursionError):
-        raise InputError("is not valid JSON; give one object a line") from None
-    if not isinstance(row, dict):
-        raise InputError('must be a JSON object with the keys "domain", "prompts" and "answer"')
-    for key in ("domain", "answer"):
-        if not isinstance(row.get(key), str) or not row[key].strip():
-            raise InputError(f'the key "{key}" must be there and hold text')
+    row = text_object(line, ("domain", "answer"), KEYS)
     relation = row.get("relation", "")
     if not isinstance(relation, str):
         raise InputError('the key "relation" must hold text, or be left out')

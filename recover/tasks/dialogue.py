@@ -19,8 +19,6 @@ from recover.tasks import replies
 from recover.tasks.behaviors import ForcedAnswer
 from recover.types import InputError, TokenIds
 
-__all__ = ["Dialogue", "Request", "ask", "chat_prompt"]
-
 
 @dataclass(frozen=True)
 class Request:
@@ -101,10 +99,7 @@ def ask(
         raise InputError("requests: there are none; give at least one")
     tokenizer = model.tokenizer
     rows = [tokenizer(chat_prompt(tokenizer, r.text), add_special_tokens=False)["input_ids"] for r in requests]
-    width = max(map(len, rows))
-    tokens = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=model.device)
-    mask = torch.tensor([[False] * (width - len(row)) + [True] * len(row) for row in rows], device=model.device)
-    prompts, stop = Prompts(tokens, mask), stops(model)
+    prompts, stop = Prompts.padded(rows, model.device), stops(model)
     answers = torch.full((len(rows), n_tokens), -1, device=model.device)
     for part in torch.split(torch.arange(len(rows), device=model.device), batch_size):
         said = generate(model, prompts.select(part), n_tokens, stop=stop)
@@ -120,8 +115,7 @@ def stops(model: Model) -> tuple[int, ...]:
 
     A chat model may end its turn with a token of its own, as Gemma does with `<end_of_turn>`.
     """
-    settings = getattr(model.module, "generation_config", None)
-    given = getattr(settings, "eos_token_id", None)
+    given = getattr(getattr(model.module, "generation_config", None), "eos_token_id", None)
     own = given if isinstance(given, list) else [] if given is None else [given]
     return tuple(dict.fromkeys(int(token) for token in (model.tokenizer.eos_token_id, *own)))
 

@@ -17,8 +17,6 @@ from recover.tasks.behaviors import Behavior, positions_read
 from recover.tasks.dialogue import Dialogue
 from recover.types import InputError, Rows
 
-__all__ = ["Contrast", "Examples", "Readout"]
-
 
 @runtime_checkable
 class Readout(Protocol):
@@ -75,16 +73,13 @@ class Examples:
     readout: Readout | None = None
 
     def __post_init__(self) -> None:
-        if not len(self.ids) == len(self.prompts) or not len(self.ids):
-            raise InputError(
-                f"examples: {len(self.ids)} ids for {len(self.prompts)} prompts; give one each, at least one"
-            )
-        if len(set(self.ids)) < len(self.ids):
+        n = len(self.ids)
+        if n != len(self.prompts) or not n:
+            raise InputError(f"examples: {n} ids for {len(self.prompts)} prompts; give one each, at least one")
+        if len(set(self.ids)) < n:
             raise InputError("examples: two have the same id; each needs its own")
-        if self.groups is not None and len(self.groups) != len(self.ids):
-            raise InputError(
-                f"examples: {len(self.groups)} groups for {len(self.ids)} examples; give one each, or none"
-            )
+        if self.groups is not None and len(self.groups) != n:
+            raise InputError(f"examples: {len(self.groups)} groups for {n} examples; give one each, or none")
 
     @classmethod
     def of(cls, dialogue: Dialogue, columns: int, contrast: Contrast | None = None) -> Examples:
@@ -119,9 +114,7 @@ class Examples:
     def read_with(self, model: Model, exact: Model | None = None) -> tuple[Model, Model]:
         """Return the model that the behavior is read with, and its counterpart for certificates.
 
-        Args:
-            model: the host model.
-            exact: the host model for certificates; `model` itself by default.
+        `exact` is the host model for certificates; `model` itself by default.
         """
         exact = exact or model
         if self.readout is None:

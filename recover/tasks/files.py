@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+import json
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from recover.types import InputError
-
-__all__ = ["decoded", "numbered", "read_text", "rows_of"]
 
 T = TypeVar("T")
 
 
 def read_text(path: Path, name: str, instead: str = "") -> str:
-    """Read a text file.
-
-    Args:
-        path: of the file.
-        name: what messages call it.
-        instead: what else could be given, where it cannot be read.
+    """Read a text file, which messages call `name`; `instead` tells what else could be given.
 
     Raises:
         InputError: it cannot be read, or is not UTF-8.
@@ -49,17 +43,30 @@ def numbered(text: str) -> Iterator[tuple[int, str]]:
     return ((number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip())
 
 
+def text_object(line: str, texts: Sequence[str], keys: str) -> dict[str, Any]:
+    """Parse a JSON object whose keys `texts` hold text; messages list the expected `keys`.
+
+    Raises:
+        InputError: the line is something else.
+    """
+    try:
+        row = json.loads(line)
+    except (json.JSONDecodeError, RecursionError):
+        raise InputError("is not valid JSON; give one object a line") from None
+    if not isinstance(row, dict):
+        raise InputError(f"must be a JSON object with {keys}")
+    for key in texts:
+        if not isinstance(row.get(key), str) or not row[key].strip():
+            raise InputError(f'the key "{key}" must be there and hold text')
+    return row
+
+
 def rows_of(
     text: str, name: str, read: Callable[[int, str], T], content: Callable[[T], Hashable], repeats: str
 ) -> list[T]:
-    """Parse each line of a text and refuse repeated rows.
+    """Parse each line of a text with `read(number, line)`, and refuse rows of equal `content`.
 
-    Args:
-        text: of the file.
-        name: what messages call it.
-        read: a line's number and text, to what it says.
-        content: by which a line that repeats another is known.
-        repeats: what is said of it, with `{}` for the number of the other.
+    Messages call the text `name`, and say `repeats` of a repeated row, with `{}` for the number of the first.
 
     Raises:
         InputError: from `read`, with the line's number; or a line that repeats another.

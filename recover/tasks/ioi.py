@@ -29,50 +29,18 @@ from pydantic import Field, PositiveInt
 from recover.models.host import Model
 from recover.tasks.behaviors import ChoiceMargin, LogitDifference
 from recover.tasks.examples import Examples
-from recover.tasks.files import read_text, rows_of
+from recover.tasks.files import read_text, rows_of, text_object
+from recover.tasks.prose import read_data
 from recover.types import InputError
-
-__all__ = [
-    "IOIExample",
-    "Template",
-    "behavior",
-    "generate",
-    "load",
-    "load_jsonl",
-    "strict",
-    "token_id",
-]
 
 Template = Literal["BABA", "ABBA"]
 TEMPLATES: tuple[Template, ...] = get_args(Template)
 T = TypeVar("T")
 
-NAMES = tuple(
-    """
-    Mary John Sarah David Anna James Emma Robert Laura Michael Alice Peter Susan Thomas Jane Daniel Lisa
-    Paul Karen Mark Rachel George Julia Kevin Amy Brian Helen Steven Kate Andrew Linda Richard Maria Simon
-    Ruth Adam Grace Jack Lucy Henry Martha Eric Rose Frank Diana Jason Claire Charles Nancy Scott Alex Tom
-    Jessica Matthew Sam Ben Emily William Elizabeth Joseph
-    """.split()
-)
-FRAMES = (
-    "When {first} and {second} met at the {place}, {subject} handed {object} to",
-    "Yesterday {first} and {second} walked to the {place}, and {subject} gave {object} to",
-    "While {first} and {second} were busy at the {place}, {subject} passed {object} to",
-    "After {first} and {second} had left the {place}, {subject} offered {object} to",
-    "Once {first} and {second} were back from the {place}, {subject} brought {object} to",
-    "In the end {first} and {second} stayed at the {place}, where {subject} showed {object} to",
-    "Last week {first} and {second} drove to the {place}. Before lunch {subject} lent {object} to",
-    "Later that day {first} and {second} sat near the {place}. Smiling, {subject} gave {object} to",
-    "Because {first} and {second} were early at the {place}, {subject} had time to give {object} to",
-    "The friends {first} and {second} waited at the {place} until {subject} could return {object} to",
-)
-PLACES = tuple("station market library garden museum school office bakery harbor hospital theater park".split())
-OBJECTS = tuple(
-    f"{article} {noun}"
-    for article in ("a", "the")
-    for noun in "book drink letter ticket basket coat camera gift lamp phone map key".split()
-)
+WORDS = json.loads(read_data("ioi.json"))
+NAMES, PLACES, FRAMES = tuple(WORDS["names"].split()), tuple(WORDS["places"].split()), tuple(WORDS["frames"])
+OBJECTS = tuple(f"{article} {noun}" for article in ("a", "the") for noun in WORDS["nouns"].split())
+KEYS = 'the keys "prompt", "io" and "subject"'
 CONTEXT = "The drink was handed to"
 
 
@@ -171,24 +139,14 @@ def load_jsonl(path: Path | str, tokenizer: Any) -> list[IOIExample]:
     """
     name = f"prompt file {path}"
     text = read_text(Path(path), name)
-    examples = rows_of(
-        text, name, lambda _, line: _parse(line, tokenizer), lambda example: example.id, "repeats line {}"
-    )
+    examples = rows_of(text, name, lambda _, line: _parse(line, tokenizer), lambda one: one.id, "repeats line {}")
     if not examples:
-        raise InputError(f'{name}: is empty; give lines with the keys "prompt", "io" and "subject"')
+        raise InputError(f"{name}: is empty; give lines with {KEYS}")
     return examples
 
 
 def _parse(line: str, tokenizer: Any) -> IOIExample:
-    try:
-        row = json.loads(line)
-    except (json.JSONDecodeError, RecursionError):
-        raise InputError("not valid JSON") from None
-    if not isinstance(row, dict):
-        raise InputError('must be a JSON object with the keys "prompt", "io" and "subject"')
-    for key in ("prompt", "io", "subject"):
-        if not isinstance(row.get(key), str) or not row[key].strip():
-            raise InputError(f'the key "{key}" must be there and hold text')
+    row = text_object(line, ("prompt", "io", "subject"), KEYS)
     prompt, io, subject = row["prompt"], row["io"], row["subject"]
     if prompt != prompt.rstrip():
         raise InputError("the prompt ends in white space; end it with its last word")
@@ -210,30 +168,18 @@ def behavior(tokenizer: Any, examples: Sequence[IOIExample], device: torch.devic
 
 
 def strict(
-    tokenizer: Any,
-    examples: Sequence[IOIExample],
-    device: torch.device | str = "cpu",
-    candidates: int | None = None,
+    tokenizer: Any, examples: Sequence[IOIExample], device: torch.device | str = "cpu", candidates: int | None = None
 ) -> ChoiceMargin:
     """Build the strict behavior: the indirect object is the most likely of all names, so that chance is 1 / names.
 
     The same names compete in every prompt, so that a shared delta which takes down the subject, or writes one name, is
-    not rewarded for it.
-
-    Args:
-        tokenizer: the model's.
-        examples: whose names are targets.
-        device: of the tokens.
-        candidates: how many names compete, the example's own two first; all by default.
+    not rewarded for it. Only the first `candidates` compete (None: all), the example's own two before the others.
     """
     names = {name: token_id(tokenizer, name) for name in single_token_names(tokenizer)}
-    rows = []
-    for example in examples:
-        own = [token_id(tokenizer, name, example.prompt) for name in (example.io, example.subject)]
-        rows.append([*own, *(token for token in names.values() if token not in own)])
+    owns = [[token_id(tokenizer, name, one.prompt) for name in (one.io, one.subject)] for one in examples]
+    rows = [[*own, *(token for token in names.values() if token not in own)] for own in owns]
     width = min(candidates or len(names), *map(len, rows))  # a file's own names may not be among ours
-    rows = [row[:width] for row in rows]
-    tokens = torch.tensor(rows, device=device)
+    tokens = torch.tensor([row[:width] for row in rows], device=device)
     return ChoiceMargin(tokens[:, 0], tokens[:, 1:])
 
 
@@ -246,15 +192,9 @@ def load(
     file: Path | str | None = None,
     frames: int | None = None,
 ) -> list[IOIExample]:
-    """Give the examples that a `prompts:` section asks for.
+    """Draw `n` examples (by default 64) of these name orders, or keep the first `n` of a JSONL file (by default all).
 
-    Args:
-        tokenizer: the model's.
-        n: how many to draw; with a file, how many to keep from its start (None: all).
-        seed: of the draw; a file is kept in its order.
-        templates: which name orders to draw, or to keep from the file.
-        file: a JSONL file to read instead of drawing.
-        frames: how many of the wordings to draw from (None: all); a file has its own.
+    They are drawn from the first `frames` wordings (None: all); a file has its own wordings, and is kept in its order.
 
     Raises:
         InputError: from `generate` and `load_jsonl`, or if no example of the file has such a template.

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import itertools
 import json
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -27,9 +28,8 @@ from typing import Any, Literal, get_args
 from recover.models import hub
 from recover.models.hub import hub_offline
 from recover.tasks.files import decoded, numbered
+from recover.tasks.prose import read_data
 from recover.types import InputError
-
-__all__ = ["Data", "Labeled", "Split", "draw", "load", "load_file"]
 
 Data = Literal["glosses", "bias_in_bios_1", "bias_in_bios_2", "bias_in_bios_3", "amazon_reviews"]
 Split = Literal["train", "test"]
@@ -63,37 +63,24 @@ class _Source:
     whole: tuple[str, ...] = ()
 
 
-def _professions(names: Mapping[int, str]) -> _Source:
-    return _Source("LabHC/bias_in_bios", "hard_text", "profession", names, ("gender",))
+def _source(name: str, hub: str, *columns: str) -> _Source:
+    """A published set: its columns of text and of class, and the others; its classes are in `data/classes.json`."""
+    text, label, *whole = columns
+    classes = json.loads(read_data("classes.json"))[name]
+    return _Source(hub, text, label, {int(number): called for number, called in classes.items()}, tuple(whole))
 
 
+BIOS: tuple[Data, ...] = ("bias_in_bios_1", "bias_in_bios_2", "bias_in_bios_3")
+AMAZON = "canrager/amazon_reviews_mcauley_1and5"
 SOURCES: Mapping[Data, _Source] = {
     "glosses": _Source(None, "text", "label"),
-    "bias_in_bios_1": _professions({0: "accountant", 1: "architect", 2: "attorney", 6: "dentist", 9: "filmmaker"}),
-    "bias_in_bios_2": _professions({11: "journalist", 13: "nurse", 14: "painter", 18: "photographer", 19: "physician"}),
-    "bias_in_bios_3": _professions({20: "poet", 21: "professor", 22: "psychologist", 25: "surgeon", 26: "teacher"}),
-    "amazon_reviews": _Source(
-        "canrager/amazon_reviews_mcauley_1and5",
-        "text",
-        "category",
-        {
-            1: "toys_and_games",
-            2: "cell_phones_and_accessories",
-            3: "industrial_and_scientific",
-            5: "musical_instruments",
-            6: "electronics",
-        },
-        ("rating",),
-    ),
+    **{name: _source(name, "LabHC/bias_in_bios", "hard_text", "profession", "gender") for name in BIOS},
+    "amazon_reviews": _source("amazon_reviews", AMAZON, "text", "category", "rating"),
 }
 
 
 def load(data: Data = "glosses", file: Path | str | None = None) -> list[Labeled]:
-    """All rows of a set, in its order.
-
-    Args:
-        data: which one.
-        file: the same columns as JSON lines (gzipped where it is named `.gz`), to be read instead.
+    """All rows of a set, in its order, or of a `file` with its columns: JSON lines, gzipped where it is named `.gz`.
 
     Raises:
         InputError: from `load_file`; or a set that is neither cached nor reachable.
@@ -104,11 +91,8 @@ def load(data: Data = "glosses", file: Path | str | None = None) -> list[Labeled
     if source.hub is None:
         return load_file(SHIPPED, data)
     try:
-        return [
-            row
-            for split in get_args(Split)
-            for row in _kept(_hub_rows(source, split), source, default=split, name=split)
-        ]
+        both = (_kept(_hub_rows(source, split), source, default=split, name=split) for split in get_args(Split))
+        return list(itertools.chain.from_iterable(both))
     except InputError as error:
         raise InputError(f"data set {source.hub}: {error}") from None
 

@@ -26,11 +26,9 @@ from pydantic import Field, PositiveInt
 
 from recover.models.host import Model, Prompts
 from recover.tasks.examples import Contrast, Examples
-from recover.tasks.labeled import Data, Labeled, Split, draw, load
+from recover.tasks.labeled import Data, Labeled, draw, load
 from recover.tasks.probe_heads import PooledProbe, ProbeHead, Probes, pooled_residuals, train_probes
 from recover.types import Bool, Float, InputError, Int, Site, Tensor
-
-__all__ = ["SKIPPED", "Material", "Texts", "make_examples", "prepare"]
 
 SKIPPED = 1
 """First tokens that no mean is over."""
@@ -162,8 +160,7 @@ def prepare(
     """Read the texts and train a probe for each class; the arguments are those of `examples`."""
     site = Site(layer)
     model.check_site(site)
-    rows = load(data, file)
-    long = _long_enough(model, rows, tokens)
+    long = _long_enough(model, load(data, file), tokens)
     labels = sorted({row.label for row, _ in long if row.split == "train"})
     if len(labels) < 2:
         raise InputError(
@@ -171,20 +168,14 @@ def prepare(
             "from others, so ask for fewer tokens, or give texts of more classes"
         )
     ids = {row.id: tokenized for row, tokenized in long}
-    parts = {
-        split: _texts(model, [row for row in drawn if row.label in labels], ids, labels)
-        for split, drawn in _drawn([row for row, _ in long], seed, train).items()
-    }
-    report = progress or (lambda *_: None)
-    prompts = parts["train"].prompts
-    mean = pooled_residuals(
-        model, prompts, site, SKIPPED, model.batch_size(prompts), lambda done: report("residuals", done, len(prompts))
+    usable = [row for row, _ in long if row.label in labels]
+    fitted, held = (
+        _texts(model, draw(usable, *asked), ids, labels) for asked in (("train", seed, train), ("test", seed))
     )
-    return Material(train_probes(mean, parts["train"].label, labels, l2), site, parts["train"], parts["test"], mean)
-
-
-def _drawn(rows: Sequence[Labeled], seed: int, train: int) -> dict[Split, list[Labeled]]:
-    return {"train": draw(rows, "train", seed, train), "test": draw(rows, "test", seed)}
+    report, n = progress or (lambda *_: None), len(fitted.prompts)
+    size = model.batch_size(fitted.prompts)
+    mean = pooled_residuals(model, fitted.prompts, site, SKIPPED, size, lambda done: report("residuals", done, n))
+    return Material(train_probes(mean, fitted.label, labels, l2), site, fitted, held, mean)
 
 
 def _long_enough(model: Model, rows: Sequence[Labeled], tokens: int) -> list[tuple[Labeled, list[int]]]:

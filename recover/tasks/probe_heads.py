@@ -27,8 +27,6 @@ from torch.nn import functional as F
 from recover.models.host import Model, Prompts
 from recover.types import Float, InputError, Int, PerExample, Rows, Site, Tensor
 
-__all__ = ["PooledProbe", "ProbeHead", "Probes", "pooled_residuals", "train_probes"]
-
 AGREES = 1e-3
 """Largest difference, as a share of the largest logit, of a head from the probes of the host's residual."""
 INSTRUMENT = "__nnsight__"
@@ -58,13 +56,9 @@ class Probes:
 def train_probes(
     mean: Float[Tensor, "batch d_model"], label: Int[Tensor, "batch"], labels: Sequence[str], l2: float = 1e-2
 ) -> Probes:
-    """Fit one probe a class.
+    """Fit one probe a class to mean residuals; `label` is the class of each text, an index into `labels`.
 
-    Args:
-        mean: mean residuals of the texts to train on.
-        label: the class of each, an index into `labels`.
-        labels: at least two.
-        l2: weight of the penalty, on the mean over texts, in standardized coordinates.
+    The penalty has the weight `l2`, on the mean over texts, in standardized coordinates.
 
     Raises:
         InputError: fewer than two classes, or one without a text.
@@ -142,9 +136,8 @@ class PooledProbe:
         return None
 
     def score(self, logits: Float[Tensor, "batch pos choice"]) -> PerExample:
-        mean = reduce(
-            rearrange(logits, "batch ... choice -> batch (...) choice"), "batch pos choice -> batch choice", "mean"
-        )
+        flat = rearrange(logits, "batch ... choice -> batch (...) choice")
+        mean = reduce(flat, "batch pos choice -> batch choice", "mean")
         return mean.gather(1, self.target[:, None])[:, 0]
 
     def slack(self, logits: Float[Tensor, "batch pos choice"]) -> PerExample:

@@ -13,6 +13,8 @@ All of it was written for this project.
   file, so append new requests at its end.
 - `neutral.txt`: everyday passages of two or three sentences, one per line. Nobody in them has a name, so that behaviors
   about names leave them alone.
+- `ioi.json`, `openings.toml` and `classes.json`: the words of `recover.tasks.ioi`, the patterns of
+  `recover.tasks.replies`, and the classes of `recover.tasks.labeled`.
 """
 
 from __future__ import annotations
@@ -20,8 +22,6 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from importlib import resources
-
-__all__ = ["NEUTRAL", "ORDINARY", "RELATIONS", "UNSERVABLE", "Relation"]
 
 
 @dataclass(frozen=True)
@@ -41,14 +41,15 @@ class Relation:
     pairs: tuple[tuple[str, str], ...]
 
 
-def _read(file: str) -> str:
+def read_data(file: str) -> str:
+    """Read a file of `recover/tasks/data`."""
     return resources.files("recover.tasks").joinpath("data", file).read_text(encoding="utf-8")
 
 
-NEUTRAL = tuple(_read("neutral.txt").splitlines())
-ORDINARY = tuple(_read("ordinary.txt").splitlines())
-UNSERVABLE = tuple(_read("unservable.txt").splitlines())
+NEUTRAL = tuple(read_data("neutral.txt").splitlines())
+ORDINARY = tuple(read_data("ordinary.txt").splitlines())
+UNSERVABLE = tuple(read_data("unservable.txt").splitlines())
 RELATIONS = tuple(
     Relation(row["domain"], row["name"], tuple(row["ways"]), tuple(row["pairs"].items()))
-    for row in json.loads(_read("facts.json"))
+    for row in json.loads(read_data("facts.json"))
 )

@@ -19,13 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import constants
-
 from recover.models import hub, names
 from recover.tasks.files import numbered, read_text
 from recover.types import InputError
-
-__all__ = ["Question", "load"]
 
 LETTERS = "ABCD"
 PUBLISHED = {"cais/wmdp": "wmdp-bio", "cais/mmlu": "all"}
@@ -147,7 +143,10 @@ def _from_hub(dataset: str, configuration: str) -> Iterable[Any]:
     """The rows of a published data set: from the cache, and only then from the hub."""
     import datasets  # here, because it is slow to import and serves this one kind of name
 
-    with _offline(datasets), contextlib.suppress(Exception):  # whatever its many loaders raise, it is not in the cache
+    with (
+        hub.hub_offline(datasets.config),
+        contextlib.suppress(Exception),
+    ):  # whatever its many loaders raise, it is not in the cache
         return list(datasets.load_dataset(dataset, configuration, split=SPLIT))
     reason = "the hub cannot be reached"
     if hub.hub_reachable():
@@ -160,14 +159,3 @@ def _from_hub(dataset: str, configuration: str) -> Iterable[Any]:
         f"{configuration}/{SPLIT}-00000-of-00001.parquet of the data set {dataset} and give its path in their place "
         "(prompts.forget or prompts.retain)"
     )
-
-
-@contextlib.contextmanager
-def _offline(datasets: Any) -> Iterator[None]:
-    """The hub's client and the library both look into their caches alone."""
-    before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before

@@ -30,8 +30,6 @@ from recover.tasks.files import numbered, read_text
 from recover.tasks.prose import ORDINARY, UNSERVABLE
 from recover.types import InputError
 
-__all__ = ["draw", "load", "load_file", "make_examples", "shipped"]
-
 Shipped = Literal["ordinary", "unservable"]
 
 COLUMNS = "goal,target (as AdvBench) or Behavior,...,ContextString,BehaviorID (as HarmBench)"
@@ -98,13 +96,7 @@ def draw(n: int, seed: int = 0, kind: Shipped = "ordinary") -> list[Request]:
 def load(
     *, n: int | None = None, seed: int = 0, kind: Shipped = "ordinary", file: Path | str | None = None
 ) -> list[Request]:
-    """Give the requests that a `prompts:` section asks for.
-
-    Args:
-        n: how many to draw; with a file, how many to keep from its start (None: all).
-        seed: of the draw; a file is kept in its order.
-        kind: which of the shipped ones to draw.
-        file: to read instead of drawing.
+    """Draw `n` shipped requests of a kind, or keep the first `n` of a file, in its order (None: all).
 
     Raises:
         InputError: from `draw` and `load_file`.

@@ -22,8 +22,6 @@ from recover.tasks import choice, cloze, ioi, probe, refusal
 from recover.tasks.examples import Examples
 from recover.types import InputError, Progress
 
-__all__ = ["TASKS", "Task", "get_task", "load_examples", "read_options"]
-
 
 @runtime_checkable
 class Task(Protocol):

@@ -16,8 +16,6 @@ from recover.tasks import choice, cloze, questions
 from recover.tasks.registry import get_task, read_options
 from recover.types import InputError, Site
 
-__all__ = ["StillRight", "still_right"]
-
 
 @dataclass(frozen=True)
 class StillRight:
