@@ -11,31 +11,26 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from einops import rearrange
-
-from recover import load_config
-from recover.defenses.defended import clamp_edits
-from recover.run.setting import build_defense, load_setting, select_features
-from recover.tasks.choice import ORDERS, draw, kept, right
-from recover.tasks.questions import load
+from recover.defenses import clamp_edits
+from recover.run import build_bench, load_config, load_setting
+from recover.tasks import still_right
 
 
 def main() -> None:
+    """Ask both kinds of questions and print what is left of each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path, nargs="?", default=Path(__file__).parent / "choice_toy.yaml")
-    setting = load_setting(load_config(parser.parse_args().config))
-    defense = build_defense(setting, select_features(setting, setting.batch_size))
-    options = setting.config.prompts.model_dump()
+    config = load_config(parser.parse_args().config)
+    bench = build_bench(load_setting(config))
     for kind in ("forget", "retain"):
-        asked = draw(load(options[kind]), options["n"], options["seed"])
-        known = kept(setting.model, asked)
-        every = [(question, order) for question in known for order in ORDERS]
-        answered = rearrange(right(setting.model, every, clamp_edits(defense)), "(q o) -> q o", o=len(ORDERS))
+        found = still_right("choice", bench.model, config.prompts.model_dump(), clamp_edits(bench.defense), kind)
+        orders = found.wordings
         print(
-            f"{kind}: {len(asked)} questions, {len(known)} right in all orders; with the defense "
-            f"{float(answered.float().mean()):.1%} of their orders, {int(answered.all(dim=1).sum())} in all"
+            f"{kind}: {found.asked} questions, {len(found.known)} right in all orders; with the defense "
+            f"{sum(orders) / len(orders):.1%} of their orders, {sum(map(all, found.known))} in all"
         )
-        print(f"  questions with most orders wrong: {int((answered.float().mean(dim=1) < 0.5).sum())}")
+        wrong = sum(sum(question) < len(question) / 2 for question in found.known)
+        print(f"  questions with most orders wrong: {wrong}")
 
 
 if __name__ == "__main__":

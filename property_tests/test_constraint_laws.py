@@ -40,7 +40,7 @@ from recover.numerics.metrics import norm
 from recover.numerics.subspaces import NullSpace, row_space
 from recover.planted.network import Gather, Linear, Network
 from recover.search.ascent import scale_to
-from recover.search.constraints.admissible import JacobianOrthogonal, admissible
+from recover.search.constraints.first_order import JacobianOrthogonal, admissible
 from recover.search.constraints.linear import (
     ActivationStable,
     Budget,

@@ -28,7 +28,7 @@ from recover.planted.selftest import TOLERANCE, UNMEASURED, judge, norm_error
 from recover.protocol.checking import check
 from recover.saes.decomposition import decompose
 from recover.search.ascent import find_perturbation, scale_to
-from recover.search.constraints.admissible import JacobianOrthogonal, admissible
+from recover.search.constraints.first_order import JacobianOrthogonal, admissible
 from recover.search.constraints.linear import EncoderOrthogonal
 from recover.search.minimum import smallest_perturbation
 

@@ -19,7 +19,7 @@ from recover.planted.network import Linear, Network
 from recover.saes.activations import ReLU
 from recover.saes.sae import SAE
 from recover.search.ascent import find_perturbation
-from recover.search.constraints.admissible import JacobianOrthogonal, admissible, jacobian
+from recover.search.constraints.first_order import JacobianOrthogonal, admissible, jacobian
 from recover.search.constraints.linear import EncoderOrthogonal
 from recover.search.gradient_free import reexamined
 from recover.search.minimum import smallest_perturbation
@@ -370,7 +370,7 @@ def test_many_rows_are_taken_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
         surface=Surface(placement=placement),
     )
     whole = jacobian(defended)
-    monkeypatch.setattr("recover.search.constraints.admissible.ELEMENTS_AT_ONCE", 4 * 4 * 3 * D_MODEL)
+    monkeypatch.setattr("recover.search.constraints.first_order.ELEMENTS_AT_ONCE", 4 * 4 * 3 * D_MODEL)
     assert_close(jacobian(defended), whole)
 
 

@@ -1,21 +1,60 @@
-"""What the sweeps of analyses/ share: points that are kept, and bad input that is told in one line."""
+"""The scripts of analyses/: short, of public names alone, and bad input is told in one line."""
 
 from __future__ import annotations
 
+import ast
+import importlib
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from recover.run.config import load_config
-from recover.run.runner import run_check
+import recover
+from recover.protocol import ReadOut
+from recover.run import Points, load_config, load_run, run_check
+from recover.tasks import StillRight
 from recover.types import InputError
 from tests import tiny
 
 ANALYSES = Path(__file__).parent.parent / "analyses"
+SCRIPTS = sorted(ANALYSES.glob("*.py"))
+MOST_LINES = 120
+
+
+def private_names(source: str) -> Iterator[str]:
+    """What a script uses of recover that is not public: imports, and attributes of the package."""
+    for node in ast.walk(ast.parse(source)):
+        match node:
+            case ast.Import():
+                yield from (one.name for one in node.names if one.name.startswith("recover."))
+            case ast.ImportFrom(module=str(module)) if module.split(".")[0] == "recover":
+                package = importlib.import_module(module)
+                public = package.__all__ if hasattr(package, "__path__") else ()
+                yield from (f"{module}.{one.name}" for one in node.names if one.name not in public)
+            case ast.Attribute(value=ast.Name(id="rc")) if node.attr not in recover.__all__:
+                yield f"rc.{node.attr}"
+            case ast.Attribute() if node.attr.startswith("_"):
+                yield node.attr
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_an_analysis_is_short_and_of_public_names(path: Path) -> None:
+    source = path.read_text(encoding="utf-8")
+    assert len(source.splitlines()) <= MOST_LINES
+    assert list(private_names(source)) == []
+    own = {script.stem for script in SCRIPTS}
+    nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Import | ast.ImportFrom)]
+    imported = {getattr(node, "module", None) or node.names[0].name for node in nodes}
+    assert not own & imported
+
+
+def test_what_is_private_is_found() -> None:
+    said = "import recover.types\nimport recover as rc\nfrom recover.search.ascent import clip\nrc.nothing\nx._made"
+    assert sorted(private_names(said)) == ["_made", "rc.nothing", "recover.search.ascent.clip", "recover.types"]
 
 
 @pytest.fixture
@@ -25,39 +64,38 @@ def analysis(monkeypatch: pytest.MonkeyPatch) -> Any:
     return __import__
 
 
-def test_a_point_is_made_once(analysis: Any, tmp_path: Path) -> None:
-    points, made = analysis("points").Points, []
+def test_a_point_is_made_once(tmp_path: Path) -> None:
+    made: list[int] = []
 
     def make(value: int) -> dict[str, int]:
         made.append(value)
         return {"value": value}
 
-    first = points.open(tmp_path / "sweep", {"budget": (1, 2)})
+    first = Points.open(tmp_path / "sweep", {"budget": (1, 2)})
     assert first.get("a", lambda: make(1)) == {"value": 1}
-    again = points.open(tmp_path / "sweep", {"budget": [1, 2]})  # as JSON has it
+    again = Points.open(tmp_path / "sweep", {"budget": [1, 2]})  # as JSON has it
     assert again.get("a", lambda: make(2)) == {"value": 1}
     assert again.get("b", lambda: make(3)) == {"value": 3}
     assert made == [1, 3]
 
 
-def test_a_point_that_fails_is_not_kept(analysis: Any, tmp_path: Path) -> None:
-    points = analysis("points").Points.open(tmp_path, {})
+def test_a_point_that_fails_is_not_kept(tmp_path: Path) -> None:
+    points = Points.open(tmp_path, {})
     with pytest.raises(KeyboardInterrupt):
         points.get("a", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
     assert points.get("a", lambda: {"value": 1}) == {"value": 1}
 
 
-def test_other_settings_and_other_folders_are_refused(analysis: Any, tmp_path: Path) -> None:
-    points = analysis("points").Points
-    points.open(tmp_path / "sweep", {"budget": 1})
+def test_other_settings_and_other_folders_are_refused(tmp_path: Path) -> None:
+    Points.open(tmp_path / "sweep", {"budget": 1})
     with pytest.raises(InputError, match="made under other settings"):
-        points.open(tmp_path / "sweep", {"budget": 2})
+        Points.open(tmp_path / "sweep", {"budget": 2})
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "mine.txt").write_text("mine")
     with pytest.raises(InputError, match="holds something else"):
-        points.open(tmp_path / "notes", {})
+        Points.open(tmp_path / "notes", {})
     with pytest.raises(InputError, match="cannot be used"):
-        points.open(tmp_path / "notes" / "mine.txt", {})
+        Points.open(tmp_path / "notes" / "mine.txt", {})
 
 
 @pytest.mark.parametrize(("count", "expected"), [(1, [1]), (2, [1, 1]), (3, [2, 1]), (12, [6, 6]), (41, [21, 20])])
@@ -91,12 +129,9 @@ def test_what_moves_a_clamped_feature_is_back_only_without_a_constraint(analysis
 
 
 def test_published_refusals_stand_under_the_headings(analysis: Any) -> None:
-    refusal = analysis("refusal")
-
     def told(name: str) -> dict[str, list[str]]:
-        found = analysis("beside").published_rows(load_config(ANALYSES / name), refusal.BESIDE)
-        lines = [refusal.published_line(*one) for one in found.items()]
-        assert {len(line) for line in lines} == {refusal.HEADINGS.index("   floor") + len("   floor")}
+        lines = [ReadOut.published(*one) for one in analysis("refusal").published(load_config(ANALYSES / name)).items()]
+        assert {len(line) for line in lines} == {ReadOut.HEADINGS.index("   floor") + len("   floor")}
         return {line[:15].strip(): line[15:].split() for line in lines}
 
     advbench = told("published/refusal_advbench_gemma2.yaml")
@@ -107,17 +142,17 @@ def test_published_refusals_stand_under_the_headings(analysis: Any) -> None:
     assert harmbench == {"constrained": ["43", "43", "19", "14", "-", "-", "4.9%", "0.108", "-", "0.102"]}
 
 
-def test_what_is_retained_is_told_by_wording_and_by_fact(analysis: Any) -> None:
-    said = analysis("unlearning").retained([(True, True), (True, False), (False, False), (True,)])
+def test_what_is_retained_is_told_by_wording_and_by_fact() -> None:
+    said = str(StillRight(5, ((True, True), (True, False), (False, False), (True,))))
     assert "4 of 7 wordings (57.1%)" in said
-    assert "2 of 4 (50.0%) in every wording" in said
-    assert "nothing can be said" in analysis("unlearning").retained([])
+    assert "2 of 4 items (50.0%) right in every wording" in said
+    assert "nothing can be said" in str(StillRight(5, ()))
 
 
 @pytest.mark.parametrize(
     ("script", "arguments", "said"),
     [
-        ("budget.py", ["--budgets", "-1"], "budget: --budgets: -1 is no norm; give numbers from 0"),
+        ("budget.py", ["--budgets", "-1"], "budget: --budgets: a budget must be 0 or more, got -1"),
         ("feature_count.py", ["--counts", "0"], "feature_count: --counts: 0 features cannot be raised"),
         ("refusal.py", ["nowhere.yaml"], "refusal: nowhere.yaml: cannot be read"),
         (
@@ -142,28 +177,41 @@ def test_attribution_of_a_finished_run_goes_on_where_it_stopped(
     tiny.make(tmp_path / "defense")
     run_check(load_config(tmp_path / "defense" / "defense.yaml"), tmp_path / "run")
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
-    module, out = analysis("attribution"), tmp_path / "out"
-    arguments = ["attribution.py", str(tmp_path / "run"), "--out", str(out), "--points", "2", "--flips", "5"]
-    monkeypatch.setattr(sys, "argv", arguments)
-    module.main()
-    printed = capsys.readouterr().out
+    out = tmp_path / "out"
+
+    def printed(name: str, *arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
+        analysis(name).main()
+        return capsys.readouterr().out
+
+    arguments = (str(tmp_path / "run"), "--out", str(out), "--points", "2", "--flips", "5")
+    first = printed("attribution", *arguments)
     found = json.loads((out / "attribution.json").read_text())
-    table = found["own"]["table"]
+    table = analysis("attribution_tables").part_rows(found["own"])
     assert table["full"]["replay"] == table["full"]["certified"] == 5
     assert table["full"]["knockout"] == table["clamped"]["replay"] == 0
     # The SAE is exact in the whole residual stream, so nothing is in its error.
     assert table["error"]["integrated"] == pytest.approx(0, abs=1e-3)
     assert table["free"]["integrated"] == pytest.approx(1, abs=1e-3)
-    assert found["own"]["sanity"] < 1e-4
-    (carried,) = found["own"]["carriers"].values()
-    assert sum(carried["paths"]["direct"].values()) == pytest.approx(1, abs=0.02)
+    assert found["sanity"] < 1e-4
     assert found["shared"]
+    assert "parts of own deltas: 5 valid flips" in printed("attribution_tables", str(out))
     assert (out / "attribution.svg").exists()
-    for name in ("attribute", "certify", "through", "looks"):
-        monkeypatch.delattr(module, name)
-    module.main()
-    assert capsys.readouterr().out == printed
+    paths = [*arguments[:2], str(tmp_path / "paths"), *arguments[3:]]
+    told = printed("paths", *paths)
+    carried = json.loads((tmp_path / "paths" / "paths.json").read_text())
+    assert {name.split("-")[0] for name in carried} == {"own", "shared"}
+    assert sum(carried["own-0"]["paths"]["direct"].values()) == pytest.approx(1, abs=0.02)
+    assert (tmp_path / "paths" / "paths.svg").exists()
+    monkeypatch.delattr(analysis("attribution"), "attribute")
+    for name in ("carried", "name_movers"):
+        monkeypatch.delattr(analysis("paths"), name)
+    assert printed("attribution", *arguments) == first
+    assert printed("paths", *paths) == told
     assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    run = load_run(tmp_path / "run")
+    assert list(run.flips) == [name for name, record in run.records.items() if record.valid_flip]
+    assert {len(one.delta) for one in run.shared} == {len(one.examples.ids) for one in run.shared}
 
 
 def test_shares_of_parts_are_of_all_examples_together(analysis: Any) -> None:

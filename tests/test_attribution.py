@@ -20,7 +20,7 @@ from recover.planted.routes import error_bypass, feature_bypass
 from recover.saes.activations import ReLU
 from recover.saes.sae import SAE, from_sae_lens
 from recover.search.ascent import find_perturbation
-from recover.search.constraints.admissible import admissible
+from recover.search.constraints.first_order import admissible
 from recover.search.constraints.pinned import Pinned
 from recover.tasks.behaviors import LogitDifference
 from recover.types import InputError, Site, Surface

@@ -11,7 +11,7 @@ from recover.defenses.defended import Defended, defend
 from recover.evidence.controls import Anywhere, Undefended, cosine, displacement, placebo_targets, undone
 from recover.planted import KINDS, Planted
 from recover.search.ascent import find_perturbation
-from recover.search.constraints.admissible import admissible
+from recover.search.constraints.first_order import admissible
 from recover.tasks.behaviors import ChoiceMargin, LogitDifference
 
 

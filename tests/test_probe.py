@@ -33,7 +33,7 @@ from recover.protocol.phases import BY_GRADIENT
 from recover.saes.sae import from_sae_lens
 from recover.search.ascent import Schedule
 from recover.search.ascent import find_perturbation as search
-from recover.search.constraints.admissible import admissible
+from recover.search.constraints.first_order import admissible
 from recover.search.solvers import worst_case
 from recover.tasks import labeled, probe
 from recover.tasks.behaviors import AnswerLikelihood, known_targets

@@ -394,7 +394,7 @@ def test_the_command_for_ioi_and_figures_given_later(
     file.write_text(yaml.safe_dump(values))
     monkeypatch.setattr("recover.run.runner.check", None)
     assert cli.main(["check", str(file), *flags]) == 0
-    assert "counts.n: published 13, ours 12; agrees from 13 to 13" in " ".join(capsys.readouterr().out.split())
+    assert "counts.n: published 13, ours 12; agrees if between 13 and 13" in " ".join(capsys.readouterr().out.split())
     after = json.loads((out / "verdict.json").read_text())
     assert {key: after[key] for key in after if key != "published"} == {
         key: before[key] for key in before if key != "published"

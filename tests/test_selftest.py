@@ -17,7 +17,7 @@ from recover.planted import KINDS, MIXTURES, selftest
 from recover.planted.selftest import Outcome
 from recover.protocol import bench, phases, reading
 from recover.search import solvers
-from recover.search.constraints.admissible import admissible
+from recover.search.constraints.first_order import admissible
 from recover.search.constraints.linear import EncoderOrthogonal
 
 KNOWN = {
@@ -260,7 +260,7 @@ def test_the_command_prints_saves_and_exits(
     [
         (["--seeds", "0"], "expected a positive whole number, got '0'"),
         (["--seeds", "x"], "expected a positive whole number, got 'x'"),
-        (["--json", "/no/such/folder/file.json"], "there is no folder /no/such/folder"),
+        (["--json", "/no/such/folder/file.json"], "the folder /no/such/folder does not exist"),
         (["--sedes", "1"], "did you mean --seeds?"),
     ],
 )

@@ -9,7 +9,7 @@ from torch import Tensor
 from recover.defenses.defended import defend
 from recover.evidence.transfer import FitSchedule, Pool, Problem, derangement, fit_shared, halves, random_shared
 from recover.planted import KINDS, Planted
-from recover.search.constraints.admissible import admissible
+from recover.search.constraints.first_order import admissible
 from recover.search.constraints.linear import EncoderOrthogonal
 from recover.search.constraints.pinned import Pinned
 from recover.types import InputError, Surface

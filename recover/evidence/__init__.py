@@ -8,6 +8,7 @@ specific, and `attribution` says which parts of a perturbation and of the model 
 from recover.evidence.certificate import Certificate, certify, constraint_residual, free_drift
 from recover.evidence.controls import Anywhere, Undefended, averaged, cosine, displacement, placebo_targets, undone
 from recover.evidence.rules import Finding, Reading, Rules, TransferEvidence, judge
+from recover.evidence.shared import fit_and_read
 from recover.evidence.transfer import FitSchedule, Pool, Problem, derangement, fit_shared, halves, random_shared
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "cosine",
     "derangement",
     "displacement",
+    "fit_and_read",
     "fit_shared",
     "free_drift",
     "halves",

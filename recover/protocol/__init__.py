@@ -10,11 +10,13 @@ from recover.protocol.bench import Batch, Bench
 from recover.protocol.checking import check
 from recover.protocol.folder import RunFolder, RunState, write_whole
 from recover.protocol.ledger import InMemoryStore, Store
-from recover.protocol.phases import BY_GRADIENT, PHASES
+from recover.protocol.phases import BY_GRADIENT, PHASES, read_replies
 from recover.protocol.plan import Plan, TransferPlan
+from recover.protocol.readout import ReadOut, certificate_of, flips_of, read_out, read_out_suffix, search_pinned
 from recover.protocol.records import CertificateRecord, ExampleRecord, SmallestRecord, certificate_values
 from recover.protocol.runtime import Runtime
-from recover.protocol.verdict import certified_norm, placebo_pairs
+from recover.protocol.steps import run_phases, run_transfer
+from recover.protocol.verdict import certified_norm, curve, placebo_pairs
 from recover.protocol.verdict_model import Gate, OtherSchemaError, Recovery, RefusedTransfer, Transfer, Verdict
 from recover.protocol.workers import ALONE, LostWorkerError, Workers, joined
 
@@ -31,6 +33,7 @@ __all__ = [
     "LostWorkerError",
     "OtherSchemaError",
     "Plan",
+    "ReadOut",
     "Recovery",
     "RefusedTransfer",
     "RunFolder",
@@ -42,10 +45,19 @@ __all__ = [
     "TransferPlan",
     "Verdict",
     "Workers",
+    "certificate_of",
     "certificate_values",
     "certified_norm",
     "check",
+    "curve",
+    "flips_of",
     "joined",
     "placebo_pairs",
+    "read_out",
+    "read_out_suffix",
+    "read_replies",
+    "run_phases",
+    "run_transfer",
+    "search_pinned",
     "write_whole",
 ]

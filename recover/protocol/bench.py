@@ -28,7 +28,7 @@ from recover.models.generation import texts
 from recover.models.host import Model
 from recover.protocol.plan import Plan
 from recover.search.ascent import Feasible, Schedule
-from recover.search.constraints.admissible import admissible
+from recover.search.constraints.first_order import admissible
 from recover.search.constraints.pinned import Pinned
 from recover.tasks import replies as refusal
 from recover.tasks.dialogue import Dialogue

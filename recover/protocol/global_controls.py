@@ -16,7 +16,7 @@ from recover.numerics.metrics import norm
 from recover.protocol.bench import Batch, Bench
 from recover.protocol.phases import Deltas
 from recover.search.ascent import find_perturbation
-from recover.search.constraints.admissible import admissible
+from recover.search.constraints.first_order import admissible
 from recover.search.gradient_checks import error_channel, finite_differences
 from recover.types import Tensor
 

@@ -31,7 +31,7 @@ from recover.protocol.bench import Bench
 from recover.protocol.phases import BatchProgress, Deltas, Done
 from recover.protocol.reading import exchangeable, exchanged, one_for_all, parts_of, shown, shown_as_asked
 from recover.protocol.verdict_model import Transfer, TransferPoint, TransferReadings
-from recover.search.constraints.admissible import JacobianOrthogonal
+from recover.search.constraints.first_order import JacobianOrthogonal
 from recover.search.constraints.pinned import Pinned
 from recover.tasks import replies as refusal
 from recover.types import Int, Tensor

@@ -139,11 +139,12 @@ def attribution(bench: Bench, batch: Batch, deltas: Deltas, progress: BatchProgr
     parts = attribute(batch.target, delta, points=travel.POINTS, views=travel.PARTS)
     said = None
     if batch.examples.dialogue is not None:
-        said = {name: _read_replies(bench, batch.flipped, parts.deltas[name]) for name in travel.SAID}
+        said = {name: read_replies(bench, batch.flipped, parts.deltas[name]) for name in travel.SAID}
     return Done(_by_id(batch, "attribution", travel.part_values(parts, said)))
 
 
-def _read_replies(bench: Bench, part: Examples, delta: Delta) -> list[refusal.ReplyReading]:
+def read_replies(bench: Bench, part: Examples, delta: Delta) -> list[refusal.ReplyReading]:
+    """How the model's replies to these requests read, with the clamps and a delta live."""
     assert part.dialogue is not None
     replies = texts(bench.model.tokenizer, bench.said(part.dialogue, delta))
     return [refusal.read(reply, base) for reply, base in zip(replies, part.dialogue.texts, strict=True)]

@@ -107,8 +107,8 @@ class Setting:
         }
 
     def choose(self, batch_size: int, progress: Progress) -> list[Chosen]:
-        """Select the features of each clamp (`select_features`)."""
-        return select_features(self, batch_size, progress)
+        """Select the features of each clamp (`choose_features`)."""
+        return choose_features(self, batch_size, progress)
 
     def build(self, chosen: Sequence[Chosen]) -> Defense:
         """Build the defense with these features (`build_defense`)."""
@@ -173,7 +173,7 @@ def threads_of(config: Config, model: Model) -> int:
     return 1 if model.device.type == "cpu" and model.d_model <= NARROW else torch.get_num_threads()
 
 
-def select_features(setting: Setting, batch_size: int, progress: Progress | None = None) -> list[Chosen]:
+def choose_features(setting: Setting, batch_size: int, progress: Progress | None = None) -> list[Chosen]:
     """The features of each clamp, as listed or as its rule selects them on the setting's examples.
 
     Raises:
@@ -202,12 +202,12 @@ def build_bench(setting: Setting, chosen: Sequence[Chosen] | None = None, batch_
         batch_size: the examples at once that it began with.
 
     Raises:
-        InputError: from `select_features` and `build_defense`.
+        InputError: from `choose_features` and `build_defense`.
     """
     size = batch_size or setting.batch_size
     return Bench(
         *setting.examples.read_with(setting.model, setting.exact),
-        build_defense(setting, select_features(setting, size) if chosen is None else chosen),
+        build_defense(setting, choose_features(setting, size) if chosen is None else chosen),
         setting.examples,
         setting.budget,
         setting.plan,

@@ -7,7 +7,7 @@ It is the ascent of `recover.search.ascent` with another rule. For every example
    otherwise the stride is halved. No result breaks either bound.
 3. *Start again* where unsolved: at the next start, and at last at random points, restored as well.
 
-What must stay, and how it is restored, is the business of a `Restoration`: `recover.search.constraints.restored` has
+What must stay, and how it is restored, is the business of a `Restoration`: `recover.search.restored` has
 that of clamped features at several sites, `recover.search.stable` that of C2 and C3.
 """
 

@@ -22,6 +22,7 @@ from recover.tasks.probe import prepare as prepare_probes
 from recover.tasks.prose import NEUTRAL
 from recover.tasks.registry import TASKS, Task, get_task, load_examples, read_options
 from recover.tasks.replies import degenerate
+from recover.tasks.retained import StillRight, still_right
 
 __all__ = [
     "NEUTRAL",
@@ -37,6 +38,7 @@ __all__ = [
     "ForcedAnswer",
     "LogitDifference",
     "Request",
+    "StillRight",
     "Targeted",
     "Task",
     "VocabularyMargin",
@@ -47,4 +49,5 @@ __all__ = [
     "positions_read",
     "prepare_probes",
     "read_options",
+    "still_right",
 ]

@@ -45,9 +45,9 @@ def _read(file: str) -> str:
     return resources.files("recover.tasks").joinpath("data", file).read_text(encoding="utf-8")
 
 
-NEUTRAL, ORDINARY, UNSERVABLE = (
-    tuple(_read(f"{name}.txt").splitlines()) for name in ("neutral", "ordinary", "unservable")
-)
+NEUTRAL = tuple(_read("neutral.txt").splitlines())
+ORDINARY = tuple(_read("ordinary.txt").splitlines())
+UNSERVABLE = tuple(_read("unservable.txt").splitlines())
 RELATIONS = tuple(
     Relation(row["domain"], row["name"], tuple(row["ways"]), tuple(row["pairs"].items()))
     for row in json.loads(_read("facts.json"))

@@ -5,8 +5,13 @@ follows the effect through heads and MLPs, `movers` finds the heads that attend 
 `linear_error` fits the part of the SAE's error that is linear in the residual.
 """
 
-from recover.evidence.attribution.linear_error import LinearError, error_activations, fit_linear_error
-from recover.evidence.attribution.movers import looks, undefended, writes
+from recover.evidence.attribution.linear_error import (
+    LinearError,
+    error_activations,
+    fit_linear_error,
+    fit_linear_errors,
+)
+from recover.evidence.attribution.movers import Movers, looks, name_movers, undefended, writes
 from recover.evidence.attribution.parts import (
     POINTS,
     TOP_K,
@@ -30,25 +35,31 @@ from recover.evidence.attribution.paths import (
     through,
     trace,
 )
+from recover.evidence.attribution.ranking import Carried, carried
 
 __all__ = [
     "POINTS",
     "TOP_K",
     "VIEWS",
     "Attribution",
+    "Carried",
     "Carrier",
     "Direct",
     "LinearError",
+    "Movers",
     "Parts",
     "Trace",
     "View",
     "attribute",
+    "carried",
     "carriers",
     "direct",
     "entering",
     "error_activations",
     "fit_linear_error",
+    "fit_linear_errors",
     "looks",
+    "name_movers",
     "parts_of",
     "patched",
     "put_back",

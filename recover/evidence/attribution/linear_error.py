@@ -18,7 +18,7 @@ from recover.models.host import Edit, Model, Prompts
 from recover.saes.sae import SAE
 from recover.types import Float, InputError, Residual, Site, Tensor, TokenIds, widened
 
-__all__ = ["PENALTIES", "LinearError", "error_activations", "fit_linear_error"]
+__all__ = ["PENALTIES", "LinearError", "error_activations", "fit_linear_error", "fit_linear_errors"]
 
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 """Of the ridge regression, as shares of the mean variance of the residual's dimensions."""
@@ -94,3 +94,16 @@ def fit_linear_error(sae: SAE, states: Float[Tensor, "token d_model"], seed: int
         missed = (target[kept] - centered[kept] @ M).square().sum()
         found.append(LinearError(M, penalty, float(1 - missed / spread.clamp(min=torch.finfo(spread.dtype).tiny))))
     return max(found, key=lambda one: one.r2)
+
+
+def fit_linear_errors(
+    model: Model,
+    defense: Defense,
+    prompts: Prompts,
+    sites: tuple[Site, ...],
+    batch_size: int | None = None,
+    seed: int = 0,
+) -> dict[Site, LinearError]:
+    """Fit the linear part of the SAE's error at each of these sites, on prompts of their own under the defense."""
+    states = error_activations(model, defense, prompts, sites, batch_size)
+    return {site: fit_linear_error(defense.at(site)[0].sae, states[site], seed) for site in sites}

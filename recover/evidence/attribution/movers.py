@@ -9,18 +9,43 @@ Both are read in any run: without the defense (`undefended`), with it, with a de
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from einops import einsum, rearrange, reduce
 
 from recover.defenses.defended import Defended
+from recover.evidence.attribution.parts import entering
 from recover.evidence.attribution.paths import Carrier, above, keeps, last_slope, trace
 from recover.evidence.controls import Undefended
 from recover.models.components import Component, eager, head_count, modules_of, projection
+from recover.tasks.behaviors import Targeted
 from recover.types import Delta, InputError, Mask, PerExample, Tensor
 
-__all__ = ["looks", "undefended", "writes"]
+__all__ = ["Movers", "looks", "name_movers", "undefended", "writes"]
+
+LOOKS = 0.2
+"""Attention at base above which a head that writes the target counts as a name mover."""
+Reading = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Movers:
+    """Heads that, without the defense, look at the target more than at its rivals and write it.
+
+    Attributes:
+        n: examples.
+        heads: of each head, in the states `base`, `defended` and `recovered`, the means of `look` (attention on the
+            target), `rival` (attention on its rivals) and `write`; those that write most at base first.
+        written: what they write together in each state.
+        re_engaged: the share of what the clamp took of `written` that is back; None where it took nothing.
+    """
+
+    n: int
+    heads: Mapping[str, Mapping[str, Reading]]
+    written: Mapping[str, float | int]
+    re_engaged: float | None
 
 
 def undefended(defended: Defended) -> Defended:
@@ -71,3 +96,45 @@ def writes(defended: Defended, delta: Delta) -> dict[Carrier, PerExample]:
         effect = reduce(write * slope, "head b pos d_model -> head b", "sum")
         found |= {Carrier(layer, head): one for head, one in enumerate(effect)}
     return found
+
+
+def name_movers(defended: Defended, delta: Delta) -> Movers | None:
+    """The name movers of these examples without the defense, with it, and with a delta; None where there can be none.
+
+    There can be none where the behavior has no target, or where a prompt does not hold its target. What a head writes
+    is read with the score of the examples' behavior.
+
+    Raises:
+        InputError: the model's blocks norm what attention gives, so that heads do not add.
+    """
+    behavior, ids = defended.behavior, defended.suffix.prompts.ids
+    if not isinstance(behavior, Targeted):
+        return None
+    target = ids == behavior.target[:, None]
+    rival = torch.stack([torch.isin(row, tokens) for row, tokens in zip(ids, behavior.rivals, strict=True)]) & ~target
+    if not bool(target.any(dim=1).all()):
+        return None
+    defended, delta = entering(defended, delta)
+    zero = torch.zeros_like(delta)
+    states = {"base": (undefended(defended), zero), "defended": (defended, zero), "recovered": (defended, delta)}
+    read = {name: _at(*state, target, rival) for name, state in states.items()}
+    base = read["base"]
+    movers = [head for head, at in base.items() if at["look"] >= max(LOOKS, at["rival"]) and at["write"] > 0]
+    movers.sort(key=lambda head: -base[head]["write"])
+    total = {name: sum((at[head]["write"] for head in movers), 0.0) for name, at in read.items()}
+    lost = total["base"] - total["defended"]
+    return Movers(
+        n=len(ids),
+        heads={head: {name: at[head] for name, at in read.items()} for head in movers},
+        written=total,
+        re_engaged=(total["recovered"] - total["defended"]) / lost if lost else None,
+    )
+
+
+def _at(defended: Defended, delta: Delta, target: Mask, rival: Mask) -> dict[str, dict[str, float]]:
+    """The means over examples for each head in one state."""
+    found = looks(defended, delta, target), looks(defended, delta, rival), writes(defended, delta)
+    return {
+        str(head): {k: float(one[head].mean()) for k, one in zip(("look", "rival", "write"), found, strict=True)}
+        for head in found[0]
+    }

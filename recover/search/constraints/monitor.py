@@ -37,7 +37,7 @@ from recover.defenses.defended import Defended
 from recover.models.host import Change
 from recover.numerics.least_squares import cgls
 from recover.numerics.metrics import relative_drift
-from recover.search.constraints.admissible import _gradients
+from recover.search.constraints.first_order import _gradients
 from recover.search.constraints.linear import EncoderOrthogonal
 from recover.tasks.behaviors import Behavior
 from recover.types import Bool, Delta, Float, InputError, Int, PerExample, Residual, Rows, Site, Tensor

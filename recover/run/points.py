@@ -1,4 +1,4 @@
-"""The points of a sweep in a folder: each written as soon as it is there, and found again by a later start."""
+"""The points of a sweep in a folder: each is written when it is finished, and read back by a later start."""
 
 from __future__ import annotations
 
@@ -11,21 +11,29 @@ from typing import Any
 from recover.protocol.folder import write_whole
 from recover.types import InputError
 
+__all__ = ["Points"]
+
 SETTINGS = "settings.json"
 
 
 @dataclass(frozen=True)
 class Points:
-    """A folder of points that were all made under the same settings."""
+    """A folder of points that were all computed under the same settings; open one with `Points.open`.
+
+    >>> from tempfile import mkdtemp
+    >>> points = Points.open(Path(mkdtemp()), {"seed": 0})
+    >>> points.get("budget-5", lambda: {"rate": 0.5})  # computed once; a later start reads it back
+    {'rate': 0.5}
+    """
 
     folder: Path
 
     @classmethod
     def open(cls, folder: Path, settings: Mapping[str, Any]) -> Points:
-        """Open a new folder, or one of an earlier start.
+        """Open a new folder, or one that an earlier start left.
 
         Raises:
-            InputError: it cannot be written, or holds points made under other settings.
+            InputError: the folder cannot be written, or holds points computed under other settings.
         """
         wanted = json.loads(json.dumps(settings))
         try:
@@ -46,7 +54,7 @@ class Points:
         return cls(folder)
 
     def get(self, name: str, make: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
-        """A point: from the folder, or made now and kept there."""
+        """Read a point back, or compute it with `make` and keep it. A point is plain JSON values."""
         path = self.folder / f"{name}.json"
         if not path.exists():
             write_whole(path, (json.dumps(make()) + "\n").encode())

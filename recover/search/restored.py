@@ -20,7 +20,7 @@ import torch
 from recover.defenses.defended import Defended
 from recover.numerics.metrics import by_example, norm
 from recover.search.ascent import OnStep, Point, Schedule, better, clip, find_perturbation, without_rounding
-from recover.search.constraints.admissible import admissible
+from recover.search.constraints.first_order import admissible
 from recover.search.constraints.monitor import Jacobian, Monitor, Watched, jacobian_row_space
 from recover.search.restoring import RestoredSolution, search_restoring
 from recover.types import Bool, Delta, PerExample, Rows, Tensor
