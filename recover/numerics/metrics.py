@@ -43,6 +43,12 @@ def valid_flips(base: Bool[Tensor, "batch"], defended: Bool[Tensor, "batch"]) ->
     return base & ~defended
 
 
+def recovery_rate(recovered: Bool[Tensor, "batch"], valid: Bool[Tensor, "batch"]) -> float:
+    """The share of valid flips that are recovered; NaN where there is no valid flip."""
+    flips = int(valid.sum())
+    return int((recovered & valid).sum()) / flips if flips else math.nan
+
+
 def norm(values: Float[Tensor, "batch *pos n"]) -> PerExample:
     """The Frobenius norm of each example, summed in float64 and returned in the dtype of `values`.
 
@@ -96,6 +102,11 @@ def reactivation(z_rec: Float[Tensor, "batch *pos k"], z_def: Float[Tensor, "bat
         count=reduce((inactive & (z_rec > 0)).long(), "batch ... -> batch", "sum"),
         inactive=reduce(inactive.long(), "batch ... -> batch", "sum"),
     )
+
+
+def zero_reactivation_recovery(recovered: Bool[Tensor, "batch"], after: Reactivation) -> Bool[Tensor, "batch"]:
+    """Recovered, and no clamped feature reactivated."""
+    return recovered & (after.count == 0)
 
 
 def relative_norm(delta: Float[Tensor, "batch *pos d_model"], h_def: Float[Tensor, "batch *pos d_model"]) -> PerExample:

@@ -93,6 +93,10 @@ class NullSpace:
             free = free - einsum(seen, self.basis, "... rank, d_model rank -> ... d_model")
         return free.to(v.dtype)
 
+    def select(self, rows: Rows) -> NullSpace:
+        """Itself: all examples share one null space."""
+        return self
+
 
 @dataclass(frozen=True, eq=False)
 class NullSpaces:
