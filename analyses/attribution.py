@@ -97,7 +97,7 @@ def main() -> None:
             shared[f"fold {one.fold}, norm {one.norm:.3g}"] = unit["rows"]
     except rc.InputError as error:
         sys.exit(f"attribution: {error}")
-    saved = [record.certificate["score"] for record in run.flips.values()] if options.stretch == 1 else []
+    saved = [record.certificate.score for record in run.flips.values()] if options.stretch == 1 else []
     replayed = [row["views"]["full"]["certificate"]["score"] for row in own]
     sanity = max((abs(one - other) for one, other in zip(saved, replayed, strict=False)), default=None)
     found = {"own": own, "shared": shared, "linear": r2, "sanity": sanity}

@@ -25,7 +25,7 @@ examples = rc.load_examples("ioi", model, n=options.n)
 canvas, axes = plt.subplots(layout="constrained")
 for layer in options.layers:
     sae = rc.load_sae(f"smollm2-l{layer}")
-    features = rc.choose_features(model, sae, sae.site, examples, top=32)
+    features = rc.select_features(model, sae, sae.site, examples, top=32)
     defense = rc.Defense((rc.Clamp(sae, features, rc.Set(-5.0)),), skip_first=1)
     held = rc.EncoderOrthogonal.of(*defense.clamps)
 
@@ -41,10 +41,8 @@ for layer in options.layers:
     ids = [examples.ids[row] for row in strict.valid_flips.tolist()]
     norm = 0.6 * float(strict.residual.flatten(1).norm(dim=1).mean())
     shared = fit_and_read(strict.select(strict.valid_flips), ids, held, norm)
-    print(
-        f"layer {layer}: {back} of {len(target)} back, median norm {facts.norm.median():.1f}; one perturbation for all:"
-    )
-    print(f"  {shared.own} of {shared.n} unseen prompts, fitted to shuffled answers {shared.shuffled}")
+    print(f"layer {layer}: {back} of {len(target)} back, median norm {facts.norm.median():.1f}")
+    print(f"  shared: {shared.own} of {shared.n} unseen prompts; fitted to shuffled answers: {shared.shuffled}")
 axes.set(xlabel="displacement by the clamp", ylabel="smallest norm that recovers")
 axes.legend()
 canvas.savefig(options.figure)

@@ -32,7 +32,8 @@ from recover.evidence.rules import Rules
 from recover.protocol import plan
 from recover.run import config
 from recover.search import ascent
-from recover.tasks import HANDED, TASKS, ioi
+from recover.tasks import ioi
+from recover.tasks.registry import HANDED, TASKS
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOK = ROOT / "analyses" / "tutorial.ipynb"

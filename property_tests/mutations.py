@@ -164,6 +164,8 @@ def main() -> int:
         print(f"{len(every)} guards of {len({m.test for m in every})} laws; {len(wrong)} to mend")
         return 1 if wrong else 0
     chosen = [mutation for mutation in every if asked.word in f"{mutation.test} {mutation.guard.target}"]
+    if not chosen:
+        parser.error(f"no law and no guarded object contains {asked.word!r}")
     if asked.sample is not None:
         seed = _commits() if asked.seed is None else asked.seed
         chosen = random.Random(seed).sample(chosen, min(asked.sample, len(chosen)))

@@ -47,27 +47,15 @@ OVERRIDES: tuple[tuple[str, str, type, tuple[str, ...] | None, str], ...] = (
     ("--mode", "clamps.mode", str, ("set", "scale", "floor"), "how the clamp edits a feature"),
     ("--value", "clamps.value", float, None, "the value to set, the factor, or the floor"),
     ("--positions", "clamps.positions", str, ("all", "last", "prompt", "answer"), "where the clamp acts"),
-    (
-        "--skip-first",
-        "skip_first",
-        int,
-        None,
-        "number of tokens at the start of each prompt that the clamp leaves alone",
-    ),
+    ("--skip-first", "skip_first", int, None, "tokens at the start of each prompt that the clamp leaves alone"),
     ("--task", "task", str, None, "the behavior to test (ioi, choice, cloze, refusal)"),
     ("--n", "prompts.n", int, None, "number of prompts"),
     ("--seed", "prompts.seed", int, None, "seed for choosing the prompts"),
     ("--control-seed", "controls.seed", int, None, "seed for the search, the transfer split and the controls"),
     ("--prompts", "prompts.file", str, None, "file of your own prompts"),
     ("--budget", "search.budget", float, None, "largest norm allowed for a perturbation"),
-    (
-        "--placement",
-        "search.placement",
-        str,
-        ("after_clamp", "before_clamp"),
-        "whether a perturbation enters before or after the clamp",
-    ),
-    ("--sites", "search.sites", str, ("first", "every"), "whether it enters at the first clamped site or at every one"),
+    ("--placement", "search.placement", str, ("after_clamp", "before_clamp"), "where a perturbation enters"),
+    ("--sites", "search.sites", str, ("first", "every"), "where it enters: the first clamped site, or every one"),
     ("--steps", "search.steps", int, None, "largest number of search steps"),
     ("--dtype", "dtype", str, ("float32", "bfloat16"), "number format of the model"),
     ("--device", "device", str, None, "where to run: auto, cpu, cuda, cuda:N or mps"),
@@ -94,9 +82,7 @@ class Parser(argparse.ArgumentParser):
 
 def parser() -> argparse.ArgumentParser:
     """All commands and flags."""
-    top = Parser(
-        prog="recover", description="With SAE features clamped, can the suppressed behavior still be recovered?"
-    )
+    top = Parser(prog="recover", description="With SAE features clamped, can the behavior still be recovered?")
     commands = top.add_subparsers(dest="command", required=True, parser_class=Parser)
     check = commands.add_parser(
         "check",
@@ -105,44 +91,26 @@ def parser() -> argparse.ArgumentParser:
         epilog="Exit status: 0 the check ran; 1 a --fail-if condition holds; 2 unusable input, explained in one line; "
         "130 interrupted (run the same command again to resume).",
     )
-    check.add_argument(
-        "defense",
-        nargs="?",
-        type=Path,
-        metavar="DEFENSE.yaml",
-        help="the defense (default: 64 features on the IOI task)",
-    )
-    check.add_argument(
-        "--out", type=Path, required=True, help="folder for the artifacts, from which an interrupted run resumes"
-    )
+    check.add_argument("defense", nargs="?", type=Path, metavar="DEFENSE.yaml", help="default: 64 features on IOI")
+    check.add_argument("--out", type=Path, required=True, help="folder for the artifacts; an interrupted run resumes")
     for flag, key, kind, choices, text in OVERRIDES:
         metavar = None if choices else flag.removeprefix("--").replace("-", "_").upper()
         check.add_argument(flag, dest=key, type=kind, choices=choices, metavar=metavar, help=text)
     check.add_argument("--features", help="feature indices, such as 3,17,42, or top:N by attribution")
     check.add_argument(
-        "--only-active", action=argparse.BooleanOptionalAction, help="edit a feature only where it is active"
+        "--only-active", action=argparse.BooleanOptionalAction, help="edit only features that are active"
     )
     check.add_argument("--batch-size", help="examples per batch (default: as many as fit in memory)")
     check.add_argument("--threads", help="CPU threads (default: one for small models, which gain little from more)")
-    check.add_argument(
-        "--seeds",
-        type=positive,
-        default=1,
-        metavar="N",
-        help="run N control seeds and count the verdicts",
-    )
+    seeds: dict[str, Any] = {"type": positive, "metavar": "N"}
+    check.add_argument("--seeds", **seeds, default=1, help="run N control seeds and count the verdicts")
     check.add_argument("--keep-text", action="store_true", help="include the text of prompts in the artifacts")
-    check.add_argument(
-        "--fail-if",
-        action="append",
-        choices=CONDITIONS,
-        default=[],
-        help="exit with status 1 on this verdict; repeatable",
-    )
+    failing = "exit with status 1 on this verdict; repeatable"
+    check.add_argument("--fail-if", action="append", choices=CONDITIONS, default=[], help=failing)
     report = commands.add_parser("report", help="rebuild report.html and report.md from the artifacts of a run")
     report.add_argument("dir", type=Path, metavar="DIR", help="folder of a finished run")
     report.add_argument(
-        "--figures", type=Path, metavar="OUT", help="also write figures for a paper to OUT (PDF, PNG and CSV)"
+        "--figures", type=Path, metavar="OUT", help="write figures for a paper to OUT: PDF, PNG and CSV"
     )
     laws = commands.add_parser(
         "verify",
@@ -153,23 +121,12 @@ def parser() -> argparse.ArgumentParser:
     )
     laws.add_argument("--model", required=True, help=MODEL_NAMED)
     laws.add_argument("--sae", help=f"{SAE_NAMED} (default: a random one)")
-    laws.add_argument(
-        "--site", help="such as blocks.4.hook_resid_pre (default: the site of the SAE, or the middle layer)"
-    )
+    laws.add_argument("--site", help="such as blocks.4.hook_resid_pre (default: the SAE's, or the middle layer)")
     laws.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="number format of the model")
     laws.add_argument("--device", default="auto", help="where to run: auto, cpu, cuda, cuda:N or mps")
     laws.add_argument("--device-map", choices=get_args(DeviceMap), help=SPREAD)
-    start = commands.add_parser(
-        "init", help="write defense.yaml and test_defense.py for you to edit and run with pytest"
-    )
-    start.add_argument(
-        "dir",
-        type=Path,
-        nargs="?",
-        default=Path(),
-        metavar="DIR",
-        help="folder for both files (default: the current one)",
-    )
+    start = commands.add_parser("init", help="write defense.yaml and test_defense.py to edit and run with pytest")
+    start.add_argument("dir", type=Path, nargs="?", default=Path(), metavar="DIR", help="default: the current folder")
     beside = commands.add_parser("compare", help="compare finished runs side by side")
     beside.add_argument("dirs", type=Path, nargs="+", metavar="DIR", help="folders of finished runs, two or more")
     planted = commands.add_parser(
@@ -178,9 +135,7 @@ def parser() -> argparse.ArgumentParser:
         description="Check small planted models whose answer is known, and compare the verdicts with it.",
         epilog="Exit status: 0 no miss; 1 a miss; 2 unusable input, explained in one line.",
     )
-    planted.add_argument(
-        "--seeds", type=positive, default=20, metavar="N", help="planted models of each kind (default: 20)"
-    )
+    planted.add_argument("--seeds", **seeds, default=20, help="planted models of each kind (default: 20)")
     planted.add_argument("--mixtures", action="store_true", help="include mixtures of the kinds")
     planted.add_argument("--json", type=Path, metavar="FILE", help="write every outcome to FILE")
     return top

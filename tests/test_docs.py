@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
+import doctest
 import importlib
 import importlib.util
 import inspect
 import json
+import pkgutil
 import re
 import subprocess
 import sys
@@ -23,7 +26,6 @@ from recover.protocol.verdict_model import Counts, Gate
 from recover.run.config import Config
 from recover.saes.fit import Fit
 from recover.tasks import TASKS
-from recover.testing import defenses
 
 ROOT = Path(__file__).parent.parent
 PAGES = ROOT / "docs" / "pages"
@@ -41,19 +43,96 @@ def hooks() -> Any:
     return module
 
 
-def named(page: Path) -> list[tuple[str, str]]:
-    """Module and name of what a page of the reference shows."""
-    found = re.findall(r"^::: (.+)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
-    return [(module, name) for module, _, name in (path.rpartition(".") for path in found)]
+FOLDERS = [name for _, name, is_folder in pkgutil.iter_modules(recover.__path__) if is_folder]
+PACKAGES = ("recover", "recover.types", *(f"recover.{name}" for name in sorted(FOLDERS)))
+API_PAGES = {path.stem: path.read_text(encoding="utf-8") for path in sorted((PAGES / "reference" / "api").glob("*.md"))}
+
+
+def public_names() -> dict[str, Any]:
+    """Each public object by the shortest path to it: a name of the top is not asked of its folder again."""
+    paths: dict[tuple[str, int], tuple[str, Any]] = {}
+    for package in PACKAGES:
+        module = importlib.import_module(package)
+        for name in module.__all__:
+            found = getattr(module, name)
+            if package == "recover.types" and getattr(found, "__module__", None) != package:
+                continue  # shapes, for annotations
+            paths.setdefault((name, id(found)), (f"{package}.{name}", found))
+    return dict(paths.values())
+
+
+PUBLIC = public_names()
+
+
+def page_of(path: str) -> str:
+    folder = path.rpartition(".")[0].removeprefix("recover").removeprefix(".")
+    return folder or "index"
+
+
+def blocks_of(page: str) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", API_PAGES[page], flags=re.MULTILINE | re.DOTALL)
+
+
+def used_in(code: str) -> set[str]:
+    """The names that code uses; importing one is not using it."""
+    nodes = list(ast.walk(ast.parse(code)))
+    used = {node.id for node in nodes if isinstance(node, ast.Name)}
+    return used | {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+
+
+def doctests_of(path: str) -> list[doctest.DocTest]:
+    found = PUBLIC[path]
+    if not (inspect.isclass(found) or inspect.isfunction(found)) or not found.__module__.startswith("recover"):
+        return []
+    return [test for test in doctest.DocTestFinder().find(found, path) if test.examples]
 
 
 def test_every_public_name_is_in_the_reference_once():
-    shown = [one for page in sorted((PAGES / "reference" / "api").glob("*.md")) for one in named(page)]
-    public = [(module, name) for module, name in shown if module != "recover.testing"]
-    assert sorted(name for _, name in public) == sorted(recover.__all__)
-    for module, name in public:
-        assert getattr(importlib.import_module(module), name) is getattr(recover, name)
-    assert sorted(name for module, name in shown if module == "recover.testing") == sorted(defenses.__all__)
+    shown = [
+        (page, path) for page, text in API_PAGES.items() for path in re.findall(r"^::: (.+)$", text, flags=re.MULTILINE)
+    ]
+    assert sorted(shown) == sorted((page_of(path), path) for path in PUBLIC)
+
+
+@pytest.mark.parametrize("page", sorted({page_of(path) for path in PUBLIC}))
+def test_every_public_name_has_an_example(page):
+    used = set().union(*map(used_in, blocks_of(page)))
+    names = {path: path.rpartition(".")[2] for path in PUBLIC if page_of(path) == page}
+    in_docstrings = {path: "".join(one.source for test in doctests_of(path) for one in test.examples) for path in names}
+    without = [path for path, name in names.items() if name not in used and name not in used_in(in_docstrings[path])]
+    assert without == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", sorted(API_PAGES))
+def test_the_examples_of_a_page_run(page, tmp_path, monkeypatch):
+    """One after the other, as a reader would type them."""
+    monkeypatch.chdir(tmp_path)
+    scope: dict[str, Any] = {"__name__": page}
+    for number, code in enumerate(blocks_of(page)):
+        exec(compile(code, f"{page}.md, block {number}", "exec"), scope)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", sorted({page_of(path) for path in PUBLIC}))
+def test_the_examples_of_docstrings_run(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    runner, told = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE), []
+    for path in PUBLIC:
+        if page_of(path) == page:
+            for test in doctests_of(path):
+                runner.run(test, out=told.append)
+    assert "".join(told) == ""
+
+
+@pytest.mark.parametrize("page", sorted(PAGES.rglob("*.md")), ids=lambda page: page.relative_to(PAGES).as_posix())
+def test_what_a_page_names_is_there(page):
+    """Files of the repository, and modules whose docstring a page shows."""
+    text = page.read_text(encoding="utf-8")
+    for name in re.findall(r"`((?:recover|analyses|fixtures|tests|property_tests)/[\w./]+)`", text):
+        assert (ROOT / name).exists(), name
+    for name in re.findall(r"^<!-- docstring: ([\w.]+) -->$", text, flags=re.MULTILINE):
+        assert importlib.import_module(name).__doc__
 
 
 @pytest.mark.parametrize("command", [None, *cli.COMMANDS])
@@ -246,6 +325,4 @@ def test_the_site_builds_without_a_warning(hooks, tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "first half hour" in (tmp_path / "tutorial.html").read_text(encoding="utf-8")
-    assert 'id="recover.protocol.checking.check"' in (tmp_path / "reference" / "api" / "checks.html").read_text(
-        encoding="utf-8"
-    )
+    assert 'id="recover.check"' in (tmp_path / "reference" / "api" / "index.html").read_text(encoding="utf-8")

@@ -1,4 +1,6 @@
-"""A GPU against the CPU (`analyses/gpu.py`), where there is one; anywhere the comparisons, and a pretended device."""
+"""A GPU against the CPU (`analyses/gpu.py`, `gpu_cost.py`), where there is one; anywhere the comparisons, and a
+pretended device.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +17,12 @@ from recover.checks.verification import verify
 from recover.models.host import Model
 from recover.models.names import resolve_model
 from recover.protocol.verdict_model import Verdict
+from recover.report import filled
 from recover.run.config import load_config
 from recover.saes.names import load_sae
+from recover.tasks import NEUTRAL
 from recover.types import InputError
-from tests import tiny
+from tests import finished_runs, tiny
 from tests.models import left_padded, tiny_lm
 from tests.split import split
 from tests.test_verify import ROWS, sae
@@ -36,6 +40,14 @@ def gpu() -> Any:
 
 
 @pytest.fixture(scope="module")
+def cost() -> Any:
+    """`analyses/gpu_cost.py`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "analyses"))
+        return __import__("gpu_cost")
+
+
+@pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.make(tmp_path_factory.mktemp("tiny"))
 
@@ -49,19 +61,22 @@ def light(folder: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def figures(gpu: Any) -> Any:
-    return gpu.Figures(64, 62, 17, 45, 44, 6.0, 4.0, 74.0)
+def figures() -> Any:
+    names = ("n", "base", "defended", "valid_flips", "recovered", "norm_mean", "median", "displacement")
+    return dict(zip(names, (64, 62, 17, 45, 44, 6.0, 4.0, 74.0), strict=True))
 
 
 def test_figures_are_read_from_a_verdict(gpu: Any) -> None:
-    verdict = {
-        "counts": {"n": 4, "base": 3, "defended": 1, "valid_flips": 2, "strict_flips": 2},
-        "recovery": {"recovered": 1, "norm_mean": 2.5, "clamp_displacement_mean": 9.0},
-        "minimum_norm": {"median": None},
+    verdict, _ = finished_runs.run(*finished_runs.flips())
+    assert verdict.minimum_norm is not None
+    found = gpu.figures(verdict)
+    assert found == {
+        **{name: getattr(verdict.counts, name) for name in ("n", "base", "defended", "valid_flips")},
+        "recovered": verdict.recovery.recovered,
+        "norm_mean": verdict.recovery.norm_mean,
+        "median": verdict.minimum_norm.median,
+        "displacement": verdict.recovery.clamp_displacement_mean,
     }
-    found = gpu.Figures.of(verdict)
-    assert found == gpu.Figures(4, 3, 1, 2, 1, 2.5, None, 9.0)
-    assert str(found) == "1 of 2 flips of 4, norms 2.5 / -"
 
 
 @pytest.mark.parametrize(
@@ -76,7 +91,7 @@ def test_figures_are_read_from_a_verdict(gpu: Any) -> None:
     ],
 )
 def test_what_is_too_far_apart_is_said(gpu: Any, figures: Any, changes: dict[str, Any], said: list[str]) -> None:
-    assert gpu.apart(figures, replace(figures, **changes)) == said
+    assert gpu.apart(figures, figures | changes) == said
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -91,41 +106,41 @@ def test_two_devices_are_compared_and_two_precisions(gpu: Any, folder: Path, lig
     config = load_config(folder / "light.yaml")
     ours, theirs, said = gpu.against(config, "cpu")
     assert (ours, said) == (theirs, [])
-    assert ours.valid_flips >= 1
+    assert ours["valid_flips"] >= 1
     _, half, said = gpu.against(config, "cpu", "bfloat16")
     assert said == []
-    assert half.norm_mean != ours.norm_mean  # it was in another precision
+    assert half["norm_mean"] != ours["norm_mean"]  # it was in another precision
 
 
-def test_what_a_graph_keeps_is_counted(gpu: Any) -> None:
+def test_what_a_graph_keeps_is_counted(cost: Any) -> None:
     """The outputs of tanh and exp, 100 numbers of 4 bytes each; the leaf was there before."""
     leaf = torch.randn(100, requires_grad=True)
-    assert gpu.held(lambda: leaf.tanh().exp().sum().backward(), torch.device("cpu")) == 800
+    assert cost.held(lambda: leaf.tanh().exp().sum().backward(), torch.device("cpu")) == 800
 
 
 @pytest.mark.model
 @pytest.mark.slow
-def test_attribution_takes_no_more_memory_than_is_counted_on(gpu: Any, smollm2: Any) -> None:
+def test_attribution_takes_no_more_memory_than_is_counted_on(cost: Any, smollm2: Any) -> None:
     model = Model(smollm2.module, smollm2.tokenizer)
     prompts = model.tokenize(["The kettle had just boiled when the rain began.", "Water freezes at zero degrees."])
-    used, counted = gpu.memory(model, load_sae("smollm2-l15"), prompts)
+    used, counted = cost.memory(model, load_sae("smollm2-l15"), prompts)
     assert counted / 10 < used <= counted
 
 
-def test_a_page_is_filled_between_its_marks(gpu: Any) -> None:
+@pytest.mark.parametrize("name", ["tasks", "cost"])
+def test_a_page_is_filled_between_its_marks(name: str) -> None:
     page = (ROOT / "analyses" / "gpu.md").read_text(encoding="utf-8")
-    measured = gpu.table("Measured on a device.", [("ioi", "1 of 2", "agree")])
-    once = gpu.filled(page, measured)
+    once = filled(page, name, "| ioi | 1 of 2 | agree |")
     assert "| ioi | 1 of 2 | agree |" in once
-    assert gpu.filled(once, measured) == once
-    assert once.startswith(page.partition(gpu.BEGIN)[0])
+    assert filled(once, name, "| ioi | 1 of 2 | agree |") == once
+    assert once.startswith(page.partition(f"<!-- {name} -->")[0])
     with pytest.raises(InputError, match="needs the marks"):
-        gpu.filled("none", measured)
+        filled("none", name, "")
 
 
 @pytest.mark.slow
-def test_the_benchmark_takes_a_device(gpu: Any, folder: Path, light: dict[str, Any]) -> None:
-    rows = gpu.benchmark("benchmark.py", "cpu", [str(folder / "light.yaml"), "--flips", "1"])
+def test_the_benchmark_takes_a_device(cost: Any, folder: Path, light: dict[str, Any]) -> None:
+    rows = cost.benchmark("benchmark.py", "cpu", f"{folder / 'light.yaml'} --flips 1")
     assert [row["name"] for row in rows] == ["published, projected", "recover"]
     assert rows[1]["recovered"] == 1
 
@@ -161,7 +176,7 @@ def test_a_whole_check_keeps_to_its_device(gpu: Any, folder: Path, light: dict[s
     assert done.returncode == 0, done.stderr[-2000:]
     verdict = Verdict.from_json((tmp_path / "run" / "verdict.json").read_text())
     assert verdict.provenance.device == "pretend:0"
-    assert gpu.apart(gpu.measure(load_config(folder / "light.yaml")), gpu.Figures.of(verdict)) == []
+    assert gpu.apart(gpu.measure(load_config(folder / "light.yaml")), gpu.figures(verdict)) == []
 
 
 @pytest.mark.slow
@@ -177,7 +192,7 @@ def test_a_model_that_is_split_over_devices_keeps_the_laws() -> None:
 def test_a_gpu_gives_the_figures_of_the_cpu(gpu: Any, task: str) -> None:
     ours, _, said = gpu.against(gpu.small(task), "cuda")
     assert said == []
-    assert ours.valid_flips >= 1
+    assert ours["valid_flips"] >= 1
 
 
 @pytest.mark.gpu
@@ -189,11 +204,11 @@ def test_bfloat16_on_a_gpu_gives_nearly_the_figures_of_float32(gpu: Any) -> None
 
 @pytest.mark.gpu
 @pytest.mark.model
-def test_memory_on_a_gpu_is_bounded(gpu: Any) -> None:
+def test_memory_on_a_gpu_is_bounded(cost: Any) -> None:
     loaded = resolve_model("smollm2", "cuda")
     model = Model(loaded.module, loaded.tokenizer)
-    prompts = model.tokenize(gpu.NEUTRAL)
-    used, counted = gpu.memory(model, load_sae("smollm2-l15").to(model.device), prompts)
+    prompts = model.tokenize(NEUTRAL)
+    used, counted = cost.memory(model, load_sae("smollm2-l15").to(model.device), prompts)
     assert 0 < used <= counted
 
 
@@ -210,10 +225,10 @@ def test_a_model_on_two_gpus_keeps_the_laws(first: int) -> None:
 @pytest.mark.gpu
 @pytest.mark.model
 @pytest.mark.slow
-def test_the_benchmarks_run_on_a_gpu_and_ours_recovers_no_fewer(gpu: Any) -> None:
-    theirs, ours = gpu.benchmark("benchmark.py", "cuda")
+def test_the_benchmarks_run_on_a_gpu_and_ours_recovers_no_fewer(cost: Any) -> None:
+    theirs, ours = cost.benchmark("benchmark.py", "cuda")
     assert ours["recovered"] >= theirs["recovered"]
     assert ours["recovered"] >= 1
-    rows = gpu.benchmark("benchmark_refusal.py", "cuda")
+    rows = cost.benchmark("benchmark_refusal.py", "cuda")
     shares = [rows[name]["base_like"] / rows[name]["n"] for name in ("published", "ours")]
     assert shares[1] >= shares[0]

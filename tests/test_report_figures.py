@@ -39,7 +39,7 @@ def test_rates_and_intervals_are_the_verdicts():
     # By hand: undone, 3 of 12; 12 of the 15 that show without a clamp are suppressed, of random features 1 in 10.
     assert rows["undoing the clamp, best scale"].count == "3 of 12"
     suppressed = DRAWN["RECOVERABLE"]["suppression"].panel.rows
-    assert [(row.value, row.count) for row in suppressed] == [(0.8, "12 of 15"), (0.1, "1 draws pooled")]
+    assert [(row.value, row.count) for row in suppressed] == [(0.8, "12 of 15"), (0.1, "1 draw")]
 
 
 def test_one_dot_an_example_and_medians_as_in_the_verdict():

@@ -260,7 +260,7 @@ def test_the_command_prints_saves_and_exits(
     [
         (["--seeds", "0"], "expected a positive whole number, got '0'"),
         (["--seeds", "x"], "expected a positive whole number, got 'x'"),
-        (["--json", "/no/such/folder/file.json"], "there is no folder /no/such/folder"),
+        (["--json", "/no/such/folder/file.json"], "the folder /no/such/folder does not exist"),
         (["--sedes", "1"], "did you mean --seeds?"),
     ],
 )

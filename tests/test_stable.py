@@ -22,8 +22,8 @@ from recover.saes.sae import SAE, from_sae_lens
 from recover.search.ascent import Schedule, find_perturbation
 from recover.search.constraints.linear import ActivationStable, DecodeStable, EncoderOrthogonal
 from recover.search.constraints.pinned import Pinned
-from recover.search.constraints.restored import find_restored
 from recover.search.pinned import find_pinned
+from recover.search.restored import find_restored
 from recover.search.restoring import RestoredSolution
 from recover.search.stable import find_stable
 from recover.tasks.behaviors import AnswerLikelihood, LogitDifference

@@ -6,6 +6,7 @@ After a change: `.venv/bin/jupyter execute --inplace analyses/tutorial.ipynb`.
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 from pathlib import Path
 from typing import Any
@@ -41,11 +42,27 @@ def test_its_cells_are_short_and_use_public_names_alone():
     assert all(len(source.splitlines()) <= MOST_LINES for source in CODE)
     nodes = [node for source in CODE for node in ast.walk(ast.parse(source))]
     modules = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
-    assert not [node for node in nodes if isinstance(node, ast.ImportFrom)]
     assert sorted(modules) == ["recover", "textwrap", "torch", "warnings"]
-    used = {node.attr for node in nodes if isinstance(node, ast.Attribute) and getattr(node.value, "id", "") == "rc"}
-    assert used <= set(recover.__all__)
-    assert {"attribution", "defend", "recover", "certify", "fit_shared", "attribute", "check"} <= used
+    packages = [node for node in nodes if isinstance(node, ast.ImportFrom)]
+    assert {node.module for node in packages} == {"recover"}
+    public = {alias.name: importlib.import_module(f"recover.{alias.name}") for one in packages for alias in one.names}
+    public |= {"rc": recover}
+    used = {
+        (node.value.id, node.attr)
+        for node in nodes
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in public
+    }
+    used -= {("evidence", "attribution")}  # a package within; its names are read below
+    assert {f"{name}.{attr}" for name, attr in used if attr not in public[name].__all__} == set()
+    asked = {node.attr for node in nodes if isinstance(node, ast.Attribute) and _of_attribution(node)}
+    assert asked <= set(importlib.import_module("recover.evidence.attribution").__all__)
+    everything = {attr for _, attr in used} | asked
+    assert {"defend", "find_perturbation", "certify", "fit_shared", "attribute", "check", "attributions"} <= everything
+
+
+def _of_attribution(node: ast.Attribute) -> bool:
+    """Whether it is a name of `evidence.attribution`."""
+    return isinstance(node.value, ast.Attribute) and node.value.attr == "attribution"
 
 
 def test_prose_stands_between_its_cells_and_outputs_are_stored():

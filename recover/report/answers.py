@@ -1,8 +1,7 @@
 """Four questions about a run, answered in sentences from its verdict alone.
 
 1. What was clamped?  2. Was the behavior recoverable?  3. Is the recovery specific to the behavior?  4. What could be
-wrong with this run? `doubts` decides what the run's own figures give cause to doubt; the sentences, worst first, are in
-`templates/answers.j2`, and the last of them holds for any run.
+wrong with this run? `doubts` decides which cautions apply; the sentences, worst first, are in `templates/answers.j2`.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ Doubt = Literal[
     "stricter_predicate",
 ]
 FEW = 20
-"""Valid flips below which an interval is wide: at 20 of 20 it still reaches down to 84%."""
+"""Below so many valid flips an interval is wide: at 20 of 20 it still reaches down to 84%."""
 
 
 def parsed(config: str) -> Any:
@@ -44,7 +43,7 @@ def parsed(config: str) -> Any:
 
 
 def task_of(config: Any) -> str | None:
-    """The behavior that a configuration asks about, in words; None where it names none."""
+    """The task of a configuration in words; None where it names none."""
     name = config.get("task") if isinstance(config, Mapping) else None
     if not isinstance(name, str):
         return None
@@ -57,7 +56,7 @@ def answer_questions(verdict: Verdict, config: Any = None) -> list[tuple[str, li
 
     Args:
         verdict: the verdict.
-        config: what `config.yaml` holds, for the name of the behavior.
+        config: the content of `config.yaml`, which names the behavior.
     """
     context = {
         "verdict": verdict,
@@ -82,7 +81,7 @@ def cautions(verdict: Verdict) -> list[str]:
 
 
 def doubts(verdict: Verdict) -> set[Doubt]:
-    """What the figures of a run give cause to doubt."""
+    """The reasons why the figures of a run may mislead, as keys of the sentences in `templates/answers.j2`."""
     found, controls, counts = verdict.recovery, verdict.controls, verdict.counts
     placebo, unbounded = controls.placebo, controls.unbounded
     of_any_run: dict[Doubt, bool] = {

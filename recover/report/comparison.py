@@ -1,6 +1,6 @@
-"""Several runs side by side: the figures of each, and in what the runs differ, so that like is held against like.
+"""Runs side by side: the figures of each, and the settings in which they differ.
 
-A row is a figure, a column a run; where the columns are too wide for a terminal, they go on below.
+A row is a figure and a column is a run. Columns that do not fit into a terminal continue below.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ WIDTH, GAP, SHOWN = 120, 2, 6
 HASH = re.compile(r"\b([0-9a-f]{12})[0-9a-f]{52}\b")
 
 ELSEWHERE = ("model", "clamps", "rules", "dtype", "device", "batch_size")
-"""Of a configuration: what the verdict says more exactly, and what changes no figure."""
+"""Keys of a configuration that the verdict holds more exactly, or that change no figure."""
 
 
 def compare(folders: Sequence[Path]) -> str:
-    """The table, and below it what must be known to read it.
+    """The table of figures, and below it the settings that differ.
 
     Raises:
-        InputError: fewer than two folders, one given twice, or one that holds no finished run.
+        InputError: there are fewer than two folders, one is given twice, or one holds no finished run.
     """
     if len(folders) < 2:
         raise InputError("compare: at least two folders are needed")
@@ -52,7 +52,7 @@ def compare(folders: Sequence[Path]) -> str:
 
 
 def differences(runs: Sequence[FinishedRun]) -> list[tuple[str, list[Any]]]:
-    """The settings that are not the same in all runs, each with its value in every one."""
+    """The settings that differ between runs, each with its value in every run."""
     settings = [dict(_leaves(_settings(run))) for run in runs]
     names = dict.fromkeys(name for one in settings for name in one)
     valued = [(name, [one.get(name) for one in settings]) for name in names]
@@ -60,7 +60,7 @@ def differences(runs: Sequence[FinishedRun]) -> list[tuple[str, list[Any]]]:
 
 
 def _settings(run: FinishedRun) -> dict[str, Any]:
-    """What a figure depends on: model, task, prompts, clamps, search, threat model, controls and rules."""
+    """The settings that figures depend on: model, task, prompts, clamps, search, threat model, controls and rules."""
     config = parsed(run.config)
     asked: Mapping[str, Any] = config if isinstance(config, Mapping) else {}
     values = run.verdict.to_dict()
@@ -83,7 +83,7 @@ def _leaves(values: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, A
 
 
 def _told(name: str, values: Mapping[str, Any]) -> Iterator[str]:
-    """One line where all values fit in it, else one for each value, with the runs that have it."""
+    """One line if all values fit; otherwise a line for each value, with the runs that have it."""
     shown = {run: _shortened(value) for run, value in values.items()}
     if (line := f"  {name}  {' | '.join(shown.values())}") and len(line) <= WIDTH:
         yield line
@@ -98,13 +98,13 @@ def _shortened(value: Any) -> str:
         return "-"
     if isinstance(value, list):
         more = f", ... ({len(value)})" if len(value) > SHOWN else ""
-        return ", ".join(map(_shortened, value[:SHOWN])) + more
+        return ", ".join(map(_shortened, value[:SHOWN])) + more or "none"
     text = f"{value:.4g}" if isinstance(value, float) else str(value)
     return HASH.sub(r"\1", text)
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """As short as tells them apart: their last part, or without what they all begin with."""
+    """The shortest names that tell the folders apart: the last part, or the path without the common beginning."""
     last = [folder.resolve().name for folder in folders]
     if len(set(last)) == len(last):
         return last
@@ -114,7 +114,7 @@ def _names(folders: Sequence[Path]) -> list[str]:
 
 
 def _laid_out(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Columns that begin where their names do, in as many blocks as the width asks for."""
+    """Lines of aligned columns, in as many blocks as the width requires."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     blocks: list[list[int]] = [[]]
     for column in range(1, len(widths)):

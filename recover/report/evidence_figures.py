@@ -1,6 +1,6 @@
-"""Which figures a verdict has, in the order of a report's questions; see `recover.report.figures` for what a figure is.
+"""The figures of a verdict, in the order of a report's questions, as the plain data of `recover.report.figures`.
 
-`verdict.json` alone gives all but the ones with a dot an example, which need the records of `examples.jsonl`.
+Figures with a dot for each example need the records of `examples.jsonl`; the verdict alone gives the others.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from recover.report.figures import (
     Tone,
     binned,
     figure,
-    interval,
     rated,
 )
 from recover.report.words import FigureKey, prose
@@ -63,7 +62,7 @@ def _suppression(verdict: Verdict, _: Records) -> Built:
     flips = (counts.valid_flips, counts.base)
     rows = [_counted("features of the defense", "own", *flips)]
     if features is not None and features.suppressed_rate is not None:
-        draws = f"{features.draws} draws pooled"
+        draws = f"{features.draws} draw{'s, pooled' if features.draws > 1 else ''}"
         rows.append(Row("as many random features", "random", features.suppressed_rate, count=draws))
     return (Intervals(tuple(rows), "suppressed, of examples that show the behavior without the clamp"),)
 
@@ -144,7 +143,8 @@ def _sizes(verdict: Verdict, _: Records) -> Built:
         return None
     rows = []
     if smallest is not None and smallest.median is not None:
-        rows.append(Row("smallest perturbation, median", "own", smallest.median, **interval(smallest.interval95)))
+        known = () if None in smallest.interval95 else smallest.interval95
+        rows.append(Row("smallest perturbation, median", "own", smallest.median, *known))
     named: Sequence[tuple[str, float | None]] = (
         ("perturbation within the budget, mean", found.norm_mean),
         ("the budget", found.budget),

@@ -1,9 +1,8 @@
 """The figures of a report as plain data, drawn elsewhere: as SVG in `report.html`, by matplotlib for a paper.
 
-1. Each builder takes what `verdict.json` says and the records of `examples.jsonl`, and gives one `Figure`, or none
-   where that part of the protocol was not run.
-2. A figure holds one `Panel`: rates or norms with intervals, curves, one dot an example, or a histogram.
-3. Every figure says in one sentence how it is read, and holds the table of what it shows; both renderers use it.
+1. `evidence_figures` builds each `Figure` from a verdict and its records.
+2. A figure holds one `Panel`: rates or norms with intervals, curves, one dot for each example, or a histogram.
+3. A figure says how it is read, and holds the table of the numbers that it shows; both renderers use them.
 
 Rates are shares of 1, norms are in the units of the residual stream, slacks in logits.
 """
@@ -13,7 +12,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
+
+import numpy as np
 
 from recover.numerics.formats import number, percent
 from recover.protocol.verdict_model import Rate
@@ -21,13 +22,13 @@ from recover.protocol.verdict_model import Rate
 __all__ = ["Curve", "Curves", "Dots", "Figure", "Histogram", "Intervals", "Panel", "Point", "Row", "Strip", "Tone"]
 
 Tone = Literal["own", "plus", "placebo", "random", "shuffled", "undo", "plain"]
-"""What a mark stands for, so that it looks the same in every figure."""
+"""The meaning of a mark, which looks the same in every figure."""
 Table = Sequence[Sequence[str]]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One value, with its interval where it has one; `group` heads the rows that share it."""
+    """One value, with its interval if there is one; `group` heads the rows that share it."""
 
     name: str
     tone: Tone
@@ -54,7 +55,7 @@ class Intervals:
 
 @dataclass(frozen=True)
 class Point:
-    """A rate at a norm, with its interval where it has one."""
+    """A rate at a norm, with its interval if there is one."""
 
     at: float
     rate: float
@@ -86,7 +87,7 @@ class Curves:
 
 @dataclass(frozen=True)
 class Strip:
-    """One value an example; infinite where it was not reached, and 0 drawn apart, as its logarithm is."""
+    """One value for each example; infinite if not reached. Zeros are drawn apart, since they have no logarithm."""
 
     name: str
     tone: Tone
@@ -94,7 +95,7 @@ class Strip:
 
     @property
     def median(self) -> float:
-        """The upper of the middle two, as in `verdict.json`; NaN where there is none."""
+        """The upper median, as in `verdict.json`; NaN if there are no values."""
         known = sorted(value for value in self.values if not math.isnan(value))
         return known[len(known) // 2] if known else math.nan
 
@@ -130,10 +131,10 @@ class Figure:
     """A panel with its words.
 
     Attributes:
-        name: of its files and anchors.
-        reading: how it is read, one sentence.
-        alt: what it shows, for those who do not see it.
-        table: the same in numbers, a header and rows.
+        name: name of its files and anchors.
+        reading: how it is read.
+        alt: description for readers who cannot see it.
+        table: the numbers, a header and rows.
     """
 
     name: str
@@ -154,7 +155,7 @@ def figure(name: str, title: str, reading: str, panel: Panel, table: Table | Non
 
 
 def told(panel: Panel) -> str:
-    """What a panel shows, in words and numbers."""
+    """Describe a panel in words and numbers."""
     match panel:
         case Intervals(rows):
             return "; ".join(f"{row.name} {_value(row.value, panel)}" for row in rows)
@@ -219,21 +220,8 @@ def table_of(panel: Panel) -> Table:
 
 def binned(values: Sequence[float], bins: int = 30) -> tuple[tuple[float, ...], tuple[int, ...]]:
     """Edges and counts of a histogram; a value at the last edge is in the last bin."""
-    low, high = min(values), max(values)
-    if low == high:
-        low, high = low - 0.5, high + 0.5
-    edges = tuple(low + (high - low) * step / bins for step in range(bins + 1))
-    counts = [0] * bins
-    for value in values:
-        counts[min(int((value - low) / (high - low) * bins), bins - 1)] += 1
-    return edges, tuple(counts)
-
-
-def interval(low_high: Sequence[float | None] | None) -> dict[str, Any]:
-    """An interval as the fields of a row or a point; none where an end is not finite."""
-    if low_high is None or None in low_high:
-        return {}
-    return dict(zip(("low", "high"), low_high, strict=True))
+    counts, edges = np.histogram(values, bins)
+    return tuple(edges.tolist()), tuple(counts.tolist())
 
 
 def rated(name: str, tone: Tone, found: Rate, group: str = "", n: int | None = None) -> Row:

@@ -49,7 +49,7 @@ def to_html(
     Args:
         verdict: the verdict.
         config: the text of `config.yaml`.
-        records: the lines of `examples.jsonl`, for the figures with a dot an example.
+        records: the lines of `examples.jsonl`, for the figures with a dot for each example.
         features: of each clamp, as `run.json` has them.
     """
     values = verdict.to_dict()

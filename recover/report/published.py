@@ -189,4 +189,4 @@ def _asked(row: PublishedRow) -> str:
         return ""
     if high is None:
         return f"; agrees if at least {low:.3g}"
-    return f"; agrees if at most {high:.3g}" if low is None else f"; agrees if from {low:.3g} to {high:.3g}"
+    return f"; agrees if at most {high:.3g}" if low is None else f"; agrees if between {low:.3g} and {high:.3g}"

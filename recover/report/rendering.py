@@ -22,13 +22,13 @@ WIDTH = 100
 
 
 def render(name: str, **values: Any) -> str:
-    """The page that a template makes of these values; a missing one raises `jinja2.UndefinedError`."""
+    """Fill a template with these values; a missing value raises `jinja2.UndefinedError`."""
     page: str = environment(name.split(".")[1]).get_template(name).render(values)
     return page
 
 
 def gathered(name: str, block: str, **values: Any) -> list[tuple[str, ...]]:
-    """What a block of a template gives by `call row(...)`: the arguments of `row` and then the text, on one line."""
+    """The rows of one block of a template: the arguments of each `call row(...)`, and its text on one line."""
     rows: list[tuple[str, ...]] = []
 
     def row(*labels: str, caller: Any) -> str:
@@ -60,10 +60,10 @@ def environment(kind: str) -> jinja2.Environment:
 
 
 def misses(gap: float | None) -> str:
-    """What a linear estimate of an effect makes of it; `gap` is the share of the effect that the estimate misses."""
+    """How a linear estimate compares with the effect; `gap` is the share of the effect that the estimate misses."""
     share = formats.percent(gap)
     if gap is None or share == "0%":
-        return "matches the effect" if share == "0%" else "cannot be compared with it"
+        return "matches the effect" if share == "0%" else "cannot be compared with the effect"
     return f"overestimates the effect by {share[1:]}" if gap < 0 else f"underestimates the effect by {share}"
 
 
@@ -76,7 +76,7 @@ def wrap(text: str, label: str = "") -> str:
 
 
 def escaped(value: Any) -> Any:
-    """A value with everything escaped that Markdown, or HTML within it, would read as markup."""
+    """Escape everything that Markdown, or HTML within it, would read as markup."""
     if isinstance(value, Markup) or not isinstance(value, str):
         return value
     return re.sub(r"([\\`*_\[\]|~])", r"\\\1", " ".join(value.split())).replace("<", "&lt;")

@@ -50,7 +50,7 @@ def to_text(verdict: Verdict) -> str:
         headline=headline(verdict),
         sections=sections(verdict).values(),
         results=RESULTS,
-    )
+    ).rstrip()
 
 
 def seeds_to_text(verdicts: Sequence[Verdict]) -> str:

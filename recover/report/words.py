@@ -1,4 +1,4 @@
-"""The prose of the reports: `words.yaml`, typed; and what a verdict and its clamps are in words."""
+"""The prose of the reports: `words.yaml`, typed, and a verdict and its clamps in words."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def specificity(specific: bool | None) -> str:
 
 
 def clamps(threat: ThreatModel) -> list[str]:
-    """What each clamp does, and where."""
+    """Describe each clamp: its features, site, edit and positions."""
     skipped = threat.skip_first
     spared = f" except the first {f'{skipped} tokens' if skipped > 1 else 'token'} of each prompt" if skipped else ""
     return [

@@ -29,7 +29,7 @@ TITLES = {
     "placebo_features": "clamping random features",
     "transfer": "fitting one shared perturbation",
 }
-"""What each phase does; a phase is named by one of these, and perhaps by more after a comma."""
+"""Titles of phases, by the part of their names before a comma."""
 
 
 @contextlib.contextmanager
@@ -46,7 +46,7 @@ def shown() -> Iterator[Progress]:
 
 
 def title(phase: str) -> str:
-    """What a phase does, in words.
+    """The title of a phase.
 
     >>> title("write_orthogonal"), title("transfer, fold 1 of 2")
     ('searching under C1+', 'fitting one shared perturbation, fold 1 of 2')

@@ -3,9 +3,10 @@
 =================  =========================================================================================
 `ascent`           the ascent that all searches share, steepest ascent, and `find_perturbation`
 `adam`             projected Adam, another rule to step by
-`constraints`      what a perturbation may not do, and the search that restores clamped features of later sites
+`constraints`      what a perturbation may not do, as projections and measures
 `pinned`           a delta at every clamped site under which no clamped pre-activation moves: `find_pinned`
 `restoring`        the search whose points are restored before they are judged
+`restored`         a delta at the first site, with the features of all sites restored: `find_restored`
 `stable`           C2 and C3 themselves, in place of the sufficient C1: `find_stable`
 `minimum`          the smallest norm that brings the behavior back: `smallest_perturbation`
 `solvers`          several solvers that differ in kind, and the best over them: `worst_case`
@@ -27,11 +28,11 @@ from recover.search.constraints import (
     Pinned,
     admissible,
 )
-from recover.search.constraints.restored import find_linearized, find_restored
 from recover.search.gradient_checks import Agreement, error_channel, finite_differences
 from recover.search.gradient_free import Effort, reexamined
 from recover.search.minimum import Minimum, smallest_perturbation
 from recover.search.pinned import PinnedSolution, find_pinned, shorten
+from recover.search.restored import find_linearized, find_restored
 from recover.search.restoring import RestoredSolution
 from recover.search.solvers import SOLVERS, Found, Solver, WorstCase, random_draws, worst_case
 from recover.search.stable import find_stable

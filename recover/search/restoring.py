@@ -10,7 +10,7 @@ From each start, the ascent of `recover.search.ascent` with this rule. For every
 4. *Retire* solved examples and those that stall; what is unsolved begins again at the next start, and at last at random
    points, restored as well.
 
-What must stay, and how it is restored, is the business of a `Restoration`: `recover.search.constraints.restored` has
+What must stay, and how it is restored, is the business of a `Restoration`: `recover.search.restored` has
 that of clamped features at several sites, `recover.search.stable` that of C2 and C3.
 """
 

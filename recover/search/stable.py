@@ -39,8 +39,8 @@ from recover.search.ascent import Point, Schedule, clip, without_rounding
 from recover.search.constraints.linear import ActivationStable, DecodeStable, EncoderOrthogonal
 from recover.search.constraints.monitor import Jacobian, jacobian_row_space, passed
 from recover.search.constraints.pinned import Pinned
-from recover.search.constraints.restored import find_restored
 from recover.search.pinned import find_pinned
+from recover.search.restored import find_restored
 from recover.search.restoring import RestoredSolution, search_restoring
 from recover.types import Bool, Delta, Float, PerExample, Residual, Rows, Tensor
 

@@ -46,9 +46,9 @@ def read_data(file: str) -> str:
     return resources.files("recover.tasks").joinpath("data", file).read_text(encoding="utf-8")
 
 
-NEUTRAL, ORDINARY, UNSERVABLE = (
-    tuple(read_data(f"{name}.txt").splitlines()) for name in ("neutral", "ordinary", "unservable")
-)
+NEUTRAL = tuple(read_data("neutral.txt").splitlines())
+ORDINARY = tuple(read_data("ordinary.txt").splitlines())
+UNSERVABLE = tuple(read_data("unservable.txt").splitlines())
 RELATIONS = tuple(
     Relation(row["domain"], row["name"], tuple(row["ways"]), tuple(row["pairs"].items()))
     for row in json.loads(read_data("facts.json"))
