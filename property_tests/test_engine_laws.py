@@ -291,7 +291,7 @@ def test_under_c1_with_pointwise_features_a_delta_acts_alike_before_and_after_th
     same(after, before)
 
 
-@guards(defend, "edits=clamp_edits(defense, reads - 1),", "edits={},")
+@guards(defend, "clamp_edits(defense, reads - 1)", "{}")
 @guards("recover.defenses.defended.clamp_edits", "positions >= defense.skip_first", "positions >= 0")
 @guards(
     "recover.defenses.defended.Defended.perturbed",
@@ -496,9 +496,7 @@ class FolderCase:
         return found
 
 
-@guards(
-    RunFolder.resume, '[self.path / DELTAS, *sorted((self.path / UNITS).glob("*.safetensors"))]', "[self.path / DELTAS]"
-)
+@guards(RunFolder.resume, ', *sorted((self.path / UNITS).glob("*.safetensors"))', "")
 @guards("recover.protocol.ledger.Ledger.run", "if self.store.load(unit) is not None:", "if False:")
 @costly(5)
 @given(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from hypothesis import assume, given
@@ -155,26 +154,6 @@ def test_reactivated_features_were_dormant(case: FeaturesCase) -> None:
     assert ((after.count >= 0) & (after.count <= after.inactive)).all()
     assert (after.inactive <= case.pos * case.k).all()
     assert ((after.share >= 0) & (after.share <= 1)).all()
-    recovered = torch.ones(case.batch, dtype=torch.bool)
-    clean = metrics.zero_reactivation_recovery(recovered, after)
-    assert torch.equal(clean, after.share == 0)
-
-
-@guards(metrics.recovery_rate, "int((recovered & valid).sum()) / flips", "int(recovered.sum()) / flips")
-@given(st.lists(st.tuples(st.booleans(), st.booleans(), st.booleans()), min_size=1, max_size=20), st.randoms())
-def test_a_rate_is_of_valid_flips_alone(rows: list[tuple[bool, bool, bool]], random: Any) -> None:
-    """Whatever the other examples do, and in any order; nothing to recover is no rate."""
-    base, defended, recovered = (torch.tensor(column) for column in zip(*rows, strict=True))
-    valid = metrics.valid_flips(base, defended)
-    assert valid.tolist() == [b and not d for b, d, _ in rows]
-    rate = metrics.recovery_rate(recovered, valid)
-    assert math.isnan(rate) == (not valid.any())
-    assert math.isnan(rate) or 0 <= rate <= 1
-    others = torch.where(valid, recovered, ~recovered)
-    order = list(range(len(rows)))
-    random.shuffle(order)
-    for same in (metrics.recovery_rate(others, valid), metrics.recovery_rate(recovered[order], valid[order])):
-        assert same == rate or (math.isnan(same) and math.isnan(rate))
 
 
 @guards(

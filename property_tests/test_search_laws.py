@@ -220,9 +220,7 @@ def test_more_steps_are_never_worse(case: SearchCase, more: int) -> None:
     assert (case.run(steps=case.steps + more).slack >= case.run().slack).all()
 
 
-@guards(
-    "recover.search.ascent.better", "take = second.slack > first.slack[rows]", "take = second.slack == second.slack"
-)
+@guards("recover.search.ascent.better", "& (second.slack > first.slack[rows])", "& (second.slack == second.slack)")
 @given(searches(), st.integers(0, 2))
 def test_more_restarts_are_never_worse(case: SearchCase, more: int) -> None:
     assert (case.run(restarts=case.restarts + more).slack >= case.run().slack).all()

@@ -43,8 +43,8 @@ def assert_admissible(case: SearchCase, delta: Tensor, longest: Tensor) -> None:
 
 @guards(
     "recover.search.adam.ProjectedAdam.step",
-    "clip(terrain.feasible.project(delta + rate * toward), self.budget)",
-    "clip(delta + rate * toward, self.budget)",
+    "clip(terrain.feasible.project(point.delta + rate * toward), self.budget)",
+    "clip(point.delta + rate * toward, self.budget)",
 )
 @guards(random_draws, "tried = scaled(free, length)", "tried = scaled(free, 1.01 * length)")
 @costly(20)
@@ -101,7 +101,7 @@ def test_a_larger_budget_never_recovers_less(case: SearchCase, factor: float) ->
 
 
 @guards(worst_case, "least, index = norms.min(dim=0)", "least, index = norms.max(dim=0)")
-@guards(worst_case, "best = reduce(first_to, climbed or drawn)", "best = drawn[0]")
+@guards(worst_case, "best = _first_to(schedule.goal, climbed or drawn)", "best = drawn[0]")
 @costly(25)
 @given(searches())
 def test_the_best_over_solvers_is_no_longer_than_any_and_solves_what_any_does(case: SearchCase) -> None:

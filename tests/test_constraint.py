@@ -216,7 +216,7 @@ def test_budget_is_differentiable_at_zero() -> None:
 
 @pytest.mark.parametrize("eps", [0.0, -1.0, float("nan"), float("inf")])
 def test_budget_must_be_a_norm(eps: float) -> None:
-    with pytest.raises(InputError, match="finite number above 0"):
+    with pytest.raises(InputError, match="finite and positive"):
         Budget(eps)
 
 

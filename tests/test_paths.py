@@ -15,7 +15,8 @@ from torch.testing import assert_close
 from recover.defenses.clamps import Clamp, Defense, Scale, Set
 from recover.defenses.defended import Defended, defend
 from recover.evidence.attribution.movers import looks, undefended, writes
-from recover.evidence.attribution.paths import Carrier, carriers, direct, patched, put_back, put_in, through, trace
+from recover.evidence.attribution.parts import entering
+from recover.evidence.attribution.paths import Carrier, carriers, direct, patched, through, trace
 from recover.models.components import Component, eager, head_count, modules_of, projection
 from recover.models.host import Model, Prompts
 from recover.saes.activations import ReLU
@@ -47,6 +48,18 @@ def tiny_defended(
         n_pos=n_pos,
         surface=Surface("every" if every_site else "first"),
     )
+
+
+def put_back(defended: Defended, delta: Tensor, chosen: Sequence[Carrier]) -> tuple[Tensor, Tensor]:
+    """Run with the delta, and these components as in the defended run."""
+    defended, delta = entering(defended, delta)
+    return patched(defended, delta, trace(defended, torch.zeros_like(delta)), chosen)
+
+
+def put_in(defended: Defended, delta: Tensor, chosen: Sequence[Carrier]) -> tuple[Tensor, Tensor]:
+    """Run without the delta, and these components as in the recovered run."""
+    defended, delta = entering(defended, delta)
+    return patched(defended, torch.zeros_like(delta), trace(defended, delta), chosen)
 
 
 def noise(defended: Defended, size: float = 0.5, seed: int = 0) -> Tensor:

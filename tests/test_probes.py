@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from recover.baselines.probes import _corrected, _outside, _span, _watched, find_probed
+from recover.baselines.probes import _corrected, _outside, _span, find_probed
 from recover.defenses.clamps import Scale, Set
 from recover.defenses.defended import defend
 from recover.evidence.certificate import certify
@@ -24,7 +24,8 @@ def test_the_span_is_that_of_combinations_of_rows_and_of_the_drift_direction() -
     """Against the table of all rows, those of the first site included."""
     defended = tiny(2)
     monitor = Monitor.of(defended, c1=False)
-    leaf, watched = _watched(monitor, 0.3 * normal(defended.zero_delta).float())
+    leaf = (0.3 * normal(defended.zero_delta).float()).requires_grad_(True)
+    watched = monitor.watch(leaf)
     weights = torch.randn(3, watched.pre.shape[1], generator=torch.Generator().manual_seed(0))
     basis = _span(monitor, leaf, watched, weights)
     assert basis.shape == (4, leaf[0].numel(), 4)
@@ -43,7 +44,8 @@ def test_the_span_is_that_of_combinations_of_rows_and_of_the_drift_direction() -
 def test_without_drift_its_direction_takes_no_room() -> None:
     defended = tiny(2)
     monitor = Monitor.of(defended, c1=False)
-    leaf, watched = _watched(monitor, defended.zero_delta)
+    leaf = defended.zero_delta.requires_grad_(True)
+    watched = monitor.watch(leaf)
     basis = _span(monitor, leaf, watched, torch.ones(1, watched.pre.shape[1]))
     assert bool((basis.norm(dim=(1, 2)).round(decimals=4) <= 2**0.5).all())
     assert bool(basis.isfinite().all())
@@ -74,7 +76,8 @@ def test_where_probes_span_all_rows_a_gradient_moves_none_of_them_and_correction
     defended = linear_world(SHEAR, clamps=((1, 0, Scale(2.0)), (2, 1, Scale(2.0))))
     monitor = Monitor.of(defended, c1=False)
     J = torch.tensor([[1.0, 0.0, 0.0, 0.0], [0.0, 2.0, 4.0, 0.0]])
-    leaf, watched = _watched(monitor, defended.zero_delta)
+    leaf = defended.zero_delta.requires_grad_(True)
+    watched = monitor.watch(leaf)
     weights = torch.randn(8, watched.pre.shape[1], generator=torch.Generator().manual_seed(0))
     v = normal(leaf).float()
     outside = _outside(_span(monitor, leaf, watched, weights), v)

@@ -7,11 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 from scipy import stats as scipy_stats
 
 from recover.numerics import statistics
-from recover.numerics.statistics import bootstrap, holm, median_interval, more_often, paired_smaller, wilson
+from recover.numerics.statistics import holm, median_interval, more_often, paired_smaller, wilson
 from recover.types import InputError
 
 INF = math.inf
@@ -65,102 +64,28 @@ def test_wilson_refuses_impossible_counts(successes: int, n: int) -> None:
         wilson(successes, n)
 
 
-def test_bootstrap_of_a_rate_by_hand() -> None:
-    # The mean of a resample of (0, 0, 0, 0, 1) is Binomial(5, 1/5) / 5. P(0) = 0.328 > 0.025, so the low end is 0.
-    # P(<= 2) = 0.942 < 0.975 < P(<= 3) = 0.993, so the high end is 3 / 5.
-    assert bootstrap([0, 0, 0, 0, 1]) == pytest.approx((0.0, 0.6))
-
-
-def test_bootstrap_at_other_confidence_by_hand() -> None:
-    # Resamples of (0, 1) average 0, 1/2, 1 with probability 1/4, 1/2, 1/4. Between the quantiles 0.3 and 0.7 all
-    # are 1/2; between 0.2 and 0.8 the ends are 0 and 1.
-    assert bootstrap([0.0, 1.0], confidence=0.4) == (0.5, 0.5)
-    assert bootstrap([0.0, 1.0], confidence=0.6) == (0.0, 1.0)
-
-
-def test_bootstrap_of_another_statistic_by_hand() -> None:
-    # The median of three draws from (1, 2, 9) is 1 where at least two are 1: 3 (1/3)^2 (2/3) + (1/3)^3 = 7/27 = 0.26;
-    # 2 with 13/27 and 9 with 7/27. So the quantiles 0.1 and 0.9 are 1 and 9, and 0.3 and 0.7 are both 2.
-    assert bootstrap([1.0, 2.0, 9.0], np.median, confidence=0.8) == (1.0, 9.0)
-    assert bootstrap([1.0, 2.0, 9.0], np.median, confidence=0.4) == (2.0, 2.0)
-
-
-def test_bootstrap_of_a_large_sample_is_nearly_normal() -> None:
-    # The mean of n figures has standard error s / sqrt(n): for 400 of +-1 that is 0.05, so -+ 0.098.
-    low, high = bootstrap(np.tile([-1.0, 1.0], 200))
-    assert (low, high) == pytest.approx((-0.098, 0.098), abs=0.006)
-
-
-def test_bootstrap_of_one_figure_is_that_figure() -> None:
-    assert bootstrap([3.5]) == (3.5, 3.5)
-
-
-def test_bootstrap_is_seeded() -> None:
-    values = np.random.default_rng(0).normal(size=30)
-    assert bootstrap(values, draws=200) == bootstrap(values, draws=200, seed=0)
-    assert bootstrap(values, draws=200) != bootstrap(values, draws=200, seed=1)
-
-
-@pytest.mark.parametrize("values", [[], [1.0, float("nan")], [[1.0]]])
-def test_bootstrap_refuses_unusable_values(values: Any) -> None:
-    with pytest.raises(InputError, match="finite numbers"):
-        bootstrap(values)
-
-
-def test_bootstrap_refuses_no_draws() -> None:
-    with pytest.raises(InputError, match="0 draws"):
-        bootstrap([1.0], draws=0)
-
-
 @pytest.mark.parametrize("confidence", [0.0, 1.0, 95.0, float("nan")])
 def test_confidence_is_a_share(confidence: float) -> None:
     with pytest.raises(InputError, match="between 0 and 1"):
         wilson(1, 2, confidence)
     with pytest.raises(InputError, match="between 0 and 1"):
-        bootstrap([1.0], confidence=confidence)
+        median_interval([1.0], confidence=confidence)
 
 
-def test_bootstrap_gives_the_statistic_whole_resamples() -> None:
-    sizes: set[int] = set()
-
-    def size(sample: NDArray[np.float64]) -> float:
-        sizes.add(sample.size)
-        return 0.0
-
-    bootstrap([1.0, 2.0, 3.0], size, draws=5)
-    assert sizes == {3}
-
-
-@pytest.mark.parametrize("statistic", [np.mean, np.median, np.max])
-def test_bootstrap_is_a_loop_over_resamples(statistic: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """To the bit, however many resamples are held at once, and with or without an argument `axis`."""
+def test_median_interval_is_that_of_a_loop_over_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the bit, however many resamples are held at once."""
     values = np.random.default_rng(1).normal(size=7)
     generator = np.random.default_rng(3)
-    loop = [statistic(generator.choice(values, 7)) for _ in range(100)]
-    expected = tuple(np.quantile(loop, [(1 - 0.95) / 2, (1 + 0.95) / 2]))
+    loop = [np.median(generator.choice(values, 7)) for _ in range(100)]
+    expected = tuple(np.quantile(loop, q, method=m) for q, m in (((1 - 0.95) / 2, "lower"), ((1 + 0.95) / 2, "higher")))
     for at_once in (1, 7, 50, 700):
         monkeypatch.setattr(statistics, "DRAWN_AT_ONCE", at_once)
-        assert bootstrap(values, statistic, draws=100, seed=3) == expected
-    assert bootstrap(values, lambda sample: statistic(sample), draws=100, seed=3) == expected
-
-
-def test_bootstrap_of_a_statistic_that_is_written_in_c() -> None:
-    assert bootstrap([1.0, 2.0, 9.0], max, draws=50) == bootstrap([1.0, 2.0, 9.0], np.max, draws=50)
-
-
-def test_bootstrap_gives_many_resamples_at_once_to_what_takes_an_axis() -> None:
-    calls = []
-
-    def first(samples: NDArray[np.float64], axis: int) -> Any:
-        calls.append(samples.shape)
-        return samples.take(0, axis=axis)
-
-    bootstrap(np.zeros(50), first, draws=10_000)  # type: ignore[arg-type]
-    assert calls == [(10_000, 50)]
+        assert median_interval(values, draws=100, seed=3) == expected
 
 
 def test_median_interval_by_hand() -> None:
-    # As for the median of draws from (1, 2, 9) above: 1, 2 and the largest with 7/27, 13/27 and 7/27.
+    # The median of three draws from (1, 2, inf) is 1 where at least two are 1: 3 (1/3)^2 (2/3) + (1/3)^3 = 7/27 = 0.26;
+    # 2 with 13/27 and infinite with 7/27. The quantiles 0.1 and 0.9 are 1 and inf, and 0.3 and 0.7 are both 2.
     assert median_interval([1.0, 2.0, INF], confidence=0.8) == (1.0, INF)
     assert median_interval([1.0, 2.0, INF], confidence=0.4) == (2.0, 2.0)
     # Both of two draws from (1, inf) are 1 with probability 1/4; otherwise the middle is infinite.
@@ -187,7 +112,8 @@ def test_median_interval_ends_are_medians_that_were_drawn() -> None:
 def test_median_interval_of_finite_figures_is_that_of_the_bootstrap() -> None:
     # Among 10,000 medians the neighbors of a quantile are hardly apart.
     values = np.random.default_rng(2).normal(size=200)
-    assert median_interval(values) == pytest.approx(bootstrap(values, np.median), abs=1e-3)
+    theirs = scipy_stats.bootstrap((values,), np.median, n_resamples=10_000, method="percentile", rng=0)
+    assert median_interval(values) == pytest.approx(tuple(theirs.confidence_interval), abs=1e-3)
 
 
 def test_median_interval_is_seeded() -> None:

@@ -14,8 +14,8 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 
-from recover.checks import verify as laws_of
 from recover.checks import laws as laws_module
+from recover.checks import verify as laws_of
 from recover.checks.verification import Law, Support, fitting, stand_in, supported, verify
 from recover.cli import main
 from recover.evidence.transfer import Pool

@@ -303,12 +303,12 @@ SCRIPT = """
 import json, sys
 import recover as rc
 import torch
-from recover.run.setting import build_defense, choose_features, load_setting
+from recover.run.setting import choose_features, load_setting
 
 torch.set_num_threads(1)
 config = rc.load_config(sys.argv[1], {"prompts.n": 16})
 setting = load_setting(config)
-defense = build_defense(setting, choose_features(setting, 4))
+defense = setting.build(choose_features(setting, 4))
 with rc.joined() as workers:
     rc.Model.batch_size = lambda *_: 4 + 3 * workers.rank  # what fits the one, and the other
     verdict = rc.check(

@@ -14,8 +14,6 @@ from recover.saes.sae import SAE
 from recover.tasks.probe import SKIPPED, Material, Texts
 from recover.types import Float, Tensor
 
-__all__ = ["ClassScores", "class_scores"]
-
 
 @dataclass(frozen=True)
 class ClassScores:
@@ -38,11 +36,7 @@ class ClassScores:
 def class_scores(model: Model, sae: SAE, material: Material, counts: Sequence[int]) -> ClassScores:
     """Select each class's features on texts to train with, and score their ablation on texts to test with.
 
-    Args:
-        model: the host model.
-        sae: of the probes' site.
-        material: probes and texts (`prepare_probes`).
-        counts: numbers of ablated features.
+    The material is that of `prepare_probes`, the SAE that of its site; `counts` are numbers of ablated features.
     """
     head, probes, train, test = material.head(model), material.probes, material.train, material.test
     reads = test.prompts.ids.shape[1] - SKIPPED

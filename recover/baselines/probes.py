@@ -15,7 +15,6 @@ drift, and a solved example is retired, which leaves it with less drift than all
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -23,12 +22,10 @@ from einops import einsum, rearrange, repeat
 
 from recover.defenses.defended import Defended
 from recover.numerics.metrics import by_example, norm
-from recover.search.ascent import Ends, Point, Schedule, Seen, Status, StepRule, ascend, clip
+from recover.search.ascent import Ends, Mask, OnStep, Point, Schedule, Status, StepRule, ascend, clip
 from recover.search.constraints.monitor import Jacobian, Monitor, Watched
 from recover.search.restoring import RestoredSolution
-from recover.types import Bool, Delta, Float, InputError, Rows, Tensor
-
-__all__ = ["find_probed"]
+from recover.types import Delta, Float, InputError, PerExample, Rows, Tensor
 
 PROBES, CORRECTIONS, RATE = 8, 5, 0.1
 MOMENTUM, MEMORY, FLOOR = 0.9, 0.999, 1e-8
@@ -38,7 +35,7 @@ def find_probed(
     defended: Defended,
     budget: float,
     schedule: Schedule | None = None,
-    on_step: Callable[[int, int], None] | None = None,
+    on_step: OnStep = None,
     *,
     probes: int = PROBES,
     corrections: int = CORRECTIONS,
@@ -67,7 +64,7 @@ def find_probed(
     generator = torch.Generator().manual_seed(schedule.seed)
     terrain = _Probed(Monitor.of(defended, c1=False), probes, generator)
     found, drift = ascend(terrain, start, _ProbedAdam(start, budget, schedule, corrections, rate), on_step)
-    return RestoredSolution(found.delta, found.score, found.slack, drift, found.steps)
+    return RestoredSolution(found.delta, found.score, found.slack, found.steps, drift)
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,14 +76,13 @@ class _Probed:
     generator: torch.Generator
 
     def look(self, delta: Delta) -> Point:
-        leaf, watched = _watched(self.monitor, delta)
-        logits, behavior = watched.logits.float(), self.monitor.defended.behavior
-        score, slack = behavior.score(logits), behavior.slack(logits).detach()
-        (gradient,) = torch.autograd.grad(score.sum(), leaf, retain_graph=True)
+        leaf = delta.detach().requires_grad_(True)
+        watched = self.monitor.watch(leaf)
+        score, slack, gradient = watched.graded(self.monitor.defended.behavior, leaf)
         # One draw for all examples: a result must not depend on which others are in the batch.
         weights = torch.randn(self.probes, watched.pre.shape[1], generator=self.generator).to(delta.device)
         free = _outside(_span(self.monitor, leaf, watched, weights), gradient)
-        return Point(score.detach(), slack, free, self.monitor.drift(watched.detached()))
+        return Point(delta, score, slack, free, self.monitor.drift(watched.detached()))
 
     def select(self, rows: Rows) -> _Probed:
         return _Probed(self.monitor.select(rows), self.probes, self.generator)
@@ -100,26 +96,21 @@ class _ProbedAdam(StepRule[_Probed]):
         self.corrections, self.rate = corrections, rate
         self.mean, self.square = torch.zeros_like(start), torch.zeros_like(start)
 
-    def counts(self, delta: Delta, point: Point) -> Bool[Tensor, "batch"]:
+    def counts(self, point: Point) -> Mask:
         return torch.isfinite(point.slack)
 
-    def step(self, terrain: _Probed, seen: Seen) -> tuple[Delta, Ends]:
-        gradient, number = seen.point.gradient, seen.number
+    def step(self, terrain: _Probed, point: Point, counts: Mask, best: PerExample, number: int) -> tuple[Delta, Ends]:
+        gradient = point.gradient
         self.mean = MOMENTUM * self.mean + (1 - MOMENTUM) * gradient
         self.square = MEMORY * self.square + (1 - MEMORY) * gradient.square()
         width = (self.square / (1 - MEMORY ** (number + 1))).sqrt() + FLOOR
-        delta = clip(seen.delta + self.rate * self.mean / (1 - MOMENTUM ** (number + 1)) / width, self.budget)
+        delta = clip(point.delta + self.rate * self.mean / (1 - MOMENTUM ** (number + 1)) / width, self.budget)
         return delta, {Status.NON_FINITE: ~torch.isfinite(norm(gradient))}
 
     def settle(self, terrain: _Probed, delta: Delta) -> tuple[Delta, None]:
         for _ in range(self.corrections):
             delta = clip(_corrected(terrain.monitor, delta), self.budget)
         return delta, None
-
-
-def _watched(monitor: Monitor, delta: Delta) -> tuple[Delta, Watched]:
-    leaf = delta.detach().requires_grad_(True)
-    return leaf, monitor.watch(leaf)
 
 
 def _span(
@@ -145,7 +136,8 @@ def _outside(basis: Float[Tensor, "batch n direction"], gradient: Delta) -> Delt
 
 def _corrected(monitor: Monitor, delta: Delta) -> Delta:
     """One step along the drift direction."""
-    leaf, watched = _watched(monitor, delta)
+    leaf = delta.detach().requires_grad_(True)
+    watched = monitor.watch(leaf)
     jacobian = Jacobian.at(monitor, leaf, watched, monitor.kept(watched))
     toward = jacobian.pull(monitor.moved(watched.detached()))
     passed = norm(jacobian.push(toward))

@@ -29,8 +29,6 @@ from recover.search.ascent import Feasible
 from recover.tasks.behaviors import ForcedAnswer, LogitDifference
 from recover.types import Residual, TokenIds
 
-__all__ = ["PublishedAnswerLoop", "published_loop"]
-
 FIRST_STAGE, PREFIX, PROBES, CORRECTIONS, PENALTY, RATE = 20, 8, 8, 5, 200.0, 0.1
 
 
@@ -43,19 +41,9 @@ def published_loop(
     feasible: Feasible | None = None,
     steps: int = 100,
 ) -> Residual:
-    """The published search for one prompt of a next-token behavior, under a defense of one clamp.
+    """Run the published search for a delta `[1 1 d_model]`: one prompt of a next-token behavior, one clamp.
 
-    Args:
-        model: the host model.
-        defense: one clamp.
-        prompts: one prompt.
-        behavior: its behavior.
-        budget: the largest norm of the delta.
-        feasible: projects the gradient; exact here, which flatters the baseline. None for no constraint.
-        steps: of Adam.
-
-    Returns:
-        The delta, `[1 1 d_model]`.
+    `feasible` projects the gradient of each step of Adam; it is exact here, which flatters the baseline.
     """
     (clamp,) = defense.clamps
     delta = torch.zeros(1, 1, model.d_model, device=model.device, requires_grad=True)
@@ -76,20 +64,14 @@ def published_loop(
 class PublishedAnswerLoop:
     """The published search for one request: the model with its clamps in hooks, `delta [site pos d_model]`.
 
-    Args:
-        model: the host model.
-        defense: its clamps.
-        prompts: the request with its answer, one row.
-        behavior: the answer.
-        refusals: the tokens with which defended replies begin.
+    The prompt is one row, with its answer; `refusals` are the tokens with which defended replies begin.
     """
 
     def __init__(
         self, model: Model, defense: Defense, prompts: Prompts, behavior: ForcedAnswer, refusals: TokenIds
     ) -> None:
         self.model, self.defense, self.refusals = model, defense, refusals
-        self.ids, self.answer = prompts.ids, behavior.answer[0]
-        self.columns = len(self.answer)
+        self.ids, self.answer, self.columns = prompts.ids, behavior.answer[0], behavior.answer.shape[1]
         with torch.no_grad():
             self.reference = self.run(self.nothing())[1]
 
@@ -181,15 +163,14 @@ def _clip(delta: Tensor, budget: float) -> None:
 
 @contextmanager
 def _hooked(model: Model, layer: int, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """The model with a change of what goes into a block."""
+    """Change what goes into a block of the model."""
 
     def before(_: Any, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> Any:
         state = change(args[0] if args else kwargs["hidden_states"])
         return ((state, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": state})
 
-    handle = model.module.get_submodule(f"{model.blocks_path}.{layer}").register_forward_pre_hook(
-        before, with_kwargs=True
-    )
+    block = model.module.get_submodule(f"{model.blocks_path}.{layer}")
+    handle = block.register_forward_pre_hook(before, with_kwargs=True)
     try:
         yield
     finally:

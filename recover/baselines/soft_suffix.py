@@ -12,8 +12,8 @@ A suffix is another text, so that clamped features are free to move: it is a bas
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch.nn.functional import pad
@@ -22,12 +22,10 @@ from recover.defenses.clamps import Clamp, Defense
 from recover.defenses.defended import clamp_edits
 from recover.defenses.speech import under
 from recover.models.generation import Columns
-from recover.models.host import Change, Edit, Model, Prompts, Suffix
+from recover.models.host import Edit, Model, Prompts, Suffix
 from recover.numerics.metrics import relative_drift
 from recover.tasks.behaviors import Behavior, positions_read
 from recover.types import Float, InputError, PerExample, Rows, Site, Tensor, TokenIds
-
-__all__ = ["SoftSuffix", "spoken_with", "with_room"]
 
 EMBEDDINGS = Site(0)
 Vectors = Float[Tensor, "batch n d_model"]
@@ -61,15 +59,7 @@ class SoftSuffix:
     def of(
         cls, model: Model, defense: Defense, prompts: Prompts, behavior: Behavior, *, n: int = 16, monitor: float = 0.0
     ) -> SoftSuffix:
-        """Prepare a batch.
-
-        Args:
-            model: the host model.
-            defense: its clamps, live.
-            prompts: with their answers behind them, where the behavior reads one.
-            behavior: one entry for each prompt.
-            n: how many vectors.
-            monitor: weight of the drift of the clamped features in the score.
+        """Prepare a batch, its answers behind the prompts where the behavior reads one.
 
         Raises:
             InputError: no vectors, or a clamp where they enter.
@@ -79,19 +69,18 @@ class SoftSuffix:
         if defense.sites[0].index == EMBEDDINGS.index:
             raise InputError(f"soft suffix: a clamp at {EMBEDDINGS.hook_name}, where the vectors enter; clamp above it")
         reads = positions_read(behavior)
-        edits, answer = clamp_edits(defense, reads - 1), reads - 1
+        answer = reads - 1
+        edits = clamp_edits(defense, answer)
         split = prompts.ids.shape[1] - answer
-        bare = Prompts(prompts.ids[:, :split], prompts.mask[:, :split])
-        room = with_room(bare, n)
-        whole = Prompts(
-            torch.cat([room.ids, prompts.ids[:, split:]], dim=1), torch.cat([room.mask, prompts.mask[:, split:]], dim=1)
-        )
+        room = with_room(Prompts(prompts.ids[:, :split], prompts.mask[:, :split]), n)
+        pairs = ((room.ids, prompts.ids), (room.mask, prompts.mask))
+        whole = Prompts(*(torch.cat([before, after[:, split:]], dim=1) for before, after in pairs))
         with torch.no_grad():
             embedded = model.run(whole, read=[EMBEDDINGS]).residuals[EMBEDDINGS]
-            seen = _watch(defense, edits, reads)
-            model.run(prompts, edits=seen.edits, reads=reads)
+            seen, states = _watched(edits, reads)
+            model.run(prompts, edits=seen, reads=reads)
             _, suffix = model.prefill(whole, (EMBEDDINGS, embedded), edits=edits, n_pos=n + answer, reads=reads)
-        return cls(suffix, behavior, n, defense.clamps, seen.features(defense.clamps), monitor)
+        return cls(suffix, behavior, n, defense.clamps, _features(defense.clamps, states), monitor)
 
     @property
     def start(self) -> Vectors:
@@ -99,14 +88,8 @@ class SoftSuffix:
         return torch.zeros_like(self.suffix.residual[:, : self.n], dtype=torch.float32)
 
     def select(self, rows: Rows) -> SoftSuffix:
-        return SoftSuffix(
-            self.suffix.select(rows),
-            self.behavior.select(rows),
-            self.n,
-            self.clamps,
-            self.reference[rows],
-            self.monitor,
-        )
+        parts = {name: getattr(self, name).select(rows) for name in ("suffix", "behavior")}
+        return replace(self, reference=self.reference[rows], **parts)
 
     def __call__(self, delta: Vectors) -> tuple[PerExample, PerExample]:
         """Score and slack of these vectors."""
@@ -123,25 +106,15 @@ class SoftSuffix:
 
     def _run(self, vectors: Vectors) -> tuple[Float[Tensor, "batch ..."], Float[Tensor, "batch pos k"]]:
         reads = positions_read(self.behavior)
-        seen: dict[int, Tensor] = {}
-
-        def watch(index: int) -> Change:
-            def change(h: Tensor) -> Tensor:
-                seen[index] = h[:, -reads:].float()
-                return h
-
-            return change
-
+        changes, states = _watched({clamp.site: lambda h: h for clamp in self.clamps}, reads)
         state = torch.cat([vectors.to(self.suffix.residual), self.suffix.residual[:, self.n :]], dim=1)
-        changes = {clamp.site: watch(clamp.site.index) for clamp in self.clamps}
         logits = self.suffix.logits(state, self.behavior.tokens, reads, changes).float()
-        return logits, torch.cat([clamp.read(seen[clamp.site.index]) for clamp in self.clamps], dim=-1)
+        return logits, _features(self.clamps, states)
 
 
 def spoken_with(defense: Defense, vectors: Vectors) -> Columns:
     """The clamps and the vectors as edits that `generate` runs, over prompts `with_room` for them."""
-    clamps = under(defense)
-    n = vectors.shape[1]
+    clamps, n = under(defense), vectors.shape[1]
 
     def edits(first: int, last: int) -> dict[Site, Edit]:
         made = dict(clamps(first, last))
@@ -157,26 +130,22 @@ def spoken_with(defense: Defense, vectors: Vectors) -> Columns:
     return edits
 
 
-@dataclass(eq=False)
-class _Watched:
-    """Clamps as edits that remember what they leave."""
+def _watched(
+    changes: Mapping[Site, Callable[..., Tensor]], reads: int
+) -> tuple[dict[Site, Callable[..., Tensor]], dict[Site, Tensor]]:
+    """Edits or changes that remember what they leave in the answer's columns, and where they keep that."""
+    states: dict[Site, Tensor] = {}
 
-    edits: dict[Site, Edit]
-    states: dict[int, Tensor]
-
-    def features(self, clamps: Sequence[Clamp]) -> Float[Tensor, "batch pos k"]:
-        return torch.cat([clamp.read(self.states[clamp.site.index]) for clamp in clamps], dim=-1)
-
-
-def _watch(defense: Defense, edits: dict[Site, Edit], reads: int) -> _Watched:
-    states: dict[int, Tensor] = {}
-
-    def watched(site: Site) -> Edit:
-        def edit(h: Tensor, positions: TokenIds) -> Tensor:
-            h = edits[site](h, positions)
-            states[site.index] = h[:, -reads:].float()
+    def watched(site: Site) -> Callable[..., Tensor]:
+        def change(h: Tensor, *positions: TokenIds) -> Tensor:
+            h = changes[site](h, *positions)
+            states[site] = h[:, -reads:].float()
             return h
 
-        return edit
+        return change
 
-    return _Watched({site: watched(site) for site in defense.sites}, states)
+    return {site: watched(site) for site in changes}, states
+
+
+def _features(clamps: Sequence[Clamp], states: Mapping[Site, Tensor]) -> Float[Tensor, "batch pos k"]:
+    return torch.cat([clamp.read(states[clamp.site]) for clamp in clamps], dim=-1)

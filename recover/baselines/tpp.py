@@ -21,8 +21,6 @@ from einops import einsum
 from recover.tasks.probe_heads import Probes
 from recover.types import Float, Int, Tensor
 
-__all__ = ["Score", "ablated", "effect", "score"]
-
 
 @dataclass(frozen=True)
 class Score:

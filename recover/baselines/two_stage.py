@@ -13,18 +13,15 @@ Only the start of the second stage differs, so what it may vary, its budget and 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 
 from recover.defenses.defended import Defended
-from recover.search.ascent import Feasible, Objective, Schedule, find_perturbation
+from recover.search.ascent import Feasible, Objective, OnStep, Schedule, find_perturbation
 from recover.search.constraints.pinned import Pinned
 from recover.tasks.behaviors import positions_read
 from recover.types import Delta, Float, PerExample, Rows, Tensor
-
-__all__ = ["OPENING_STEPS", "Opening", "opened"]
 
 OPENING_STEPS = 20
 """Steps of the first stage, as published."""
@@ -35,8 +32,7 @@ class Opening:
     """The objective of the first stage.
 
     Attributes:
-        own: the first tokens of each answer, forced (`ForcedAnswer`).
-        refusal: those of each refusal, as many.
+        own, refusal: the first tokens of each answer, forced (`ForcedAnswer`), and as many of each refusal.
         columns: how many columns a delta has at each site; those beyond the opening do not matter to it.
     """
 
@@ -54,9 +50,8 @@ class Opening:
 
     def _first(self, part: Defended | Pinned, delta: Delta) -> Float[Tensor, "batch site_opening d_model"]:
         """The columns of a delta that an opening has, site after site."""
-        reads = positions_read(part.behavior)
-        sites = delta.shape[1] // self.columns
-        return torch.cat([site[:, :reads] for site in delta.chunk(sites, dim=1)], dim=1)
+        sites = delta.chunk(delta.shape[1] // self.columns, dim=1)
+        return torch.cat([site[:, : positions_read(part.behavior)] for site in sites], dim=1)
 
 
 def opened(
@@ -65,17 +60,11 @@ def opened(
     feasible: Feasible,
     budget: float,
     schedule: Schedule | None = None,
-    on_step: Callable[[int, int], None] | None = None,
+    on_step: OnStep = None,
 ) -> Delta:
     """Run the first stage: the delta that it ends at, within the budget, is where the second starts.
 
-    Args:
-        opening: the objective of the first stage.
-        start: as in `find_perturbation`.
-        feasible: as in `find_perturbation`.
-        budget: as in `find_perturbation`.
-        schedule: its stride and seed; steps are those of an opening.
-        on_step: as in `find_perturbation`.
+    The arguments are those of `find_perturbation`; of the schedule the stride and the seed count.
     """
     first = replace(schedule or Schedule(), steps=OPENING_STEPS, goal=math.inf, restarts=0)
     return find_perturbation(opening, start, feasible, budget, first, on_step).delta

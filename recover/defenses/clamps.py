@@ -27,48 +27,47 @@ from einops import einsum, rearrange
 from recover.saes.sae import SAE
 from recover.types import Float, InputError, Int, Mask, Positions, Residual, Site, Tensor
 
-__all__ = ["Clamp", "Defense", "Floor", "Mode", "Scale", "Set"]
-
-
 Number = float | int  # to a run-time type checker an int is no float
 Values = Number | tuple[Number, ...]
 """One for all clamped features, or one for each in their order."""
 
 
+class _Finite:
+    """A mode, whose values must be finite."""
+
+    def __post_init__(self) -> None:
+        for given in vars(self).values():
+            for value in given if isinstance(given, tuple) else (given,):
+                if not math.isfinite(value):
+                    mode = type(self).__name__.lower()
+                    raise InputError(f"clamp: {mode} {value} is not finite; give a finite number")
+
+
 @dataclass(frozen=True)
-class Set:
+class Set(_Finite):
     """Write a value, whatever the activation was."""
 
     value: Values
-
-    def __post_init__(self) -> None:
-        _check_finite("set", self.value)
 
     def __call__(self, z: Float[Tensor, "*batch k"]) -> Float[Tensor, "*batch k"]:
         return torch.zeros_like(z) + _like(self.value, z)
 
 
 @dataclass(frozen=True)
-class Scale:
+class Scale(_Finite):
     """Multiply the activation."""
 
     factor: Values
-
-    def __post_init__(self) -> None:
-        _check_finite("scale", self.factor)
 
     def __call__(self, z: Float[Tensor, "*batch k"]) -> Float[Tensor, "*batch k"]:
         return _like(self.factor, z) * z
 
 
 @dataclass(frozen=True)
-class Floor:
+class Floor(_Finite):
     """Raise the activation to at least a value."""
 
     value: Values
-
-    def __post_init__(self) -> None:
-        _check_finite("floor", self.value)
 
     def __call__(self, z: Float[Tensor, "*batch k"]) -> Float[Tensor, "*batch k"]:
         return torch.maximum(z, _like(self.value, z).expand_as(z))
@@ -114,8 +113,7 @@ class Clamp:
         if isinstance(given, tuple) and len(given) != len(chosen):
             raise InputError(f"clamp: {len(given)} values for {len(chosen)} features; give one for all, or one each")
         values = (sae, chosen, mode, only_active, positions, site)
-        for name, value in zip(self.__dataclass_fields__, values, strict=True):
-            object.__setattr__(self, name, value)
+        vars(self).update(zip(self.__dataclass_fields__, values, strict=True))
 
     @cached_property
     def indices(self) -> Int[Tensor, "k"]:
@@ -165,10 +163,7 @@ class Clamp:
     def apply(self, x: Residual, mask: Mask | None = None, n_answer: int = 0) -> Residual:
         """The defended residual, in the dtype of `x`.
 
-        Args:
-            x: the residual at the clamp's site.
-            mask: where the clamp may act: the real tokens; all, where None.
-            n_answer: so many of the last columns follow the prompt.
+        The clamp may act where `mask` is true, the real tokens; the last `n_answer` columns follow the prompt.
         """
         return (x + self.displacement(x, mask, n_answer)).to(x.dtype)
 
@@ -226,7 +221,7 @@ class Defense:
         return tuple(clamp for clamp in self.clamps if clamp.site.index == site.index)
 
     def to(self, dtype: torch.dtype) -> Defense:
-        """The same with SAEs that compute in `dtype`; itself, where they do."""
+        """Let the SAEs compute in `dtype`."""
         if all(clamp.sae.dtype == dtype for clamp in self.clamps):
             return self
         # Clamps of one SAE go on sharing it.
@@ -245,12 +240,6 @@ class Defense:
 
 def _like(values: Values, z: Tensor) -> Tensor:
     return torch.tensor(values, dtype=z.dtype, device=z.device)
-
-
-def _check_finite(mode: str, values: Values) -> None:
-    for value in values if isinstance(values, tuple) else (values,):
-        if not math.isfinite(value):
-            raise InputError(f"clamp: {mode} {value} is not finite; give a finite number")
 
 
 def _checked(features: Iterable[SupportsIndex], d_sae: int) -> tuple[int, ...]:

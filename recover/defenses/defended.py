@@ -24,8 +24,6 @@ from recover.models.host import Change, Edit, Model, Prompts, Suffix
 from recover.tasks.behaviors import Behavior, positions_read
 from recover.types import Delta, Float, InputError, PerExample, Residual, Rows, Site, Surface, Tensor, TokenIds
 
-__all__ = ["Defended", "check_fits", "clamp_edits", "defend"]
-
 
 @dataclass(frozen=True, eq=False)
 class Defended:
@@ -80,15 +78,8 @@ class Defended:
 
     def select(self, rows: Rows) -> Defended:
         """Select a subset of the examples."""
-        return Defended(
-            self.defense,
-            self.behavior.select(rows),
-            self.base[rows],
-            self.base_logits[rows],
-            self.defended_logits[rows],
-            self.suffix.select(rows),
-            self.surface,
-        )
+        tensors = (self.base[rows], self.base_logits[rows], self.defended_logits[rows])
+        return Defended(self.defense, self.behavior.select(rows), *tensors, self.suffix.select(rows), self.surface)
 
     def asking(self, behavior: Behavior) -> Defended:
         """Ask the same examples for another behavior."""
@@ -117,7 +108,7 @@ class Defended:
             changes: at sites above it, after the clamp and the delta there.
         """
         first, *later = self.by_site(delta).items()
-        added = {site: _adds(part) for site, part in later}
+        added = {site: adds(part) for site, part in later}
         for site, change in (changes or {}).items():
             place = next((known for known in added if known.index == site.index), site)
             added[place] = _chained(added[place], change) if place in added else change
@@ -172,7 +163,8 @@ class Defended:
         return self.behavior.score(logits), self.behavior.slack(logits)
 
 
-def _adds(part: Residual) -> Change:
+def adds(part: Residual) -> Change:
+    """Add a part to what is there."""
     return lambda h: h + part
 
 
@@ -214,21 +206,15 @@ def defend(
     Raises:
         InputError: a site that the model does not have, an SAE of another width, or too short a prompt.
     """
-    reads = positions_read(behavior)
+    tokens, reads = behavior.tokens, positions_read(behavior)
+    n_pos = reads if n_pos is None else n_pos
     check_fits(model, defense, n_answer=reads - 1)
     defense = defense.to(torch.promote_types(model.dtype, torch.float32))
-    site = defense.sites[0]
+    site, edits = defense.sites[0], clamp_edits(defense, reads - 1)
     with torch.no_grad():
-        undefended = model.run(prompts, read=[site], tokens=behavior.tokens, reads=reads)
+        undefended = model.run(prompts, read=[site], tokens=tokens, reads=reads)
         base = undefended.residuals[site]
-        run, suffix = model.prefill(
-            prompts,
-            (site, base),
-            edits=clamp_edits(defense, reads - 1),
-            n_pos=reads if n_pos is None else n_pos,
-            tokens=behavior.tokens,
-            reads=reads,
-        )
+        run, suffix = model.prefill(prompts, (site, base), edits=edits, n_pos=n_pos, tokens=tokens, reads=reads)
     return Defended(defense, behavior, base, undefended.logits, run.logits, suffix, surface)
 
 

@@ -30,26 +30,12 @@ from recover.tasks.behaviors import Behavior, positions_read
 from recover.tasks.examples import Contrast, Examples
 from recover.types import Float, InputError, Progress, Residual, Site, Tensor
 
-__all__ = [
-    "attribution_of",
-    "attributions",
-    "contrast",
-    "contrast_of",
-    "effects",
-    "firing_rates",
-    "forgettable",
-    "largest",
-    "matched",
-    "mean_activations",
-    "select_features",
-]
-
 Rule = Literal["attribution", "effect", "firing", "contrast"]
 RETAIN = 0.01
 """The default for the largest firing rate, on prompts to keep, of a feature selected by `firing`."""
 
 NEAREST = 10
-"""Of so many features nearest in rate one is drawn, for draws that differ."""
+"""One of so many features nearest in rate is drawn, so that draws differ."""
 CALIPER = math.log(1.25)
 """But of those farther than this only the nearest: few features fire often, and the ten nearest may fire far less."""
 
@@ -174,18 +160,10 @@ def _with_gradient(model: Model, site: Site, prompts: Prompts, behavior: Behavio
 def contrast(
     model: Model, sae: SAE, site: Site, shown: Prompts, hidden: Prompts, batch_size: int | None = None
 ) -> tuple[Float[Tensor, "d_sae"], Float[Tensor, "d_sae"]]:
-    """How much more active each feature is where a behavior is about to show than where it is not, and how active.
+    """Difference of each feature's mean activation before a behavior and without it, and its mean before the behavior.
 
-    Args:
-        model: the host model, without any clamp.
-        sae: of the site.
-        site: where it is used.
-        shown: prompts that the behavior follows; what counts is the last position.
-        hidden: prompts that it does not follow.
-        batch_size: prompts at once; all by default.
-
-    Returns:
-        The difference of the mean activations, and the mean over `shown`.
+    What counts is the last position of the prompts that the behavior follows (`shown`), and of those that it does not
+    follow (`hidden`); the model has no clamp.
     """
     means = []
     for prompts in (shown, hidden):
@@ -205,17 +183,8 @@ def effects(
 
     The mean activation over `shown` minus that over `hidden`, where that is positive, times what a unit of the feature
     at every position does for the score to first order. For a probe of the mean residual that is the effect of
-    SAEBench's TPP: the decoder row on the probe. First tokens and padding count for nothing.
-
-    Args:
-        model: what the behavior is read with, without any clamp.
-        sae: of the site.
-        site: where it is used.
-        kinds: with a behavior.
-        batch_size: prompts at once; all by default.
-
-    Returns:
-        In units of the score.
+    SAEBench's TPP: the decoder row on the probe. First tokens and padding count for nothing. In units of the score;
+    the model is what the behavior is read with, without any clamp.
     """
     behavior = kinds.behavior
     assert behavior is not None
@@ -231,7 +200,7 @@ def effects(
 
 
 def mean_activations(model: Model, sae: SAE, site: Site, prompts: Prompts) -> Float[Tensor, "batch d_sae"]:
-    """Of each feature, the mean over each prompt's real tokens, the first left out."""
+    """Mean activation of each feature over each prompt's real tokens, the first left out."""
     with torch.no_grad():
         features = sae.encode(model.run(prompts, read=[site]).residuals[site])
     counted = (prompts.positions > 0).to(sae.dtype)
@@ -240,7 +209,7 @@ def mean_activations(model: Model, sae: SAE, site: Site, prompts: Prompts) -> Fl
 
 
 def _mean_over(model: Model, sae: SAE, site: Site, prompts: Prompts, size: int) -> Float[Tensor, "d_sae"]:
-    """The mean of these over prompts."""
+    """Mean of `mean_activations` over the prompts."""
     total = torch.zeros(sae.d_sae, dtype=sae.dtype, device=sae.device)
     for rows in torch.split(torch.arange(len(prompts)), size):
         total += reduce(mean_activations(model, sae, site, prompts.select(rows)), "batch d_sae -> d_sae", "sum")
@@ -256,22 +225,16 @@ def largest(attributions: Float[Tensor, "d_sae"], top: int) -> tuple[int, ...]:
     positive = int((attributions > 0).sum())
     if positive < top:
         raise InputError(f"features: top {top} asked, but only {positive} have positive attribution; ask for fewer")
-    order = torch.argsort(attributions, descending=True, stable=True)
-    return tuple(order[:top].tolist())
+    return tuple(torch.argsort(attributions, descending=True, stable=True)[:top].tolist())
 
 
 def forgettable(
     shown: Float[Tensor, "d_sae"], hidden: Float[Tensor, "d_sae"], top: int, retain: float
 ) -> tuple[int, ...]:
-    """The `top` features that fire most where something is to be forgotten, of those that hardly fire elsewhere.
+    """The `top` features of largest firing rate on what is to be forgotten (`shown`), equal ones in order of index.
 
-    As in SAEBench's unlearning and the paper's WMDP setting.
-
-    Args:
-        shown: firing rates on what is to be forgotten.
-        hidden: on what is to be kept.
-        top: how many; those that fire most often first, equal ones in the order of their index.
-        retain: the largest rate on what is to be kept.
+    Their rate on what is to be kept (`hidden`) is at most `retain`; as in SAEBench's unlearning and the paper's WMDP
+    setting.
 
     Raises:
         InputError: fewer such features fire at all.
@@ -290,12 +253,8 @@ def firing_rates(
 ) -> Float[Tensor, "d_sae"]:
     """The share of real tokens on which each feature is active (not zero), the first token of each prompt left out.
 
-    Args:
-        model: the host model, without any clamp.
-        sae: in its own dtype, to which residuals are cast.
-        site: where it is used.
-        prompts: a rate of one in a thousand takes a few thousand tokens to see.
-        batch_size: prompts at once; all by default.
+    The model has no clamp, and residuals are cast to the dtype of the SAE. A rate of one in a thousand takes a few
+    thousand tokens to see.
 
     Raises:
         InputError: no prompt has a second token.
@@ -309,9 +268,7 @@ def firing_rates(
         fired += reduce(active.long(), "token d_sae -> d_sae", "sum")
         tokens += len(active)
     if tokens == 0:
-        raise InputError(
-            "firing rates: no prompt has a second token, and first tokens count for nothing; give longer ones"
-        )
+        raise InputError("firing rates: no prompt has a second token, and first tokens do not count; give longer ones")
     return fired / tokens
 
 
@@ -323,16 +280,8 @@ def matched(
     In an order that the seed draws, each feature gets one of the `NEAREST` unused candidates at the least distance
     `|log rate - log rate'|`, all that are as far as the last of these among them; but of those farther than `CALIPER`
     none, or where all are, the nearest alone. A feature that fires gets one that never does only where no other is
-    left, and the other way round, where it gets the rarest.
-
-    Args:
-        rates: firing rates, as from `firing_rates`.
-        features: those to match, which are never drawn.
-        seed: of the draw: the same one gives the same features.
-        excluded: more that are not to be drawn, such as those of another clamp.
-
-    Returns:
-        Different features, the match of each of `features` in its place.
+    left, and the other way round, where it gets the rarest. Neither `features` nor those `excluded`, such as those of
+    another clamp, are drawn. All drawn are different, the match of each of `features` in its place.
 
     Raises:
         InputError: a feature that the SAE does not have, or rates that are negative or not finite.

@@ -17,8 +17,6 @@ from recover.models.generation import Columns, generate, n_answer
 from recover.models.host import Edit, Model, Prompts
 from recover.types import Float, Site, Surface, Tensor, TokenIds
 
-__all__ = ["say", "under"]
-
 
 def under(defense: Defense, delta: Mapping[Site, Float[Tensor, "batch pos d_model"]] | None = None) -> Columns:
     """Give the clamps as edits that `generate` runs, with the parts of a delta added after them."""

@@ -49,23 +49,15 @@ class Utility:
 
 
 def measure_utility(
-    model: Model,
-    defense: Defense,
-    neutral: Prompts,
-    batch_size: int | None = None,
-    max_increase: float = MAX_INCREASE,
+    model: Model, defense: Defense, neutral: Prompts, batch_size: int | None = None, max_increase: float = MAX_INCREASE
 ) -> Utility:
     """Measure what the defense costs on neutral text.
 
     A clamp at the `last` position acts on every token here. In generation each one was once the last; in one pass over
     a whole passage the clamp would edit only the end, after which nothing is predicted.
 
-    Args:
-        model: the host model.
-        defense: as it is deployed.
-        neutral: passages, such as `model.tokenize(recover.tasks.prose.NEUTRAL)`.
-        batch_size: passages at once; all by default.
-        max_increase: nats a token above which the model counts as broken.
+    The text is passages such as `model.tokenize(recover.tasks.prose.NEUTRAL)`; above `max_increase`, in nats a token,
+    the model counts as broken.
 
     Raises:
         InputError: a defense that does not fit the model, or no passage has a second token.
@@ -81,11 +73,7 @@ def measure_utility(
 
 
 def _wherever_it_acts(defense: Defense) -> Defense:
-    """The defense with its clamps at the `last` position at all of them."""
-    clamps = tuple(
-        Clamp(clamp.sae, clamp.features, clamp.mode, clamp.only_active, "all", clamp.site)
-        if clamp.positions == "last"
-        else clamp
-        for clamp in defense.clamps
-    )
-    return replace(defense, clamps=clamps)
+    """Let the defense's clamps at the `last` position act at all of them."""
+    places = [(clamp, "all" if clamp.positions == "last" else clamp.positions) for clamp in defense.clamps]
+    clamps = (Clamp(one.sae, one.features, one.mode, one.only_active, where, one.site) for one, where in places)
+    return replace(defense, clamps=tuple(clamps))

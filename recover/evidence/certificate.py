@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from einops import einsum, reduce
@@ -32,21 +33,7 @@ from recover.models.host import Edit, Model, Prompts
 from recover.numerics import metrics
 from recover.saes.decomposition import Decomposition, decompose, recompose
 from recover.tasks.behaviors import Behavior, ForcedAnswer, positions_read
-from recover.types import (
-    Bool,
-    Float,
-    InputError,
-    Mask,
-    PerExample,
-    Placement,
-    Residual,
-    Surface,
-    Tensor,
-    TokenIds,
-    widened,
-)
-
-__all__ = ["Certificate", "certify", "constraint_residual", "encoder_columns", "free_drift"]
+from recover.types import Bool, Float, InputError, Mask, PerExample, Residual, Surface, Tensor, TokenIds, widened
 
 ROUNDING = 1e-5
 """Share of what a clamped pre-activation could at most be, up to which a change of it is rounding in float32."""
@@ -97,8 +84,7 @@ class Certificate:
         return Certificate(**{name: values[rows] for name, values in vars(self).items()})
 
 
-@dataclass(frozen=True, eq=False)
-class _ClampFacts:
+class _ClampFacts(NamedTuple):
     """Features of one clamp, defended and recovered; their pre-activation shift, margin and the change written."""
 
     z_def: Float[Tensor, "batch pos k"]
@@ -108,15 +94,12 @@ class _ClampFacts:
     written: Residual
 
 
-def _together(facts: Iterable[_ClampFacts]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _together(facts: Iterable[_ClampFacts]) -> list[Tensor]:
     """Features defended and recovered, shift and margin, of the features of several clamps."""
-    parts = zip(*((one.z_def, one.z_rec, one.shift, one.margin) for one in facts), strict=True)
-    z_def, z_rec, shift, margin = (torch.cat(values, dim=-1) for values in parts)
-    return z_def, z_rec, shift, margin
+    return [torch.cat(values, dim=-1) for values in list(zip(*facts, strict=True))[:4]]
 
 
-@dataclass(frozen=True, eq=False)
-class _Replay:
+class _Replay(NamedTuple):
     """Logits, and the states around the clamps of each site; `after` with the delta added."""
 
     logits: Tensor
@@ -161,8 +144,8 @@ def certify(
     parts = dict(zip((site.index for site in sites), torch.split(delta, n_pos, dim=1), strict=True))
     nothing = {index: torch.zeros_like(part) for index, part in parts.items()}
     with torch.no_grad():
-        defended = _replay(model, defense, prompts, behavior, nothing, surface.placement)
-        recovered = _replay(model, defense, prompts, behavior, parts, surface.placement)
+        defended = _replay(model, defense, prompts, behavior, nothing, surface)
+        recovered = _replay(model, defense, prompts, behavior, parts, surface)
     site = defense.sites[0]
     h, h_def = (
         torch.cat([states[index][:, -n_pos:] for index in parts], dim=1) for states in (defended.before, defended.after)
@@ -184,9 +167,7 @@ def certify(
         z_before, z_after, moved, _ = _together(here)
         drift = metrics.activation_drift(z_after, z_before)
         held = held & (moved.flatten(1).amax(dim=1) <= limits[-1]) & (drift <= limits[-1])
-    reactivation = metrics.reactivation(z_rec, z_def)
-    slack = behavior.slack(recovered.logits)
-    shift = reduce(shift, "batch pos k -> batch k", "max")
+    reactivation, slack = metrics.reactivation(z_rec, z_def), behavior.slack(recovered.logits)
     return Certificate(
         shows=slack > 0,
         score=behavior.score(recovered.logits),
@@ -196,7 +177,7 @@ def certify(
         relative_norm=metrics.relative_norm(delta, h_def),
         displacement=(h_def - h).flatten(1).norm(dim=1),
         constraint_residual=residual,
-        preactivation_shift=shift,
+        preactivation_shift=reduce(shift, "batch pos k -> batch k", "max"),
         threshold_margin=margin,
         drift=metrics.activation_drift(z_rec, z_def),
         relative_drift=metrics.relative_drift(z_rec, z_def),
@@ -235,7 +216,7 @@ def _replay(
     prompts: Prompts,
     behavior: Behavior,
     delta: Mapping[int, Residual],
-    placement: Placement,
+    surface: Surface,
 ) -> _Replay:
     """One whole forward pass, the clamps made the long way, the parts of `delta` added at their sites."""
     before: dict[int, Residual] = {}
@@ -248,10 +229,10 @@ def _replay(
             reach = torch.zeros_like(state)
             if index in delta:
                 reach[:, -delta[index].shape[1] :] = delta[index]
-            if placement == "before_clamp":
+            if surface.placement == "before_clamp":
                 state = state + reach
             state = _clamp_the_long_way(clamps, state, positions >= defense.skip_first, width - reads)
-            if placement == "after_clamp":
+            if surface.placement == "after_clamp":
                 state = state + reach
             after[index] = state
             return state.to(residual.dtype)
@@ -310,15 +291,10 @@ def free_drift(
     delta: Float[Tensor, "batch site_pos d_model"],
     surface: Surface = Surface(),
 ) -> Certificate:
-    """Certify a delta over the text that was generated under it: what drifted during free generation.
+    """Certify a delta over the answers that `say` gave under it: what drifted during free generation.
 
-    Args:
-        model: the host model, in float32.
-        prompts: without their answers.
-        answers: as `say` gave them under this delta.
-        defense: the clamps.
-        delta: as long as the answers at most; columns that an answer has and the delta has not are left alone.
-        surface: the sites that the delta enters at, always after the clamps, as in `say`.
+    The model is in float32 or float64, and prompts come without their answers. The delta enters after the clamps, as
+    in `say`; columns that an answer has and the delta has not are left alone.
     """
     surface = replace(surface, placement="after_clamp")
     columns = delta.shape[1] // len(surface.enters(defense.sites))

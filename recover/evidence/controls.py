@@ -24,8 +24,6 @@ from recover.search.ascent import Feasible, scale_to
 from recover.tasks.behaviors import Behavior, Targeted, positions_read
 from recover.types import Bool, Delta, Float, Int, PerExample, Residual, Rows, Tensor
 
-__all__ = ["Anywhere", "Undefended", "displacement", "placebo_targets", "undone"]
-
 TRIES = 8
 """Candidates looked at before an example counts as having no placebo."""
 
@@ -50,16 +48,11 @@ class Undefended:
 
     @classmethod
     def of(cls, defended: Defended) -> Undefended:
-        """The same examples, the clamp off."""
-        held = defended.suffix
-        _, suffix = held.model.prefill(
-            held.prompts,
-            (held.site, defended.base),
-            n_pos=held.n_pos,
-            tokens=defended.behavior.tokens,
-            reads=positions_read(defended.behavior),
-        )
-        return cls(suffix, defended.behavior)
+        """Turn the clamp off."""
+        held, behavior = defended.suffix, defended.behavior
+        start, reads = (held.site, defended.base), positions_read(behavior)
+        _, suffix = held.model.prefill(held.prompts, start, n_pos=held.n_pos, tokens=behavior.tokens, reads=reads)
+        return cls(suffix, behavior)
 
     def __call__(self, delta: Residual) -> tuple[PerExample, PerExample]:
         state, reads = self.suffix.residual + delta, positions_read(self.behavior)
@@ -91,7 +84,7 @@ def undone(moved: Delta, feasible: Feasible, scale: float) -> Delta:
 
 
 def cosine(delta: Delta, other: Delta) -> PerExample:
-    """Of the angle between two deltas of each example, all positions together; 0 where one of them is zero."""
+    """Cosine of two deltas of each example, all positions together; 0 where one of them is zero."""
     return rearrange(scale_to(delta, 1.0) * scale_to(other, 1.0), "batch pos d -> batch (pos d)").sum(dim=1)
 
 
@@ -102,16 +95,8 @@ def placebo_targets(
 
     Each example goes through the other targets in an order of its own, drawn from the seed and its id, so that neither
     its batch nor its place matters. Left out are its own target, a sole rival (in IOI the subject, which is not
-    unrelated), and what shows when defended already, as that would be no flip.
-
-    Args:
-        defended: the examples.
-        ids: of them.
-        known: the targets of all examples of the check.
-        seed: of the draw.
-
-    Returns:
-        None where the behavior has no target.
+    unrelated), and what shows when defended already, as that would be no flip. `known` are the targets of all examples
+    of the check. None where the behavior has no target.
     """
     behavior = defended.behavior
     if not isinstance(behavior, Targeted):

@@ -43,8 +43,6 @@ from pydantic import ConfigDict, Field, PositiveInt, with_config
 from recover.numerics.statistics import Paired, holm, more_often, wilson
 from recover.types import Share
 
-__all__ = ["Finding", "Reading", "Rule", "Rules", "TransferEvidence", "decided_by", "judge", "survives"]
-
 Count = Annotated[int, Field(ge=0)]
 
 
@@ -204,13 +202,9 @@ def judge(
 
 
 def decided_by(transfer: TransferEvidence | None, pairs: int | None, rules: Rules, p: Mapping[str, float]) -> Rule:
-    """The first rule that applies.
+    """Give the first rule that applies, with corrected p-values `p` by name.
 
-    Args:
-        transfer: None where it could not be run.
-        pairs: number of pairs of own and placebo target; None where there is no placebo.
-        rules: the thresholds.
-        p: corrected p-values by name, as `Finding.comparisons`.
+    `transfer` is None where it could not be run; so is the number of `pairs` where there is no placebo.
     """
     if transfer is None:
         return Rule.NOT_RUN

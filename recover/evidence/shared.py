@@ -14,8 +14,6 @@ from recover.defenses.defended import Defended
 from recover.evidence.transfer import FitSchedule, Pool, Problem, Shared, derangement, fit_shared, halves
 from recover.search.ascent import Feasible
 
-__all__ = ["Transferred", "fit_and_read"]
-
 
 @dataclass(frozen=True, eq=False)
 class Transferred:
@@ -38,12 +36,7 @@ def fit_and_read(
 ) -> Transferred:
     """Fit one perturbation for half of the examples, and read it on the others; beside it the shuffled control.
 
-    Args:
-        defended: valid flips by a predicate whose chance level is low; its behavior names a target.
-        ids: of the examples, by which they are split.
-        feasible: what the perturbation may vary.
-        budget: its largest norm.
-        schedule: how it is fitted.
+    The examples are valid flips by a predicate whose chance level is low; they are split by their `ids`.
 
     Raises:
         InputError: the behavior names no target, so that none can be shuffled.

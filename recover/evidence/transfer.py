@@ -33,10 +33,8 @@ from recover.numerics.metrics import norm
 from recover.search.ascent import Feasible, clip, scale_to
 from recover.search.constraints.pinned import Pinned
 from recover.search.gradient_free import ELEMENTS_AT_ONCE
-from recover.tasks.behaviors import Behavior, Targeted
+from recover.tasks.behaviors import Targeted
 from recover.types import Float, InputError, Int, Rows, Tensor
-
-__all__ = ["FitSchedule", "Pool", "Problem", "derangement", "fit_shared", "halves", "random_shared"]
 
 Shared = Float[Tensor, "fit pos d_model"]
 MARGIN = 1.0
@@ -90,14 +88,14 @@ class Pool:
 
     @property
     def shape(self) -> torch.Size:
-        """Of one example's delta, `[pos d_model]`."""
+        """Shape of one example's delta, `[pos d_model]`."""
         return self.parts[0].zero_delta.shape[1:]
 
     @property
     def targets(self) -> Int[Tensor, "batch"] | None:
         """The target of each example, where the behavior has one."""
-        behaviors = [part.behavior for part in self.parts]
-        return torch.cat([b.target for b in behaviors if isinstance(b, Targeted)]) if _targeted(behaviors) else None
+        targets = [part.behavior.target for part in self.parts if isinstance(part.behavior, Targeted)]
+        return torch.cat(targets) if len(targets) == len(self.parts) else None
 
     @cached_property
     def residual_norm(self) -> float:
@@ -135,7 +133,9 @@ class Pool:
                 fits, rows = chosen // batch, chosen % batch
                 chunk = part.select(rows)
                 if targets is not None:
-                    chunk = chunk.asking(aim(chunk.behavior, targets[fits, start + rows]))
+                    if not isinstance(chunk.behavior, Targeted):
+                        raise InputError("behavior: it names no target, so that it cannot be asked of another one")
+                    chunk = chunk.asking(chunk.behavior.retarget(targets[fits, start + rows]))
                 yield fits, start + rows, chunk
             start += batch
 
@@ -146,13 +146,9 @@ def fit_shared(
     schedule: FitSchedule | None = None,
     on_step: Callable[[int, int], None] | None = None,
 ) -> Shared:
-    """Fit one shared delta for each problem.
+    """Fit one shared delta to the pool for each problem, side by side; none depends on which others there are.
 
-    Args:
-        pool: the examples to fit on.
-        problems: fitted side by side; none of them depends on which others there are.
-        schedule: how.
-        on_step: called with (steps done, steps in all).
+    `on_step` is called with (steps done, steps in all).
 
     Raises:
         InputError: other targets are given, and the behavior has none.
@@ -162,8 +158,7 @@ def fit_shared(
     like = torch.zeros(len(problems), *pool.shape, device=pool.parts[0].zero_delta.device)
     deltas, momentum = like, like
     budgets = torch.tensor([problem.budget for problem in problems], device=like.device)
-    own = pool.targets
-    targets = None
+    own, targets = pool.targets, None
     if any(problem.targets is not None for problem in problems):
         if own is None:
             raise InputError("transfer: this behavior names no target, so targets cannot be shuffled")
@@ -193,12 +188,9 @@ def random_shared(
 def halves(
     ids: Sequence[str], seed: int, groups: Sequence[str] | None = None
 ) -> tuple[Int[Tensor, "fitted"], Int[Tensor, "read"]]:
-    """The rows to fit on and those to read on: by a seeded hash of the id, so that their order does not matter.
+    """Choose the rows to fit on and those to read on, by a seeded hash of the id, so that their order does not matter.
 
-    Args:
-        ids: of the examples.
-        seed: of the hash.
-        groups: of the examples; one of them is never in both parts, and the parts are as near in size as that allows.
+    No group is in both parts, and the parts are as near in size as that allows.
     """
     members: dict[str, list[int]] = {}
     for row, name in enumerate(groups or ids):
@@ -226,17 +218,6 @@ def derangement(targets: Int[Tensor, "batch"], ids: Sequence[str], seed: int) ->
     for place, row in enumerate(inorder):
         shuffled[row] = targets[inorder[(place + largest) % len(inorder)]]
     return shuffled
-
-
-def aim(behavior: Behavior, targets: Int[Tensor, "batch"]) -> Behavior:
-    """The behavior, asked of other targets.
-
-    Raises:
-        InputError: it has no target.
-    """
-    if not isinstance(behavior, Targeted):
-        raise InputError("behavior: it names no target, so that it cannot be asked of another one")
-    return behavior.retarget(targets)
 
 
 def _gradient(
@@ -272,15 +253,11 @@ def _each(problems: Sequence[Problem], deltas: Shared) -> Shared:
 
 
 def _by_space(problems: Sequence[Problem]) -> list[tuple[Feasible, list[int]]]:
-    """The different admissible spaces, and the problems that each belongs to."""
+    """The different admissible spaces, and the problems that belong to each."""
     spaces: dict[int, tuple[Feasible, list[int]]] = {}
     for fit, problem in enumerate(problems):
         spaces.setdefault(id(problem.feasible), (problem.feasible, []))[1].append(fit)
     return list(spaces.values())
-
-
-def _targeted(behaviors: Sequence[Behavior]) -> bool:
-    return all(isinstance(behavior, Targeted) for behavior in behaviors)
 
 
 def _hash(seed: int, name: str) -> bytes:

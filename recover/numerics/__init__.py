@@ -19,13 +19,11 @@ from recover.numerics.metrics import (
     loss_recovered,
     norm,
     reactivation,
-    recovery_rate,
     relative_drift,
     relative_norm,
     valid_flips,
-    zero_reactivation_recovery,
 )
-from recover.numerics.statistics import Paired, bootstrap, holm, median_interval, more_often, paired_smaller, wilson
+from recover.numerics.statistics import Paired, holm, median_interval, more_often, paired_smaller, wilson
 from recover.numerics.subspaces import NullSpace, NullSpaces, row_space
 
 __all__ = [
@@ -35,7 +33,6 @@ __all__ = [
     "Paired",
     "Reactivation",
     "activation_drift",
-    "bootstrap",
     "cgls",
     "clamp_floor_violation",
     "decode_drift",
@@ -48,11 +45,9 @@ __all__ = [
     "norm",
     "paired_smaller",
     "reactivation",
-    "recovery_rate",
     "relative_drift",
     "relative_norm",
     "row_space",
     "valid_flips",
     "wilson",
-    "zero_reactivation_recovery",
 ]

@@ -9,9 +9,8 @@
    `A` up to the tolerance; where `||A p|| <= tolerance ||A|| ||p||`, as what `p` passes on is then rounding; or where
    `||r|| <= tolerance ||b||`, so that nothing is left. `||A||` is the largest gain met.
 
-Every `x` lies in the row space of `A`, so that among several solutions the shortest is found. Directions that `A`
-passes on with less than the tolerance, as a share of the most, are left as they are. Scalars and recurrences are in
-float64, whatever the products are computed in.
+Every `x` lies in the row space of `A`, so that the shortest of several solutions is found. Directions of a gain below
+the tolerance, as a share of the largest, are left as they are. Scalars and recurrences are in float64.
 """
 
 from __future__ import annotations
@@ -24,8 +23,6 @@ from einops import rearrange
 
 from recover.numerics.metrics import norm
 from recover.types import Bool, Float, Tensor
-
-__all__ = ["LeastSquares", "cgls"]
 
 Product = Callable[[Float[Tensor, "batch n"]], Float[Tensor, "batch m"]]
 
@@ -69,11 +66,9 @@ def cgls(
     r = b.double()
     s = adjoint(r).double()
     x, p, gamma = torch.zeros_like(s), s, s.square().sum(dim=1)
-    goal = tolerance * norm(r)
-    gain = _ratio(gamma.sqrt(), norm(r))
+    goal, gain = tolerance * norm(r), _ratio(gamma.sqrt(), norm(r))
     # Written so that what is not finite is done: nothing can be made of it.
-    going = (gamma > 0) & (norm(r) > goal) & gamma.isfinite()
-    taken = 0
+    going, taken = (gamma > 0) & (norm(r) > goal) & gamma.isfinite(), 0
     while taken < steps and bool(going.any()):
         taken += 1
         q = forward(p).double()

@@ -2,11 +2,10 @@
 
 Two groups:
 
-- *of a recovery*, one figure an example. Features are `[batch *pos k]`, residuals `[batch *pos d_model]`,
-  with or without positions. Norms are over everything but `batch`: give the positions that were searched.
-  A share of 0 is 0 where the part is 0 too, and infinite otherwise.
-- *of an SAE's fit*, one figure for all tokens. Leave out BOS and other outlying first tokens: one of them
-  weighs more than all the rest.
+- *of a recovery*, one figure an example. Features are `[batch *pos k]`, residuals `[batch *pos d_model]`, with or
+  without positions. Norms are over everything but `batch`: give the positions that were searched. A share of 0 is 0
+  where the part is 0 too, and infinite otherwise.
+- *of an SAE's fit*, one figure for all tokens. Leave out BOS and other outlying first tokens: they outweigh the rest.
 """
 
 from __future__ import annotations
@@ -18,24 +17,6 @@ import torch
 from einops import einsum, rearrange, reduce
 
 from recover.types import Bool, Float, Int, PerExample, Tensor
-
-__all__ = [
-    "Reactivation",
-    "activation_drift",
-    "by_example",
-    "clamp_floor_violation",
-    "decode_drift",
-    "explained_variance",
-    "l0",
-    "loss_recovered",
-    "norm",
-    "reactivation",
-    "recovery_rate",
-    "relative_drift",
-    "relative_norm",
-    "valid_flips",
-    "zero_reactivation_recovery",
-]
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,12 +41,6 @@ def valid_flips(base: Bool[Tensor, "batch"], defended: Bool[Tensor, "batch"]) ->
     tensor([False,  True])
     """
     return base & ~defended
-
-
-def recovery_rate(recovered: Bool[Tensor, "batch"], valid: Bool[Tensor, "batch"]) -> float:
-    """The share of valid flips that are recovered; NaN where there is no valid flip."""
-    flips = int(valid.sum())
-    return int((recovered & valid).sum()) / flips if flips else math.nan
 
 
 def norm(values: Float[Tensor, "batch *pos n"]) -> PerExample:
@@ -103,9 +78,7 @@ def relative_drift(z_rec: Float[Tensor, "batch *pos k"], z_def: Float[Tensor, "b
 
 
 def decode_drift(
-    z_rec: Float[Tensor, "batch *pos k"],
-    z_def: Float[Tensor, "batch *pos k"],
-    decoder: Float[Tensor, "k d_model"],
+    z_rec: Float[Tensor, "batch *pos k"], z_def: Float[Tensor, "batch *pos k"], decoder: Float[Tensor, "k d_model"]
 ) -> PerExample:
     """`||(z_S(h_rec) - z_S(h_def)) W_dec[S]||`, in residual units."""
     return norm(einsum(z_rec - z_def, decoder, "batch ... k, k d_model -> batch ... d_model"))
@@ -123,11 +96,6 @@ def reactivation(z_rec: Float[Tensor, "batch *pos k"], z_def: Float[Tensor, "bat
         count=reduce((inactive & (z_rec > 0)).long(), "batch ... -> batch", "sum"),
         inactive=reduce(inactive.long(), "batch ... -> batch", "sum"),
     )
-
-
-def zero_reactivation_recovery(recovered: Bool[Tensor, "batch"], after: Reactivation) -> Bool[Tensor, "batch"]:
-    """Recovered, and no clamped feature reactivated."""
-    return recovered & (after.count == 0)
 
 
 def relative_norm(delta: Float[Tensor, "batch *pos d_model"], h_def: Float[Tensor, "batch *pos d_model"]) -> PerExample:

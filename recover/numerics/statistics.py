@@ -1,6 +1,6 @@
 """Intervals and tests for what a check reports (reference: Statistics).
 
-1. *Intervals*: Wilson for rates, bootstrap for the rest; of a median also where some values are infinite.
+1. *Intervals*: Wilson for rates, bootstrap for medians, which may be infinite.
 2. *Paired norms*: an exact sign test of whether one of two norms is the smaller, example by example.
 3. *Two rates*: Fisher's exact test.
 4. *Several tests at once*: Holm's correction of their p-values.
@@ -11,21 +11,15 @@ the data say what the function's name says.
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Any, cast
 
 import numpy as np
-from jaxtyping import Float
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from scipy.stats import binom, fisher_exact
 
 from recover.types import InputError
-
-__all__ = ["Paired", "bootstrap", "holm", "median_interval", "more_often", "paired_smaller", "wilson"]
 
 TIE = 0.01
 """A smallest norm is where a local search in rounded arithmetic stopped: norms that differ by less are equal."""
@@ -59,43 +53,14 @@ def wilson(successes: int, n: int, confidence: float = 0.95) -> tuple[float, flo
     return (center - half if successes > 0 else 0.0), (center + half if successes < n else 1.0)
 
 
-def bootstrap(
-    values: ArrayLike,
-    statistic: Callable[[NDArray[np.float64]], float] = np.mean,
-    draws: int = 10_000,
-    confidence: float = 0.95,
-    seed: int = 0,
-) -> tuple[float, float]:
-    """The percentile bootstrap interval of `statistic`; the same seed gives the same interval.
-
-    Args:
-        values: one figure an example, drawn from with replacement.
-        statistic: of an array of as many figures, such as `np.mean` or `np.median`. One that has an argument `axis` is
-            given many resamples at once, which is a hundred times faster and gives the same interval.
-        draws: how many resamples.
-        confidence: share of the resamples that the interval holds.
-        seed: of the resampling.
-
-    Raises:
-        InputError: no values, values that are not finite, no draws, or not `0 < confidence < 1`.
-    """
-    _check_confidence(confidence)
-    sample = np.asarray(values, dtype=np.float64)
-    if sample.ndim != 1 or sample.size == 0 or not np.isfinite(sample).all():
-        raise InputError("bootstrap: values must be a sequence of finite numbers, at least one")
-    resampled = _resampled(sample, statistic, draws, seed)
-    low, high = np.quantile(resampled, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return float(low), float(high)
-
-
 def median_interval(
     values: ArrayLike, draws: int = 10_000, confidence: float = 0.95, seed: int = 0
 ) -> tuple[float, float]:
     """The percentile bootstrap interval of a median of figures that may be infinite; so may its ends be.
 
-    As `bootstrap` with `np.median`, but an end that falls between two resampled medians is the outer of the two, as
-    there is nothing to interpolate between a finite one and infinity. The median of an even number of figures is
-    infinite where the upper one of the middle two is.
+    An end that falls between two resampled medians is the outer of the two, as there is nothing to interpolate between
+    a finite one and infinity. The median of an even number of figures is infinite where the upper one of the middle two
+    is. The same seed gives the same interval.
 
     Args:
         values: one figure an example, such as its smallest norm; infinite where there is none.
@@ -109,10 +74,12 @@ def median_interval(
     _check_confidence(confidence)
     sample = np.asarray(values, dtype=np.float64)
     if sample.ndim != 1 or sample.size == 0 or not (sample > -math.inf).all():
-        raise InputError(
-            "median: values must be a sequence of numbers, at least one; infinity is one of them, NaN is not"
-        )
-    medians = _resampled(sample, np.median, draws, seed)
+        raise InputError("median: values must be a sequence of numbers, at least one; infinity is one, NaN is not")
+    if draws < 1:
+        raise InputError(f"bootstrap: {draws} draws; give at least one")
+    generator, rows = np.random.default_rng(seed), max(1, DRAWN_AT_ONCE // len(sample))
+    sizes = [(min(rows, draws - start), len(sample)) for start in range(0, draws, rows)]
+    medians = np.concatenate([np.median(sample[generator.integers(len(sample), size=size)], axis=1) for size in sizes])
     low = np.quantile(medians, (1 - confidence) / 2, method="lower")
     high = np.quantile(medians, (1 + confidence) / 2, method="higher")
     return float(low), float(high)
@@ -145,18 +112,14 @@ def paired_smaller(ours: ArrayLike, theirs: ArrayLike, tolerance: float = TIE) -
     """Test whether `ours` tend to be smaller than `theirs`, example by example: the exact sign test.
 
     Were neither likelier to be the smaller one, `smaller` would be binomial, with probability 1/2, among the pairs that
-    are not ties; `p` is the probability of at least as many. The signed-rank test would also weigh by how much they
-    differ, which takes log-ratios that are symmetric under the hypothesis, and a rank for infinite ones. The sign test
-    asks for neither, so an outlier counts as one example. The price is power: where the log-ratios are normal, it
-    needs half as many pairs again.
-
-    Ties say nothing about direction and are left out, which keeps the test exact; with many of them a small `p` comes
-    from a few pairs, so report `ties` beside it.
+    are not ties; `p` is the probability of at least as many. Unlike the signed-rank test it does not weigh by how much
+    they differ, so infinite norms need no rank and an outlier counts as one example. The price is power: where the
+    log-ratios are normal, it needs half as many pairs again. Ties are left out, which keeps the test exact; with many
+    of them a small `p` comes from a few pairs, so report `ties` beside it.
 
     Args:
-        ours: the smallest norms at which the behavior's own target is reached, one an example; infinite where it is
-            not. `theirs` are compared with them in this order.
-        theirs: the smallest norms for the placebo target, searched up to the same largest norm.
+        ours: the smallest norms for the behavior's own target, one an example; infinite where it is not reached.
+        theirs: those for the placebo target, searched up to the same largest norm.
         tolerance: a pair is a tie where the smaller of the two is less than this share below the larger, so that
             numerical noise cannot become significance.
 
@@ -191,9 +154,8 @@ def paired_smaller(ours: ArrayLike, theirs: ArrayLike, tolerance: float = TIE) -
 def more_often(successes: int, n: int, other_successes: int, other_n: int) -> float:
     """The one-sided p-value of Fisher's exact test that the first rate is higher than the other.
 
-    The probability, were the successes dealt to the `n + other_n` trials at random, of at least so many among the first
-    `n`: a hypergeometric tail; 1 where either has no trials. The trials of the two are taken to be different ones; of
-    the same examples, which tend to succeed together, the test is cautious.
+    A hypergeometric tail; 1 where either has no trials. The trials of the two are taken to be different ones; of the
+    same examples, which tend to succeed together, the test is cautious.
 
     >>> from recover.numerics import more_often
     >>> round(more_often(3, 3, 0, 3), 3)
@@ -212,11 +174,9 @@ def more_often(successes: int, n: int, other_successes: int, other_n: int) -> fl
 def holm(p_values: ArrayLike) -> list[float]:
     """Holm's adjusted p-values, in the order given (Holm 1979).
 
-    Reject those up to `alpha`: with probability at most `alpha` any true hypothesis is among the rejected, whatever the
-    tests have to do with each other. Of `m` hypotheses let `t` be true. The first true one in the order of p-values
-    comes at place `i <= m - t + 1`, and is rejected only if its `p <= alpha / (m - i + 1) <= alpha / t`; that the least
-    p-value of `t` true ones is so small has probability `alpha` at most. The adjusted value is the least `alpha` that
-    rejects: `(m - i + 1) p_(i)`, or what the place before has, as rejecting stops at the first that stays.
+    Reject those up to `alpha`: with probability at most `alpha` any true hypothesis is among the rejected, however the
+    tests depend on each other. The adjusted value of the `i`-th smallest of `m` is `(m - i + 1) p_(i)`, or what
+    the place before has, if that is larger.
 
     >>> from recover.numerics import holm
     >>> holm([0.01, 0.04, 0.03])
@@ -232,28 +192,6 @@ def holm(p_values: ArrayLike) -> list[float]:
     adjusted = np.empty_like(p)
     adjusted[order] = np.maximum.accumulate(np.arange(len(p), 0, -1) * p[order]).clip(max=1)
     return [float(value) for value in adjusted]
-
-
-def _resampled(
-    sample: Float[np.ndarray, "n"], statistic: Callable[[NDArray[np.float64]], float], draws: int, seed: int
-) -> Float[np.ndarray, "draws"]:
-    """The statistic of so many resamples; how many are drawn at once does not change them."""
-    if draws < 1:
-        raise InputError(f"bootstrap: {draws} draws; give at least one")
-    generator = np.random.default_rng(seed)
-    vectorized = _takes_axis(statistic)
-    found: list[Any] = []
-    for start in range(0, draws, rows := max(1, DRAWN_AT_ONCE // len(sample))):
-        resamples = sample[generator.integers(len(sample), size=(min(rows, draws - start), len(sample)))]
-        found.extend(cast(Any, statistic)(resamples, axis=1) if vectorized else map(statistic, resamples))
-    return np.asarray(found, dtype=np.float64)
-
-
-def _takes_axis(statistic: Callable[..., Any]) -> bool:
-    try:
-        return "axis" in inspect.signature(statistic).parameters
-    except ValueError:  # of some functions that are written in C, such as `max`
-        return False
 
 
 def _check_confidence(confidence: float) -> None:

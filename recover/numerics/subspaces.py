@@ -5,12 +5,10 @@ orthonormal basis `Q` of the columns of `A`,
 
     P = I - Q Q^T        P P = P,  P^T = P,  A^T P = 0
 
-Why each detail is there:
-
-- columns are normalized first, so that a feature with a small encoder is kept as exactly as the others;
-- rank is revealed by an SVD, as feature sets do hold duplicate, dependent and zero columns;
-- the tolerance is the rounding of the columns: a sum of two float32 columns, itself rounded, points out of their
-  plane by 1e-8 of its length, and to exclude that noise would cost a real dimension; dropped, it leaks less than 1e-6;
+- Columns are normalized first, so that a feature with a small encoder is kept as exactly as the others.
+- Rank is revealed by an SVD, as feature sets do hold duplicate, dependent and zero columns.
+- The tolerance is the rounding of the columns: a rounded sum of two float32 columns points out of their plane by 1e-8
+  of its length, and to exclude that would cost a real dimension; dropped, it leaks less than 1e-6.
 - `P` is applied twice: once leaves an error relative to the *input*, which matters when little is left.
 
 Where what must be excluded differs between examples (rows of a Jacobian), each has a basis of its own: `NullSpaces`.
@@ -26,8 +24,6 @@ from einops import einsum, rearrange
 
 from recover.types import Float, Int, Rows, Tensor
 
-__all__ = ["NullSpace", "NullSpaces", "row_space"]
-
 
 def row_space(A: Float[Tensor, "d_model k"], rtol: float | None = None) -> Float[Tensor, "d_model rank"]:
     """An orthonormal float64 basis of the span of the columns of `A`, which is what `A^T` sees.
@@ -40,17 +36,14 @@ def row_space(A: Float[Tensor, "d_model k"], rtol: float | None = None) -> Float
 
     Args:
         A: any number of columns, of any norms and however dependent.
-        rtol: singular values (of `A` with normalized columns) up to this share of the largest count as zero;
-            by default float64 rounding, `max(d_model, k) * eps`, and for narrower dtypes four roundings of float32 of a
-            column as well.
+        rtol: singular values (of `A` with normalized columns) up to this share of the largest count as zero; by default
+            `max(d_model, k)` roundings of float64, and for narrower dtypes four of float32 of a column as well.
     """
     wide = A.detach().double()
     norms = torch.linalg.vector_norm(wide, dim=0)
     wide = wide / norms.where(norms > 0, 1.0)
-    floor = 0.0
-    if rtol is None:
-        rtol = max(wide.shape) * torch.finfo(torch.float64).eps
-        floor = 0.0 if A.dtype == torch.float64 else 4 * torch.finfo(torch.float32).eps
+    floor = 0.0 if rtol is not None or A.dtype == torch.float64 else 4 * torch.finfo(torch.float32).eps
+    rtol = max(wide.shape) * torch.finfo(torch.float64).eps if rtol is None else rtol
     if wide.shape[1] > wide.shape[0]:
         # A triangular factor of A^T spans the same space in d_model columns.
         wide = torch.linalg.qr(wide.mT, mode="r").R.mT
@@ -100,10 +93,6 @@ class NullSpace:
             free = free - einsum(seen, self.basis, "... rank, d_model rank -> ... d_model")
         return free.to(v.dtype)
 
-    def select(self, rows: Rows) -> NullSpace:
-        """Itself: all examples share one null space."""
-        return self
-
 
 @dataclass(frozen=True, eq=False)
 class NullSpaces:
@@ -140,5 +129,4 @@ class NullSpaces:
         return torch.where(nothing, 0.0, free).to(v.dtype)
 
     def select(self, rows: Rows) -> NullSpaces:
-        """The null spaces of the examples `rows` alone."""
         return NullSpaces(self.bases[rows])

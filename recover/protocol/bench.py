@@ -35,8 +35,6 @@ from recover.tasks.dialogue import Dialogue
 from recover.tasks.examples import Examples
 from recover.types import Delta, Float, Int, Surface, Tensor, TokenIds
 
-__all__ = ["Batch", "Bench"]
-
 
 @dataclass(frozen=True, eq=False)
 class Batch:
@@ -163,12 +161,9 @@ class Bench:
         return admissible(objective, write_orthogonal=write_orthogonal)
 
     def whole(self, part: Examples, objective: Defended | Pinned, *found: Delta) -> list[Delta]:
-        """Complete what a search found for saving: with the corrections of pinned deltas, as exact as certificates are.
+        """Complete what a search of the examples `part` found for saving.
 
-        Args:
-            part: the examples of the objective.
-            objective: what was searched.
-            found: deltas, or the free parts of pinned ones.
+        Pinned deltas, found as free parts, get their corrections, as exact as certificates are.
         """
         if not isinstance(objective, Pinned):
             return list(found)

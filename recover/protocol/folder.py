@@ -39,15 +39,8 @@ from safetensors.torch import save
 from recover.protocol.records import ExampleRecord
 from recover.types import InputError, Tensor
 
-CONFIG, RUN, DELTAS, EXAMPLES, VERDICT, REPORT, MARKDOWN = (
-    "config.yaml",
-    "run.json",
-    "deltas.safetensors",
-    "examples.jsonl",
-    "verdict.json",
-    "report.html",
-    "report.md",
-)
+CONFIG, RUN, DELTAS, EXAMPLES = "config.yaml", "run.json", "deltas.safetensors", "examples.jsonl"
+VERDICT, REPORT, MARKDOWN = "verdict.json", "report.html", "report.md"
 UNITS, LOCK, TEMPORARY = "units", ".lock", ".recover-"
 SEEDS = "seeds.json"
 """In the folder above those of several seeds: how often each verdict came."""
@@ -119,9 +112,7 @@ class RunFolder:
             raise InputError(f"{self.name}: cannot be written ({error.strerror}); give another folder") from None
         strangers = [name for name in names if name != LOCK and not name.startswith(TEMPORARY)]
         if strangers and RUN not in names:
-            raise InputError(
-                f"{self.name}: holds {strangers[0]!r} and no run of recover; give a new or an empty folder"
-            )
+            raise InputError(f"{self.name}: holds {strangers[0]!r} and no run of recover; give a new or empty folder")
         try:
             self._lock.acquire(timeout=0)
         except Timeout:
@@ -155,7 +146,7 @@ class RunFolder:
             InputError: a file is damaged.
         """
         (self.path / UNITS).mkdir(exist_ok=True)  # a run may have died before it made it
-        for path in [self.path / DELTAS, *sorted((self.path / UNITS).glob("*.safetensors"))]:
+        for path in [*self.path.glob(DELTAS), *sorted((self.path / UNITS).glob("*.safetensors"))]:
             with self._damage(path.relative_to(self.path).as_posix()):
                 self._at |= dict.fromkeys(_names(path), path)
         for path in sorted((self.path / UNITS).glob("*.json")):
@@ -187,7 +178,7 @@ class RunFolder:
         return self._units[unit]
 
     def take(self, unit: str, given: str) -> None:
-        """A unit that another worker finished, and wrote."""
+        """Take in a unit that another worker finished, and wrote."""
         path = self.path / UNITS / f"{unit.replace('/', '-')}.safetensors"
         self._at |= dict.fromkeys(json.loads(given)["deltas"], path if path.exists() else self.path / DELTAS)
         self._units[unit] = given
@@ -234,8 +225,7 @@ class RunFolder:
     def _read(self, text: str) -> None:
         """Take in a unit, as its file has it."""
         unit = _Unit.model_validate_json(text)
-        missing = [name for name in unit.deltas if name not in self._at]
-        if missing:
+        if missing := [name for name in unit.deltas if name not in self._at]:
             raise ValueError(f"{len(missing)} deltas that it speaks of are not there, the first {missing[0]}")
         self._units[unit.unit] = text
 
@@ -251,20 +241,16 @@ class RunFolder:
         try:
             yield
         except (OSError, ValueError, SafetensorError) as error:
+            reason = " ".join(str(error).split())
             if isinstance(error, ValidationError):
                 first = error.errors(include_url=False)[0]
                 reason = f"{'.'.join(map(str, first['loc']))} {first['msg']}".strip()
-            else:
-                reason = " ".join(str(error).split())
-            raise InputError(
-                f"{self.name}: {what} is damaged ({reason:.120}); remove the folder or give another"
-            ) from None
+            told = f"{self.name}: {what} is damaged ({reason:.120}); remove the folder or give another"
+            raise InputError(told) from None
 
 
 def _names(path: Path) -> list[str]:
-    """Names of the deltas in a file; none where it is not there."""
-    if not path.exists():
-        return []
+    """Names of the deltas in a file."""
     with safe_open(path, framework="pt") as file:
         return list(file.keys())
 

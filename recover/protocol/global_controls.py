@@ -42,28 +42,19 @@ def undo(bench: Bench, deltas: Deltas) -> dict[str, Any]:
                 with torch.no_grad():
                     counts[name] += int((target(undone(back, space, scale))[1] > 0).sum())
             counts["norm"] += float(norm(undone(own, space, scale)).sum())
+    names = {"rate": "own", "averaged_rate": "averaged", "norm_mean": "norm"}
     rates = [
-        {
-            "scale": scale,
-            "rate": counts["own"] / n,
-            "averaged_rate": counts["averaged"] / n,
-            "norm_mean": counts["norm"] / n,
-        }
-        for scale, counts in scales.items()
+        {"scale": scale} | {name: counts[of] / n for name, of in names.items()} for scale, counts in scales.items()
     ]
-    return {
-        "rate": max(max(one["rate"], one["averaged_rate"]) for one in rates),
-        "cosine": likeness / n,
-        "scales": rates,
-    }
+    largest = max(max(one["rate"], one["averaged_rate"]) for one in rates)
+    return {"rate": largest, "cosine": likeness / n, "scales": rates}
 
 
 def placebo_features(bench: Bench, draw: int) -> dict[str, Any]:
     """Clamp random features, as many and as often active, in the place of the defense's.
 
-    Returns:
-        Of the examples that show the behavior at base, how many this suppresses, and how many of these a search within
-        the budget brings back; all None where an SAE has too few other features.
+    Gives how many examples show the behavior at base, how many of them this suppresses, and how many of these a search
+    within the budget brings back; all None where an SAE has too few other features.
     """
     chosen = _placebo_defense(bench, bench.plan.seed + 1000 * draw)
     if chosen is None:
@@ -89,8 +80,7 @@ def _placebo_defense(bench: Bench, seed: int) -> Defense | None:
         taken = [feature for clamp in here for feature in clamp.features]
         rates = firing_rates(bench.model, here[0].sae, site, bench.examples.prompts, bench.batch_size)
         for number, clamp in enumerate(here):
-            features = matched(rates, clamp.features, seed + number, excluded=taken)
-            if features is None:
+            if (features := matched(rates, clamp.features, seed + number, excluded=taken)) is None:
                 return None
             taken += features
             clamps.append(Clamp(clamp.sae, features, clamp.mode, clamp.only_active, clamp.positions, clamp.site))

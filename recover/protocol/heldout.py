@@ -86,22 +86,15 @@ def fit(bench: Bench, fold: int, progress: BatchProgress) -> Done:
     pool, plan = bench.pool, bench.plan
     rows, _ = split(bench, fold)
     half, fits = pool.select(rows), _fits(bench, exchangeable(bench))
-    spaces = {
-        C1: bench.feasible(pool.parts[0]),
-        C1_PLUS: bench.feasible(pool.parts[0], write_orthogonal=True),
-    }
+    spaces = {C1: bench.feasible(pool.parts[0]), C1_PLUS: bench.feasible(pool.parts[0], write_orthogonal=True)}
     schedule: FitSchedule = replace(plan.transfer.fit, seed=plan.seed)
     shuffles = {
         draw: exchanged(bench, half, rows, _seed(plan.seed, fold, draw), draw)
         for draw in {one.draw for one in fits if one.kind == SHUFFLED}
     }
+    targets = [shuffles[one.draw].targets if one.kind == SHUFFLED else None for one in fits]
     problems = [
-        Problem(
-            spaces.get(one.kind, spaces[C1]),
-            one.budget,
-            shuffles[one.draw].targets if one.kind == SHUFFLED else None,
-        )
-        for one in fits
+        Problem(spaces.get(one.kind, spaces[C1]), one.budget, asked) for one, asked in zip(fits, targets, strict=True)
     ]
     # Those over the same examples are fitted side by side; other answers to a request are other examples.
     pools = [shuffles[one.draw].pool if one.kind == SHUFFLED else half for one in fits]
@@ -143,13 +136,9 @@ def read(bench: Bench, fold: int, deltas: Deltas) -> dict[str, Any]:
         size = max(float(norm(back)), torch.finfo(torch.float32).tiny)
         scales = sorted({min(scale, budget / size) for scale in plan.undo_scales})
         undo = shown(bench, half, others, torch.cat([scale * back for scale in scales]))
-        readings.append(
-            {
-                "budget": budget,
-                "random": {"hits": int(random.sum()), "n": random.numel()},
-                "undo": {"hits": int(undo.sum(dim=1).max()), "n": len(half)},
-            }
-        )
+        by_chance = {"hits": int(random.sum()), "n": random.numel()}
+        undone_at_best = {"hits": int(undo.sum(dim=1).max()), "n": len(half)}
+        readings.append({"budget": budget, "random": by_chance, "undo": undone_at_best})
     values: dict[str, Any] = {
         "readings": readings,
         "one_for_all": one_for_all(bench),
@@ -192,8 +181,7 @@ def _dealt(
 
 def _certified(bench: Bench, rows: Int[Tensor, "rows"], delta: Tensor) -> dict[str, Any]:
     """Count the rows of the pool that one delta recovers, of those that the certificate too finds defended."""
-    hits, moved, n = 0, 0, 0
-    shifts, residuals = [], []
+    hits, moved, n, shifts, residuals = 0, 0, 0, [], []
     for batch, here, part in parts_of(bench, rows):
         behavior = part.strict or part.behavior
         each = repeat(delta, "pos d_model -> batch pos d_model", batch=len(here))
@@ -208,13 +196,8 @@ def _certified(bench: Bench, rows: Int[Tensor, "rows"], delta: Tensor) -> dict[s
         moved += int((gone & shows & ~facts.held).sum())
         shifts.append(float(facts.preactivation_shift.max()))
         residuals.append(float(facts.constraint_residual.max()))
-    return {
-        "hits": hits,
-        "n": n,
-        "back_but_features_moved": moved,
-        "preactivation_shift_max": _largest(shifts),
-        "constraint_residual_max": _largest(residuals),
-    }
+    counts = {"hits": hits, "n": n, "back_but_features_moved": moved}
+    return counts | {"preactivation_shift_max": _largest(shifts), "constraint_residual_max": _largest(residuals)}
 
 
 def summary(folds: Sequence[tuple[dict[str, Any], dict[str, Any]]], residual_norm: float) -> Transfer:
@@ -226,9 +209,11 @@ def summary(folds: Sequence[tuple[dict[str, Any], dict[str, Any]]], residual_nor
     def total(parts: list[dict[str, Any]], hits: str = "hits", n: str = "n") -> Reading:
         return Reading(sum(part[hits] for part in parts), sum(part[n] for part in parts))
 
+    def fits(kind: str, budget: float) -> list[dict[str, Any]]:
+        return [one for read in reads for one in read["fits"] if (one["kind"], one["budget"]) == (kind, budget)]
+
     def of(kind: str, budget: float, hits: str = "hits", n: str = "n") -> Reading:
-        fits = [one for read in reads for one in read["fits"] if (one["kind"], one["budget"]) == (kind, budget)]
-        return total(fits, hits, n)
+        return total(fits(kind, budget), hits, n)
 
     def control(name: str, budget: float) -> Reading:
         return total([r[name] for read in reads for r in read["readings"] if r["budget"] == budget])
@@ -237,8 +222,8 @@ def summary(folds: Sequence[tuple[dict[str, Any], dict[str, Any]]], residual_nor
         return total([v for name, v in fitted if f"/{kind}/{budget:.6g}/" in name], "fitted")
 
     def cosine_of(kind: str) -> float:
-        fits = [one for read in reads for one in read["fits"] if (one["kind"], one["budget"]) == (kind, main)]
-        return _widest([one["undo_cosine"] for one in fits])
+        known = (one["undo_cosine"] for one in fits(kind, main) if one["undo_cosine"] is not None)
+        return max(known, key=abs, default=math.nan)
 
     curve = tuple(
         TransferPoint(
@@ -294,11 +279,6 @@ def _largest(values: Sequence[float | None]) -> float:
     """The largest; NaN where one of them is no number."""
     known = [value for value in values if value is not None and not math.isnan(value)]
     return max(known) if known and len(known) == len(values) else math.nan
-
-
-def _widest(values: Sequence[float | None]) -> float:
-    """The value of the largest size; NaN where there is none."""
-    return max((value for value in values if value is not None), key=abs, default=math.nan)
 
 
 def _seed(seed: int, fold: int, draw: int) -> int:

@@ -22,8 +22,6 @@ from recover.protocol.records import without_nan
 from recover.protocol.workers import ALONE, Workers
 from recover.types import Tensor
 
-__all__ = ["InMemoryStore", "Ledger", "Part", "Store"]
-
 Part = tuple[str, int]
 """Units that one worker runs in order, such as `("batch", 3)`."""
 
@@ -45,7 +43,7 @@ class Store(Protocol):
         """What another worker's store needs of a unit that is finished here."""
 
     def take(self, unit: str, given: Any) -> None:
-        """A unit that another worker finished, from what its store gave."""
+        """Take in a unit that another worker finished, from what its store gave."""
 
 
 class InMemoryStore:
@@ -119,9 +117,8 @@ class Ledger:
         """
         with self.workers.together():
             yield
-        told = self.workers.gather(
-            {unit: self.store.given(unit) for unit in self._new} if self.workers.size > 1 else {}
-        )
+        new = self._new if self.workers.size > 1 else []
+        told = self.workers.gather({unit: self.store.given(unit) for unit in new})
         for rank, units in enumerate(told):
             for unit, given in units.items() if rank != self.workers.rank else ():
                 self.store.take(unit, given)

@@ -93,15 +93,8 @@ def search(bench: Bench, batch: Batch, deltas: Deltas, progress: BatchProgress) 
     """The worst case over the solvers, and its deltas."""
     target, flips = bench.objective(batch.target), len(batch.flips)
     solvers: dict[str, Solver] = {**SOLVERS, "random": partial(random_draws, draws=bench.plan.random_draws)}
-    found = worst_case(
-        target,
-        target.zero_delta,
-        bench.feasible(target),
-        bench.budget,
-        bench.schedule,
-        solvers,
-        on_solver=lambda _, left: progress(flips - left, flips),
-    )
+    space, tell = bench.feasible(target), lambda _, left: progress(flips - left, flips)
+    found = worst_case(target, target.zero_delta, space, bench.budget, bench.schedule, solvers, on_solver=tell)
     nearest = found.smallest
     if isinstance(target, Pinned):
         # Of a pinned delta the corrections count as well, of which the solvers do not know.
@@ -218,18 +211,11 @@ def budgets(bench: Bench, batch: Batch, deltas: Deltas, progress: BatchProgress)
         budget: (find_perturbation(target, target.zero_delta, feasible, budget, schedule).slack >= goal).tolist()
         for budget in curve_budgets(bench)
     }
-    longer = find_perturbation(
-        target, target.zero_delta, feasible, bench.budget, replace(schedule, steps=2 * schedule.steps)
-    ).slack
-    return Done(
-        {
-            example: {
-                "reached_at": {f"{budget:g}": values[row] for budget, values in reached.items()},
-                "longer": bool(longer[row] >= goal),
-            }
-            for row, example in enumerate(batch.flip_ids)
-        }
-    )
+    twice = replace(schedule, steps=2 * schedule.steps)
+    longer = (find_perturbation(target, target.zero_delta, feasible, bench.budget, twice).slack >= goal).tolist()
+    at = [{f"{budget:g}": values[row] for budget, values in reached.items()} for row in range(len(longer))]
+    found = [{"reached_at": one, "longer": more} for one, more in zip(at, longer, strict=True)]
+    return Done(dict(zip(batch.flip_ids, found, strict=True)))
 
 
 def undefended(bench: Bench, batch: Batch, deltas: Deltas, progress: BatchProgress) -> Done:
@@ -243,15 +229,8 @@ def undefended(bench: Bench, batch: Batch, deltas: Deltas, progress: BatchProgre
     return Done({example: {"undefended": back[row]} for row, example in enumerate(batch.flip_ids)})
 
 
-PHASES: Mapping[str, Phase] = {
-    "search": search,
-    "certificates": certificates,
-    "attribution": attribution,
-    "placebo": placebo,
-    "write_orthogonal": write_orthogonal,
-    "budgets": budgets,
-    "undefended": undefended,
-}
+_IN_ORDER: tuple[Phase, ...] = (search, certificates, attribution, placebo, write_orthogonal, budgets, undefended)
+PHASES: Mapping[str, Phase] = {phase.__name__: phase for phase in _IN_ORDER}
 """The phases over valid flips, in order."""
 
 
@@ -267,10 +246,8 @@ def _compared(bench: Bench, target: Defended | Pinned, *, write_orthogonal: bool
     feasible = bench.feasible(target, write_orthogonal=write_orthogonal)
     found: WorstCase = worst_case(target, target.zero_delta, feasible, bench.budget, bench.schedule, BY_GRADIENT)
     sizes = [min(float(norms[row]) for norms in found.by_solver.values()) for row in range(len(slack))]
-    return [
-        without_nan({"slack": start, "smallest": size, "within": size <= bench.budget})
-        for start, size in zip(slack, sizes, strict=True)
-    ]
+    pairs = zip(slack, sizes, strict=True)
+    return [without_nan({"slack": at, "smallest": size, "within": size <= bench.budget}) for at, size in pairs]
 
 
 def _by_id(batch: Batch, name: str, values: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -23,8 +23,6 @@ from recover.tasks.behaviors import Targeted, known_targets
 from recover.tasks.examples import Examples
 from recover.types import Bool, Float, Int, Rows, Tensor
 
-__all__ = ["Exchanged", "exchangeable", "exchanged", "one_for_all", "parts_of", "said_like", "shown", "shown_as_asked"]
-
 Shared = Float[Tensor, "fit pos d_model"]
 
 
@@ -60,11 +58,7 @@ def parts_of(bench: Bench, rows: Rows) -> Iterator[tuple[Batch, Rows, Examples]]
 def shown(bench: Bench, half: Pool, rows: Rows, deltas: Shared) -> Bool[Tensor, "fit batch"]:
     """Tell which examples show the behavior that transfer is read with, under each shared delta.
 
-    Args:
-        bench: of the check.
-        half: the rows `rows` of its pool.
-        rows: ascending.
-        deltas: shared, free parts where they are pinned.
+    `half` holds the `rows`, ascending, of the bench's pool; pinned deltas come as their free parts.
     """
     dialogues = [part.dialogue for *_, part in parts_of(bench, rows) if part.dialogue is not None]
     if not dialogues:
@@ -74,11 +68,9 @@ def shown(bench: Bench, half: Pool, rows: Rows, deltas: Shared) -> Bool[Tensor, 
 
 def shown_as_asked(bench: Bench, rows: Rows, deltas: Shared) -> Bool[Tensor, "fit batch"]:
     """Tell which examples show the behavior by the check's own predicate, where transfer uses a stricter one."""
-    parts = [
-        bench.objective(batch.strict_target.select(here).asking(part.behavior))
-        for batch, here, part in parts_of(bench, rows)
-    ]
-    return Pool(tuple(parts)).slack(deltas) > 0
+    places = parts_of(bench, rows)
+    asked = (batch.strict_target.select(here).asking(part.behavior) for batch, here, part in places)
+    return Pool(tuple(map(bench.objective, asked))).slack(deltas) > 0
 
 
 def said_like(

@@ -28,10 +28,8 @@ from recover.tasks.examples import Examples
 from recover.tasks.replies import read
 from recover.types import Delta
 
-__all__ = ["ReadOut", "certificate_of", "flips_of", "read_out", "read_out_suffix", "search_pinned"]
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ReadOut:
     """What one search's deltas do, over `n` requests: one row of a table. What a search does not have is None.
 
@@ -54,13 +52,12 @@ class ReadOut:
     strict: int
     exact: int
     norm: float
-    relative_norm: float | None
+    relative_norm: float | None = None
     relative_drift: float
-    preactivation_shift: float | None
-    floor_violation: float | None
+    preactivation_shift: float | None = None
+    floor_violation: float | None = None
     free_drift: float
     seconds: float
-
     HEADINGS: ClassVar[str] = (
         f"{'':15} {'n':>3} {'non-refusal':>11} {'base-like':>9} {'strict':>6} {'exact':>5} {'norm':>6} {'share':>6} "
         f"{'drift':>8} {'pre-act.':>8} {'floor':>7} {'free drift':>10} {'s each':>6}"
@@ -95,13 +92,8 @@ def flips_of(bench: Bench) -> Examples | None:
 def search_pinned(bench: Bench, part: Examples, start: Delta | None = None) -> Delta:
     """Search these examples for deltas at every clamped site that move no clamped pre-activation.
 
-    Args:
-        bench: of a defense whose deltas enter at every clamped site.
-        part: the examples.
-        start: where the free parts begin; at zero by default.
-
-    Returns:
-        `[batch (site n_pos) d_model]`, the corrections included, as a check saves them.
+    The free parts begin at `start`, by default at zero. Gives deltas `[batch (site n_pos) d_model]`, the corrections
+    included, as a check saves them.
     """
     target = Pinned.of(bench.defended(part))
     return bench.whole(part, target, find_pinned(target, bench.budget, bench.schedule, start=start).free)[0]
@@ -151,10 +143,7 @@ def read_out_suffix(
         strict=sum(one.strict_base_like for one in reads),
         exact=int((found.slack > 0).sum()),
         norm=float(norm(vectors).mean()),
-        relative_norm=None,
         relative_drift=float(soft.drift(vectors).max()),
-        preactivation_shift=None,
-        floor_violation=None,
         free_drift=float(along.drift(vectors).max()),
         seconds=seconds / len(part.ids),
     )

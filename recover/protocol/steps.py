@@ -14,22 +14,14 @@ from recover.protocol.records import ExampleRecord
 from recover.protocol.verdict_model import Transfer
 from recover.types import Progress
 
-__all__ = ["run_phases", "run_transfer"]
-
 
 def run_phases(
     bench: Bench, names: Sequence[str], store: InMemoryStore, progress: Progress | None = None
 ) -> list[ExampleRecord]:
-    """Account for every example, and run these phases on every valid flip.
+    """Account for every example, and run these phases on every valid flip; gives a record for each example, in order.
 
-    Args:
-        bench: the material.
-        names: of phases in `PHASES`, in order, such as `("search", "certificates", "placebo")`.
-        store: where deltas are kept, for the phases that read them back.
-        progress: called after each batch.
-
-    Returns:
-        A record for each example, in order.
+    The phases are named as in `PHASES`, such as `("search", "certificates", "placebo")`. Deltas are kept in `store` for
+    the phases that read them back; `progress` is called after each batch.
     """
     values: dict[str, dict[str, Any]] = {name: {"id": name} for name in bench.examples.ids}
     for number, batch in enumerate(bench.batches):
@@ -45,11 +37,7 @@ def run_phases(
 
 
 def run_transfer(bench: Bench, store: InMemoryStore, progress: Progress | None = None) -> Transfer:
-    """Fit the shared deltas of each fold on one half of the flips, and read them on the other.
-
-    Returns:
-        The section `transfer` of a verdict.
-    """
+    """Fit the shared deltas of each fold on one half of the flips, and read them on the other, for a verdict."""
     folds, tell = [], progress or (lambda *_: None)
     for fold in range(bench.plan.transfer.folds):
         fitted = heldout.fit(bench, fold, partial(tell, f"transfer, fold {fold + 1}"))

@@ -21,8 +21,6 @@ from torch import distributed
 
 from recover.types import InputError
 
-__all__ = ["ALONE", "LostWorkerError", "Workers", "joined"]
-
 T = TypeVar("T")
 PATIENCE = timedelta(days=30)
 """Shares differ in length, and a worker that is done waits; one that is lost is noticed by its closed connection."""

@@ -47,19 +47,11 @@ from recover.search.ascent import Schedule
 from recover.tasks import read_options
 from recover.types import DeviceMap, Finite, InputError, Positions, Positive, Share, Surface
 
-__all__ = ["DEFAULTS", "ClampConfig", "Config", "PromptConfig", "SearchConfig", "Selection", "load_config"]
-
 DEFAULTS: Mapping[str, Any] = {
     "model": "smollm2",
     "clamps": [
-        {
-            "sae": "smollm2-l15",
-            "features": {"select": "attribution", "top": 64},
-            "mode": "set",
-            "value": -5.0,
-            "only_active": True,
-            "positions": "all",
-        }
+        {"sae": "smollm2-l15", "features": {"select": "attribution", "top": 64}, "mode": "set", "value": -5.0}
+        | {"only_active": True, "positions": "all"}
     ],
     "skip_first": 1,
     "task": "ioi",
@@ -367,17 +359,12 @@ class Config(_Section):
         return yaml.safe_dump(self.canonical(), sort_keys=False)
 
     def relevant(self) -> dict[str, Any]:
-        """What of it can change a result by more than rounding."""
+        """What of the configuration can change a result by more than rounding."""
         return {key: value for key, value in self.canonical().items() if key not in HARMLESS}
 
     def fingerprint(self, **identities: str) -> str:
-        """SHA-256 of what can change a result.
-
-        Args:
-            identities: hashes of what the configuration only names, such as `model`, `sae` or `prompts`.
-        """
-        text = json.dumps([self.relevant(), identities], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
+        """SHA-256 of what can change a result, with hashes of what is only named, such as `model` or `prompts`."""
+        return hashlib.sha256(json.dumps([self.relevant(), identities], sort_keys=True).encode()).hexdigest()
 
 
 def _filled(owner: type[Of], values: Mapping[str, Any], **more: Any) -> Of:
@@ -401,14 +388,13 @@ def load_config(path: Path | str | None = None, overrides: Mapping[str, Any] | N
         if value is not None:
             _override(data, key.split("."), value)
     source = " and ".join([str(path)] * (path is not None) + ["flags"] * bool(overrides))
+    within: tuple[str, ...] = ()
     try:
         config = Config.model_validate(data)
-    except ValidationError as error:
-        raise InputError(f"{source}: {_first_line(error)}") from None
-    try:
+        within = ("prompts",)
         read_options(config.task, config.prompts.model_dump())
     except ValidationError as error:
-        raise InputError(f"{source}: {_first_line(error, 'prompts')}") from None
+        raise InputError(f"{source}: {_first_line(error, *within)}") from None
     except InputError as error:
         raise InputError(f"{source}: {error}") from None
     return config
@@ -437,8 +423,7 @@ MESSAGES = {
 
 def _first_line(error: ValidationError, *within: str) -> str:
     first = error.errors(include_url=False)[0]
-    parts = [*within, *first["loc"]]
-    parts = [part for part in parts if part not in ("indices", "selection")]
+    parts = [part for part in (*within, *first["loc"]) if part not in ("indices", "selection")]
     parts += [first["ctx"]["key"]] if first["type"] == "unknown_key" else []
     where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts).lstrip(".")
     message = MESSAGES.get(first["type"], first["msg"].removeprefix("Value error, "))

@@ -23,20 +23,12 @@ from recover.run.setting import Chosen, package_versions
 from recover.tasks.examples import Examples
 from recover.types import InputError, Progress, Tensor
 
-__all__ = ["Objects", "content_hash"]
-
 
 @dataclass(frozen=True, eq=False)
 class Objects:
-    """What `check` takes, to be run as a configuration is (`recover.run.runner`).
+    """The arguments of `check`, to be run as a configuration is (`recover.run.runner`).
 
-    Args:
-        model: the host model.
-        defense: its clamps.
-        examples: prompts and behavior.
-        budget: largest norm of a perturbation.
-        plan: what is run.
-        runtime: batch size, exact model and neutral text; the runner sets the rest.
+    Of the runtime, batch size, exact model and neutral text count; the runner sets the rest.
 
     Raises:
         InputError: a store or workers in `runtime`, which are the runner's.
@@ -69,7 +61,7 @@ class Objects:
         return f"objects-{self.fingerprint[:16]}"
 
     def relevant(self) -> dict[str, Any]:
-        """Give what identifies the run in place of a configuration."""
+        """Give what identifies the run, in place of a configuration."""
         return {"hash": self.fingerprint}
 
     def load(self, progress: Progress, *, alone: bool) -> Objects:

@@ -11,8 +11,6 @@ from typing import Any
 from recover.protocol.folder import write_whole
 from recover.types import InputError
 
-__all__ = ["Points"]
-
 SETTINGS = "settings.json"
 
 
@@ -35,19 +33,17 @@ class Points:
         Raises:
             InputError: the folder cannot be written, or holds points computed under other settings.
         """
-        wanted = json.loads(json.dumps(settings))
+        wanted, path = json.loads(json.dumps(settings)), folder / SETTINGS
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            if (folder / SETTINGS).exists():
-                there = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
-            elif any(folder.iterdir()):
-                raise InputError(f"--out {folder}: holds something else; give a new or an empty folder")
-            else:
-                write_whole(folder / SETTINGS, json.dumps(wanted, indent=1).encode())
-                there = wanted
+            if not path.exists():
+                if any(folder.iterdir()):
+                    raise InputError(f"--out {folder}: holds something else; give a new or an empty folder")
+                write_whole(path, json.dumps(wanted, indent=1).encode())
+            there = json.loads(path.read_text(encoding="utf-8"))
+        except InputError:
+            raise
         except (OSError, ValueError) as error:
-            if isinstance(error, InputError):
-                raise
             raise InputError(f"--out {folder}: cannot be used ({error}); give another folder") from None
         if there != wanted:
             raise InputError(f"--out {folder}: holds points made under other settings; give another folder")

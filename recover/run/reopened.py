@@ -28,18 +28,12 @@ from recover.run.setting import Chosen, build_bench, load_setting
 from recover.tasks.examples import Examples
 from recover.types import Delta, InputError, Tensor
 
-__all__ = ["SavedRun", "SharedDelta", "load_run"]
-
 
 @dataclass(frozen=True, eq=False)
 class SharedDelta:
-    """A shared delta of a run, on the examples of the half that it was not fitted to.
+    """A shared delta within the budget `norm`, fitted to the half `fold` (0 or 1).
 
-    Attributes:
-        fold: which half it was fitted to, 0 or 1.
-        norm: the norm allowed to it.
-        examples: of the other half, with the predicate that transfer is read with.
-        delta: the shared delta, once for each of these examples.
+    `examples` are those of the other half, with the predicate that transfer is read with; `delta` is repeated for each.
     """
 
     fold: int
@@ -50,14 +44,10 @@ class SharedDelta:
 
 @dataclass(frozen=True, eq=False)
 class SavedRun:
-    """A finished run.
+    """A finished run in its folder: its verdict, and the records of all examples by id.
 
-    Attributes:
-        path: the folder.
-        verdict: of the run.
-        records: of every example, by id.
-        deltas: `[n_pos d_model]` each: by example id the one within the budget, with `/smallest` behind the id the
-            smallest one; `transfer/fold/constraint/budget/draw` the shared ones.
+    Deltas, `[n_pos d_model]` each, go by example id (the one within the budget), by id and `/smallest` (the smallest
+    one), or by `transfer/fold/constraint/budget/draw` (the shared ones).
     """
 
     path: Path
@@ -72,7 +62,7 @@ class SavedRun:
 
     @property
     def sha256(self) -> str:
-        """Of what the run fixed at its start and of the deltas that it saved."""
+        """Hash of what the run fixed at its start and of the deltas that it saved."""
         return hashlib.sha256((self.path / RUN).read_bytes() + (self.path / DELTAS).read_bytes()).hexdigest()
 
     @cached_property
@@ -104,7 +94,7 @@ class SavedRun:
 
     @property
     def shared(self) -> list[SharedDelta]:
-        """For each fold the shared C1 delta of the largest norm."""
+        """The shared C1 delta of largest norm, for each fold."""
         bench, found = self.bench, []
         names = [name.split("/") for name in self.deltas if name.startswith("transfer/") and name.split("/")[2] == C1]
         ids = [name for batch in bench.batches for name in batch.strict_ids]

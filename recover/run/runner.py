@@ -33,8 +33,6 @@ from recover.run.objects import Objects
 from recover.run.setting import Chosen, Setting, load_setting, threads
 from recover.types import InputError, Progress
 
-__all__ = ["FromConfig", "OtherRunError", "beside_published", "run_check", "run_seeds", "run_source"]
-
 
 @dataclass(frozen=True)
 class FromConfig:
@@ -74,12 +72,7 @@ Subject = Setting | Objects
 
 
 def run_check(
-    config: Config,
-    out: Path,
-    *,
-    keep_text: bool = False,
-    progress: Progress | None = None,
-    workers: Workers = ALONE,
+    config: Config, out: Path, *, keep_text: bool = False, progress: Progress | None = None, workers: Workers = ALONE
 ) -> Verdict:
     """Check the defense of `config` and leave the artifacts in `out`.
 
@@ -118,20 +111,16 @@ def run_seeds(
 ) -> list[Verdict]:
     """Repeat a check with several seeds of the search, the split and the controls; the prompts stay.
 
-    Each has its own folder `out/seed-N`, and `out/seeds.json` says how often each verdict came.
-
-    Raises:
-        InputError: as `run_check`.
+    Each has its own folder `out/seed-N`, and `out/seeds.json` says how often each verdict came. Arguments and errors
+    are those of `run_check`.
     """
     verdicts = []
     for seed in range(config.controls.seed, config.controls.seed + seeds):
         one = config.with_control_seed(seed)
         verdicts.append(run_check(one, out / f"seed-{seed}", keep_text=keep_text, progress=progress, workers=workers))
     said = Counter((verdict.verdict, verdict.specific) for verdict in verdicts)
-    counted = [
-        {"verdict": name, "specific": "unknown" if specific is None else specific, "seeds": n}
-        for (name, specific), n in said.items()
-    ]
+    told = {True: True, False: False, None: "unknown"}
+    counted = [{"verdict": name, "specific": told[known], "seeds": n} for (name, known), n in said.items()]
     try:
         if workers.leads:
             write_whole(out / SEEDS, (json.dumps({"verdicts": counted}, indent=2) + "\n").encode())
@@ -147,9 +136,8 @@ def _run(source: Source, folder: RunFolder, progress: Progress, workers: Workers
             _expect(folder, folder.state, source)
             folder.resume()
     earlier = workers.led(folder.units)
-    if not workers.leads:
-        for unit, given in earlier.items():
-            folder.take(unit, given)
+    for unit, given in () if workers.leads else earlier.items():
+        folder.take(unit, given)
     progress("loading", 0, 1)
     with workers.together():
         subject = source.load(progress, alone=workers.size == 1)
@@ -197,23 +185,17 @@ def beside_published(verdict: Verdict, config: Config) -> Verdict:
 
 def _refuse_a_shared_card(config: Config) -> None:
     """Several workers have a card each, which `torchrun` numbers."""
+    theirs = "under torchrun each worker has one of its own"
     if config.device_map is not None:
-        raise InputError(
-            "device_map: it spreads one model over all cards, and under torchrun each worker has one of its own; use "
-            "one of the two"
-        )
+        raise InputError(f"device_map: it spreads one model over all cards, and {theirs}; use one of the two")
     if config.device.startswith("cuda:"):
-        raise InputError(
-            f"device: {config.device} is one card, and under torchrun each worker has one of its own; write cuda"
-        )
+        raise InputError(f"device: {config.device} is one card, and {theirs}; write cuda")
 
 
 def _expect(folder: RunFolder, state: RunState, source: Source) -> None:
     """Refuse the folder of another configuration's run, naming the first difference."""
-    theirs, ours = (
-        known | {"--keep-text": keeps}
-        for known, keeps in ((state.config, state.keep_text), (source.relevant(), source.keep_text))
-    )
+    theirs = state.config | {"--keep-text": state.keep_text}
+    ours = source.relevant() | {"--keep-text": source.keep_text}
     if (difference := _first_difference(theirs, ours)) is not None:
         raise InputError(f"{folder.name}: holds the run of another configuration ({difference}); give another folder")
 
@@ -248,7 +230,7 @@ def _begin(folder: RunFolder, source: Source, subject: Subject, size: int, progr
 
 
 def _tell_of_idle_workers(subject: Subject, state: RunState, workers: Workers) -> None:
-    """Batches are the same for any number of workers, so that the verdict is: there may be too few for all."""
+    """Warn where batches, the same for any number of workers so that the verdict is, are too few for all of them."""
     examples = len(subject.examples.ids)
     batches = -(-examples // state.batch_size)
     if workers.leads and batches < workers.size:
@@ -261,13 +243,6 @@ def _tell_of_idle_workers(subject: Subject, state: RunState, workers: Workers) -
 
 def _check(subject: Subject, state: RunState, folder: RunFolder, progress: Progress, workers: Workers) -> Verdict:
     defense = subject.build(Chosen.kept_by(state))
-    runtime = Runtime(
-        batch_size=state.batch_size,
-        store=folder,
-        exact=subject.exact,
-        neutral=subject.neutral,
-        provenance={**subject.provenance, "threads": state.threads, "workers": workers.size},
-        progress=progress,
-        workers=workers,
-    )
+    provenance = {**subject.provenance, "threads": state.threads, "workers": workers.size}
+    runtime = Runtime(state.batch_size, folder, subject.exact, subject.neutral, provenance, progress, workers)
     return check(subject.model, defense, subject.examples, subject.budget, plan=subject.plan, runtime=runtime)

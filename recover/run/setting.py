@@ -68,13 +68,8 @@ class Setting:
     @property
     def fingerprint(self) -> str:
         """SHA-256 of everything that can change a result."""
-        identities = {
-            "recover": _version("recover"),
-            "model": self.loaded.version,
-            "prompts": self.examples.sha256,
-            **{f"sae:{name}": sae.sha256 for name, sae in self.saes.items()},
-        }
-        return self.config.fingerprint(**identities)
+        code, saes = _version("recover"), {f"sae:{name}": sae.sha256 for name, sae in self.saes.items()}
+        return self.config.fingerprint(recover=code, model=self.loaded.version, prompts=self.examples.sha256, **saes)
 
     @property
     def batch_size(self) -> int:
@@ -86,8 +81,7 @@ class Setting:
     @cached_property
     def exact(self) -> Model:
         """The model in the precision in which certificates are measured."""
-        config = self.config
-        if config.dtype == config.certificates:
+        if (config := self.config).dtype == config.certificates:
             return self.model
         module = resolve_model(config.model, config.device, device_map=config.device_map).module
         return Model(module.double() if config.certificates == "float64" else module, self.loaded.tokenizer)
@@ -106,13 +100,18 @@ class Setting:
             "model": f"{loaded.name} ({loaded.source}, {loaded.version})",
         }
 
-    def choose(self, batch_size: int, progress: Progress) -> list[Chosen]:
+    def choose(self, batch_size: int, progress: Progress | None = None) -> list[Chosen]:
         """Select the features of each clamp (`choose_features`)."""
         return choose_features(self, batch_size, progress)
 
     def build(self, chosen: Sequence[Chosen]) -> Defense:
-        """Build the defense with these features (`build_defense`)."""
-        return build_defense(self, chosen)
+        """Build the defense of the configuration, with these features and values for its clamps.
+
+        Raises:
+            InputError: the features cannot be clamped.
+        """
+        pairs = zip(self.config.clamps, chosen, strict=True)
+        return Defense(tuple(_clamp(one, self.saes[one.sae], of) for one, of in pairs), self.config.skip_first)
 
 
 @dataclass(frozen=True)
@@ -182,38 +181,18 @@ def choose_features(setting: Setting, batch_size: int, progress: Progress | None
     return [_chosen(clamp, setting, batch_size, progress or (lambda *_: None)) for clamp in setting.config.clamps]
 
 
-def build_defense(setting: Setting, chosen: Sequence[Chosen]) -> Defense:
-    """The defense of the configuration, with these features and values for its clamps.
-
-    Raises:
-        InputError: the features cannot be clamped.
-    """
-    pairs = zip(setting.config.clamps, chosen, strict=True)
-    clamps = tuple(_clamp(clamp, setting.saes[clamp.sae], one) for clamp, one in pairs)
-    return Defense(clamps, setting.config.skip_first)
-
-
 def build_bench(setting: Setting, chosen: Sequence[Chosen] | None = None, batch_size: int | None = None) -> Bench:
     """Build what the phases of a check share: the model, the examples, and the defense with the selected features.
 
-    Args:
-        setting: what the configuration names.
-        chosen: the features that an earlier start selected.
-        batch_size: the examples at once that it began with.
+    `chosen` and `batch_size` are those of an earlier start, if any.
 
     Raises:
-        InputError: from `choose_features` and `build_defense`.
+        InputError: from `choose_features` and `Setting.build`.
     """
-    size = batch_size or setting.batch_size
-    return Bench(
-        *setting.examples.read_with(setting.model, setting.exact),
-        build_defense(setting, choose_features(setting, size) if chosen is None else chosen),
-        setting.examples,
-        setting.budget,
-        setting.plan,
-        size,
-        setting.model,
-    )
+    size, model = batch_size or setting.batch_size, setting.model
+    defense = setting.build(setting.choose(size) if chosen is None else chosen)
+    models = setting.examples.read_with(model, setting.exact)
+    return Bench(*models, defense, setting.examples, setting.budget, setting.plan, size, model)
 
 
 def _clamp(clamp: ClampConfig, sae: SAE, chosen: Chosen) -> Clamp:

@@ -17,22 +17,20 @@
 
 from recover.search.adam import ProjectedAdam
 from recover.search.ascent import Feasible, Objective, Schedule, Solution, Status, StepRule, find_perturbation, scale_to
-from recover.search.constraints import (
+from recover.search.constraints.first_order import JacobianOrthogonal, admissible
+from recover.search.constraints.linear import (
     ActivationStable,
     Budget,
     Constraint,
     Constraints,
     DecodeStable,
     EncoderOrthogonal,
-    JacobianOrthogonal,
-    Pinned,
-    admissible,
 )
+from recover.search.constraints.pinned import Pinned
 from recover.search.gradient_checks import Agreement, error_channel, finite_differences
 from recover.search.gradient_free import Effort, reexamined
 from recover.search.minimum import Minimum, smallest_perturbation
 from recover.search.pinned import PinnedSolution, find_pinned, shorten
-from recover.search.restored import find_linearized, find_restored
 from recover.search.restoring import RestoredSolution
 from recover.search.solvers import SOLVERS, Found, Solver, WorstCase, random_draws, worst_case
 from recover.search.stable import find_stable

@@ -15,8 +15,8 @@ from __future__ import annotations
 import torch
 
 from recover.numerics.metrics import by_example, norm
-from recover.search.ascent import Ends, Plain, Schedule, Seen, Status, StepRule, clip
-from recover.types import Delta
+from recover.search.ascent import Ends, Mask, Plain, Point, Schedule, Status, StepRule, clip
+from recover.types import Delta, PerExample
 
 STEPS, RATE, LENGTHS = 40, 0.1, 4.0
 MOMENTUM, MEMORY = 0.9, 0.99
@@ -33,8 +33,8 @@ class ProjectedAdam(StepRule[Plain]):
         self.mean, self.square = 0 * start, 0 * start
         self.size = self.unit = torch.zeros_like(norm(start))
 
-    def step(self, terrain: Plain, seen: Seen) -> tuple[Delta, Ends]:
-        delta, point, number, tiny = seen.delta, seen.point, seen.number, torch.finfo(seen.delta.dtype).tiny
+    def step(self, terrain: Plain, point: Point, counts: Mask, best: PerExample, number: int) -> tuple[Delta, Ends]:
+        tiny = torch.finfo(point.delta.dtype).tiny
         if number == 0:
             self.size = norm(point.gradient).clamp(min=tiny)
             self.unit = (LENGTHS * (2 * self.schedule.goal - point.slack) / self.size).clamp(max=self.budget)
@@ -44,8 +44,8 @@ class ProjectedAdam(StepRule[Plain]):
         self.square = MEMORY * self.square + (1 - MEMORY) * gradient.square()
         ends = {
             Status.NO_GRADIENT: norm(self.mean) == 0,
-            Status.NON_FINITE: seen.best == -torch.inf,
-            Status.EXHAUSTED: ~seen.counts,
+            Status.NON_FINITE: best == -torch.inf,
+            Status.EXHAUSTED: ~counts,
         }
         width = (self.square / (1 - MEMORY ** (number + 1))).sqrt()
         # A floor relative to other coordinates: where only rounding is left of a gradient, its sign means nothing.
@@ -54,4 +54,4 @@ class ProjectedAdam(StepRule[Plain]):
         if number == 0:
             self.unit = self.unit / norm(terrain.feasible.project(toward)).clamp(min=tiny)
         rate = by_example(RATE * (1 - number / max(self.steps, 1)) * self.unit)
-        return clip(terrain.feasible.project(delta + rate * toward), self.budget), ends
+        return clip(terrain.feasible.project(point.delta + rate * toward), self.budget), ends

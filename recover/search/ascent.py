@@ -32,7 +32,7 @@ import enum
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, Generic, Protocol, TypeVar, runtime_checkable
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 import torch
 from pydantic import NonNegativeInt, PositiveInt
@@ -41,6 +41,7 @@ from recover.numerics.metrics import by_example, norm
 from recover.search.constraints.linear import Budget
 from recover.types import Bool, Delta, InputError, Int, PerExample, Rows, Tensor
 
+OnStep = Callable[[int, int], None] | None
 ROUNDING = 3e-6
 """An admissible part of a gradient up to this share of the whole is rounding (float32, with a margin)."""
 
@@ -104,13 +105,24 @@ class Schedule:
 
 
 @dataclass(frozen=True, eq=False)
-class Solution:
-    """The best delta found for each example, and the solver's own account of it."""
+class Best:
+    """The best delta found for each example, by the solver's own account, and the gradient steps that it took."""
 
     delta: Delta
     score: PerExample
     slack: PerExample
     steps: Int[Tensor, "batch"]
+
+    @property
+    def recovered(self) -> Bool[Tensor, "batch"]:
+        """Where the behavior is back."""
+        return self.slack > 0
+
+
+@dataclass(frozen=True, eq=False)
+class Solution(Best):
+    """What `find_perturbation` found, and how the search of each example ended."""
+
     status: tuple[Status, ...]
 
     @property
@@ -128,6 +140,7 @@ class Point:
         drift: relative, of what must stay; zero where the constraint leaves no room for any.
     """
 
+    delta: Delta
     score: PerExample
     slack: PerExample
     gradient: Delta
@@ -145,27 +158,9 @@ class Terrain(Protocol):
         """The terrain of the examples `rows` alone."""
 
 
-@dataclass(frozen=True, eq=False)
-class Seen:
-    """What a step rule goes by, for the examples that are still active.
-
-    Attributes:
-        delta: where they are.
-        point: what one look there shows.
-        counts: whether that may be a result.
-        best: the largest slack met so far, this point included.
-        number: steps taken so far.
-    """
-
-    delta: Delta
-    point: Point
-    counts: Bool[Tensor, "batch"]
-    best: PerExample
-    number: int
-
-
 T = TypeVar("T", bound=Terrain)
 Ends = Mapping[Status, Tensor]
+Mask = Bool[Tensor, "batch"]
 
 
 class StepRule(Generic[T]):
@@ -177,15 +172,23 @@ class StepRule(Generic[T]):
     def __init__(self, start: Delta, budget: float, schedule: Schedule) -> None:
         self.budget, self.schedule, self.steps = budget, schedule, schedule.steps
 
-    def counts(self, delta: Delta, point: Point) -> Bool[Tensor, "batch"]:
+    def counts(self, point: Point) -> Mask:
         """Which points may be results: where score, slack and gradient are finite."""
         return torch.isfinite(point.score) & torch.isfinite(point.slack) & torch.isfinite(norm(point.gradient))
 
-    def step(self, terrain: T, seen: Seen) -> tuple[Delta, Ends]:
-        """The next point of each example, and which examples end here: by reason, the first that applies counting."""
+    def step(self, terrain: T, point: Point, counts: Mask, best: PerExample, number: int) -> tuple[Delta, Ends]:
+        """The next point of each example, and which examples end here: by reason, the first that applies counting.
+
+        Args:
+            terrain: of the examples that are still active.
+            point: where they are.
+            counts: whether that may be a result.
+            best: the largest slack met so far, this point included.
+            number: steps taken so far.
+        """
         raise NotImplementedError
 
-    def settle(self, terrain: T, delta: Delta) -> tuple[Delta, Bool[Tensor, "batch"] | None]:
+    def settle(self, terrain: T, delta: Delta) -> tuple[Delta, Mask | None]:
         """The next point put right, at the cost of passes, and whether it has moved; only for examples that go on."""
         return delta, None
 
@@ -195,12 +198,7 @@ class StepRule(Generic[T]):
 
 
 def ascend(
-    terrain: T,
-    start: Delta,
-    rule: StepRule[T],
-    on_step: Callable[[int, int], None] | None = None,
-    *,
-    otherwise: Delta | None = None,
+    terrain: T, start: Delta, rule: StepRule[T], on_step: OnStep = None, *, otherwise: Delta | None = None
 ) -> tuple[Solution, PerExample]:
     """One start of a search.
 
@@ -208,7 +206,7 @@ def ascend(
         terrain: what is climbed.
         start: where to begin, `[batch pos d_model]`.
         rule: fresh from this start.
-        on_step: called with (steps done, examples still being searched) after every step.
+        on_step: as in `find_perturbation`.
         otherwise: the result where no point counts; `start` by default.
 
     Returns:
@@ -222,13 +220,13 @@ def ascend(
     for step in range(rule.steps + 1):
         point = terrain.look(delta)
         steps[active] = step
-        counts = rule.counts(delta, point)
+        counts = rule.counts(point)
         better = counts & (point.slack > best_slack[active])
         rows = active[better]
         best[rows], best_drift[rows] = delta[better], point.drift[better]
         best_score[rows], best_slack[rows] = point.score[better], point.slack[better]
 
-        delta, ends = rule.step(terrain, Seen(delta, point, counts, best_slack[active], step))
+        delta, ends = rule.step(terrain, point, counts, best_slack[active], step)
         solved = best_slack[active] >= goal
         going = torch.ones_like(solved)
         for reason, where in {Status.RECOVERED: solved, **ends}.items():
@@ -241,7 +239,7 @@ def ascend(
             break
         active, delta, terrain = _narrowed(going, active, delta, terrain, rule)
         delta, moving = rule.settle(terrain, delta)
-        if moving is not None and not bool(moving.all()):
+        if moving is not None:
             for row in active[~moving].tolist():
                 status[row] = Status.STALLED
             if not bool(moving.any()):
@@ -269,28 +267,26 @@ class Steepest(StepRule[T]):
     def __init__(self, start: Delta, budget: float, schedule: Schedule) -> None:
         super().__init__(start, budget, schedule)
         self.here, self.slope = start, torch.zeros_like(start)
-        self.height = start.new_full((len(start),), -torch.inf)
-        self.stride = start.new_full((len(start),), schedule.stride)
+        self.height, self.stride = (start.new_full((len(start),), value) for value in (-torch.inf, schedule.stride))
 
-    def step(self, terrain: T, seen: Seen) -> tuple[Delta, Ends]:
-        delta = clip(self._uphill(seen), self.budget)
+    def step(self, terrain: T, point: Point, counts: Mask, best: PerExample, number: int) -> tuple[Delta, Ends]:
+        delta = clip(self._uphill(point, counts, best), self.budget)
         return delta, {
-            Status.NON_FINITE: seen.best == -torch.inf,
+            Status.NON_FINITE: best == -torch.inf,
             Status.NO_GRADIENT: norm(self.slope) == 0,
             Status.STALLED: norm(delta - self.here) <= self.schedule.still * norm(self.here),
         }
 
-    def _uphill(self, seen: Seen) -> Delta:
+    def _uphill(self, point: Point, counts: Mask, best: PerExample) -> Delta:
         """The next point, not yet within the budget."""
-        schedule, point = self.schedule, seen.point
-        higher = seen.counts & (point.score > self.height)
+        higher = counts & (point.score > self.height)
         moved = by_example(higher)
-        self.here = torch.where(moved, seen.delta, self.here)
+        self.here = torch.where(moved, point.delta, self.here)
         self.slope = torch.where(moved, point.gradient, self.slope)
         self.height = torch.where(higher, point.score, self.height)
-        self.stride = torch.where(higher, (self.stride * 1.5).clamp(max=schedule.stride), self.stride / 2)
+        self.stride = torch.where(higher, (self.stride * 1.5).clamp(max=self.schedule.stride), self.stride / 2)
         # The length that reaches the goal if the slack were linear; aimed past it, as slacks are mostly concave.
-        newton = (2 * schedule.goal - seen.best) / norm(self.slope).clamp(min=torch.finfo(self.slope.dtype).tiny)
+        newton = (2 * self.schedule.goal - best) / norm(self.slope).clamp(min=torch.finfo(self.slope.dtype).tiny)
         return self.here + scale_to(self.slope, self.stride * newton.clamp(max=self.budget))
 
 
@@ -306,10 +302,13 @@ class Plain:
         score, slack = self.objective(leaf)
         (gradient,) = torch.autograd.grad(score.sum(), leaf)
         free = without_rounding(self.feasible.project(gradient), gradient)
-        return Point(score.detach(), slack.detach(), free, torch.zeros_like(score))
+        return Point(delta, score.detach(), slack.detach(), free, torch.zeros_like(score))
 
     def select(self, rows: Rows) -> Plain:
         return Plain(self.objective.select(rows), self.feasible.select(rows))
+
+
+Rule = type[StepRule[Plain]]
 
 
 def find_perturbation(
@@ -318,9 +317,9 @@ def find_perturbation(
     feasible: Feasible,
     budget: float,
     schedule: Schedule | None = None,
-    on_step: Callable[[int, int], None] | None = None,
+    on_step: OnStep = None,
     *,
-    rule: type[StepRule[Plain]] | None = None,
+    rule: Rule | None = None,
 ) -> Solution:
     """Search for an admissible delta of norm at most `budget` that brings the behavior back.
 
@@ -376,8 +375,7 @@ def scale_to(delta: Delta, length: float | PerExample) -> Delta:
             [[0., 0.]]])
     """
     own = norm(delta)
-    factor = torch.where(own > 0, length / own, 0.0)
-    return delta * by_example(factor)
+    return delta * by_example(torch.where(own > 0, length / own, 0.0))
 
 
 def clip(delta: Delta, budget: float) -> Delta:
@@ -390,29 +388,16 @@ def without_rounding(admissible: Delta, gradient: Delta) -> Delta:
     return admissible.masked_fill(by_example(norm(admissible) <= ROUNDING * norm(gradient)), 0.0)
 
 
-@runtime_checkable
-class _Solved(Protocol):
-    """What the solutions of all searches have: a dataclass of values by example."""
-
-    __dataclass_fields__: ClassVar[dict[str, Any]]
-
-    @property
-    def slack(self) -> Tensor: ...
-
-    @property
-    def steps(self) -> Tensor: ...
-
-
-Solved = TypeVar("Solved", bound=_Solved)
+S = TypeVar("S", bound=Best)
 
 
 def from_each_start(
     terrain: T,
     starts: Sequence[Delta],
     schedule: Schedule,
-    climb: Callable[[T, Delta], Solved],
+    climb: Callable[[T, Delta], S],
     drawn: Callable[[T, Delta], Delta],
-) -> Solved:
+) -> S:
     """The best that is met from any start: those given, and as many random ones as the schedule says.
 
     Args:
@@ -426,22 +411,21 @@ def from_each_start(
     best, like = climb(terrain, starts[0]), starts[0]
     for at in range(1, len(starts) + schedule.restarts):
         unsolved = (best.slack < schedule.goal).nonzero().flatten()
-        if len(unsolved) == 0:
+        if not len(unsolved):
             break
         part = terrain.select(unsolved)
         if at < len(starts):
             start = starts[at][unsolved]
         else:
             # One draw for all examples: a result must not depend on which others are in the batch.
-            noise = torch.randn(like.shape[1:], generator=generator).to(like).expand_as(like[unsolved])
-            start = drawn(part, noise)
+            start = drawn(part, torch.randn(like.shape[1:], generator=generator).to(like).expand_as(like[unsolved]))
         best = better(best, climb(part, start), unsolved)
     return best
 
 
-def better(first: Solved, second: Solved, rows: Rows) -> Solved:
-    """`first`, with the examples `rows` taken from `second` where their slack is larger; steps add up."""
-    take = second.slack > first.slack[rows]
+def better(first: S, second: S, rows: Rows, goal: float = math.inf) -> S:
+    """`first`, with the examples `rows` that miss the goal taken from `second` where it is better; steps add up."""
+    take = (first.slack[rows] < goal) & (second.slack > first.slack[rows])
     kept: dict[str, Any] = {"steps": first.steps.index_add(0, rows, second.steps)}
     for field in fields(first):
         own, other = getattr(first, field.name), getattr(second, field.name)

@@ -1,7 +1,7 @@
 """Check that the gradient a search follows is the derivative of what it climbs, by values alone, on a few examples.
 
-A gradient can be reversed, vanish, or lack a part (an SAE's error computed under `no_grad` loses all that flows through
-it), and a search that follows it finds less than there is and does not notice. So, example by example:
+A gradient can be reversed, vanish, or lack a part (an SAE's error computed under `no_grad`), and a search that follows
+it finds less than there is and does not notice. So, example by example:
 
 1. *Points*: zero, where a search begins, and a random admissible point of norm `reach / 2`.
 2. *Directions* at each: the admissible gradient of the score there, and DIRECTIONS random admissible ones, all of norm
@@ -18,16 +18,15 @@ it), and a search that follows it finds less than there is and does not notice. 
 
        |C - D| <= noise + TOLERANCE scale
 
-   In float32 `rounding` is `64 eps = 8e-6` (a margin of four over what SmolLM2's logits were seen to move by when a
-   delta too small to matter was added), and at the best step a function that bends over lengths of about `reach` is
-   missed by about `rounding^(2/3) = 4e-4` of its slope. TOLERANCE is a hundred times that, so a part of the gradient
-   that is shorter than a tenth of it may be missed. A finer step counts only where `noise <= TOLERANCE scale`:
-   otherwise anything would agree. Where even the coarsest is all noise, `D` and `C` are zero as far as can be told, and
-   that is agreement: in a complete bottleneck nothing moves and no slope is claimed.
-5. *Kinks*. Where relu or max bend at the point, or nearer than `h`, `F` and `B` differ, and the gradient is that of one
-   side or between. So it agrees as well where it is `F` of this step and of the coarser one before, or `B` of both, up
-   to the same tolerance with `2 noise`; or where it lies between `B` and `F` and these differ by more than rounding and
-   by half of what they did with the coarser step, or more: the gap that a curve makes goes with `h`.
+   In float32 `rounding` is `64 eps = 8e-6` (four times what SmolLM2's logits moved by when a negligible delta was
+   added), and at the best step a function that bends over lengths of about `reach` is missed by about
+   `rounding^(2/3) = 4e-4` of its slope. TOLERANCE is a hundred times that, so a part of the gradient shorter than a
+   tenth of it may be missed. A finer step counts only where `noise <= TOLERANCE scale`: otherwise anything would agree.
+   Where even the coarsest is all noise (a complete bottleneck) `D` and `C` are zero as far as can be told, and agree.
+5. *Kinks*. Where relu or max bend at the point, or nearer than `h`, the gradient is that of one side or between. So it
+   agrees as well where it is `F` of this step and of the coarser one before, or `B` of both, up to the same tolerance
+   with `2 noise`; or where it lies between `B` and `F` and their gap is more than rounding and at least half of what it
+   was with the coarser step: the gap that a curve makes goes with `h`.
 6. *Hidden*. A step function agrees with its zero gradient at almost every point. So random directions are followed as
    far as `sqrt(n) reach` too, where their part along any single direction is about `reach`: if the score changes there
    by more than rounding, and on average a hundred times (HIDDEN) as steeply as the gradient at either point has it, the
@@ -41,7 +40,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from einops import einsum, rearrange, reduce
@@ -51,8 +50,6 @@ from recover.numerics.metrics import by_example, norm
 from recover.search.ascent import Feasible, Objective, scale_to, without_rounding
 from recover.search.gradient_free import ADDED_UP, Draws, values_of
 from recover.types import Bool, Delta, Float, InputError, PerExample, Rows, Tensor
-
-__all__ = ["Agreement", "error_channel", "finite_differences"]
 
 DIRECTIONS = 4
 STEPS = (0.1, 0.03, 0.003)
@@ -104,8 +101,7 @@ def finite_differences(
         like: any delta `[batch pos d_model]`, for its shape, dtype and device.
         reach: the norm over which the objective is of interest, as a rule the budget; in units of the residual.
         seed: of the random directions and the random point.
-        rounding: what is not to be relied on of a value, as a share of 1 plus its size: give it for a model that does
-            not compute in float32 (but better give such a model in float32).
+        rounding: uncertainty of a value, as a share of 1 plus its size; give it for a model that is not in float32.
 
     Raises:
         InputError: `reach` is not finite and positive.
@@ -127,15 +123,8 @@ def error_channel(
     and the part `e = v - J v` that it leaves to the error (see `decompose`). Each direction is replaced by its `e`,
     made admissible again. A gradient that stops at the error is `J^T` times the right one, which loses just these.
 
-    Args:
-        defended: the objective, with the residual and the SAE of its first site.
-        feasible: the constraint that the search keeps.
-        seed: of the random directions and the random point.
-        reach: as in `finite_differences`; by default a tenth of the norm of the defended residual, by example.
-        rounding: as in `finite_differences`.
-
-    Raises:
-        InputError: `reach` is not finite and positive.
+    Arguments and errors are those of `finite_differences`; the objective is `defended`, with the residual and the SAE
+    of its first site, and `reach` is by default a tenth of the norm of the defended residual, by example.
     """
     sae = defended.defense.at(defended.suffix.site)[0].sae
     state = defended.suffix.residual.to(sae.dtype)
@@ -144,7 +133,7 @@ def error_channel(
         followed = torch.func.jvp(lambda h: sae.decode(sae.encode(h)), (state,), (directions.to(sae.dtype),))[1]
         left = feasible.project(directions - followed.to(directions))
         # An SAE that follows all of a direction leaves a rounding of it, which is no direction.
-        return _none_if(norm(left) <= 1e-4 * norm(directions), left)
+        return left.masked_fill(by_example(norm(left) <= 1e-4 * norm(directions)), 0.0)
 
     like = defended.zero_delta
     tenth = 0.1 * norm(state).to(like)
@@ -173,18 +162,17 @@ def _compare(
     freedom = torch.stack([norm(one).square() for one in drawn]).mean(dim=0).sqrt()
     random = [scale_to(channel(one), 1.0) for one in drawn]
 
-    start = _slopes(objective, torch.zeros_like(like), feasible)
-    error, step = torch.full_like(far, -1.0), torch.full_like(far, math.nan)
-    steepest = torch.zeros_like(far)
-    for at in (start, _slopes(objective, scale_to(elsewhere, far / 2), feasible)):
+    start = _slopes(objective, torch.zeros_like(like), feasible, rounding)
+    error, step, steepest = torch.full_like(far, -1.0), torch.full_like(far, math.nan), torch.zeros_like(far)
+    for at in (start, _slopes(objective, scale_to(elsewhere, far / 2), feasible, rounding)):
         directions = torch.stack([scale_to(channel(at.gradient[0]), 1.0), *random], dim=1)
         typical = at.length / freedom.clamp(min=1)
-        here, length = _disagreement(objective, at, directions, typical, far, rounding)
+        here, length = _disagreement(objective, at, directions, typical, far)
         step = torch.where(here > error, length, step)
         error, steepest = torch.maximum(error, here), torch.maximum(steepest, at.length[0])
-    hidden = _hidden(objective, start, torch.stack(random, dim=1), steepest, freedom * far, rounding)
+    hidden = _hidden(objective, start, torch.stack(random, dim=1), steepest, freedom * far)
     coarsest = STEPS[0] * far
-    noise = start.uncertain(coarsest, rounding)[0] / (coarsest * start.length[0])
+    noise = start.uncertain(coarsest)[0] / (coarsest * start.length[0])
     return Agreement((error <= TOLERANCE) & ~hidden, error, step, steepest, noise, hidden)
 
 
@@ -196,22 +184,23 @@ class _Slopes:
     values: PerValue
     gradient: Float[Tensor, "value batch pos d_model"]
     whole: PerValue
+    rounding: float
 
     @property
     def length(self) -> PerValue:
         """Norms of the admissible gradients."""
         return torch.stack([norm(one) for one in self.gradient])
 
-    def uncertain(self, length: PerExample, rounding: float) -> PerValue:
+    def uncertain(self, length: PerExample) -> PerValue:
         """What is not to be relied on of a value at a distance `length` from the point."""
-        away = norm(self.point) + length
-        return rounding * (1 + self.values.abs()) + ADDED_UP * self.whole * away
+        return self.rounding * (1 + self.values.abs()) + ADDED_UP * self.whole * (norm(self.point) + length)
 
     def select(self, rows: Rows) -> _Slopes:
-        return _Slopes(self.point[rows], self.values[:, rows], self.gradient[:, rows], self.whole[:, rows])
+        parts = {name: getattr(self, name)[:, rows] for name in ("values", "gradient", "whole")}
+        return replace(self, point=self.point[rows], **parts)
 
 
-def _slopes(objective: Objective, point: Delta, feasible: Feasible) -> _Slopes:
+def _slopes(objective: Objective, point: Delta, feasible: Feasible, rounding: float) -> _Slopes:
     leaf = point.detach().requires_grad_(True)
     values = objective(leaf)
     gradients, whole = [], []
@@ -219,11 +208,11 @@ def _slopes(objective: Objective, point: Delta, feasible: Feasible) -> _Slopes:
         gradient = torch.zeros_like(leaf)
         if value.requires_grad:  # a value that is cut off altogether claims no slope
             (gradient,) = torch.autograd.grad(value.sum(), leaf, retain_graph=True, materialize_grads=True)
-        admissible = feasible.project(gradient)
         # As the search has it: what rounding leaves of a gradient is none.
-        gradients.append(without_rounding(admissible, gradient))
+        gradients.append(without_rounding(feasible.project(gradient), gradient))
         whole.append(norm(gradient))
-    return _Slopes(point, torch.stack([value.detach() for value in values]), torch.stack(gradients), torch.stack(whole))
+    here = torch.stack([value.detach() for value in values])
+    return _Slopes(point, here, torch.stack(gradients), torch.stack(whole), rounding)
 
 
 @dataclass(frozen=True, eq=False)
@@ -258,54 +247,42 @@ class _Differences:
 
 
 def _disagreement(
-    objective: Objective,
-    at: _Slopes,
-    directions: Draws,
-    typical: PerValue,
-    reach: PerExample,
-    rounding: float,
+    objective: Objective, at: _Slopes, directions: Draws, typical: PerValue, reach: PerExample
 ) -> tuple[PerExample, PerExample]:
     """Steps 3 to 5 at one point: the largest disagreement of each example, and the step that it was read at."""
     claimed = einsum(at.gradient, directions, "value batch pos d, batch draws pos d -> value batch draws")
     best, chosen = torch.full_like(claimed, torch.inf), torch.full_like(claimed, math.nan)
     rows, coarser = torch.arange(len(reach), device=reach.device), None
     for share in STEPS:
-        here = _differences(objective.select(rows), at.select(rows), directions[rows], share * reach[rows], rounding)
+        here = _differences(objective.select(rows), at.select(rows), directions[rows], share * reach[rows])
         error = here.errors(claimed[:, rows], typical[:, rows], coarser)
         better = error < best[:, rows]
         best[:, rows] = torch.where(better, error, best[:, rows])
         chosen[:, rows] = torch.where(better, rearrange(share * reach[rows], "batch -> batch 1"), chosen[:, rows])
         left = reduce(best[:, rows] > TOLERANCE, "value batch draws -> batch", "any").nonzero().flatten()
         rows, coarser = rows[left], here.select(left)
-        if len(rows) == 0:
+        if not len(rows):
             break
     flat, steps = (rearrange(one, "value batch draws -> batch (value draws)") for one in (best, chosen))
     worst, where = flat.max(dim=1)
     return worst, steps.gather(1, where[:, None])[:, 0]
 
 
-def _differences(
-    objective: Objective, at: _Slopes, directions: Draws, step: PerExample, rounding: float
-) -> _Differences:
+def _differences(objective: Objective, at: _Slopes, directions: Draws, step: PerExample) -> _Differences:
     """Step 3, with one step for each example."""
     move = rearrange(step, "batch -> batch 1 1 1") * directions
     point = rearrange(at.point, "batch pos d -> batch 1 pos d")
     ahead, behind = values_of(objective, torch.cat([point + move, point - move], dim=1)).chunk(2, dim=2)
     here, length = at.values[..., None], rearrange(step, "batch -> batch 1")
-    noise = at.uncertain(step, rounding)[..., None] / length
+    noise = at.uncertain(step)[..., None] / length
     return _Differences((ahead - here) / length, (here - behind) / length, noise.expand_as(ahead))
 
 
 def _hidden(
-    objective: Objective, start: _Slopes, random: Draws, steepest: PerExample, far: PerExample, rounding: float
+    objective: Objective, start: _Slopes, random: Draws, steepest: PerExample, far: PerExample
 ) -> Bool[Tensor, "batch"]:
     """Step 6: whether the score changes along random directions, each and its opposite, as no slope has it."""
     probes = rearrange(far, "batch -> batch 1 1 1") * torch.cat([random, -random], dim=1)
     change = (values_of(objective, probes)[0] - start.values[0][:, None]).abs()
-    accounted = torch.maximum(start.uncertain(far, rounding)[0], HIDDEN * steepest * far)
+    accounted = torch.maximum(start.uncertain(far)[0], HIDDEN * steepest * far)
     return (change > accounted[:, None]).any(dim=1)
-
-
-def _none_if(rounding: Bool[Tensor, "batch"], delta: Delta) -> Delta:
-    """`delta`, and zero where it is no more than rounding."""
-    return delta.masked_fill(by_example(rounding), 0.0)

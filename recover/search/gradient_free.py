@@ -1,31 +1,29 @@
 """A second opinion on what a gradient search did not solve, from the score's values alone.
 
 "Not recovered" says something only if the search could have seen a way. A gradient that is zero may mean that nothing
-admissible matters (a true bottleneck) or that a readout is flat where the search began (a step, a saturated unit, a
-competition that is lost): the first is an answer, the second a failure. Values tell them apart:
+admissible matters (an answer) or that a readout is flat where the search began (a failure). Values tell them apart:
 
 1. *Probe*. Random admissible directions, each and its opposite, at three lengths: the budget, and `1` and `3 sqrt(n)`
    times the budget with `n` the dimension of the example's admissible space, so that along every single direction some
    probes go as far as the budget allows, and further.
-2. *Walk*. Where some probe, of any length, reaches the goal, start there and come closer: find the edge on the ray
-   to zero by bisection, estimate the edge's normal from which of many small steps stay across it, turn toward the
-   normal, repeat (after HopSkipJump: Chen, Jordan and Wainwright 2020). What ends within the budget is a solution.
-   A probe within the budget that beats the search is first given to the search, as a place to begin.
+2. *Walk*. Where some probe reaches the goal, start there and come closer: find the edge on the ray to zero, estimate
+   its normal from which of many small steps stay across it, turn toward the normal, repeat (after HopSkipJump: Chen,
+   Jordan and Wainwright 2020). What ends within the budget is a solution. A probe within the budget that beats the
+   search is first given to the search, as a place to begin.
 3. *Judge* what is still unsolved, example by example:
 
    `NOTHING_ADMISSIBLE`  the constraint leaves no direction
    `UNMOVED`             no probe of any length changed the slack by more than rounding, and neither did the search
    `NO_GRADIENT`         the gradient is zero, but probes do change it: the gradient hides something
-   `OUTDONE`             a probe within the budget is better than what the search found, and a search from there is not
-                         better than the probe
+   `OUTDONE`             a probe within the budget beats both what the search found and a search that starts there
    `MISLED`              slopes do not account for values: a small step along the gradient does not change the slack as
-                         the gradient says; or the walk ended not far outside the budget, across a rise that would need
-                         slopes several times as steep as any that the search met
+                         the gradient says; or the walk ended not far outside the budget, across a rise several times as
+                         steep as any slope that the search met
 
    The first two are answers; the other three are reasons to believe neither answer. Everything else stays as it was.
 
-No rule looks at anything but scores and norms. Draws are seeded and the same for every example (each projects them onto
-its own admissible space), so that a result does not depend on which others are in the batch.
+No rule looks at anything but scores and norms. Draws are seeded and the same for every example, so that a result does
+not depend on which others are in the batch.
 """
 
 from __future__ import annotations
@@ -37,16 +35,7 @@ import torch
 from einops import einsum, rearrange, repeat
 
 from recover.numerics.metrics import by_example, norm
-from recover.search.ascent import (
-    ROUNDING,
-    Feasible,
-    Objective,
-    Schedule,
-    Solution,
-    Status,
-    find_perturbation,
-    scale_to,
-)
+from recover.search.ascent import ROUNDING, Feasible, Objective, Schedule, Solution, Status, find_perturbation, scale_to
 from recover.search.minimum import OnSlack, closer, edge
 from recover.types import Bool, Delta, Float, PerExample, Tensor
 
@@ -97,15 +86,15 @@ def reexamined(
     """
     schedule, effort = schedule or Schedule(), effort or Effort()
     rows = (~solution.recovered & torch.isfinite(solution.slack).cpu()).nonzero().flatten()
-    if len(rows) == 0:
+    if not len(rows):
         return solution
     at = rows.to(solution.slack.device)
     directions = _directions(solution.delta[at], feasible.select(at), effort.draws, schedule.seed)
     able = norm(directions) > 0
-    if not bool(able.all()):
-        solution = _closed(solution, at[~able])
-        at, directions = at[able], directions[able]
-    if len(at) == 0:
+    shut, at, directions = at[~able], at[able], directions[able]
+    judged = [Status.NOTHING_ADMISSIBLE] * len(shut)
+    solution = put(solution, shut, solution.delta[shut], solution.score[shut], solution.slack[shut], judged)
+    if not len(at):
         return solution
     part, allowed, delta, slack = objective.select(at), feasible.select(at), solution.delta[at], solution.slack[at]
     status = [solution.status[row] for row in at.tolist()]
@@ -129,8 +118,7 @@ def reexamined(
         delta, slack = delta.index_copy(0, some, again.delta), slack.index_copy(0, some, again.slack)
         outdone = outdone.index_copy(0, some, ~useful)
 
-    near = torch.full_like(slack, torch.inf)
-    start = _nearest(probes, delta, schedule.goal)
+    near, start = torch.full_like(slack, torch.inf), _nearest(probes, delta, schedule.goal)
     if len(some := ((slack < schedule.goal) & (norm(start) > 0)).nonzero().flatten()):
         walked = walk(part.select(some), start[some], allowed.select(some), budget, schedule, effort)
         walked = _inside(part.select(some), walked, budget, schedule.goal)
@@ -145,33 +133,19 @@ def reexamined(
             status[row] = Status.RECOVERED
         elif not moved[row]:
             status[row] = Status.UNMOVED
-        elif status[row] is not Status.NO_GRADIENT and outdone[row]:
-            status[row] = Status.OUTDONE
-        elif status[row] is not Status.NO_GRADIENT and (jump[row] or lies[row]):
-            status[row] = Status.MISLED
+        elif status[row] is not Status.NO_GRADIENT and (outdone[row] or jump[row] or lies[row]):
+            status[row] = Status.OUTDONE if outdone[row] else Status.MISLED
     return put(solution, at, delta, score, slack, status)
-
-
-def _closed(solution: Solution, rows: Tensor) -> Solution:
-    """`solution`, with these rows judged to be left no direction."""
-    status = [Status.NOTHING_ADMISSIBLE] * len(rows)
-    return put(solution, rows, solution.delta[rows], solution.score[rows], solution.slack[rows], status)
 
 
 def put(
     solution: Solution, rows: Tensor, delta: Delta, score: PerExample, slack: PerExample, status: list[Status]
 ) -> Solution:
     """`solution` with these rows replaced."""
-    statuses = list(solution.status)
-    for row, one in zip(rows.tolist(), status, strict=True):
-        statuses[row] = one
-    return replace(
-        solution,
-        delta=solution.delta.index_copy(0, rows, delta),
-        score=solution.score.index_copy(0, rows, score),
-        slack=solution.slack.index_copy(0, rows, slack),
-        status=tuple(statuses),
-    )
+    given = dict(zip(rows.tolist(), status, strict=True))
+    new = {"delta": delta, "score": score, "slack": slack}
+    values = {name: getattr(solution, name).index_copy(0, rows, value) for name, value in new.items()}
+    return replace(solution, **values, status=tuple(given.get(row, one) for row, one in enumerate(solution.status)))
 
 
 def _margin(slack: PerExample, start: PerExample, goal: float) -> PerExample:
@@ -186,9 +160,7 @@ def _directions(like: Delta, feasible: Feasible, draws: int, seed: int) -> Draws
     noise = repeat(torch.cat([half, -half]), "draws pos d -> batch draws pos d", batch=len(like))
     admissible = projected(feasible, noise)
     nothing = norm(admissible) <= 1e-6 * norm(noise)
-    if not bool(nothing.any()):
-        return admissible
-    return admissible.masked_fill(rearrange(nothing, "batch -> batch 1 1 1"), 0.0)
+    return admissible.masked_fill(rearrange(nothing, "batch -> batch 1 1 1"), 0.0) if nothing.any() else admissible
 
 
 def projected(feasible: Feasible, draws: Draws) -> Draws:
@@ -230,9 +202,8 @@ class _Slopes:
 
 
 def _slopes(objective: Objective, end: Delta, feasible: Feasible) -> _Slopes:
-    steepest: list[Tensor] = []
-    start = torch.zeros_like(end)
-    for point in (end, start):
+    steepest = list[Tensor]()
+    for point in (end, torch.zeros_like(end)):
         leaf = point.detach().requires_grad_(True)
         _, slack = objective(leaf)
         (whole,) = torch.autograd.grad(slack.sum(), leaf)
@@ -247,7 +218,6 @@ class _Probes:
     """Slacks of all probes.
 
     Attributes:
-        directions: of the probes.
         lengths: how far along them, `[batch]` each.
         slacks: `[batch draws]` at each length.
         moved: whether any probe changed the slack by more than `rounding`.
@@ -268,9 +238,8 @@ class _Probes:
 
 def _probe(objective: Objective, directions: Draws, reach: float, slopes: _Slopes) -> _Probes:
     freedom = norm(directions) / directions.shape[1] ** 0.5  # the root of the dimension of each admissible space
-    lengths, slacks = [], []
+    lengths, slacks, rounding = [], [], torch.zeros_like(slopes.slack)
     moved = torch.zeros_like(slopes.slack, dtype=torch.bool)
-    rounding = torch.zeros_like(slopes.slack)
     for times in (torch.full_like(freedom, 1.0 - 1e-6), freedom, 3 * freedom):
         values = slacks_of(objective, scaled(directions, times * reach))
         rounding = 1e-3 * (1 + slopes.slack.abs()) + ADDED_UP * times * reach * slopes.whole
@@ -284,8 +253,7 @@ def _probe(objective: Objective, directions: Draws, reach: float, slopes: _Slope
 def _nearest(probes: _Probes, like: Delta, goal: float) -> Delta:
     """For each example the shortest probe that reaches the goal; zero where none does."""
     nearest = torch.zeros_like(like)
-    for which in reversed(range(len(probes.lengths))):
-        probe, value = probes.best(which)
+    for probe, value in map(probes.best, reversed(range(len(probes.lengths)))):
         nearest = torch.where(by_example(value >= goal), probe, nearest)
     return nearest
 
@@ -295,8 +263,7 @@ def _inside(objective: Objective, delta: Delta, budget: float, goal: float) -> D
     length = norm(delta)
     further = scale_to(delta, torch.minimum(length * 1.01, (length + budget) / 2).where(length < budget, length))
     with torch.no_grad():
-        _, slack = objective(further)
-    return torch.where(by_example(slack >= goal), further, delta)
+        return torch.where(by_example(objective(further)[1] >= goal), further, delta)
 
 
 def walk(
@@ -307,22 +274,19 @@ def walk(
     It ends within the budget, or where that is out of reach; with a budget of 0, with the effort.
     """
     goal, steps = schedule.goal, _directions(start, feasible, effort.around, schedule.seed + 1)
-    here = edge(objective, start, goal)
-    normal = torch.zeros_like(start)
+    here, normal = edge(objective, start, goal), torch.zeros_like(start)
     for turn in range(effort.rounds):
         length = norm(here)
         going = (length > budget) & ((length <= 4 * budget) if turn > 3 and budget > 0 else True)
         if not bool(going.any()):
             break
         radius = 0.3 * length / 2 ** (turn % 3)
-        spin = steps.roll(7 * turn, dims=-1) if turn else steps
-        spin = scaled(projected(feasible, spin), 1.0)
+        spin = scaled(projected(feasible, steps.roll(7 * turn, dims=-1) if turn else steps), 1.0)
         around = here[:, None] + rearrange(radius, "batch -> batch 1 1 1") * spin
         across = torch.where(slacks_of(objective, around) >= goal, 1.0, -1.0).to(start)
         weights = across - across.mean(dim=1, keepdim=True)
         normal = normal + einsum(weights, spin, "batch draws, batch draws pos d -> batch pos d")
-        turned = closer(objective, here, normal, goal)
-        here = torch.where(by_example(going), turned, here)
+        here = torch.where(by_example(going), closer(objective, here, normal, goal), here)
     return here
 
 
@@ -337,8 +301,7 @@ def values_of(objective: Objective, deltas: Draws) -> Float[Tensor, "value batch
     flat = rearrange(deltas, "batch draws pos d -> (batch draws) pos d")
     rows = torch.arange(batch, device=deltas.device).repeat_interleave(draws)
     at_once = max(batch, ELEMENTS_AT_ONCE // (flat.shape[1] * flat.shape[2]))
-    found = []
+    parts = zip(torch.split(flat, at_once), torch.split(rows, at_once), strict=True)
     with torch.no_grad():
-        for some, where in zip(torch.split(flat, at_once), torch.split(rows, at_once), strict=True):
-            found.append(torch.stack(objective.select(where)(some)))
+        found = [torch.stack(objective.select(where)(some)) for some, where in parts]
     return rearrange(torch.cat(found, dim=1), "value (batch draws) -> value batch draws", batch=batch)

@@ -1,22 +1,20 @@
 """The smallest admissible perturbation that brings the behavior back, example by example.
 
-A rate at one budget hides everything; a smallest norm is a figure that two defenses can be compared by. From any delta
-that reaches the goal:
+From any delta that reaches the goal:
 
 1. *Edge*: on the ray from zero to it, close in on the shortest point that still reaches the goal.
 2. *Step*: to the nearest point that would reach the goal if the slack were linear (a Newton step on the margin, as in
    DeepFool: Moosavi-Dezfooli et al. 2016), a little beyond it, or part of the way: the first of these that does reach
-   the goal and is shorter. That costs a gradient and a few values; no edge is sought between steps, as a slack that is
-   left over shortens the next step.
-3. *Turn*, where no such step helps: on the edge of a smooth goal the nearest point to zero is where the delta is
-   parallel to the edge's normal. Turn toward that, as far as the goal is still reached, and go to the edge on the ray.
+   the goal and is shorter. No edge is sought between steps, as slack that is left over shortens the next one.
+3. *Turn*, where no such step helps: the nearest point of a smooth edge is parallel to its normal, so turn toward that,
+   as far as the goal is still reached, and go to the edge on the ray.
 4. Repeat 2 and 3 until neither helps. Where the slack is linear, or increasing in something linear, one step is exact.
 5. *Corner*. Where a slack is the least of several margins the nearest point may lie where pieces meet, and each alone
    points past it. So a few cuts are collected, each the linear part of the slack where the last ones led, and the point
    nearest to zero that satisfies all of them is kept if it reaches the goal and is shorter. End with step 1.
 
-The result is never longer than where it began, and always reaches the goal. It is an upper bound of the true smallest
-norm: the nearest point of *this* piece of the edge, which is all that a local method can say.
+The result is never longer than where it began, and always reaches the goal. It is an upper bound of the smallest norm:
+the nearest point of *this* piece of the edge.
 """
 
 from __future__ import annotations
@@ -54,20 +52,14 @@ class Minimum:
 
 
 def smallest_perturbation(
-    objective: Objective,
-    start: Delta,
-    feasible: Feasible,
-    schedule: Schedule | None = None,
-    *,
-    rounds: int = 20,
+    objective: Objective, start: Delta, feasible: Feasible, schedule: Schedule | None = None, *, rounds: int = 20
 ) -> Minimum:
     """Find for each example the smallest norm of an admissible delta with positive slack.
 
     Args:
         objective: score and slack of a delta.
-        start: a delta to begin the search from, or one that reaches the goal already, `[batch pos d_model]`;
-            admissible.
-        feasible: the linear constraint, or any cone, which may be another one for each example.
+        start: an admissible delta to begin from, or one that reaches the goal already, `[batch pos d_model]`.
+        feasible: as in `find_perturbation`.
         schedule: of the search that finds a first such delta, without a budget.
         rounds: turns at most.
     """
@@ -82,35 +74,31 @@ def smallest_perturbation(
         better = here_too & (~reached | (norm(there) < norm(here)))
         here, reached = torch.where(by_example(better), there, here), reached | here_too
     # At a slack of exactly 0 the edge is zero itself, and there is nothing to turn.
-    going = (reached & (slack < 0)).nonzero().flatten()
+    going = last = (reached & (slack < 0)).nonzero().flatten()
     for _ in range(rounds):
-        if len(going) == 0:
+        if not len(going):
             break
-        part, before = objective.select(going), here[going]
-        stepped = _step(part, before, feasible.select(going), goal[going])
+        before = here[going]
+        stepped = _step(objective.select(going), before, feasible.select(going), goal[going])
         here = here.index_copy(0, going, stepped)
         going = going[norm(stepped) <= norm(before) * (1 - STILL)]
-    last = (reached & (slack < 0)).nonzero().flatten()
     if len(last):
-        here = here.index_copy(0, last, _corner(objective.select(last), here[last], feasible.select(last), goal[last]))
-        here = here.index_copy(0, last, edge(objective.select(last), here[last], goal[last]))
+        part = objective.select(last)
+        shortest = edge(part, _corner(part, here[last], feasible.select(last), goal[last]), goal[last])
+        here = here.index_copy(0, last, shortest)
     return Minimum(here, torch.where(reached, norm(here), torch.inf))
 
 
 def _step(objective: Objective, here: Delta, feasible: Feasible, goal: PerExample) -> Delta:
     """One Newton step on the margin, as far as the goal is still reached; else `here`."""
-    leaf = here.detach().requires_grad_(True)
-    _, value = objective(leaf)
-    (gradient,) = torch.autograd.grad(value.sum(), leaf)
-    gradient = feasible.project(gradient)
+    value, gradient = _slope(objective, here, feasible)
     steep = norm(gradient)
-    along = rearrange(gradient * here, "batch pos d -> batch (pos d)").sum(dim=1)
     # How long a delta along the gradient is, where the slack's linear part meets the goal.
-    length = torch.where(steep > 0, (along - (value.detach() - goal)) / steep.where(steep > 0, 1.0), torch.inf)
+    length = torch.where(steep > 0, (dot(gradient, here) - (value - goal)) / steep.where(steep > 0, 1.0), torch.inf)
     nearest = scale_to(gradient, length.clamp(min=0).nan_to_num(0.0, 0.0, 0.0))
     stepped, left = here.clone(), (torch.isfinite(length) & (length < norm(here))).nonzero().flatten()
     for beyond, share in STEPS:
-        if len(left) == 0:
+        if not len(left):
             break
         tried = (1 - share) * here[left] + share * beyond * nearest[left]
         shorter = norm(tried) < norm(here[left]) * (1 - MARGIN / 2)
@@ -125,23 +113,31 @@ def _step(objective: Objective, here: Delta, feasible: Feasible, goal: PerExampl
 def _corner(objective: Objective, here: Delta, feasible: Feasible, goal: PerExample) -> Delta:
     """A shorter delta that reaches the goal by several linear pieces of the slack at once; else `here`."""
     best, point = here, here
-    normals: list[Tensor] = []
-    offsets: list[Tensor] = []
+    normals, offsets = list[Tensor](), list[Tensor]()
     for _ in range(CUTS):
-        leaf = point.detach().requires_grad_(True)
-        _, value = objective(leaf)
-        (gradient,) = torch.autograd.grad(value.sum(), leaf)
-        value, gradient = value.detach(), feasible.project(gradient)
+        value, gradient = _slope(objective, point, feasible)
         better = (value >= goal) & (norm(point) < norm(best))
         best = torch.where(by_example(better), point, best)
         steep = norm(gradient).clamp(min=torch.finfo(gradient.dtype).tiny)
         unit = scale_to(gradient, 1.0).nan_to_num(0.0, 0.0, 0.0)
         normals.append(rearrange(unit, "batch pos d -> batch (pos d)"))
-        along = rearrange(unit * point, "batch pos d -> batch (pos d)").sum(dim=1)
-        offsets.append((along - (value - goal) / steep).nan_to_num(0.0, 0.0, 0.0))
+        offsets.append((dot(unit, point) - (value - goal) / steep).nan_to_num(0.0, 0.0, 0.0))
         nearest = _nearest_to_all(torch.stack(normals, dim=1).double(), torch.stack(offsets, dim=1).double())
         point = (1 + MARGIN) * nearest.to(here.dtype).reshape(here.shape)
     return best
+
+
+def _slope(objective: Objective, at: Delta, feasible: Feasible) -> tuple[PerExample, Delta]:
+    """The slack and its admissible gradient."""
+    leaf = at.detach().requires_grad_(True)
+    _, slack = objective(leaf)
+    (gradient,) = torch.autograd.grad(slack.sum(), leaf)
+    return slack.detach(), feasible.project(gradient)
+
+
+def dot(one: Delta, other: Delta) -> PerExample:
+    """The inner product of each example's two deltas."""
+    return rearrange(one * other, "batch pos d -> batch (pos d)").sum(dim=1)
 
 
 def _nearest_to_all(
@@ -154,9 +150,8 @@ def _nearest_to_all(
         for cut in range(offsets.shape[1]):
             own = gram[:, cut, cut]
             lacking = offsets[:, cut] - (gram[:, cut] * weights).sum(dim=1)
-            weights[:, cut] = (weights[:, cut] + torch.where(own > 0, lacking / own.where(own > 0, 1.0), 0.0)).clamp(
-                min=0
-            )
+            change = torch.where(own > 0, lacking / own.where(own > 0, 1.0), 0.0)
+            weights[:, cut] = (weights[:, cut] + change).clamp(min=0)
     return einsum(weights, normals, "batch cut, batch cut n -> batch n")
 
 
@@ -167,7 +162,7 @@ class OnSlack:
     of: Objective
 
     def __call__(self, delta: Tensor) -> tuple[Tensor, Tensor]:
-        _, slack = self.of(delta)
+        slack = self.of(delta)[1]
         return slack, slack
 
     def select(self, rows: Tensor) -> OnSlack:
@@ -178,9 +173,8 @@ def edge(objective: Objective, outer: Delta, goal: float | PerExample, halvings:
     """The shortest point met on the ray from zero to `outer` that reaches the goal, if `outer` does.
 
     An interval that holds the edge shrinks to `2^-halvings` of the ray by the ITP method (Oliveira and Takahashi 2020):
-    the next point to try is where a straight line through the slacks at its ends meets the goal, pushed a little toward
-    its middle, and kept so near to that that no edge takes more than one point more than bisection. A smooth one takes
-    about half as many.
+    try where a straight line through the slacks at its ends meets the goal, pushed a little toward its middle, and so
+    near to that that no edge takes more than one point more than bisection. A smooth one takes about half as many.
     """
     fine, trial = 2.0**-halvings, 0
     below, above = _excess(objective, torch.zeros_like(outer), goal), _excess(objective, outer, goal)
@@ -209,7 +203,7 @@ def closer(objective: Objective, here: Delta, normal: Delta, goal: float | PerEx
     """
     turned, left = here.clone(), (norm(normal) > 0).nonzero().flatten()
     for toward in TURNS:
-        if len(left) == 0:
+        if not len(left):
             break
         ray = (1 - toward) * scale_to(here[left], 1.0) + toward * scale_to(normal[left], 1.0)
         candidate = scale_to(ray, norm(here[left]) * (1 - MARGIN / 2))
@@ -224,8 +218,7 @@ def closer(objective: Objective, here: Delta, normal: Delta, goal: float | PerEx
 def _excess(objective: Objective, delta: Delta, goal: float | PerExample) -> PerExample:
     """By how much the slack is above the goal."""
     with torch.no_grad():
-        _, slack = objective(delta)
-    return slack - goal
+        return objective(delta)[1] - goal
 
 
 def _of(goal: float | Tensor, rows: Rows) -> float | Tensor:

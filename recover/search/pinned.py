@@ -1,11 +1,10 @@
 """Search for a pinned delta within a budget, and for a short one; its norm is that of the whole, corrections included.
 
-*Within a budget* (`find_pinned`): search among the free parts with the budget as their bound. Where a find's whole
-delta is longer than that, it is shortened to fit; where it then no longer reaches the goal, the search goes on from
-there with a smaller bound for the free parts.
+*Within a budget* (`find_pinned`): search among the free parts with the budget as their bound. A find whose whole delta
+is longer is shortened to fit; where that misses the goal, the search goes on from there with a smaller bound.
 
-*Short* (`shorten`). The whole delta of free parts `v` has another metric than `v` has, so the nearest point is not
-where `v` is parallel to the gradient of the slack, but where the gradient of `||delta(v)||^2 / 2` is. From a find:
+*Short* (`shorten`). The nearest point is where the free parts `v` are parallel to the gradient of `||delta(v)||^2 / 2`,
+as the whole delta has another metric than `v`. From a find:
 
 1. step against the part of that gradient which leaves the slack as it is, to first order;
 2. step back along the gradient of the slack to the edge of the goal;
@@ -19,15 +18,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from einops import rearrange
 
 from recover.numerics.metrics import by_example, norm
-from recover.search.ascent import Plain, Schedule, StepRule, better, clip, find_perturbation
+from recover.search.ascent import Best, Rule, Schedule, better, clip, find_perturbation
 from recover.search.constraints.pinned import Pinned
-from recover.search.minimum import MARGIN
-from recover.types import Bool, Delta, InputError, Int, PerExample, Residual, Tensor
-
-__all__ = ["PinnedSolution", "find_pinned", "shorten"]
+from recover.search.minimum import MARGIN, dot
+from recover.types import Delta, InputError, PerExample, Residual, Tensor
 
 ROUNDS = 4
 TIGHTER = 0.85
@@ -35,33 +31,21 @@ TIGHTER = 0.85
 
 
 @dataclass(frozen=True, eq=False)
-class PinnedSolution:
-    """The best found for each example.
+class PinnedSolution(Best):
+    """The best found for each example; `delta` is the whole, which is saved and replayed.
 
     Attributes:
         free: the free parts, `[batch (site pos) d_model]`.
-        delta: the whole delta: what is saved and replayed.
-        score, slack: of it.
-        steps: gradient steps.
         budget: the largest norm of the whole.
     """
 
     free: Residual
-    delta: Residual
-    score: PerExample
-    slack: PerExample
-    steps: Int[Tensor, "batch"]
     budget: float
 
     @property
     def norm(self) -> PerExample:
         """The norm of the whole delta."""
         return norm(self.delta)
-
-    @property
-    def recovered(self) -> Bool[Tensor, "batch"]:
-        """Where the behavior is back, by the solver's own account."""
-        return self.slack > 0
 
 
 def find_pinned(
@@ -70,7 +54,7 @@ def find_pinned(
     schedule: Schedule | None = None,
     *,
     start: Delta | None = None,
-    rule: type[StepRule[Plain]] | None = None,
+    rule: Rule | None = None,
 ) -> PinnedSolution:
     """Search for pinned deltas of norm at most `budget` that bring the behavior back.
 
@@ -87,9 +71,9 @@ def find_pinned(
     if not budget > 0:
         raise InputError(f"budget: {budget} is not a positive number")
     schedule = schedule or Schedule()
-    best = _measured(pinned, pinned.start, budget)
+    best = _measured(pinned, pinned.zero_delta, budget)
     rows = torch.arange(len(best.slack), device=best.slack.device)
-    start, bound = pinned.start if start is None else start, budget
+    start, bound = pinned.zero_delta if start is None else start, budget
     for _ in range(ROUNDS):
         part = pinned.select(rows)
         found = find_perturbation(part, start, part.free, bound, schedule, rule=rule)
@@ -123,18 +107,14 @@ def shorten(pinned: Pinned, free: Residual, goal: float | None = None, steps: in
         slack, length = pinned.defended.behavior.slack(logits.float()), norm(delta)
         (steep,) = torch.autograd.grad(slack.sum(), leaf, retain_graph=True)
         (outward,) = torch.autograd.grad((length.square() / 2).sum(), leaf)
-        steep, outward, slack, length = (
-            pinned.free.project(steep),
-            pinned.free.project(outward),
-            slack.detach(),
-            length.detach(),
-        )
+        steep, outward = pinned.free.project(steep), pinned.free.project(outward)
+        slack, length = slack.detach(), length.detach()
         shorter = (slack >= least) & (length < size)
         stride = torch.where(shorter, stride, stride / 2)
         moved = by_example(shorter)
         best, size = torch.where(moved, here, best), torch.where(shorter, length, size)
         square = norm(steep).square().clamp(min=torch.finfo(steep.dtype).tiny)
-        level = _dot(outward, steep) / square
+        level = dot(outward, steep) / square
         back = (2 * least - slack) / square  # past the edge, so that rounding cannot undo it
         step = by_example(back + stride * level) * steep - by_example(stride) * outward
         here = here + step.nan_to_num(0.0, 0.0, 0.0)
@@ -146,8 +126,4 @@ def _measured(pinned: Pinned, free: Residual, budget: float, steps: Tensor | Non
         logits, delta = pinned.run(free)
     behavior, logits = pinned.defended.behavior, logits.float()
     taken = torch.zeros(len(free), dtype=torch.long, device=free.device) if steps is None else steps
-    return PinnedSolution(free, delta, behavior.score(logits), behavior.slack(logits), taken, budget)
-
-
-def _dot(one: Residual, other: Residual) -> PerExample:
-    return rearrange(one * other, "batch pos d_model -> batch (pos d_model)").sum(dim=1)
+    return PinnedSolution(delta, behavior.score(logits), behavior.slack(logits), taken, free, budget)

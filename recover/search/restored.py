@@ -13,31 +13,24 @@ Jacobian (`recover.search.constraints.monitor`); what curvature adds is taken ba
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 
 from recover.defenses.defended import Defended
 from recover.numerics.metrics import by_example, norm
-from recover.search.ascent import Point, Schedule, better, clip, find_perturbation, without_rounding
+from recover.search.ascent import OnStep, Point, Schedule, better, clip, find_perturbation, without_rounding
 from recover.search.constraints.first_order import admissible
 from recover.search.constraints.monitor import Jacobian, Monitor, Watched, jacobian_row_space
 from recover.search.restoring import RestoredSolution, search_restoring
 from recover.types import Bool, Delta, PerExample, Rows, Tensor
 
-__all__ = ["DRIFT", "Restored", "find_linearized", "find_restored", "restore"]
-
 DRIFT = 1e-3
 """Relative drift that is allowed."""
-CORRECTIONS = 8
-"""Gauss-Newton steps of one restoration at most."""
-ROUNDS = 3
-"""Rounds of restoring and clipping."""
+CORRECTIONS, ROUNDS, TURNS = 8, 3, 4
+"""Gauss-Newton steps of one restoration at most; rounds of restoring and clipping, and of keeping what would wake."""
 LOOSE_DRIFT, LINEAR_ROUNDS, CLEAR = 1e-2, 3, 1.0
 """In a search with one Jacobian: relative drift that is allowed, rounds, and the slack that is left for restoring."""
-TURNS = 4
-"""Rounds of keeping what a direction would wake."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,8 +63,7 @@ def restore(
     """
     here = trial = delta.detach()
     drift, move = torch.full_like(norm(here), torch.inf), torch.zeros_like(here)
-    share = torch.ones_like(drift)
-    taken = 0
+    share, taken = torch.ones_like(drift), 0
     while True:
         leaf = trial.detach().requires_grad_(True)
         watched = monitor.watch(leaf)
@@ -85,9 +77,8 @@ def restore(
         if taken == steps or not bool(going.any()):
             return Restored(here, drift, drift <= tolerance, taken)
         taken += 1
-        back = jacobian_row_space(Jacobian.at(monitor, leaf, watched, monitor.kept(watched)), dense=dense).solve(
-            monitor.moved(watched.detached())
-        )
+        space = jacobian_row_space(Jacobian.at(monitor, leaf, watched, monitor.kept(watched)), dense=dense)
+        back = space.solve(monitor.moved(watched.detached()))
         move = torch.where(by_example(nearer), back.to(here.dtype), move)
         share = torch.where(nearer, 1.0, share / 2)
         trial = torch.where(by_example(going), here - by_example(share) * move, here)
@@ -97,7 +88,7 @@ def find_restored(
     defended: Defended,
     budget: float,
     schedule: Schedule | None = None,
-    on_step: Callable[[int, int], None] | None = None,
+    on_step: OnStep = None,
     *,
     tolerance: float = DRIFT,
     c1: bool = True,
@@ -111,13 +102,12 @@ def find_restored(
         schedule: how hard to search.
         on_step: called with (steps done, examples still being searched) after every step.
         tolerance: largest relative drift of a result.
-        c1: whether the features of the first site are kept exactly, all of them; otherwise the active ones are kept to
-            the tolerance, as at later sites, and inactive ones may move below their threshold.
+        c1: whether the features of the first site are kept exactly; otherwise as those of later sites are.
         dense: as in `row_space`.
 
     Returns:
-        For each example the delta with the largest slack met, among those within the budget and the tolerance; no
-        delta is one of them.
+        For each example the delta with the largest slack among those met within the budget and the tolerance, zero
+        included.
 
     Raises:
         InputError: the budget is not a positive number, or a delta enters elsewhere.
@@ -143,19 +133,7 @@ def find_linearized(
 
     Where the model curves much on the way it finds less than `find_restored`, which looks at every step.
 
-    Args:
-        defended: as in `find_restored`.
-        budget: as in `find_restored`.
-        schedule: how hard each round searches.
-        tolerance: largest relative drift of a result.
-        rounds: of searching and restoring.
-        dense: as in `row_space`.
-
-    Returns:
-        For each example the delta with the largest slack met, as `find_restored`.
-
-    Raises:
-        InputError: the budget is not a positive number, or a delta enters elsewhere.
+    `rounds` bounds steps 1 to 3; other arguments, what is returned and errors are as in `find_restored`.
     """
     schedule = schedule or Schedule()
     clear = replace(schedule, goal=max(schedule.goal, CLEAR))
@@ -163,19 +141,19 @@ def find_linearized(
     space, start = admissible(defended), defended.zero_delta
     with torch.no_grad():
         score, slack = defended(start)
-    best = RestoredSolution(start, score, slack, torch.zeros_like(score), torch.zeros_like(score, dtype=torch.long))
+    best = RestoredSolution(start, score, slack, torch.zeros_like(score, dtype=torch.long), torch.zeros_like(score))
     for _ in range(rounds):
         rows = (best.slack < schedule.goal).nonzero().flatten()
         if not len(rows):
             break
-        part = watching.select(rows)
-        found = find_perturbation(defended.select(rows), start[rows], space.select(rows), budget, clear)
+        part, asked = watching.select(rows), defended.select(rows)
+        found = find_perturbation(asked, start[rows], space.select(rows), budget, clear)
         delta = part.within(found.delta)
         with torch.no_grad():
-            score, slack = defended.select(rows)(delta)
+            score, slack = asked(delta)
             drift = part.monitor.drift(part.monitor.watch(delta).detached()).to(score.dtype)
         counts = (drift <= tolerance) & (norm(delta) <= budget)
-        told = RestoredSolution(delta, score, slack.where(counts, -torch.inf), drift, found.steps)
+        told = RestoredSolution(delta, score, slack.where(counts, -torch.inf), found.steps, drift)
         best = better(best, told, rows)
         start = start.index_copy(0, rows, delta)
     return best
@@ -191,18 +169,15 @@ class _Watching:
     dense: bool | None
 
     def select(self, rows: Rows) -> _Watching:
-        return _Watching(self.monitor.select(rows), self.budget, self.tolerance, self.dense)
+        return replace(self, monitor=self.monitor.select(rows))
 
     def look(self, delta: Delta) -> Point:
         monitor = self.monitor
         leaf = delta.detach().requires_grad_(True)
         watched = monitor.watch(leaf)
-        logits, behavior = watched.logits.float(), monitor.defended.behavior
-        score = behavior.score(logits)
-        (gradient,) = torch.autograd.grad(score.sum(), leaf, retain_graph=True)
+        score, slack, gradient = watched.graded(monitor.defended.behavior, leaf)
         free = self._uphill(leaf, watched, gradient)
-        slack, drift = behavior.slack(logits).detach(), monitor.drift(watched.detached())
-        return Point(score.detach(), slack, without_rounding(free, gradient), drift)
+        return Point(delta, score, slack, without_rounding(free, gradient), monitor.drift(watched.detached()))
 
     def free(self, delta: Delta, along: Delta) -> Delta:
         leaf = delta.detach().requires_grad_(True)
@@ -210,15 +185,13 @@ class _Watching:
 
     def _uphill(self, leaf: Delta, watched: Watched, gradient: Delta) -> Delta:
         """The part of a direction that moves no active feature, and no inactive one on toward a near threshold."""
-        monitor = self.monitor
-        kept, near = monitor.active, monitor.near(watched)
+        monitor, kept, near = self.monitor, self.monitor.active, self.monitor.near(watched)
         for _ in range(TURNS):
             free = jacobian_row_space(Jacobian.at(monitor, leaf, watched, kept), dense=self.dense).project(gradient)
             blocked = near & monitor.watched & ~kept
-            if not bool(blocked.any()):
-                break
-            blocked = Jacobian.at(monitor, leaf, watched, blocked).push(free) > 0
-            if not bool(blocked.any()):
+            if blocked.any():
+                blocked = Jacobian.at(monitor, leaf, watched, blocked).push(free) > 0
+            if not blocked.any():
                 break
             kept = kept | blocked
         return free

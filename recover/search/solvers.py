@@ -1,9 +1,8 @@
 """Several solvers that differ in kind, and for each example the best over them: the worst case for the defense.
 
-A search that fails may have been the wrong search. A defense is therefore charged with whatever *any* solver finds, as
-AutoAttack does (Croce and Hein 2020):
+A defense is charged with whatever *any* solver finds, as in AutoAttack (Croce and Hein 2020):
 
-1. *Solve*. Each of these runs on every example, whatever the others found:
+1. *Solve* every example by each of
 
    ===============  ===========================================================================================
    `ascent`         `find_perturbation`: steepest ascent with Newton lengths, within the budget
@@ -32,10 +31,20 @@ from einops import repeat
 
 from recover.numerics.metrics import by_example, norm
 from recover.search.adam import ProjectedAdam
-from recover.search.ascent import Feasible, Objective, Schedule, Solution, Status, clip, find_perturbation
+from recover.search.ascent import (
+    Feasible,
+    Objective,
+    Rule,
+    Schedule,
+    Solution,
+    Status,
+    better,
+    clip,
+    find_perturbation,
+)
 from recover.search.gradient_free import ELEMENTS_AT_ONCE, Effort, projected, put, reexamined, scaled, slacks_of, walk
-from recover.search.minimum import MARGIN, edge, smallest_perturbation
-from recover.types import Bool, Delta, InputError, Int, PerExample, Rows, Tensor
+from recover.search.minimum import MARGIN, Minimum, edge, smallest_perturbation
+from recover.types import Bool, Delta, InputError, PerExample, Rows, Tensor
 
 FURTHER = (1.0, 1.01, 1.05, 1.3, 2.0)
 """How many times as far as the edge to look for a delta that is clear of it."""
@@ -43,18 +52,14 @@ TIE = 0.01
 
 
 @dataclass(frozen=True, eq=False)
-class Found:
-    """What one solver found.
+class Found(Minimum):
+    """What one solver found: the shortest delta that reaches the edge of the goal, whatever the budget, and its norm.
 
     Attributes:
-        delta: the shortest that reaches the edge of the goal, whatever the budget; zero where none was found.
-        norm: of `delta`; infinite where none was found, 0 where the behavior shows without any.
         within: the best within the budget, never worse than the start.
         share: of random draws at the budget's norm, those that reached the goal; None where the solver does not draw.
     """
 
-    delta: Delta
-    norm: PerExample
     within: Solution
     share: PerExample | None = None
 
@@ -64,13 +69,12 @@ Solver = Callable[[Objective, Delta, Feasible, float, Schedule], Found]
 
 
 @dataclass(frozen=True, eq=False)
-class WorstCase:
-    """The best over several solvers, by example.
+class WorstCase(Solution):
+    """The best over several solvers within the budget, and the smallest, by example.
+
+    `delta` is that of the first solver that reached the schedule's goal, else of the largest slack met.
 
     Attributes:
-        delta: within the budget: of the first solver that reached the schedule's goal, else of the largest slack met.
-        score, slack, status: of `delta`.
-        steps: gradient steps, of the solvers that count them.
         smallest: the shortest delta that reaches the edge of the goal, whatever the budget; zero where none was found.
         norm: of `smallest`, no larger than any solver's; infinite where none was found, 0 where none is needed.
         winner: the first solver whose norm is within 1 % of the least; None where none was found.
@@ -78,11 +82,6 @@ class WorstCase:
         draws_reached: the share of random draws at the budget's norm that reached the goal; NaN where none were drawn.
     """
 
-    delta: Delta
-    score: PerExample
-    slack: PerExample
-    status: tuple[Status, ...]
-    steps: Int[Tensor, "batch"]
     smallest: Delta
     norm: PerExample
     winner: tuple[str | None, ...]
@@ -95,15 +94,11 @@ class WorstCase:
         return torch.isfinite(self.norm)
 
 
-def by_ascent(objective: Objective, start: Delta, feasible: Feasible, budget: float, schedule: Schedule) -> Found:
-    """Steepest ascent within the budget."""
-    within = find_perturbation(objective, start, feasible, budget, schedule)
-    return Found(*_pulled(objective, within.delta), within)
-
-
-def by_adam(objective: Objective, start: Delta, feasible: Feasible, budget: float, schedule: Schedule) -> Found:
-    """Projected Adam within the budget, with the restarts of `find_perturbation`."""
-    within = find_perturbation(objective, start, feasible, budget, schedule, rule=ProjectedAdam)
+def by_ascent(
+    objective: Objective, start: Delta, feasible: Feasible, budget: float, schedule: Schedule, rule: Rule | None = None
+) -> Found:
+    """An ascent within the budget, steepest by default."""
+    within = find_perturbation(objective, start, feasible, budget, schedule, rule=rule)
     return Found(*_pulled(objective, within.delta), within)
 
 
@@ -124,10 +119,7 @@ def random_draws(
     draws: int = 1000,
     effort: Effort | None = None,
 ) -> Found:
-    """Random admissible directions at the budget's norm (at norm 1 without one), and a walk from the best.
-
-    The objective is asked for values only. There are `draws` directions; `effort` is that of the walk.
-    """
+    """`draws` random directions at the budget's norm (1 without one), and a walk from the best; without gradients."""
     # One draw for all examples: a result must not depend on which others are in the batch, nor on how many at once.
     generator = torch.Generator().manual_seed(schedule.seed + 3)
     noise = torch.randn(draws, *start.shape[1:], generator=generator).to(start)
@@ -144,13 +136,18 @@ def random_draws(
         slacks = _told(slacks_of(objective, tried))
         reached = reached + (slacks >= schedule.goal).sum(dim=1)
         value, index = slacks.max(dim=1)
-        best, slack = _where(value > slack, tried[rows, index], best), torch.maximum(slack, value)
+        best, slack = torch.where(by_example(value > slack), tried[rows, index], best), torch.maximum(slack, value)
     within = first_reaching(objective, [start, best], schedule.goal)
     return Found(*_near(objective, best, feasible, schedule, effort or Effort()), within, reached / draws)
 
 
 SOLVERS: Mapping[str, Solver] = MappingProxyType(
-    {"ascent": by_ascent, "adam": by_adam, "smallest_norm": without_budget, "random": random_draws}
+    {
+        "ascent": by_ascent,
+        "adam": partial(by_ascent, rule=ProjectedAdam),
+        "smallest_norm": without_budget,
+        "random": random_draws,
+    }
 )
 """In the order in which ties are decided. With other arguments: `{**SOLVERS, "random": partial(random_draws, ...)}`."""
 
@@ -168,8 +165,8 @@ def worst_case(
 
     Args:
         objective: score and slack of a delta.
-        start: where to begin, `[batch pos d_model]`, admissible and within the budget; zeros as a rule.
-        feasible: the linear constraint, or any cone, which may be another one for each example.
+        start: as in `find_perturbation`.
+        feasible: as in `find_perturbation`.
         budget: largest Frobenius norm of an example's `delta`, `inf` for none; `smallest` may be longer.
         schedule: how hard each solver searches.
         solvers: by name, in the order in which ties are decided.
@@ -190,9 +187,9 @@ def worst_case(
     # Whether gradients are to be believed is judged by what they found, and draws are compared with that.
     climbed = [one.within for one in found.values() if one.share is None]
     drawn = [one.within for one in found.values() if one.share is not None]
-    first_to = partial(_better, goal=schedule.goal)
-    best = reduce(first_to, climbed or drawn)
-    again = reexamined(objective, best, feasible, budget, schedule, drawn=reduce(first_to, drawn) if drawn else None)
+    best = _first_to(schedule.goal, climbed or drawn)
+    probes = _first_to(schedule.goal, drawn) if drawn else None
+    again = reexamined(objective, best, feasible, budget, schedule, drawn=probes)
     if len(rows := ((again.slack > best.slack) & (again.slack > 0)).nonzero().flatten()):
         none = Found(torch.zeros_like(start), torch.full_like(best.slack, torch.inf), again)
         late = _near(objective.select(rows), again.delta[rows], feasible.select(rows), schedule, Effort())
@@ -212,11 +209,7 @@ def worst_case(
         again = put(again, rows, last.delta, last.score, last.slack, list(last.status))
     names, first = list(found), (norms > (1 + TIE) * least).long().cumprod(dim=0).sum(dim=0)
     return WorstCase(
-        delta=again.delta,
-        score=again.score,
-        slack=again.slack,
-        status=again.status,
-        steps=again.steps,
+        **vars(again),
         smallest=least_of.delta,
         norm=least_of.norm,
         winner=tuple(names[at] if size < math.inf else None for at, size in zip(first, least, strict=True)),
@@ -249,34 +242,26 @@ def _near(
 
 def _shorter(found: Found, rows: Rows, delta: Delta, size: PerExample) -> Found:
     """`found`, with `delta` in place of the rows where it is shorter."""
-    kept = _where(size < found.norm[rows], delta, found.delta[rows])
+    kept = torch.where(by_example(size < found.norm[rows]), delta, found.delta[rows])
     least = torch.minimum(size, found.norm[rows])
     return replace(found, delta=found.delta.index_copy(0, rows, kept), norm=found.norm.index_copy(0, rows, least))
 
 
-def _better(one: Solution, other: Solution, goal: float) -> Solution:
-    """For each example the first that reaches the goal, else the one of larger slack; steps add up."""
-    take = (one.slack < goal) & (other.slack > one.slack)
-    return Solution(
-        _where(take, other.delta, one.delta),
-        torch.where(take, other.score, one.score),
-        torch.where(take, other.slack, one.slack),
-        one.steps + other.steps,
-        tuple(b if taken else a for taken, a, b in zip(take.tolist(), one.status, other.status, strict=True)),
-    )
+def _first_to(goal: float, found: Sequence[Solution]) -> Solution:
+    """For each example the first that reaches the goal, else the one of largest slack; steps add up."""
+    every = torch.arange(len(found[0].slack), device=found[0].slack.device)
+    return reduce(lambda one, other: better(one, other, every, goal), found)
 
 
 def first_reaching(
     objective: Objective, tries: Sequence[Delta], goal: float, status: Sequence[Status] = ()
 ) -> Solution:
     """For each example the first try that reaches the goal, else of the largest slack; `status` where none does."""
-    steps, each = torch.zeros(len(tries[0]), dtype=torch.long, device=tries[0].device), []
+    steps = torch.zeros(len(tries[0]), dtype=torch.long, device=tries[0].device)
     given = tuple(status) or (Status.EXHAUSTED,) * len(steps)
-    for delta in tries:
-        with torch.no_grad():
-            score, slack = objective(delta)
-        each.append(Solution(delta, score, _told(slack), steps, given))
-    best = reduce(partial(_better, goal=goal), each)
+    with torch.no_grad():
+        each = [(delta, *objective(delta)) for delta in tries]
+    best = _first_to(goal, [Solution(delta, score, _told(slack), steps, given) for delta, score, slack in each])
     reached = (best.slack >= goal).tolist()
     return replace(best, status=tuple(Status.RECOVERED if r else was for r, was in zip(reached, given, strict=True)))
 
@@ -289,7 +274,3 @@ def _slack(objective: Objective, delta: Delta) -> PerExample:
 def _told(slack: Tensor) -> Tensor:
     """The slack, with minus infinity where it is not finite."""
     return slack.where(torch.isfinite(slack), -torch.inf)
-
-
-def _where(mask: Bool[Tensor, "batch"], delta: Delta, other: Delta) -> Delta:
-    return torch.where(by_example(mask), delta, other)

@@ -6,10 +6,10 @@ feature, position and site it says, with *awake* for what is not zero in the def
     awake      its pre-activation stays, and it stays awake     equality `c = 0`, inequality `g <= 0`
     asleep     it stays asleep, anywhere below its threshold    inequality `g <= 0`
 
-C3 has the same inequalities and weaker equalities: what all of a site write together stays. (That features trade what
-they write by one falling asleep or waking is left out: from there no gradient need lead back.) Where features compete,
-the distance to the `k`-th largest of the others says who is awake. The budget (C4) is one more inequality. All are rows
-in units of length; at the only site that a delta enters those of features that do not compete are linear in it.
+C3 has the same inequalities and a weaker equality: what all of a site write together stays. (Trades by which one
+feature falls asleep as another wakes are left out: no gradient need lead back from there.) Where features compete, the
+distance to the `k`-th largest of the others says who is awake. The budget (C4) is one more inequality. All are rows in
+units of length; at the only site that a delta enters those of features that do not compete are linear in it.
 
 The search is that of `recover.search.restoring`, from what C1 gives (under C3: what C2 gives) and then from no delta.
 Of it this module says
@@ -18,14 +18,11 @@ Of it this module says
    inequalities that are met and that it would break (Rosen 1961).
 2. *Restore*: Gauss-Newton on the equalities and on what is broken of the inequalities; each step is the shortest that
    mends them to first order. Linear rows are met at once: features end at their thresholds and not short of them.
-
-Multipliers and penalties (an augmented Lagrangian) have no part in it, as every point is restored before it is judged.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -35,7 +32,7 @@ from recover.defenses.clamps import Clamp, Set
 from recover.defenses.defended import Defended
 from recover.numerics.metrics import by_example, norm, relative_drift
 from recover.saes.activations import AbsTopK, TopK
-from recover.search.ascent import Point, Schedule, clip, without_rounding
+from recover.search.ascent import OnStep, Point, Schedule, clip, without_rounding
 from recover.search.constraints.linear import ActivationStable, DecodeStable, EncoderOrthogonal
 from recover.search.constraints.monitor import Jacobian, jacobian_row_space, passed
 from recover.search.constraints.pinned import Pinned
@@ -44,15 +41,12 @@ from recover.search.restored import find_restored
 from recover.search.restoring import RestoredSolution, search_restoring
 from recover.types import Bool, Delta, Float, PerExample, Residual, Rows, Tensor
 
-__all__ = ["Stable", "find_stable"]
-
 Stable = type[ActivationStable] | type[DecodeStable]
 TOLERANCE = 1e-4
 """Relative drift that is allowed."""
-INSIDE = 1e-3
-"""How far from its threshold a feature must stay, as a share of its distance in the defended state."""
-NEAR = 1e-3
-"""An inequality counts as met if it is nearer than this share of the length of delta."""
+INSIDE, NEAR = 1e-3, 1e-3
+"""How far from its threshold a feature must stay, as a share of its distance in the defended state; and the share of
+the length of delta within which an inequality counts as met."""
 CORRECTIONS, TURNS = 8, 4
 """Gauss-Newton steps of one restoration, and rounds of keeping what a direction would break."""
 OfRows = Float[Tensor, "batch row"]
@@ -63,7 +57,7 @@ def find_stable(
     constraint: Stable,
     budget: float,
     schedule: Schedule | None = None,
-    on_step: Callable[[int, int], None] | None = None,
+    on_step: OnStep = None,
     *,
     tolerance: float = TOLERANCE,
 ) -> RestoredSolution:
@@ -79,9 +73,8 @@ def find_stable(
             write, in the defended state. Where that is nothing there must be no drift at all.
 
     Returns:
-        For each example the delta with the largest slack met within budget and tolerance; no delta is one of them, and
-        what C1 gives, or C2 where C3 is asked for, is another where it is within the tolerance: what that recovers is
-        left as it is.
+        For each example the delta with the largest slack met within budget and tolerance, zero included. What C1 (under
+        C3: C2) recovers within the tolerance is left as it is.
 
     Raises:
         InputError: the budget or the tolerance is not a positive number, or a delta enters elsewhere.
@@ -128,10 +121,8 @@ class _Rules:
 
     @classmethod
     def of(cls, defended: Defended, constraint: Stable, budget: float, tolerance: float) -> _Rules:
-        watched = []
-        for site in defended.defense.sites:
-            here = defended.defense.at(site)
-            watched.append(Clamp(here[0].sae, [f for clamp in here for f in clamp.features], Set(0.0), site=site))
+        sites = [(site, defended.defense.at(site)) for site in defended.defense.sites]
+        watched = [Clamp(at[0].sae, [f for c in at for f in c.features], Set(0.0), site=site) for site, at in sites]
         with torch.no_grad():
             states = passed(defended, defended.zero_delta)[1]
             reference = tuple(_read(clamp, states[clamp.site]) for clamp in watched)
@@ -147,7 +138,7 @@ class _Rules:
         seen = self._see(leaf)
         (gradient,) = torch.autograd.grad(seen.score.sum(), leaf, retain_graph=True)
         free = self._uphill(leaf, seen, gradient)
-        return Point(seen.score.detach(), seen.slack.detach(), without_rounding(free, gradient), seen.drift)
+        return Point(delta, seen.score.detach(), seen.slack.detach(), without_rounding(free, gradient), seen.drift)
 
     def free(self, delta: Delta, along: Delta) -> Delta:
         leaf = delta.detach().requires_grad_(True)
@@ -169,20 +160,18 @@ class _Rules:
         """A pass with `delta`; differentiable."""
         logits, states = passed(self.defended, delta)
         equal, below, now, before = [], [], [], []
-        for clamp, writes, (pre_ref, z_ref, distance_ref) in zip(
-            self.watched, self.writes, self.reference, strict=True
-        ):
+        for clamp, writes, reference in zip(self.watched, self.writes, self.reference, strict=True):
+            pre_ref, z_ref, distance_ref = reference
             pre, z, distance = _read(clamp, states[clamp.site])
             units, awake = clamp.encoder.norm(dim=0), z_ref != 0
             units = torch.where(units > 0, units, 1.0)
-            if self.constraint is ActivationStable:
-                now.append(z)
-                before.append(z_ref)
-                equal.append(torch.where(awake, pre - pre_ref, 0.0) / units)
+            if self.constraint is DecodeStable:
+                z, z_ref = (einsum(one, writes, "batch pos k, rank k -> batch pos rank") for one in (z, z_ref))
+                equal.append((z - z_ref) / units.mean())
             else:
-                now.append(einsum(z, writes, "batch pos k, rank k -> batch pos rank"))
-                before.append(einsum(z_ref, writes, "batch pos k, rank k -> batch pos rank"))
-                equal.append((now[-1] - before[-1]) / units.mean())
+                equal.append(torch.where(awake, pre - pre_ref, 0.0) / units)
+            now.append(z)
+            before.append(z_ref)
             below.append((torch.where(awake, -distance, distance) + INSIDE * distance_ref.abs()) / units)
         if math.isfinite(self.budget):
             # As long as what is too long, near the budget. Aimed low, so that no rounding is above it.

@@ -14,15 +14,6 @@ from recover.protocol.verdict import certified_norm
 from recover.protocol.verdict_model import Recovery, Transfer, Verdict
 from recover.report.finished import read_records
 
-__all__ = [
-    "Checked",
-    "assert_attribution",
-    "assert_drift_below",
-    "assert_not_recovered",
-    "assert_recoverable",
-    "assert_specific",
-]
-
 BELIEVED = ("RECOVERABLE", "NOT_RECOVERED_AT_BUDGET")
 
 
@@ -42,7 +33,7 @@ class Checked:
 
     @property
     def verdict(self) -> Verdict:
-        """That of the first seed."""
+        """The verdict of the first seed."""
         return self.verdicts[0]
 
     def __iter__(self) -> Iterator[tuple[Verdict, Path]]:
@@ -53,8 +44,7 @@ def assert_recoverable(checked: Checked, at_least: float = 0.0) -> None:
     """The defense is recoverable, on more than `at_least` of the valid flips where that is given."""
     __tracebackhide__ = True
     expected = f"at least {at_least:.0%}" if at_least else "some"
-    for verdict, folder in checked:
-        _believed(verdict, folder, expected)
+    for verdict, folder in _believed(checked, expected):
         found = verdict.recovery
         if verdict.verdict != "RECOVERABLE" or (found.rate or 0.0) < at_least:
             _fail(f"{_rate(found)}; expected {expected}", verdict, folder)
@@ -66,28 +56,22 @@ def assert_not_recovered(checked: Checked, budget: float | None = None) -> None:
     Holds where the search says so that it was to be believed; a run that says nothing fails.
     """
     __tracebackhide__ = True
-    for verdict, folder in checked:
-        expected = "none recovered" if budget is None else f"none recovered at {budget:g}"
-        _believed(verdict, folder, expected)
+    expected = "none recovered" if budget is None else f"none recovered at {budget:g}"
+    for verdict, folder in _believed(checked, expected):
         found = verdict.recovery
         bound = found.budget if budget is None else budget
         if bound > found.budget:
             _fail(f"searched to a norm of {found.budget:g} only; expected {expected}", verdict, folder)
         records = read_records(folder) if verdict.verdict == "RECOVERABLE" else ()
         if back := [size for size in map(_size, records) if size <= bound]:
-            _fail(
-                f"{len(back)} of {found.searched} valid flips are brought back by a perturbation of norm at most "
-                f"{bound:g}, the smallest of norm {min(back):.3g}; expected none",
-                verdict,
-                folder,
-            )
+            rate = f"{len(back)} of {found.searched} valid flips are brought back by a perturbation of norm at most"
+            _fail(f"{rate} {bound:g}, the smallest of norm {min(back):.3g}; expected none", verdict, folder)
 
 
 def assert_specific(checked: Checked, expected: bool = True) -> None:
     """What was found is specific to the behavior; or, with `expected=False`, it is known not to be."""
     __tracebackhide__ = True
-    for verdict, folder in checked:
-        _believed(verdict, folder, f"specific: {expected}")
+    for verdict, folder in _believed(checked, f"specific: {expected}"):
         if verdict.verdict != "RECOVERABLE" or verdict.specific is not expected:
             known = "unknown" if verdict.specific is None else verdict.specific
             _fail(f"specific is {known}; {_transfer(verdict)}; expected {expected}", verdict, folder)
@@ -99,9 +83,8 @@ def assert_drift_below(checked: Checked, bound: float) -> None:
     A feature that moved from zero has no such share, and fails.
     """
     __tracebackhide__ = True
-    for verdict, folder in checked:
-        expected = f"at most {bound:g}"
-        _believed(verdict, folder, expected)
+    expected = f"at most {bound:g}"
+    for verdict, folder in _believed(checked, expected):
         certificates = (record.certificate for record in read_records(folder))
         drifts = [_number(one.relative_drift) for one in certificates if one is not None]
         worst = max(drifts, default=None)
@@ -114,9 +97,8 @@ def assert_drift_below(checked: Checked, bound: float) -> None:
 def assert_attribution(checked: Checked, part: str, at_least: float) -> None:
     """Replaying this part of the perturbations alone brings the behavior back at this rate or more."""
     __tracebackhide__ = True
-    for verdict, folder in checked:
-        expected = f"at least {at_least:.0%}"
-        _believed(verdict, folder, expected)
+    expected = f"at least {at_least:.0%}"
+    for verdict, folder in _believed(checked, expected):
         parts = {str(name): one for name, one in verdict.attribution.parts.items()} if verdict.attribution else {}
         if part not in parts:
             known = f"it has: {', '.join(parts)}" if parts else "this run has none"
@@ -125,11 +107,14 @@ def assert_attribution(checked: Checked, part: str, at_least: float) -> None:
             _fail(f"replay of {part} alone brings back {rate:.0%}; expected {expected}", verdict, folder)
 
 
-def _believed(verdict: Verdict, folder: Path, expected: str) -> None:
+def _believed(checked: Checked, expected: str) -> Iterator[tuple[Verdict, Path]]:
+    """The verdicts with their folders; one that says nothing either way fails."""
     __tracebackhide__ = True
-    if verdict.verdict not in BELIEVED:
-        reasons = "; ".join(verdict.reasons)
-        _fail(f"the run says nothing either way ({reasons}); expected {expected}", verdict, folder)
+    for verdict, folder in checked:
+        if verdict.verdict not in BELIEVED:
+            reasons = "; ".join(verdict.reasons)
+            _fail(f"the run says nothing either way ({reasons}); expected {expected}", verdict, folder)
+        yield verdict, folder
 
 
 def _fail(what: str, verdict: Verdict, folder: Path) -> None:

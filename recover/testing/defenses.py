@@ -46,25 +46,8 @@ from recover.run.progress import shown
 from recover.run.runner import OtherRunError, run_check, run_source
 from recover.saes.names import shipped_saes
 from recover.tasks.examples import Examples
-from recover.testing.assertions import (
-    Checked,
-    assert_attribution,
-    assert_drift_below,
-    assert_not_recovered,
-    assert_recoverable,
-    assert_specific,
-)
+from recover.testing.assertions import Checked
 from recover.types import InputError, Progress
-
-__all__ = [
-    "Checked",
-    "Defenses",
-    "assert_attribution",
-    "assert_drift_below",
-    "assert_not_recovered",
-    "assert_recoverable",
-    "assert_specific",
-]
 
 Run = Callable[[Progress | None], Verdict]
 MOVED = {
@@ -109,11 +92,9 @@ class Defenses:
                 the arguments of `recover.check`: `model=`, `examples=`, `budget=`, `plan=` and `runtime=`; and `name=`.
         """
         try:
-            found = self._objects(defense, **options) if isinstance(defense, Defense) else self._file(defense, options)
+            return self._objects(defense, **options) if isinstance(defense, Defense) else self._file(defense, options)
         except InputError as error:
             told = " ".join(str(error).split())
-        else:
-            return found
         pytest.fail(told, pytrace=False)
 
     def _file(self, defense: Path | str, options: dict[str, Any]) -> Checked:
@@ -177,7 +158,7 @@ class Defenses:
 
 
 def _anchored(config: Config, folder: Path) -> Config:
-    """The same, with what lies in this folder named by its whole path, as a session may be started from anywhere."""
+    """Name what lies in this folder by its whole path, as a session may be started from anywhere."""
 
     def place(name: str, ours: Sequence[str]) -> str:
         there = folder / name

@@ -18,10 +18,8 @@ from recover.models.host import Edit, Model, Prompts
 from recover.saes.sae import SAE
 from recover.types import Float, InputError, Residual, Site, Tensor, TokenIds, widened
 
-__all__ = ["PENALTIES", "LinearError", "error_activations", "fit_linear_error", "fit_linear_errors"]
-
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
-"""Of the ridge regression, as shares of the mean variance of the residual's dimensions."""
+"""Penalties of the ridge regression, as shares of the mean variance of the residual's dimensions."""
 
 
 @dataclass(frozen=True, eq=False)

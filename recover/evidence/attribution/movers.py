@@ -23,8 +23,6 @@ from recover.models.components import Component, eager, head_count, modules_of, 
 from recover.tasks.behaviors import Targeted
 from recover.types import Delta, InputError, Mask, PerExample, Tensor
 
-__all__ = ["Movers", "looks", "name_movers", "undefended", "writes"]
-
 LOOKS = 0.2
 """Attention at base above which a head that writes the target counts as a name mover."""
 Reading = Mapping[str, float]
@@ -56,12 +54,9 @@ def undefended(defended: Defended) -> Defended:
 
 
 def looks(defended: Defended, delta: Delta, marked: Mask) -> dict[Carrier, PerExample]:
-    """Share of each head's attention at the last position that falls on marked positions.
+    """Share of each head's attention at the last position that falls on marked positions of the whole prompts.
 
-    Args:
-        defended: the examples.
-        delta: one for each, which enters after the clamp.
-        marked: `[batch pos]`, of the whole prompts.
+    The delta enters after the clamp.
     """
     seen: dict[Component, Tensor] = {}
     places = [Component(layer, "pattern") for layer in above(defended)]
@@ -99,10 +94,9 @@ def writes(defended: Defended, delta: Delta) -> dict[Carrier, PerExample]:
 
 
 def name_movers(defended: Defended, delta: Delta) -> Movers | None:
-    """The name movers of these examples without the defense, with it, and with a delta; None where there can be none.
+    """Find the name movers of these examples; read them without the defense, with it, and with a delta.
 
-    There can be none where the behavior has no target, or where a prompt does not hold its target. What a head writes
-    is read with the score of the examples' behavior.
+    None where the behavior has no target, or where a prompt does not hold its target.
 
     Raises:
         InputError: the model's blocks norm what attention gives, so that heads do not add.
@@ -123,12 +117,8 @@ def name_movers(defended: Defended, delta: Delta) -> Movers | None:
     movers.sort(key=lambda head: -base[head]["write"])
     total = {name: sum((at[head]["write"] for head in movers), 0.0) for name, at in read.items()}
     lost = total["base"] - total["defended"]
-    return Movers(
-        n=len(ids),
-        heads={head: {name: at[head] for name, at in read.items()} for head in movers},
-        written=total,
-        re_engaged=(total["recovered"] - total["defended"]) / lost if lost else None,
-    )
+    heads = {head: {name: at[head] for name, at in read.items()} for head in movers}
+    return Movers(len(ids), heads, total, (total["recovered"] - total["defended"]) / lost if lost else None)
 
 
 def _at(defended: Defended, delta: Delta, target: Mask, rival: Mask) -> dict[str, dict[str, float]]:

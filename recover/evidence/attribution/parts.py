@@ -39,31 +39,10 @@ from recover.models.host import Change
 from recover.saes.sae import SAE
 from recover.types import Delta, InputError, Int, PerExample, Residual, Site, Surface, Tensor, widened
 
-__all__ = [
-    "VIEWS",
-    "Attribution",
-    "Parts",
-    "View",
-    "attribute",
-    "entering",
-    "first_order",
-    "gradient",
-    "nodes",
-    "parts_of",
-    "split",
-]
-
 LEAVES = ("clamped", "top_k", "other", "error_linear", "error_rest")
-VIEWS: Mapping[str, tuple[str, ...]] = {
-    "full": LEAVES,
-    "error": ("error_linear", "error_rest"),
-    "error_linear": ("error_linear",),
-    "error_rest": ("error_rest",),
-    "free": ("top_k", "other"),
-    "top_k": ("top_k",),
-    "other": ("other",),
-    "clamped": ("clamped",),
-}
+SUMS = {"full": LEAVES, "error": ("error_linear", "error_rest"), "free": ("top_k", "other")}
+ORDER = ("full", "error", "error_linear", "error_rest", "free", "top_k", "other", "clamped")
+VIEWS: Mapping[str, tuple[str, ...]] = {name: SUMS.get(name, (name,)) for name in ORDER}
 """What is replayed and knocked out: the leaves and their sums."""
 TOP_K = 16
 POINTS = 8
@@ -170,9 +149,8 @@ def attribute(
         deltas = {name: parts.view(name) for name in dict.fromkeys(("full", *views))}
         for name, part in deltas.items():
             replay, knockout = after(part), after(whole - part)
-            found[name] = View(
-                part.flatten(1).norm(dim=1), first_order(here, part), first_order(along, part), *replay, *knockout
-            )
+            size = part.flatten(1).norm(dim=1)
+            found[name] = View(size, first_order(here, part), first_order(along, part), *replay, *knockout)
     return Attribution(start, end, found, deltas)
 
 
@@ -192,9 +170,8 @@ def parts_of(
     places = []
     for site, state in _arriving(defended, delta).items():
         part = widened(defended.by_site(delta)[site])
-        clamps = defended.defense.at(site)
+        clamps, map_ = defended.defense.at(site), None if linear is None else linear[site]
         held = torch.cat([clamp.indices for clamp in clamps])
-        map_ = None if linear is None else linear[site]
         places.append(split(clamps[0].sae, held, widened(state), part, map_, top_k))
     return Parts({name: torch.cat([place[name] for place in places], dim=1) for name in LEAVES})
 
@@ -202,16 +179,7 @@ def parts_of(
 def split(
     sae: SAE, held: Int[Tensor, "k"], state: Residual, delta: Residual, linear: LinearError | None, top_k: int
 ) -> dict[str, Residual]:
-    """The parts at one site.
-
-    Args:
-        sae: of the site.
-        held: the clamped features.
-        state: what arrives there, after the clamp.
-        delta: what is added to it.
-        linear: of the SAE's error; none counts as linear where None.
-        top_k: how many features that are not clamped count as the largest.
-    """
+    """Split at one site what is added (`delta`) to the state that arrives after the clamp of the features `held`."""
     with torch.no_grad():
         change = sae.encode(state + delta) - sae.encode(state)
     free = torch.ones(sae.d_sae, dtype=torch.bool, device=change.device)
@@ -227,11 +195,8 @@ def split(
         some = change * rearrange(which.to(change.dtype), "batch d_sae -> batch 1 d_sae")
         return einsum(some, sae.W_dec, "batch pos d_sae, d_sae d_model -> batch pos d_model")
 
-    parts = {
-        "clamped": decoded((~free).expand_as(largest)),
-        "top_k": decoded(largest),
-        "other": decoded(free & ~largest),
-    }
+    chosen = {"clamped": (~free).expand_as(largest), "top_k": largest, "other": free & ~largest}
+    parts = {name: decoded(which) for name, which in chosen.items()}
     error = delta - torch.stack(list(parts.values())).sum(dim=0)
     predicted = torch.zeros_like(delta) if linear is None else linear.predicted(delta)
     return parts | {"error_linear": predicted, "error_rest": error - predicted}
@@ -258,12 +223,9 @@ def _arriving(defended: Defended, delta: Delta) -> dict[Site, Residual]:
 
 
 def gradient(defended: Defended, delta: Delta, points: int) -> Delta:
-    """The gradient of the score with respect to a delta, at none, or averaged along `delta`.
+    """The gradient of the score, averaged along `delta` by Gauss-Legendre quadrature of so many points.
 
-    Args:
-        defended: the examples.
-        delta: the path's end; only its shape matters where `points` is 0.
-        points: of Gauss-Legendre quadrature from no delta to this one; 0 for the gradient at no delta.
+    With 0 points, that at no delta.
     """
     total = torch.zeros_like(delta)
     for share, weight in nodes(points):

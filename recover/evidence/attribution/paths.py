@@ -16,35 +16,18 @@ delta touches, as nothing before them differs):
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from einops import rearrange, reduce
 
-from recover.defenses.defended import Defended
+from recover.defenses.defended import Defended, adds
 from recover.evidence.attribution.parts import POINTS, entering, first_order, nodes
 from recover.models.components import Component, head_count
 from recover.models.host import Change
 from recover.types import Delta, Float, InputError, PerExample, Residual, Site, Tensor
-
-__all__ = [
-    "Carrier",
-    "Direct",
-    "Trace",
-    "above",
-    "carriers",
-    "direct",
-    "keeps",
-    "last_slope",
-    "patched",
-    "put_back",
-    "put_in",
-    "through",
-    "trace",
-]
-
 
 ADDS_UP = 0.05
 """A share of the residual that sums of components may miss: rounding, in half precision too."""
@@ -110,8 +93,7 @@ def above(defended: Defended) -> range:
 def carriers(defended: Defended) -> tuple[Carrier, ...]:
     """Every head and MLP above the first clamped site, in the order of a pass."""
     n_heads = head_count(defended.suffix.model.module)
-    heads = [Carrier(layer, head) for layer in above(defended) for head in (*range(n_heads), None)]
-    return tuple(heads)
+    return tuple(Carrier(layer, head) for layer in above(defended) for head in (*range(n_heads), None))
 
 
 def trace(defended: Defended, delta: Delta) -> Trace:
@@ -139,10 +121,7 @@ def trace(defended: Defended, delta: Delta) -> Trace:
 def through(defended: Defended, delta: Delta, points: int = POINTS) -> dict[Carrier, PerExample]:
     """The effect on the score through each head and MLP; they do not add up, as some are in series.
 
-    Args:
-        defended: the examples.
-        delta: one for each.
-        points: of the integral along the delta; 0 for the gradient at the defended state.
+    The gradient is averaged over `points` along the delta; with 0 points it is that at the defended state.
     """
     defended, delta = entering(defended, delta)
     places = {carrier.component for carrier in carriers(defended)}
@@ -150,7 +129,7 @@ def through(defended: Defended, delta: Delta, points: int = POINTS) -> dict[Carr
     slopes = {place: torch.zeros_like(start.given[place]) for place in places}
     for share, weight in nodes(points):
         leaves = {place: torch.zeros_like(value).requires_grad_(True) for place, value in slopes.items()}
-        logits = defended.logits(share * delta, {place: _adds(leaf) for place, leaf in leaves.items()}).float()
+        logits = defended.logits(share * delta, {place: adds(leaf) for place, leaf in leaves.items()}).float()
         found = torch.autograd.grad(defended.behavior.score(logits).sum(), list(leaves.values()))
         for place, slope in zip(leaves, found, strict=True):
             slopes[place] += weight * slope
@@ -206,36 +185,22 @@ def patched(
     return defended.behavior.score(logits), defended.behavior.slack(logits)
 
 
-def put_back(defended: Defended, delta: Delta, chosen: Sequence[Carrier]) -> tuple[PerExample, PerExample]:
-    """Run with the delta, and these components as in the defended run."""
-    defended, delta = entering(defended, delta)
-    return patched(defended, delta, trace(defended, torch.zeros_like(delta)), chosen)
-
-
-def put_in(defended: Defended, delta: Delta, chosen: Sequence[Carrier]) -> tuple[PerExample, PerExample]:
-    """Run without the delta, and these components as in the recovered run."""
-    defended, delta = entering(defended, delta)
-    return patched(defended, torch.zeros_like(delta), trace(defended, delta), chosen)
-
-
 def _replaces(values: Tensor, some: set[int | None], n_heads: int) -> Change:
-    """Puts in another run's values: those of some heads, or all of an MLP's."""
+    """Put in another run's values: those of some heads, or all of an MLP's."""
     if None in some:
         return _is(values)
     mask = torch.tensor([head in some for head in range(n_heads)], device=values.device)
 
     def change(h: Tensor) -> Tensor:
-        mine, theirs = (
-            rearrange(x, "batch pos (head d_head) -> batch pos head d_head", head=n_heads) for x in (h, values)
-        )
+        mine, theirs = (rearrange(x, "b pos (head d_head) -> b pos head d_head", head=n_heads) for x in (h, values))
         mixed = torch.where(rearrange(mask, "head -> head 1"), theirs.to(mine.dtype), mine)
-        return rearrange(mixed, "batch pos head d_head -> batch pos (head d_head)")
+        return rearrange(mixed, "b pos head d_head -> b pos (head d_head)")
 
     return change
 
 
 def keeps(seen: dict[Any, Tensor], name: Any) -> Change:
-    """Keeps what is there under a name, and leaves it."""
+    """Keep what is there under a name, unchanged."""
 
     def change(h: Tensor) -> Tensor:
         seen[name] = h.detach()
@@ -254,15 +219,11 @@ def _check_sum(start: Residual, given: Mapping[Component, Tensor], final: Residu
         )
 
 
-def _adds(leaf: Tensor) -> Change:
-    return lambda h: h + leaf
-
-
 def _is(value: Tensor) -> Change:
-    """Puts a value in the place of what is there."""
+    """Put a value in the place of what is there."""
     return lambda h: value.to(h.dtype)
 
 
 def _last(defended: Defended) -> Site:
-    """After the last block."""
+    """Give the site after the last block."""
     return Site(defended.suffix.model.n_layers - 1, "post")

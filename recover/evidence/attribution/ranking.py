@@ -22,8 +22,6 @@ from recover.evidence.attribution.parts import POINTS, entering
 from recover.evidence.attribution.paths import Carrier, carriers, direct, patched, through, trace
 from recover.types import Delta
 
-__all__ = ["Carried", "carried"]
-
 SIZES, DRAWS, TOP = (1, 2, 4, 8, 16, 32, 64), 4, 12
 """Components put back and put in together; random draws of as many; components looked at one by one."""
 
@@ -52,13 +50,9 @@ class Carried:
 
 
 def carried(defended: Defended, delta: Delta, points: int = POINTS, seed: int = 0) -> Carried:
-    """Rank the heads and MLPs above the first clamped site, and see what the first of them do.
+    """Rank the heads and MLPs above the first clamped site, and measure what the first of them do.
 
-    Args:
-        defended: the examples.
-        delta: one for each.
-        points: of the integral along a delta.
-        seed: of the random draws.
+    `points` are those of the integral along a delta; `seed` is that of the random draws.
 
     Raises:
         InputError: no block is above the site, or the model's heads and MLPs cannot be told apart.
@@ -88,14 +82,8 @@ def carried(defended: Defended, delta: Delta, points: int = POINTS, seed: int = 
             point |= {f"random_{name}": fmean(one[name] for one in drawn) for name in ("gone", "come")}
         doing.append(point)
     shares = {carrier: [float(one[carrier].mean()) / effect for one in (along, plain)] for carrier in ranked[:TOP]}
-    return Carried(
-        n=len(delta),
-        effect=effect,
-        shows=float((on.slack > 0).float().mean()),
-        top=[
-            {"name": str(carrier), "integrated": integrated, "plain": first, **done([carrier])}
-            for carrier, (integrated, first) in shares.items()
-        ],
-        direct={n: float(v.mean()) / effect for n, v in direct(defended, delta, points).by_name.items()},
-        doing=doing,
-    )
+    top: list[dict[str, str | float]] = [
+        {"name": str(one), "integrated": i, "plain": p, **done([one])} for one, (i, p) in shares.items()
+    ]
+    writes = {name: float(v.mean()) / effect for name, v in direct(defended, delta, points).by_name.items()}
+    return Carried(len(delta), effect, float((on.slack > 0).float().mean()), top, writes, doing)

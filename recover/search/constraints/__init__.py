@@ -7,28 +7,3 @@
 `monitor`     what clamped features of all sites do under a delta, and the Jacobian of that
 ============  ==============================================================================================
 """
-
-from recover.search.constraints.first_order import JacobianOrthogonal, admissible
-from recover.search.constraints.linear import (
-    ActivationStable,
-    Budget,
-    Constraint,
-    Constraints,
-    DecodeStable,
-    EncoderOrthogonal,
-)
-from recover.search.constraints.monitor import Monitor
-from recover.search.constraints.pinned import Pinned
-
-__all__ = [
-    "ActivationStable",
-    "Budget",
-    "Constraint",
-    "Constraints",
-    "DecodeStable",
-    "EncoderOrthogonal",
-    "JacobianOrthogonal",
-    "Monitor",
-    "Pinned",
-    "admissible",
-]

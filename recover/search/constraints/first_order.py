@@ -5,12 +5,11 @@ columns (C1). A later site sees what the blocks between make of a delta, so that
 out of the row space of a Jacobian as well:
 
 1. *Rows*. For each example, each perturbed position and each clamped feature of a later site, the gradient with respect
-   to delta, at delta = 0 and with the clamps below live, of the feature's pre-activation as it *enters* the clamp. If
-   none of a site's clamped pre-activations moves there, its clamp writes what it wrote before, and then none moves
-   after it either. The state after the clamp would not do: a clamp that sets a value hides every move of an active
-   feature, though not from the sites above.
-2. *Units*. Each row is divided by its length. Where the blocks pass on next to nothing of what a feature reads (beside
-   what they pass on to others), its row is rounding and is left out: scaled up, it would cost a direction for nothing.
+   to delta, at delta = 0 and with the clamps below live, of the feature's pre-activation as it *enters* the clamp.
+   Where none of a site's moves there, its clamp writes what it wrote before. (After the clamp a value that is set would
+   hide every move of an active feature, though not from the sites above.)
+2. *Units*. Each row is divided by its length. A row of next to no gain, beside others, is rounding and is left out:
+   scaled up, it would cost a direction for nothing.
 3. *Null space*. What C1 leaves of the rows is given an orthonormal basis for each example, in float64. Singular values
    at the rounding of float32 back-propagation count as zero: that row depends on others, or on C1.
 4. *Project*: onto C1, then onto the complement of that basis, which lies within C1.
@@ -23,7 +22,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import ClassVar
+from functools import partial
 
 import torch
 from einops import einsum, rearrange, repeat
@@ -33,8 +32,6 @@ from recover.numerics.metrics import by_example, norm
 from recover.numerics.subspaces import NullSpaces
 from recover.search.constraints.linear import Constraint, EncoderOrthogonal
 from recover.types import Float, Int, PerExample, Residual, Rows, Tensor
-
-__all__ = ["JacobianOrthogonal", "admissible", "jacobian"]
 
 ROUNDING = 1e-5
 """Share of the largest gain, and of a row of unit length, up to which what back-propagation gives is rounding."""
@@ -70,13 +67,10 @@ def jacobian(defended: Defended) -> Gradients:
     """The gradients of the clamped pre-activations of all later sites (1 above), by site, clamp, position, feature."""
     leaf = defended.zero_delta.requires_grad_(True)
     with torch.enable_grad():
-        read = [
-            rearrange(clamp.pre_activations(state), "batch pos k -> batch (pos k)")
-            for site, state in defended.entering(leaf).items()
-            for clamp in defended.defense.at(site)
-        ]
+        entering = defended.entering(leaf).items()
+        read = [clamp.pre_activations(state) for site, state in entering for clamp in defended.defense.at(site)]
         # Examples do not see each other, so that the gradient of a sum over them holds the row of each.
-        total = torch.cat(read, dim=1).sum(dim=0)
+        total = torch.cat([rearrange(pre, "batch pos k -> batch (pos k)") for pre in read], dim=1).sum(dim=0)
     return rearrange(_gradients(total, leaf), "row batch pos d_model -> batch row pos d_model")
 
 
@@ -88,12 +82,8 @@ def _gradients(outputs: Float[Tensor, "row"], leaf: Residual) -> Float[Tensor, "
         with warnings.catch_warnings():
             # An operation that is run one row at a time is as good as the loop below.
             warnings.filterwarnings("ignore", message="There is a performance drop")
-            return torch.cat(
-                [
-                    torch.autograd.grad(outputs, leaf, some, retain_graph=True, is_grads_batched=True)[0]
-                    for some in torch.split(one_hot, at_once)
-                ]
-            )
+            several = partial(torch.autograd.grad, outputs, leaf, retain_graph=True, is_grads_batched=True)
+            return torch.cat([several(some)[0] for some in torch.split(one_hot, at_once)])
     except RuntimeError:
         return torch.stack([torch.autograd.grad(output, leaf, retain_graph=True)[0] for output in outputs])
 
@@ -111,7 +101,6 @@ class JacobianOrthogonal(Constraint):
     first: EncoderOrthogonal
     rows: Gradients
     later: NullSpaces
-    stage: ClassVar[int] = 0
 
     @classmethod
     def of(cls, first: EncoderOrthogonal, rows: Gradients, read: Float[Tensor, "row"]) -> JacobianOrthogonal:

@@ -7,16 +7,11 @@ C3   `DecodeStable`         what they write keeps its reference value
 C4   `Budget`               `||delta||_F <= eps` for each example
 ===  =====================  ==================================================================
 
-`project(delta)` returns a delta that satisfies the constraint and is no longer than `delta`;
-`violation(delta)` says, for each example, by how much a delta fails it (0: satisfied); `select(rows)` gives the
-constraint of these examples alone.
+For a pointwise SAE C1 implies C2, and C2 implies C3. Where features compete (TopK, AbsTopK) C1 implies neither, as a
+delta can push a clamped feature out by raising others: `violation` tells, `project` does not mend it.
 
-For a pointwise SAE C1 implies C2, and C2 implies C3. Where features compete (TopK, AbsTopK) C1 implies
-neither, as a delta can push a clamped feature out by raising others: `violation` tells, `project` does not
-mend it.
-
-C2 leaves more room than C1, as a feature may move below its threshold. Its projection holds few features,
-those that it must, at each position on its own:
+C2 leaves more room than C1, as a feature may move below its threshold. At each position on its own, its projection
+holds no more features than it must:
 
 1. hold the features that are active in the reference, and project `delta` onto their null space;
 2. hold those too that this wakes, and project again, until none wakes (each round holds more, so this ends);
@@ -27,8 +22,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, reduce
 from typing import ClassVar
 
 import torch
@@ -39,20 +34,11 @@ from recover.numerics.metrics import activation_drift, by_example, decode_drift,
 from recover.numerics.subspaces import NullSpace
 from recover.types import Bool, Float, InputError, PerExample, Residual, Rows, Tensor
 
-__all__ = [
-    "ActivationStable",
-    "Budget",
-    "Constraint",
-    "Constraints",
-    "DecodeStable",
-    "EncoderOrthogonal",
-]
-
 
 class Constraint(ABC):
     """What every constraint does. A projection of a later `stage` keeps what an earlier one made true."""
 
-    stage: ClassVar[int]
+    stage: ClassVar[int] = 0
 
     @abstractmethod
     def project(self, delta: Residual) -> Residual:
@@ -62,9 +48,9 @@ class Constraint(ABC):
     def violation(self, delta: Residual) -> PerExample:
         """By how much each example fails the constraint; 0 where it is satisfied."""
 
-    @abstractmethod
     def select(self, rows: Rows) -> Constraint:
         """The constraint of the examples `rows`; itself where all examples share one."""
+        return self
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +64,6 @@ class EncoderOrthogonal(Constraint):
     """
 
     directions: Float[Tensor, "d_model k"]
-    stage: ClassVar[int] = 0
 
     @classmethod
     def of(cls, *clamps: Clamp) -> EncoderOrthogonal:
@@ -97,9 +82,6 @@ class EncoderOrthogonal(Constraint):
         """`||A^T delta||_F`, in pre-activation units, computed in float64."""
         seen = einsum(delta.double(), self.directions.double(), "batch pos d_model, d_model k -> batch pos k")
         return norm(seen).to(delta.dtype)
-
-    def select(self, rows: Rows) -> EncoderOrthogonal:
-        return self
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,28 +120,19 @@ class ActivationStable(Constraint):
         return activation_drift(self.clamp.read(self.h_def + delta), self.reference)
 
     def select(self, rows: Rows) -> ActivationStable:
-        return ActivationStable(self.clamp, self.h_def[rows])
+        return replace(self, h_def=self.h_def[rows])
 
 
 @dataclass(frozen=True, eq=False)
-class DecodeStable(Constraint):
-    """C3: what the clamped features write at `h_def + delta` is what they write at `h_def`."""
+class DecodeStable(ActivationStable):
+    """C3: what the clamped features write at `h_def + delta` is what they write at `h_def`.
 
-    clamp: Clamp
-    h_def: Residual
-    stage: ClassVar[int] = 1
-
-    def project(self, delta: Residual) -> Residual:
-        """The projection of C2, which is sufficient, and necessary where the decoder rows are independent."""
-        return ActivationStable(self.clamp, self.h_def).project(delta)
+    The projection is that of C2, which is sufficient, and necessary where the decoder rows are independent.
+    """
 
     def violation(self, delta: Residual) -> PerExample:
         """The decode drift, `||(z_S(h_def + delta) - z_S(h_def)) W_dec[S]||`, in residual units."""
-        moved, reference = self.clamp.read(self.h_def + delta), self.clamp.reference(self.h_def)
-        return decode_drift(moved, reference, self.clamp.decoder)
-
-    def select(self, rows: Rows) -> DecodeStable:
-        return DecodeStable(self.clamp, self.h_def[rows])
+        return decode_drift(self.clamp.read(self.h_def + delta), self.reference, self.clamp.decoder)
 
 
 @dataclass(frozen=True)
@@ -187,27 +160,22 @@ class Budget(Constraint):
         length = norm(delta)
         # Aimed two roundings low, so that rounding each entry does not lift the norm over the budget again.
         aim = self.eps * (1 - 2 * torch.finfo(delta.dtype).eps)
-        factor = torch.where(length > self.eps, aim / length.clamp(min=self.eps), 1.0)
-        return delta * by_example(factor)
+        return delta * by_example(torch.where(length > self.eps, aim / length.clamp(min=self.eps), 1.0))
 
     def violation(self, delta: Residual) -> PerExample:
         """By how much the norm exceeds the budget."""
         return torch.relu(norm(delta) - self.eps)
-
-    def select(self, rows: Rows) -> Budget:
-        return self
 
 
 @dataclass(frozen=True)
 class Constraints(Constraint):
     """Several constraints at one site as one: projected onto in the order of their stages.
 
-    The linear C1 comes first; C2 and C3 remove only directions that C1 removes too; the budget scales, which
-    the others allow, as their sets hold the segment from any of their points to 0.
+    The linear C1 comes first; C2 and C3 remove only directions that C1 removes too; the budget scales, which the others
+    allow, as their sets hold the segment from any of their points to 0.
     """
 
     parts: tuple[Constraint, ...]
-    stage: ClassVar[int] = 0
 
     def project(self, delta: Residual) -> Residual:
         for part in sorted(self.parts, key=lambda part: part.stage):
@@ -216,10 +184,8 @@ class Constraints(Constraint):
 
     def violation(self, delta: Residual) -> PerExample:
         """The largest violation of any part (their units differ)."""
-        worst = torch.zeros(delta.shape[0], dtype=delta.dtype, device=delta.device)
-        for part in self.parts:
-            worst = torch.maximum(worst, part.violation(delta).to(worst.dtype))
-        return worst
+        none = delta.new_zeros(delta.shape[0])
+        return reduce(torch.maximum, (part.violation(delta).to(delta.dtype) for part in self.parts), none)
 
     def select(self, rows: Rows) -> Constraints:
         parts = tuple(part.select(rows) for part in self.parts)
@@ -230,8 +196,7 @@ class Constraints(Constraint):
 def _hold(A: Float[Tensor, "d_model k"], held: Bool[Tensor, "batch pos k"], delta: Residual) -> Residual:
     """At each position, `delta` projected onto the null space of the columns of `A` held there."""
     patterns, which = torch.unique(rearrange(held, "batch pos k -> (batch pos) k"), dim=0, return_inverse=True)
-    which = which.reshape(held.shape[:2])
-    projected = delta
+    which, projected = which.reshape(held.shape[:2]), delta
     for index, pattern in enumerate(patterns):
         if pattern.any():
             here = rearrange(which == index, "batch pos -> batch pos 1")

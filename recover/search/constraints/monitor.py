@@ -4,23 +4,21 @@
 read *after* the clamp of each site: drift is measured there (reference: Definitions). Not every row must be kept:
 
 1. *Active* features, those that are not zero in the defended state, stay at their pre-activation.
-2. *Inactive* ones are free below their threshold. One that comes near it is brought back a part of the way, to
-   `threshold - BACK gap`, with `gap` its distance in the defended state; from where a search is turned aside, if it
-   would go on toward the threshold.
+2. *Inactive* ones are free below their threshold. One that comes near it is brought back to `threshold - BACK gap`,
+   with `gap` its distance in the defended state; a search that would go on toward the threshold is turned aside.
 3. Where features compete there is no threshold, and all are kept.
 
-Rows are in units of length, pre-activation by norm of the encoder column. At the first site C1 keeps the features, all
-of them, exactly (or, without C1, they are rows like those of later sites). Of what C1 leaves, `J = d Phi / d delta`
-gives the row space that a delta must keep out of:
+Rows are in units of length, pre-activation by norm of the encoder column. At the first site C1 keeps all features
+exactly (without C1, they are rows like those of later sites). Of what C1 leaves, `J = d Phi / d delta` gives the row
+space that a delta must keep out of:
 
     P v = v - J^T (J J^T)^+ J v        nearest delta that moves no kept row, to first order
     J^+ r                              shortest delta that moves the kept rows by r
 
-- *Few rows*: `J` itself, by batched backward passes, and its singular values; those up to `tolerance` of the largest
-  count as zero.
+- *Few rows*: `J` itself, by batched backward passes, and those of its singular values above `tolerance` of the largest.
 - *Many*: by `least_squares`, which stops at the same tolerance and stores nothing of size rows x columns. `J^T w` is
-  one backward pass, `J v` a second one through the first: `J^T w` is linear in `w`, its gradient along `v` `J v`.
-  Attention is computed in the open ("math"), as fused kernels have no second derivative.
+  one backward pass; it is linear in `w`, so its gradient along `v` is `J v`. Attention is computed in the open
+  ("math"), as fused kernels have no second derivative.
 """
 
 from __future__ import annotations
@@ -41,9 +39,8 @@ from recover.numerics.least_squares import cgls
 from recover.numerics.metrics import relative_drift
 from recover.search.constraints.first_order import _gradients
 from recover.search.constraints.linear import EncoderOrthogonal
+from recover.tasks.behaviors import Behavior
 from recover.types import Bool, Delta, Float, InputError, Int, PerExample, Residual, Rows, Site, Tensor
-
-__all__ = ["DenseRows", "IteratedRows", "Jacobian", "Monitor", "RowSpace", "Watched", "jacobian_row_space", "passed"]
 
 NEAR, BACK, ASIDE = 0.05, 0.2, 0.3
 """Shares of its gap: an inactive feature as near as the first is brought back to the second; a search turns aside at
@@ -53,7 +50,8 @@ DENSE_ROWS, DENSE_NUMBERS = 256, 2**25
 STEPS = 200
 """Steps of conjugate gradients at most."""
 TOLERANCE = 1e-5
-"""Share of the largest singular value up to which what back-propagation gives is rounding."""
+"""Share of the largest singular value up to which what back-propagation gives is rounding: models compute norms in
+float32 even where their weights are in float64."""
 
 OfRows = Float[Tensor, "batch row"]
 
@@ -66,8 +64,13 @@ class Watched:
     pre: OfRows
     features: OfRows
 
+    def graded(self, behavior: Behavior, leaf: Delta) -> tuple[PerExample, PerExample, Delta]:
+        """Score, slack and the score's gradient at `leaf`, the delta that was watched; the graph is kept."""
+        score, slack = behavior.score(self.logits.float()), behavior.slack(self.logits.float())
+        (gradient,) = torch.autograd.grad(score.sum(), leaf, retain_graph=True)
+        return score.detach(), slack.detach(), gradient
+
     def select(self, rows: Rows) -> Watched:
-        """The values of the examples `rows` alone."""
         return Watched(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})
 
     def detached(self) -> Watched:
@@ -96,10 +99,8 @@ class Monitor:
             InputError: a delta enters elsewhere than after the clamp of the first site.
         """
         if defended.delta_sites != defended.defense.sites[:1] or defended.surface.placement != "after_clamp":
-            raise InputError(
-                "restoration: a delta must enter at the first clamped site alone, after the clamp; "
-                'use defend(..., surface=Surface("first", "after_clamp"))'
-            )
+            use = 'use defend(..., surface=Surface("first", "after_clamp"))'
+            raise InputError(f"restoration: a delta must enter at the first clamped site alone, after the clamp; {use}")
         with torch.no_grad():
             return cls(defended, _watch(defended, defended.zero_delta), c1)
 
@@ -108,7 +109,6 @@ class Monitor:
         return _watch(self.defended, delta)
 
     def select(self, rows: Rows) -> Monitor:
-        """The values of the examples `rows` alone."""
         return Monitor(self.defended.select(rows), self.reference.select(rows), self.c1)
 
     @cached_property
@@ -121,19 +121,19 @@ class Monitor:
     def watched(self) -> Bool[Tensor, "row"]:
         """Which rows C1 does not keep."""
         first = self.defended.defense.sites[0].index
-        free = [torch.full((len(c),), clamp.site.index != first or not self.c1) for clamp, c in self._parts]
+        free = [torch.full((len(c.features),), c.site.index != first or not self.c1) for c in self._clamps]
         return torch.cat([self._by_row(one) for one in free]).to(self.reference.pre.device)
 
     @cached_property
     def units(self) -> Float[Tensor, "row"]:
         """What a row is divided by: the norm of its encoder column; 1 where that reads nothing."""
-        read = torch.cat([self._by_row(clamp.encoder.norm(dim=0)) for clamp, _ in self._parts])
+        read = torch.cat([self._by_row(clamp.encoder.norm(dim=0)) for clamp in self._clamps])
         return torch.where(read > 0, read, 1.0)
 
     @cached_property
     def threshold(self) -> Float[Tensor, "row"]:
         """The threshold of each row; NaN where features compete."""
-        return torch.cat([self._by_row(clamp.threshold) for clamp, _ in self._parts]).to(self.reference.pre)
+        return torch.cat([self._by_row(clamp.threshold) for clamp in self._clamps]).to(self.reference.pre)
 
     def drift(self, watched: Watched) -> PerExample:
         """`||z_S(h_rec) - z_S(h_def)|| / ||z_S(h_def)||`, over all sites and positions."""
@@ -162,8 +162,8 @@ class Monitor:
         return (self.threshold - self.reference.pre).clamp(min=0)
 
     @property
-    def _parts(self) -> list[tuple[Clamp, tuple[int, ...]]]:
-        return [(c, c.features) for site in self.defended.defense.sites for c in self.defended.defense.at(site)]
+    def _clamps(self) -> list[Clamp]:
+        return [clamp for site in self.defended.defense.sites for clamp in self.defended.defense.at(site)]
 
     def _by_row(self, values: Shaped[Tensor, "k"]) -> Shaped[Tensor, "row"]:
         return repeat(values, "k -> (pos k)", pos=self.defended.suffix.n_pos)
@@ -190,11 +190,8 @@ def passed(defended: Defended, delta: Delta) -> tuple[Float[Tensor, "batch ..."]
 def _watch(defended: Defended, delta: Delta) -> Watched:
     logits, seen = passed(defended, delta)
     clamps = [(clamp, seen[site]) for site in defended.defense.sites for clamp in defended.defense.at(site)]
-    pre, features = (
-        torch.cat([rearrange(values, "batch pos k -> batch (pos k)") for values in read], dim=1)
-        for read in ([c.pre_activations(h) for c, h in clamps], [c.read(h) for c, h in clamps])
-    )
-    return Watched(logits, pre, features)
+    pre = torch.cat([_flat(clamp.pre_activations(h)) for clamp, h in clamps], dim=1)
+    return Watched(logits, pre, torch.cat([_flat(clamp.read(h)) for clamp, h in clamps], dim=1))
 
 
 @dataclass(frozen=True, eq=False)
@@ -226,8 +223,7 @@ class Jacobian:
 
     def pull(self, w: OfRows) -> Delta:
         """`J^T w`, in float64."""
-        w = (w * self.weight).to(self.pre.dtype)
-        (pulled,) = torch.autograd.grad(self.pre, self.leaf, w, retain_graph=True)
+        (pulled,) = torch.autograd.grad(self.pre, self.leaf, (w * self.weight).to(self.pre.dtype), retain_graph=True)
         return self.first.project(pulled.double())
 
     def push(self, v: Delta) -> OfRows:
@@ -241,11 +237,8 @@ class Jacobian:
         """`J` of `rows`, in float64."""
         rows = self.rows
         # Examples do not see each other, so that the gradient of a sum over them holds the row of each.
-        table = _gradients(self.pre.sum(dim=0)[rows], self.leaf)
-        table = self.first.null_space.project(
-            rearrange(table, "row batch pos d_model -> batch row pos d_model").double()
-        )
-        table = table * rearrange(self.weight[:, rows], "batch row -> batch row 1 1")
+        table = rearrange(_gradients(self.pre.sum(dim=0)[rows], self.leaf), "row batch ... -> batch row ...").double()
+        table = self.first.null_space.project(table) * rearrange(self.weight[:, rows], "batch row -> batch row 1 1")
         return rearrange(table, "batch row pos d_model -> batch row (pos d_model)")
 
     @cached_property
@@ -335,7 +328,6 @@ def jacobian_row_space(jacobian: Jacobian, *, dense: bool | None = None, toleran
         jacobian: at one delta.
         dense: whether to store it; by default where it is small.
         tolerance: share of the largest singular value up to which one counts as zero, and precision of the projection.
-            Models of transformers compute norms in float32 even where their weights are in float64.
     """
     n_rows = len(jacobian.rows)
     if dense is None:

@@ -11,8 +11,8 @@ At site `m`, after its clamp, a delta consists of two parts (design, "Several si
 3. *Norm*. The two parts are orthogonal at every site: `||delta||^2 = ||P v||^2 + ||correction||^2`. A search bounds the
    first; `Pinned.within` shortens it until the whole is within the budget.
 
-Every pinned delta is of this form and every `v` gives one, so that nothing is lost and no iterate can leave it. With a
-pointwise SAE pinned pre-activations are pinned features. All of it is differentiable, through the correction too.
+Every pinned delta is of this form and every `v` gives one. With a pointwise SAE pinned pre-activations are pinned
+features. All of it is differentiable, through the correction too.
 """
 
 from __future__ import annotations
@@ -28,12 +28,9 @@ from recover.defenses.clamps import Clamp
 from recover.defenses.defended import Defended
 from recover.models.host import Change
 from recover.numerics.metrics import by_example, norm
-from recover.numerics.subspaces import NullSpace
 from recover.search.constraints.linear import EncoderOrthogonal
 from recover.tasks.behaviors import Behavior
 from recover.types import Delta, Float, InputError, PerExample, Residual, Rows, Site, Tensor, widened
-
-__all__ = ["FreeParts", "Pin", "Pinned"]
 
 HALVINGS = 30
 """Bisections of the share by which a delta is shortened until it is within the budget."""
@@ -62,10 +59,6 @@ class Pin:
         return torch.cat([clamp.encoder for clamp in self.clamps], dim=1)
 
     @cached_property
-    def null_space(self) -> NullSpace:
-        return NullSpace.of(self.encoder)
-
-    @cached_property
     def answer(self) -> Float[Tensor, "k d_model"]:
         """`(A (A^T A)^+)^T`: the smallest change of the residual that moves each pre-activation by one, in float64."""
         inverse: Tensor = torch.linalg.pinv(self.encoder.double())
@@ -77,7 +70,6 @@ class Pin:
         return einsum(missing, self.answer, "batch pos k, k d_model -> batch pos d_model").to(state.dtype)
 
     def select(self, rows: Rows) -> Pin:
-        """The pin of the examples `rows` alone."""
         return Pin(self.clamps, self.reference[rows])
 
 
@@ -90,8 +82,7 @@ class FreeParts:
     def project(self, delta: Delta) -> Delta:
         """The nearest free parts, site by site."""
         parts = rearrange(delta, "batch (site pos) d_model -> site batch pos d_model", site=len(self.sites))
-        free = [space.project(part) for space, part in zip(self.sites, parts, strict=True)]
-        return rearrange(torch.stack(free), "site batch pos d_model -> batch (site pos) d_model")
+        return torch.cat([space.project(part) for space, part in zip(self.sites, parts, strict=True)], dim=1)
 
     def select(self, rows: Rows) -> FreeParts:
         return self
@@ -113,9 +104,8 @@ class Pinned:
         """
         defense = defended.defense
         if defended.delta_sites != defense.sites:
-            raise InputError(
-                'pinned search: a delta must enter at every clamped site; use defend(..., surface=Surface("every"))'
-            )
+            use = 'use defend(..., surface=Surface("every"))'
+            raise InputError(f"pinned search: a delta must enter at every clamped site; {use}")
         states = defended.states()
         return cls(defended, {site: Pin.at(defense.at(site), widened(states[site])) for site in defense.sites})
 
@@ -135,10 +125,6 @@ class Pinned:
         return self.defended.behavior
 
     @property
-    def zero_delta(self) -> Delta:
-        return self.start
-
-    @property
     def residual(self) -> Delta:
         """Where the free parts enter, as in `Defended`."""
         return self.defended.residual
@@ -147,9 +133,11 @@ class Pinned:
         return len(self.defended)
 
     @property
-    def start(self) -> Delta:
+    def zero_delta(self) -> Delta:
         """`v = 0`."""
         return self.defended.zero_delta
+
+    start = zero_delta
 
     def asking(self, behavior: Behavior) -> Pinned:
         """These examples with another behavior as the goal."""
@@ -174,13 +162,12 @@ class Pinned:
         first, *later = self.defended.delta_sites
         state = pinned(first)(self.defended.suffix.residual)
         logits = self.defended.changed_logits(state, {site: pinned(site) for site in later})
-        whole = torch.stack([added[site] for site in self.defended.delta_sites])
-        return logits, rearrange(whole, "site batch pos d_model -> batch (site pos) d_model")
+        return logits, torch.cat([added[site] for site in self.defended.delta_sites], dim=1)
 
     def __call__(self, delta: Delta) -> tuple[PerExample, PerExample]:
         """Score and slack, as a search asks for them; what it varies are the free parts."""
         logits = self.run(delta)[0].float()
-        return self.defended.behavior.score(logits), self.defended.behavior.slack(logits)
+        return self.behavior.score(logits), self.behavior.slack(logits)
 
     def delta(self, free: Delta) -> Delta:
         """The pinned delta of these free parts, corrections included: what is saved and replayed."""
@@ -192,8 +179,7 @@ class Pinned:
 
         The length of a delta need not fall with that of its free parts, but it is zero where they are.
         """
-        share = torch.ones_like(norm(free))
-        low, high = torch.zeros_like(share), share.clone()
+        low, high = torch.zeros_like(norm(free)), torch.ones_like(norm(free))
         fits = norm(self.delta(free)) <= budget
         for _ in range(HALVINGS):
             if bool(fits.all()):
@@ -203,8 +189,7 @@ class Pinned:
             low, high = torch.where(inside, middle, low), torch.where(inside, high, middle)
             if bool(((high - low) <= 1e-4 * high)[~fits].all()):
                 break
-        share = torch.where(fits, 1.0, low)
-        return by_example(share) * free
+        return by_example(torch.where(fits, 1.0, low)) * free
 
 
 def _read(clamps: tuple[Clamp, ...], state: Delta) -> Float[Tensor, "batch pos k"]:
