@@ -25,9 +25,6 @@ from recover.search.constraints.linear import (
     Constraints,
     DecodeStable,
     EncoderOrthogonal,
-    JacobianOrthogonal,
-    Pinned,
-    admissible,
 )
 from recover.search.constraints.pinned import Pinned
 from recover.search.gradient_checks import Agreement, error_channel, finite_differences
