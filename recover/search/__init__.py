@@ -31,6 +31,7 @@ from recover.search.gradient_checks import Agreement, error_channel, finite_diff
 from recover.search.gradient_free import Effort, reexamined
 from recover.search.minimum import Minimum, smallest_perturbation
 from recover.search.pinned import PinnedSolution, find_pinned, shorten
+from recover.search.restored import find_linearized, find_restored
 from recover.search.restoring import RestoredSolution
 from recover.search.solvers import SOLVERS, Found, Solver, WorstCase, random_draws, worst_case
 from recover.search.stable import find_stable
