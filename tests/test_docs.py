@@ -44,7 +44,8 @@ def hooks() -> Any:
 
 
 FOLDERS = [name for _, name, is_folder in pkgutil.iter_modules(recover.__path__) if is_folder]
-PACKAGES = ("recover", "recover.types", *(f"recover.{name}" for name in sorted(FOLDERS)))
+FOLDERS_BELOW = ("recover.evidence.attribution",)
+PACKAGES = ("recover", "recover.types", *(f"recover.{name}" for name in sorted(FOLDERS)), *FOLDERS_BELOW)
 API_PAGES = {path.stem: path.read_text(encoding="utf-8") for path in sorted((PAGES / "reference" / "api").glob("*.md"))}
 
 

@@ -8,14 +8,16 @@
 =============  ==========================================================================================
 """
 
-from recover.baselines.class_scoring import class_scores
+from recover.baselines.class_scoring import ClassScores, class_scores
 from recover.baselines.probes import find_probed
 from recover.baselines.published_loops import PublishedAnswerLoop, published_loop
-from recover.baselines.soft_suffix import SoftSuffix
+from recover.baselines.soft_suffix import SoftSuffix, spoken_with, with_room
 from recover.baselines.tpp import Score, ablated, effect, score
-from recover.baselines.two_stage import Opening, opened
+from recover.baselines.two_stage import OPENING_STEPS, Opening, opened
 
 __all__ = [
+    "OPENING_STEPS",
+    "ClassScores",
     "Opening",
     "PublishedAnswerLoop",
     "Score",
@@ -27,4 +29,6 @@ __all__ = [
     "opened",
     "published_loop",
     "score",
+    "spoken_with",
+    "with_room",
 ]

@@ -6,9 +6,20 @@ defense costs on ordinary text.
 """
 
 from recover.defenses.clamps import Clamp, Defense, Floor, Mode, Scale, Set
-from recover.defenses.defended import Defended, clamp_edits, defend
-from recover.defenses.selection import attributions, contrast, effects, largest, matched, select_features
+from recover.defenses.defended import Defended, check_fits, clamp_edits, defend
+from recover.defenses.selection import (
+    attributions,
+    contrast,
+    effects,
+    firing_rates,
+    forgettable,
+    largest,
+    matched,
+    mean_activations,
+    select_features,
+)
 from recover.defenses.speech import say, under
+from recover.defenses.utility import Utility, measure_utility
 
 __all__ = [
     "Clamp",
@@ -18,13 +29,19 @@ __all__ = [
     "Mode",
     "Scale",
     "Set",
+    "Utility",
     "attributions",
+    "check_fits",
     "clamp_edits",
     "contrast",
     "defend",
     "effects",
+    "firing_rates",
+    "forgettable",
     "largest",
     "matched",
+    "mean_activations",
+    "measure_utility",
     "say",
     "select_features",
     "under",

@@ -6,27 +6,34 @@ specific, and `attribution` says which parts of a perturbation and of the model 
 """
 
 from recover.evidence.certificate import Certificate, certify, constraint_residual, free_drift
-from recover.evidence.controls import Anywhere, averaged, cosine, displacement, undone
-from recover.evidence.rules import Reading, Rules
+from recover.evidence.controls import Anywhere, Undefended, averaged, cosine, displacement, placebo_targets, undone
+from recover.evidence.rules import Finding, Reading, Rules, TransferEvidence, judge
 from recover.evidence.shared import fit_and_read
-from recover.evidence.transfer import FitSchedule, Pool, Problem, fit_shared, halves
+from recover.evidence.transfer import FitSchedule, Pool, Problem, derangement, fit_shared, halves, random_shared
 
 __all__ = [
     "Anywhere",
     "Certificate",
+    "Finding",
     "FitSchedule",
     "Pool",
     "Problem",
     "Reading",
     "Rules",
+    "TransferEvidence",
+    "Undefended",
     "averaged",
     "certify",
     "constraint_residual",
     "cosine",
+    "derangement",
     "displacement",
     "fit_and_read",
     "fit_shared",
     "free_drift",
     "halves",
+    "judge",
+    "placebo_targets",
+    "random_shared",
     "undone",
 ]

@@ -8,29 +8,38 @@ all of them. `ledger` keeps finished work, `folder` keeps it on disk, and `worke
 
 from recover.protocol.bench import Batch, Bench
 from recover.protocol.checking import check
+from recover.protocol.folder import RunFolder, RunState, write_whole
 from recover.protocol.ledger import InMemoryStore, Store
-from recover.protocol.phases import BY_GRADIENT, read_replies
+from recover.protocol.phases import BY_GRADIENT, PHASES, read_replies
 from recover.protocol.plan import Plan, TransferPlan
 from recover.protocol.readout import ReadOut, certificate_of, flips_of, read_out, read_out_suffix, search_pinned
-from recover.protocol.records import ExampleRecord, certificate_values
+from recover.protocol.records import CertificateRecord, ExampleRecord, SmallestRecord, certificate_values
 from recover.protocol.runtime import Runtime
 from recover.protocol.steps import run_phases, run_transfer
 from recover.protocol.verdict import certified_norm, curve, placebo_pairs
-from recover.protocol.verdict_model import Gate, Recovery, Transfer, Verdict
-from recover.protocol.workers import LostWorkerError, Workers, joined
+from recover.protocol.verdict_model import Gate, OtherSchemaError, Recovery, RefusedTransfer, Transfer, Verdict
+from recover.protocol.workers import ALONE, LostWorkerError, Workers, joined
 
 __all__ = [
+    "ALONE",
     "BY_GRADIENT",
+    "PHASES",
     "Batch",
     "Bench",
+    "CertificateRecord",
     "ExampleRecord",
     "Gate",
     "InMemoryStore",
     "LostWorkerError",
+    "OtherSchemaError",
     "Plan",
     "ReadOut",
     "Recovery",
+    "RefusedTransfer",
+    "RunFolder",
+    "RunState",
     "Runtime",
+    "SmallestRecord",
     "Store",
     "Transfer",
     "TransferPlan",
@@ -50,4 +59,5 @@ __all__ = [
     "run_phases",
     "run_transfer",
     "search_pinned",
+    "write_whole",
 ]

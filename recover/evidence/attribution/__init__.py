@@ -6,9 +6,8 @@ follows the effect through heads and MLPs, `movers` finds the heads that attend 
 """
 
 from recover.evidence.attribution.linear_error import LinearError, fit_linear_errors
-from recover.evidence.attribution.movers import looks, name_movers, undefended, writes
-from recover.evidence.attribution.parts import POINTS, TOP_K, VIEWS, Attribution, Parts, attribute, entering
-from recover.evidence.attribution.paths import direct, through, trace
+from recover.evidence.attribution.movers import name_movers
+from recover.evidence.attribution.parts import POINTS, TOP_K, VIEWS, Attribution, View, attribute, entering, parts_of
 from recover.evidence.attribution.ranking import carried
 
 __all__ = [
@@ -17,16 +16,11 @@ __all__ = [
     "VIEWS",
     "Attribution",
     "LinearError",
-    "Parts",
+    "View",
     "attribute",
     "carried",
-    "direct",
     "entering",
     "fit_linear_errors",
-    "looks",
     "name_movers",
-    "through",
-    "trace",
-    "undefended",
-    "writes",
+    "parts_of",
 ]
