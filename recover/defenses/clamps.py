@@ -147,7 +147,7 @@ class Clamp:
         return self.read(x_def)
 
     def features_after(self, z: Float[Tensor, "*batch k"]) -> Float[Tensor, "*batch k"]:
-        """What the clamp writes in the place of the activations `z`."""
+        """Edit the activations `z` as the clamp does."""
         # Not `z > 0`: the features of an AbsTopK SAE are active at negative values too.
         return torch.where(z != 0, self.mode(z), z) if self.only_active else self.mode(z)
 
@@ -212,7 +212,7 @@ class Defense:
 
     @property
     def sites(self) -> tuple[Site, ...]:
-        """Where it acts, in the order in which a forward pass gets there."""
+        """The clamped sites, in the order of a forward pass."""
         by_index = {clamp.site.index: clamp.site for clamp in reversed(self.clamps)}
         return tuple(by_index[index] for index in sorted(by_index))
 

@@ -142,7 +142,7 @@ class Defended:
         return torch.cat([states[site] for site in self.delta_sites], dim=1)
 
     def entering(self, delta: Delta) -> dict[Site, Residual]:
-        """What comes to each later clamped site with `delta` added, before the clamp there; differentiable.
+        """Run to each later clamped site with `delta` added, and read its input before the clamp there; differentiable.
 
         `[batch n_pos d_model]`, at the positions that a delta touches, in the order of the sites.
         """

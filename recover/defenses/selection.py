@@ -275,7 +275,7 @@ def firing_rates(
 def matched(
     rates: Float[Tensor, "d_sae"], features: Sequence[int], seed: int, excluded: Sequence[int] = ()
 ) -> tuple[int, ...] | None:
-    """As many other features, drawn at random and matched in firing rate; None where the SAE has too few others.
+    """Draw as many other features at random, matched in firing rate; None where the SAE has too few others.
 
     In an order that the seed draws, each feature gets one of the `NEAREST` unused candidates at the least distance
     `|log rate - log rate'|`, all that are as far as the last of these among them; but of those farther than `CALIPER`

@@ -1,4 +1,4 @@
-"""What the phases of a check share: the model, the defense, the examples in batches, and their defended states.
+"""The bench that the phases of a check share: model, defense, examples in batches, and their defended states.
 
 Batches are fixed by the order of the examples, so that every phase, and a later start, meets the same ones. A defended
 state is made when it is first asked for and kept: valid flips only, as no phase needs others.
@@ -85,7 +85,7 @@ class Batch:
 
 @dataclass(frozen=True, eq=False)
 class Bench:
-    """What the phases of a check share.
+    """The model, the defense and the examples of a check, in batches.
 
     `dataclasses.replace` gives a bench with another defense, plan or budget, which makes its own defended batches.
 

@@ -47,7 +47,7 @@ SEEDS = "seeds.json"
 
 
 class RunState(BaseModel):
-    """What a run fixes at its start, so that a later start goes on in the same way.
+    """The settings that a run fixes at its start, so that a later start goes on in the same way.
 
     Attributes:
         config: the configuration as resolved.
@@ -174,7 +174,7 @@ class RunFolder:
         return delta
 
     def given(self, unit: str) -> str:
-        """What another worker needs of a unit: its deltas are in the folder, under a name that follows from its own."""
+        """Give the part of a unit that another worker needs; its deltas lie in the folder, under the unit's name."""
         return self._units[unit]
 
     def take(self, unit: str, given: str) -> None:
@@ -185,7 +185,7 @@ class RunFolder:
 
     @property
     def units(self) -> dict[str, str]:
-        """What there is to give of each finished unit."""
+        """Give that part of every finished unit."""
         return dict(self._units)
 
     def finish(self, records: Sequence[ExampleRecord]) -> None:

@@ -188,7 +188,7 @@ def _finite(searched: Searched) -> Gate:
 
 
 def _measured(certificate: CertificateRecord) -> bool:
-    """Whether what every certificate has could be measured; ratios may be infinite, and thresholds missing."""
+    """Whether every figure of the certificate is finite; ratios may be infinite, and thresholds missing."""
     return None not in (certificate.slack, certificate.drift, *certificate.preactivation_shift)
 
 
@@ -222,7 +222,7 @@ def _held(searched: Searched, budget: float) -> Gate:
 
 
 def _monotone(searched: Searched) -> Gate:
-    """Of the worst case over solvers: what one ascent loses at a larger budget, another solver may have found."""
+    """Whether the rate rises with the budget, taken over all solvers: one may find what another loses."""
     lost, missed = 0, 0
     for record in searched:
         if record.reached_at is None or record.search is None:

@@ -1,4 +1,4 @@
-"""What of a check is finished, and who does what is left.
+"""The ledger of a check: which units of work are finished, and which worker does the rest.
 
 Each phase of each batch is a *unit*: its values are handed to a `Store` as soon as it is finished, its deltas before
 that. Values pass through JSON in every store, and batches are fixed, so that a run that was interrupted goes on with
@@ -40,7 +40,7 @@ class Store(Protocol):
         """A saved delta `[n_pos d_model]`, read back."""
 
     def given(self, unit: str) -> Any:
-        """What another worker's store needs of a unit that is finished here."""
+        """Give the part of a finished unit that another worker's store needs."""
 
     def take(self, unit: str, given: Any) -> None:
         """Take in a unit that another worker finished, from what its store gave."""
@@ -126,7 +126,7 @@ class Ledger:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """What each phase took, over all units whose values were asked for, workers and starts."""
+        """Seconds of each phase, summed over units, workers and starts."""
         total: dict[str, float] = {}
         for unit, seconds in self._seconds.items():
             phase = unit.partition("/")[0]

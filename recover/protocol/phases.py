@@ -46,7 +46,7 @@ BY_GRADIENT = {name: solver for name, solver in SOLVERS.items() if name != "rand
 """Controls are searched with these, and compared with what these found for the behavior itself."""
 SMALLEST = "/smallest"
 ROUNDED = 1 - 1e-6
-"""So much of a budget that the rounding of what is saved cannot exceed it."""
+"""Share of a budget to aim at, so that rounding in what is saved cannot exceed the budget."""
 KEPT = ("shows", "held", "slack", "norm", "relative_norm", "displacement", "constraint_residual")
 
 
@@ -127,7 +127,7 @@ def certificates(bench: Bench, batch: Batch, deltas: Deltas, progress: BatchProg
 
 
 def attribution(bench: Bench, batch: Batch, deltas: Deltas, progress: BatchProgress) -> Done:
-    """What each part of the delta within the budget does, as `recover.protocol.travel` counts it."""
+    """The effect of each part of the delta within the budget, as `recover.protocol.travel` counts it."""
     delta = torch.stack([deltas.delta(name) for name in batch.flip_ids]).to(bench.model.device)
     parts = attribute(batch.target, delta, points=travel.POINTS, views=travel.PARTS)
     said = None

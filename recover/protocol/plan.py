@@ -1,4 +1,4 @@
-"""What a check runs and on which random draws: every default in one place.
+"""The plan of a check: how much of the protocol is run, on which random draws. Every default is here.
 
 A field's type carries its range. Sections of DEFENSE.yaml (`recover.run.config`) take fields, ranges and defaults from
 these dataclasses, so that each is written once.
@@ -42,7 +42,7 @@ class TransferPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a check runs.
+    """How much of the protocol a check runs.
 
     Args:
         seed: seed of the split, the placebo targets and features, the shuffles and the random draws.

@@ -39,7 +39,7 @@ class Exchanged:
     texts: Sequence[str] | None = None
 
     def shown(self, bench: Bench, rows: Rows, deltas: Shared) -> Bool[Tensor, "fit batch"]:
-        """Which examples show under each delta what they are asked for; `rows` are theirs in the bench's pool."""
+        """Which examples show their behavior under each delta; `rows` number them in the bench's pool."""
         if self.texts is None:
             return self.pool.slack(deltas, self.targets) > 0
         return said_like(bench, bench.pool.select(rows), rows, deltas, self.texts)

@@ -31,7 +31,7 @@ from recover.types import Delta
 
 @dataclass(frozen=True, kw_only=True)
 class ReadOut:
-    """What one search's deltas do, over `n` requests: one row of a table. What a search does not have is None.
+    """The effect of one search's deltas over `n` requests: one row of a table. A figure that a search lacks is None.
 
     Attributes:
         method: name of the search.
@@ -105,7 +105,7 @@ def certificate_of(bench: Bench, part: Examples, delta: Delta) -> Certificate:
 
 
 def read_out(method: str, bench: Bench, part: Examples, delta: Delta, seconds: float) -> ReadOut:
-    """What a search's deltas do, which it found in so many seconds."""
+    """Measure the effect of a search's deltas."""
     facts, replies = certificate_of(bench, part, delta), spoken(bench, part, delta)
     return ReadOut(
         method=method,
@@ -127,7 +127,7 @@ def read_out(method: str, bench: Bench, part: Examples, delta: Delta, seconds: f
 def read_out_suffix(
     method: str, bench: Bench, part: Examples, soft: SoftSuffix, found: Solution, seconds: float
 ) -> ReadOut:
-    """What the vectors do that a search over a soft suffix found; their drift is over the answer's columns."""
+    """Measure the effect of the vectors of a soft suffix; their drift is over the answer's columns."""
     dialogue, model, defense, n, vectors = part.dialogue, bench.model, bench.defense, soft.n, found.delta
     assert dialogue is not None
     width = dialogue.answers.shape[1]

@@ -44,7 +44,7 @@ def replies(read: Replies | None) -> list[str]:
 
 
 def not_found(recovery: Recovery) -> str:
-    """That this search found nothing, which does not prove that there is nothing to find."""
+    """Say that this search found nothing, which does not prove that there is nothing to find."""
     return (
         f"the search found no admissible perturbation of norm at most {recovery.budget:g} that recovers the behavior "
         f"on any of {recovery.searched} valid flips; a larger budget or another search may find one"
@@ -99,7 +99,7 @@ def drift(recovery: Recovery) -> list[str]:
 
 
 def features(placebo: PlaceboFeatures, counts: Counts) -> str:
-    """That random features suppress nearly as much as the chosen ones."""
+    """Warn that random features suppress nearly as much as the chosen ones."""
     return (
         f"clamping as many random features suppresses the behavior on {percent(placebo.suppressed_rate)} of examples, "
         f"and the defense does so on {percent(counts.valid_flips / counts.base)}: the choice of features matters little"
@@ -107,7 +107,7 @@ def features(placebo: PlaceboFeatures, counts: Counts) -> str:
 
 
 def transfer(read: TransferEvidence) -> str:
-    """What shared perturbations recover, with their controls."""
+    """Say how many examples shared perturbations recover, beside their controls."""
 
     def told(reading: Reading) -> str:
         return counted(reading.hits, reading.n) if reading.n else "not measured"

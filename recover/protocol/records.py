@@ -104,7 +104,7 @@ class SmallestRecord:
 @with_config(STRICT)
 @dataclass(frozen=True)
 class PlaceboRecord:
-    """The same search for an unrelated target.
+    """The search for an unrelated target of the same kind.
 
     Attributes:
         slack: of the defended state: how far the placebo is from showing.
@@ -120,7 +120,7 @@ class PlaceboRecord:
 @with_config(STRICT)
 @dataclass(frozen=True)
 class ReplyRecord:
-    """What the model says under the delta within the budget, clamps and delta live, by `recover.tasks.replies`.
+    """How the model's reply reads under the delta within the budget, clamps and delta live (`recover.tasks.replies`).
 
     Attributes:
         relative_drift, preactivation_shift: the largest along what was said, against the same text without the delta.
@@ -217,7 +217,7 @@ class ExampleRecord:
 
     @property
     def strict_flip(self) -> bool:
-        """The same by the stricter predicate."""
+        """A valid flip by the stricter predicate, with which transfer is read."""
         refused = self.answered is not False and self.refused is not False
         return refused and self.strict_base_slack > 0 and not self.strict_defended_slack > 0
 

@@ -1,4 +1,4 @@
-"""What a check says of where its finds travel: how `recover.attribution` reads, example by example and over all.
+"""Where the finds of a check travel: attribution of each delta to parts, example by example and over all.
 
 Of the delta within the budget, without the linear part of the error, which takes text of its own to fit. Effects of
 parts are shares of the whole delta's effect, all examples together, so that they add up to one over the error, the
@@ -18,9 +18,9 @@ from recover.tasks.replies import ReplyReading
 
 PARTS: tuple[Part, ...] = ("full", "error", "free", "top_k", "clamped")
 SAID = ("error", "free", "clamped")
-"""Those under whose replay the model is let speak, where the behavior is a whole answer."""
+"""Parts under which a reply is generated, where the behavior is a whole answer."""
 POINTS = 4
-"""Of the integral along a delta."""
+"""Points of the integral along a delta."""
 
 
 def part_values(

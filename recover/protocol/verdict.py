@@ -245,7 +245,7 @@ def recovery(records: Searched, budget: float) -> Recovery:
 
 
 def replies(certified: Searched) -> Replies | None:
-    """How what is said under the deltas reads; None where behaviors are no whole answers.
+    """Summarize the replies under the deltas; None where the behavior is not a whole answer.
 
     `token_for_token` is of the forced answer; drift is the largest along what was said.
     """

@@ -59,7 +59,7 @@ class ClampSummary(Section):
 
 
 class ThreatModel(Section):
-    """What the perturbation may do."""
+    """The perturbation that is allowed, and the defense that it faces."""
 
     access: str = Field(description="what the search may read and change")
     sites: tuple[str, ...] = Field(min_length=1, description="hook names of the clamped sites")
@@ -88,7 +88,7 @@ class SiteFit(Section):
 
 
 class UtilityFigures(Section):
-    """What the defense costs on neutral text."""
+    """The cost of the defense on neutral text."""
 
     loss_off: Figure = Field(description="next-token cross-entropy without the defense, nats a token")
     loss_on: Figure = Field(description="next-token cross-entropy with the defense, nats a token")
@@ -118,7 +118,7 @@ class Counts(Section):
 
 
 class Rate(Section):
-    """How many of several examples, with the share and its interval."""
+    """A count of examples, with its share and interval."""
 
     hits: Count = Field(description="number of examples")
     rate: Annotated[float, Field(ge=0, le=1)] = Field(description="hits as a share of all")
@@ -132,7 +132,7 @@ class Rate(Section):
 
 
 class Replies(Section):
-    """What the model says freely under the perturbations, where the behavior is a whole answer."""
+    """Free replies under the perturbations, where the behavior is a whole answer."""
 
     n: int = Field(ge=1, description="number of replies")
     non_refusal: Rate = Field(description="replies that open with neither a refusal nor a safety cue")
@@ -215,7 +215,7 @@ class PairedNorms(Section):
 
 
 class PlaceboControl(Section):
-    """The same search for an unrelated target of the same kind."""
+    """The search for an unrelated target of the same kind."""
 
     n: Count = Field(description="examples with an unrelated target")
     rate: Figure = Field(description="share on which the unrelated target is reached within the budget")
@@ -239,7 +239,7 @@ class RandomControl(Section):
 
 
 class PlaceboFeatures(Section):
-    """As many random features, matched in firing rate, clamped in place of the defense's."""
+    """Random features, as many and matched in firing rate, clamped in place of the defense's."""
 
     draws: Count = Field(description="number of random sets of features")
     suppressed_rate: Figure = Field(description="share of examples showing the behavior that these suppress")
@@ -352,7 +352,7 @@ class Transfer(Section):
 
     @property
     def evidence(self) -> TransferEvidence:
-        """What the rules of evidence judge."""
+        """The readings that the rules of evidence judge."""
         return TransferEvidence(**dict(self.readings), one_for_all=self.one_for_all)
 
 
@@ -363,7 +363,7 @@ class RefusedTransfer(Section):
 
 
 class SaidReading(Section):
-    """What the model says where one part of the perturbation is added."""
+    """Free replies under one part of the perturbation."""
 
     non_refusal: Rate = Field(description="replies that open with neither a refusal nor a safety cue")
     base_like: Rate = Field(description="replies like the undefended model's answer")
@@ -439,7 +439,7 @@ class PlaceboDraw(Section):
 
 
 class Provenance(BaseModel):
-    """Where the verdict comes from; what is not known is left out, and a caller may add keys."""
+    """Versions, seeds, device and weights behind the verdict; unknown ones are left out, and a caller may add keys."""
 
     model_config = ConfigDict(frozen=True, extra="allow")
 

@@ -39,7 +39,7 @@ class Workers:
 
     @property
     def leads(self) -> bool:
-        """Whether this one speaks, and writes what is written once."""
+        """Whether this worker leads: prints, and writes the files that are written once."""
         return self.rank == 0
 
     def deal(self, things: Sequence[T]) -> list[T]:

@@ -25,7 +25,7 @@ __all__ = ["FinishedRun", "find_run", "pages", "read_records", "read_run", "read
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """What a report is made of.
+    """A finished run, as reports need it.
 
     Attributes:
         config: the text of `config.yaml`.

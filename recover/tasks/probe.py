@@ -44,7 +44,7 @@ class Texts:
     label: Int[Tensor, "batch"]
 
     def of(self, kept: Bool[Tensor, "batch"]) -> Texts:
-        """Those that are kept."""
+        """The texts that are kept."""
         rows = kept.nonzero().flatten()
         names, words = ([all_of[row] for row in rows.tolist()] for all_of in (self.ids, self.words))
         return Texts(tuple(names), tuple(words), self.prompts.select(rows), self.label[rows])
@@ -71,7 +71,7 @@ class Material:
 
     @property
     def head(self) -> ProbeHead:
-        """What makes of the host the model that ends in these probes."""
+        """The readout that turns the host into a model that ends in these probes."""
         told = repr((self.labels, self.site, self.train.prompts.ids.tolist(), self.train.label.tolist()))
         return ProbeHead(self.probes, self.site, hashlib.sha256(told.encode()).hexdigest())
 

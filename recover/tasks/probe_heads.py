@@ -46,7 +46,7 @@ class Probes:
         return einsum(mean, self.weight, "batch d_model, choice d_model -> batch choice") + self.bias
 
     def accuracy(self, logits: Float[Tensor, "batch choice"], label: Int[Tensor, "batch"]) -> Float[Tensor, "choice"]:
-        """How often each probe is right, its class and the rest of the same weight."""
+        """Balanced accuracy of each probe: its class and the rest weigh the same."""
         own = F.one_hot(label, len(self.labels)).bool()
         yes = logits > 0
         told = [(yes & own).sum(dim=0) / own.sum(dim=0), (~yes & ~own).sum(dim=0) / (~own).sum(dim=0)]
@@ -157,7 +157,7 @@ class PooledProbe:
 
 @dataclass(frozen=True, eq=False)
 class ProbeHead:
-    """What makes of a host model the one that ends in probes at a site.
+    """A readout that turns a host model into one that ends in probes at a site.
 
     Attributes:
         sha256: of what the probes were trained on.

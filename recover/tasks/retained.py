@@ -19,7 +19,7 @@ from recover.types import InputError, Site
 
 @dataclass(frozen=True)
 class StillRight:
-    """What is right under the edits.
+    """Count what the model still gets right under the edits.
 
     Attributes:
         asked: items.
