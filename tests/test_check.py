@@ -187,8 +187,8 @@ def test_a_defense_that_can_be_undone_is_recoverable(finished: tuple[Verdict, In
         ):
             slack = by_hooks(module, row, delta, clamp=True)
             assert facts is not None
-            assert facts["slack"] == pytest.approx(slack, abs=1e-3)
-            assert facts["norm"] == pytest.approx(float(delta.norm()), rel=1e-5)
+            assert facts.slack == pytest.approx(slack, abs=1e-3)
+            assert facts.norm == pytest.approx(float(delta.norm()), rel=1e-5)
             assert float((delta @ signed_basis().W_enc[:, list(FEATURES)]).norm()) <= 1e-5 * 2 * float(delta.norm())
         assert float(store.deltas[f"e{row}"].norm()) <= BUDGET
         recovered += by_hooks(module, row, store.deltas[f"e{row}"], clamp=True) > 0
@@ -469,8 +469,8 @@ def test_a_finished_run_recomputes_nothing(
     for module, names in {
         CHECK: ("measure_fit", "measure_utility"),
         bench: ("defend", "admissible"),
-        phases: ("worst_case", "recover", "certify"),
-        global_controls: ("recover", "finite_differences"),
+        phases: ("worst_case", "find_perturbation", "certify"),
+        global_controls: ("find_perturbation", "finite_differences"),
         heldout: ("fit_shared", "random_shared", "certify"),
     }.items():
         for name in names:
@@ -493,7 +493,7 @@ def test_the_certificate_is_of_the_delta_as_the_store_reads_it_back() -> None:
     for record in verdict.records:
         for facts, name in ((record.certificate, record.id), (record.smallest, f"{record.id}{SMALLEST}")):
             assert facts is not None
-            assert facts["norm"] == pytest.approx(float(store.deltas[name].norm()) / 2, rel=1e-5)
+            assert facts.norm == pytest.approx(float(store.deltas[name].norm()) / 2, rel=1e-5)
     assert verdict.transfer is not None
     for fit in units(store)["transfer/1"]["fits"]:
         name = f"transfer/0/{fit['kind']}/{fit['budget']:.6g}/0"
