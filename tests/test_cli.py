@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from recover import cli
+from recover.defenses import selection
 from recover.protocol.folder import CONFIG, DELTAS, EXAMPLES, MARKDOWN, REPORT, RUN, SEEDS, UNITS, VERDICT, RunFolder
 from recover.protocol.phases import PHASES
 from recover.protocol.plan import Plan
@@ -325,7 +326,7 @@ def test_features_by_attribution_are_selected_once(recover, tmp_path, monkeypatc
     assert recover("--features", "top:8", "--n", 24, out=tmp_path / "whole")[0] == 0
     assert json.loads((tmp_path / "whole" / RUN).read_text())["features"] == [chosen]
     (tmp_path / "out" / VERDICT).unlink()
-    monkeypatch.setattr(setting, "attribution", None)
+    monkeypatch.setattr(selection, "select_features", None)
     assert recover("--features", "top:8", "--n", 24, "--batch-size", "10")[0] == 0
 
 

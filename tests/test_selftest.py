@@ -209,7 +209,7 @@ def test_a_broken_checker_is_noticed(
 def test_without_the_second_opinion_hard_readouts_are_lied_about(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither a look without gradients at what failed, nor random draws beside what follows them."""
     monkeypatch.setattr(solvers, "reexamined", lambda _, solution, *__, **___: solution)
-    monkeypatch.setattr(phases, "random_draws", lambda *arguments, draws: solvers.ascent(*arguments))
+    monkeypatch.setattr(phases, "random_draws", lambda *arguments, draws: solvers.by_ascent(*arguments))
     assert any(
         one.given == "NOT_RECOVERED_AT_BUDGET" and one.miss for one in selftest.run_selftest([2], ["hard_readout"])
     )
@@ -226,7 +226,7 @@ def test_threads_are_given_back() -> None:
 def few(monkeypatch: pytest.MonkeyPatch, outcomes: list[Outcome]) -> None:
     monkeypatch.setattr(
         cli,
-        "selftest",
+        "run_selftest",
         lambda seeds, kinds, progress: [
             one for one in outcomes if one.seed in seeds and (one.kind in kinds or one.kind not in WORLDS)
         ],

@@ -18,11 +18,11 @@ import pytest
 import tiny
 import yaml
 
+from recover import testing
 from recover.cli import main
 from recover.protocol.records import ReplyRecord
 from recover.protocol.verdict_model import AttributionFigures, PartFigures, Rate
 from recover.run.config import load_config
-from recover.testing import defenses
 from tests.hand_made import GOOD, SHOWS_THROUGHOUT, certified, conclude, flip
 
 pytest_plugins = ["pytester"]
@@ -198,14 +198,14 @@ def test_a_whole_answer_is_back_where_what_is_said_is_like_the_own(tmp_path, nor
     reply = ReplyRecord(False, False, False, True, False, 0.0, 0.0)
     said = certified(flip("a", near=math.inf), shows=False, norm=norm)
     write(tmp_path, [replace(said, answered=True, refused=True, reply=reply)])
-    found = defenses.Checked("by hand", (conclude(flip("a")),), (tmp_path,))
+    found = testing.Checked("by hand", (conclude(flip("a")),), (tmp_path,))
     if not back:
-        defenses.assert_not_recovered(found, budget=budget)
+        testing.assert_not_recovered(found, budget=budget)
         return
     with pytest.raises(
         pytest.fail.Exception, match=r"1 of 1 valid flips are brought back .* of norm 12; expected none"
     ):
-        defenses.assert_not_recovered(found, budget=budget)
+        testing.assert_not_recovered(found, budget=budget)
 
 
 def test_drift_and_attribution_are_held_to_their_bounds(tmp_path):
@@ -216,24 +216,24 @@ def test_drift_and_attribution_are_held_to_their_bounds(tmp_path):
     parts = {"error": PartFigures(**figures | {"replay": Rate.of([True] * 3 + [False])})}
     attribution = AttributionFigures(n=4, top_k=16, effect_mean=1.0, gap=0.0, integrated_gap=0.0, parts=parts)
     verdict = conclude(flip("a"), transfer={"refused": "several sites"}).model_copy(update={"attribution": attribution})
-    found = defenses.Checked("by hand", (verdict,), (tmp_path,))
-    defenses.assert_drift_below(found, 0.25)
-    defenses.assert_attribution(found, part="error", at_least=0.75)
+    found = testing.Checked("by hand", (verdict,), (tmp_path,))
+    testing.assert_drift_below(found, 0.25)
+    testing.assert_attribution(found, part="error", at_least=0.75)
     where = rf"\nartifacts: {re.escape(str(tmp_path))}"
     with pytest.raises(
         pytest.fail.Exception, match=rf"a relative drift of 2.50e-01.* 1 of 3 .*; expected at most 0.2{where}"
     ):
-        defenses.assert_drift_below(found, 0.2)
+        testing.assert_drift_below(found, 0.2)
     with pytest.raises(pytest.fail.Exception, match=rf"replay of error alone .* 75%; expected at least 80%{where}"):
-        defenses.assert_attribution(found, part="error", at_least=0.8)
+        testing.assert_attribution(found, part="error", at_least=0.8)
     write(tmp_path, [flip("a", relative_drift=None)])  # from zero
     with pytest.raises(pytest.fail.Exception, match=rf"drift of inf, .* on 1 of 1 valid flips; .* most 0.5{where}"):
-        defenses.assert_drift_below(found, 0.5)
+        testing.assert_drift_below(found, 0.5)
     with pytest.raises(pytest.fail.Exception, match=rf"transfer was not run \(several sites\); expected True{where}"):
-        defenses.assert_specific(found)
+        testing.assert_specific(found)
     invalid = conclude(flip("a"), fits=[replace(GOOD, explained_variance=0.1)])
-    unsaid = defenses.Checked("by hand", (invalid,), (tmp_path,))
-    for assertion in (defenses.assert_not_recovered, defenses.assert_recoverable, defenses.assert_specific):
+    unsaid = testing.Checked("by hand", (invalid,), (tmp_path,))
+    for assertion in (testing.assert_not_recovered, testing.assert_recoverable, testing.assert_specific):
         with pytest.raises(pytest.fail.Exception, match=r"says nothing either way \(fit: .* 0.100 of the"):
             assertion(unsaid)
 

@@ -52,7 +52,7 @@ def text_object(line: str, texts: Sequence[str], keys: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except (json.JSONDecodeError, RecursionError):
-        raise InputError("is not valid JSON; give one object a line") from None
+        raise InputError("not valid JSON; give one object a line") from None
     if not isinstance(row, dict):
         raise InputError(f"must be a JSON object with {keys}")
     for key in texts:
