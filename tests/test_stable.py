@@ -325,10 +325,8 @@ def test_an_impossible_search_gives_no_delta_or_none_to_speak_of(kind: Any) -> N
 def test_what_cannot_be_asked_is_refused() -> None:
     defended = tiny("standard")
     for budget, tolerance in ((0.0, 1e-4), (1.0, 0.0)):
-        with pytest.raises(InputError, match="not a positive number"):
+        with pytest.raises(InputError, match="must be positive"):
             find_stable(defended, ActivationStable, budget, tolerance=tolerance)
-    before = defend(
-        defended.suffix.model, defended.defense, defended.suffix.prompts, defended.behavior, placement="before_clamp"
-    )
+    before = defended.entered_at(Surface(placement="before_clamp"))
     with pytest.raises(InputError, match="after the clamp"):
         find_stable(before, ActivationStable, 1.0)

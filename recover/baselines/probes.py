@@ -59,7 +59,7 @@ def find_probed(
         InputError: the budget is not a positive number, or a delta enters elsewhere.
     """
     if not budget > 0:
-        raise InputError(f"budget: {budget} is not a positive number")
+        raise InputError(f"budget must be positive, got {budget}")
     schedule, start = schedule or Schedule(), defended.zero_delta
     generator = torch.Generator().manual_seed(schedule.seed)
     terrain = _Probed(Monitor.of(defended, c1=False), probes, generator)

@@ -353,7 +353,7 @@ def find_perturbation(
         (<Status.RECOVERED: 'recovered'>,)
     """
     if not budget > 0:
-        raise InputError(f"budget: {budget} is not a positive number")
+        raise InputError(f"budget must be positive, got {budget}")
     schedule, kind = schedule or Schedule(), rule or Steepest
 
     def climb(terrain: Plain, at: Delta) -> Solution:

@@ -69,7 +69,7 @@ def find_pinned(
         InputError: the budget is not a positive number.
     """
     if not budget > 0:
-        raise InputError(f"budget: {budget} is not a positive number")
+        raise InputError(f"budget must be positive, got {budget}")
     schedule = schedule or Schedule()
     best = _measured(pinned, pinned.zero_delta, budget)
     rows = torch.arange(len(best.slack), device=best.slack.device)

@@ -100,7 +100,7 @@ def search_restoring(
         InputError: the budget or the tolerance is not a positive number.
     """
     if not (budget > 0 and tolerance > 0):
-        raise InputError(f"budget: {budget}, or tolerance: {tolerance}, is not a positive number")
+        raise InputError(f"budget and tolerance must be positive, got {budget} and {tolerance}")
 
     def climb(part: Restoration, start: Delta) -> RestoredSolution:
         rule = RestoredSteps(start, budget, schedule, tolerance)
