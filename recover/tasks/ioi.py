@@ -173,7 +173,13 @@ def strict(
     """Build the strict behavior: the indirect object is the most likely of all names, so that chance is 1 / names.
 
     The same names compete in every prompt, so that a shared delta which takes down the subject, or writes one name, is
-    not rewarded for it. Only the first `candidates` compete (None: all), the example's own two before the others.
+    not rewarded for it.
+
+    Args:
+        tokenizer: the model's.
+        examples: whose names are targets.
+        device: of the tokens.
+        candidates: how many names compete, the example's own two first; all by default.
     """
     names = {name: token_id(tokenizer, name) for name in single_token_names(tokenizer)}
     owns = [[token_id(tokenizer, name, one.prompt) for name in (one.io, one.subject)] for one in examples]
@@ -192,9 +198,15 @@ def load(
     file: Path | str | None = None,
     frames: int | None = None,
 ) -> list[IOIExample]:
-    """Draw `n` examples (by default 64) of these name orders, or keep the first `n` of a JSONL file (by default all).
+    """Give the examples that a `prompts:` section asks for.
 
-    They are drawn from the first `frames` wordings (None: all); a file has its own wordings, and is kept in its order.
+    Args:
+        tokenizer: the model's.
+        n: how many to draw; with a file, how many to keep from its start (None: all).
+        seed: of the draw; a file is kept in its order.
+        templates: which name orders to draw, or to keep from the file.
+        file: a JSONL file to read instead of drawing.
+        frames: how many of the wordings to draw from (None: all); a file has its own.
 
     Raises:
         InputError: from `generate` and `load_jsonl`, or if no example of the file has such a template.
