@@ -206,7 +206,7 @@ def test_of_a_recurrent_model_it_says_what_cannot_be_run_and_why() -> None:
     assert [name for name, one in can.items() if one.runs] == ["search", "transfer", "whole answers"]
     assert "absorbs the padding of shorter prompts: they run one at a time" in can["prompts in batches"].reason
     assert "each step runs the whole prompt" in can["search with a cache"].reason
-    assert "every token runs everything again" in can["whole answers"].reason
+    assert "each token runs the whole prompt again" in can["whole answers"].reason
     assert "no attention and MLP" in can["heads and MLPs"].reason
 
 
@@ -265,7 +265,7 @@ def test_the_command_without_an_sae_draws_one_and_says_so(tmp_path: Path, capsys
     assert [line.split()[1] for line in out[3:15]] == ["holds"] * 12
     assert out[16:18] == [
         "Protocols this model supports",
-        "search               yes  for perturbations that no clamped feature sees",
+        "search               yes  perturbations that leave the clamped features unchanged",
     ]
     assert main(["verify", "--model", folder, "--device", "cpu", "--site", "blocks.3.hook_resid_post"]) == 0
     assert capsys.readouterr().out.splitlines()[1].endswith("at blocks.3.hook_resid_post")

@@ -21,13 +21,12 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from recover.defenses.clamps import Clamp, Defense
 from recover.models.host import Model, Prompts
 from recover.search.ascent import Feasible
 from recover.tasks.behaviors import ForcedAnswer, LogitDifference
-from recover.types import Residual, TokenIds
+from recover.types import Int, Residual, Tensor
 
 FIRST_STAGE, PREFIX, PROBES, CORRECTIONS, PENALTY, RATE = 20, 8, 8, 5, 200.0, 0.1
 
@@ -68,7 +67,7 @@ class PublishedAnswerLoop:
     """
 
     def __init__(
-        self, model: Model, defense: Defense, prompts: Prompts, behavior: ForcedAnswer, refusals: TokenIds
+        self, model: Model, defense: Defense, prompts: Prompts, behavior: ForcedAnswer, refusals: Int[Tensor, "tokens"]
     ) -> None:
         self.model, self.defense, self.refusals = model, defense, refusals
         self.ids, self.answer, self.columns = prompts.ids, behavior.answer[0], behavior.answer.shape[1]

@@ -35,7 +35,7 @@ def wilson(successes: int, n: int, confidence: float = 0.95) -> tuple[float, flo
 
     >>> from recover.numerics import wilson
     >>> wilson(8, 10)
-    (0.4901624715052918, 0.9433178485456247)
+    (0.490..., 0.943...)
 
     Raises:
         InputError: not `0 <= successes <= n`, or not `0 < confidence < 1`.

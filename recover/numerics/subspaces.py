@@ -30,9 +30,8 @@ def row_space(A: Float[Tensor, "d_model k"], rtol: float | None = None) -> Float
 
     >>> import torch
     >>> from recover.numerics import row_space
-    >>> row_space(torch.tensor([[2.0, 4.0], [0.0, 0.0]])).abs()
-    tensor([[1.],
-            [0.]], dtype=torch.float64)
+    >>> row_space(torch.tensor([[2.0, 4.0], [0.0, 0.0]])).abs().round().tolist()
+    [[1.0], [0.0]]
 
     Args:
         A: any number of columns, of any norms and however dependent.
