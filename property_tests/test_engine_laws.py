@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from hypothesis import Phase, assume, find, given, settings
@@ -39,6 +39,7 @@ from recover.saes.sae import SAE
 from recover.search.ascent import Schedule
 from recover.search.constraints.linear import ActivationStable, EncoderOrthogonal
 from recover.tasks.behaviors import LogitDifference, Targeted
+from recover.tasks.examples import Examples
 from recover.types import Placement, Site, Surface
 from tests.models import D_MODEL, FAMILIES, N_LAYERS, VOCAB, left_padded, plain_lm, tiny_lm, token_rows
 from tests.saes import POINTWISE

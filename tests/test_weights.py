@@ -130,7 +130,7 @@ def offline(command, **_):
 )
 def test_a_failure_leaves_nothing_and_the_next_run_succeeds(cache, monkeypatch, place, failure, error, why):
     with monkeypatch.context() as failing:
-        failing.setattr(f"recover.weights.{place}", failure)
+        failing.setattr(f"recover.models.weights.{place}", failure)
         with pytest.raises(error, match=why) as raised:
             weights.fetch(ONE)
         assert "\n" not in str(raised.value)

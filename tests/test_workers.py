@@ -303,13 +303,14 @@ SCRIPT = """
 import json, sys
 import recover as rc
 import torch
+from recover.protocol import joined
 from recover.run.setting import choose_features, load_setting
 
 torch.set_num_threads(1)
 config = rc.load_config(sys.argv[1], {"prompts.n": 16})
 setting = load_setting(config)
 defense = setting.build(choose_features(setting, 4))
-with rc.joined() as workers:
+with joined() as workers:
     rc.Model.batch_size = lambda *_: 4 + 3 * workers.rank  # what fits the one, and the other
     verdict = rc.check(
         setting.model, defense, setting.examples, 100.0, plan=config.plan(), runtime=rc.Runtime(workers=workers),
