@@ -285,7 +285,7 @@ def minimum_norm(searched: Searched) -> MinimumNorm:
     relative = np.array([math.inf if one is None else _or_nan(one.relative_norm) for one in found])
     low, middle, high = (float(np.quantile(norms, q, method="higher")) for q in (0.25, 0.5, 0.75))
     names = dict.fromkeys(name for r in searched if r.search is not None for name in r.search.by_solver)
-    with np.errstate(divide="ignore", invalid="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         over = norms / moved
     return MinimumNorm(
         median=middle,
