@@ -7,6 +7,7 @@ A defense is charged with whatever *any* solver finds, as in AutoAttack (Croce a
    ===============  ===========================================================================================
    `ascent`         `find_perturbation`: steepest ascent with Newton lengths, within the budget
    `adam`           projected Adam within the budget: it has momentum, and a step of its own for each coordinate
+   `surrogate`      Adam along gradients that pass flat pieces (`surrogate`), within the budget; true values count
    `smallest_norm`  `smallest_perturbation`: without a budget, to the edge of the goal, toward the edge's normal
    `random`         random admissible draws at the budget's norm; from the best a walk closer; no gradients
    ===============  ===========================================================================================
@@ -44,6 +45,7 @@ from recover.search.ascent import (
 )
 from recover.search.gradient_free import ELEMENTS_AT_ONCE, Effort, projected, put, reexamined, scaled, slacks_of, walk
 from recover.search.minimum import MARGIN, Minimum, edge, smallest_perturbation
+from recover.search.surrogate import Momentum, Surrogate
 from recover.types import Bool, Delta, InputError, PerExample, Rows, Tensor
 
 FURTHER = (1.0, 1.01, 1.05, 1.3, 2.0)
@@ -102,6 +104,17 @@ def by_ascent(
     return Found(*_pulled(objective, within.delta), within)
 
 
+def past_flats(objective: Objective, start: Delta, feasible: Feasible, budget: float, schedule: Schedule) -> Found:
+    """An ascent along surrogate gradients within the budget; what it finds is pulled to the edge by true values."""
+    once = replace(schedule, restarts=0)
+    within = find_perturbation(Surrogate(objective), start, feasible, budget, once, rule=ProjectedAdam)
+    if len(rows := (within.slack < schedule.goal).nonzero().flatten()):
+        rough = Surrogate(objective.select(rows))
+        again = find_perturbation(rough, start[rows], feasible.select(rows), budget, once, rule=Momentum)
+        within = better(within, again, rows, schedule.goal)
+    return Found(*_pulled(objective, within.delta), within)
+
+
 def without_budget(objective: Objective, start: Delta, feasible: Feasible, budget: float, schedule: Schedule) -> Found:
     """The nearest point of the edge of the goal; for within the budget, what lies on its ray."""
     shortest = smallest_perturbation(objective, start, feasible, schedule)
@@ -145,6 +158,7 @@ SOLVERS: Mapping[str, Solver] = MappingProxyType(
     {
         "ascent": by_ascent,
         "adam": partial(by_ascent, rule=ProjectedAdam),
+        "surrogate": past_flats,
         "smallest_norm": without_budget,
         "random": random_draws,
     }
