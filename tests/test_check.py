@@ -244,7 +244,7 @@ def test_a_tiny_budget_recovers_nothing() -> None:
     assert valid(verdict)["verdict"] == "NOT_RECOVERED_AT_BUDGET"
     assert verdict.recovery.recovered == 0
     assert failed(verdict) == ["norm_at_budget"]  # a caution
-    assert any("so the budget limited them" in reason for reason in verdict.reasons)
+    assert any("a larger budget may find more" in reason for reason in verdict.reasons)
     # Longer ones bring it back, so that nobody may say that nothing does.
     assert verdict.minimum_norm is not None
     assert verdict.minimum_norm.unreached == 0

@@ -556,7 +556,7 @@ def test_the_rules_of_the_plan_are_those_that_judge() -> None:
 def test_a_mechanism_that_survived_is_told_where_the_budget_was_too_small(found: dict[str, Any], said: bool) -> None:
     verdict = conclude(missed("x"), missed("y"), transfer=found)
     assert verdict.verdict == "NOT_RECOVERED_AT_BUDGET"
-    reasons = [reason for reason in verdict.reasons if "the mechanism survived the clamp" in reason]
+    reasons = [reason for reason in verdict.reasons if "made of survived the clamp" in reason]
     assert len(reasons) == said
     if said:
         hits, n = found["readings"]["own"]["hits"], found["readings"]["own"]["n"]

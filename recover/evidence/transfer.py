@@ -1,7 +1,9 @@
-"""One shared perturbation for many prompts: did the mechanism survive the clamp, or can a delta merely write answers?
+"""One shared perturbation for many prompts: can the answers still be read, or can a delta merely write them?
 
 A delta made for one prompt can carry that prompt's answer. One delta for all prompts cannot, so what it brings back on
-prompts it was not fitted to must come from the model itself. Several are fitted side by side, each a `Problem`:
+prompts it was not fitted to must come from the model itself. It can carry a rule that picks an answer, such as the
+first name in a prompt: that the behavior's own rule survived is not shown. Several are fitted side by side, each a
+`Problem`:
 
 1. *Split* the examples in two by a seeded hash of their ids. Deltas are fitted on one half and read on the other.
 2. *Fit*. Each delta minimizes the mean over examples of `softplus(1 - slack)`, so that every example counts until it is

@@ -282,7 +282,7 @@ def _at_budget(searched: Searched, budget: float) -> Gate:
     return Gate(
         "norm_at_budget",
         stuck == 0,
-        f"{stuck} of {len(left)} failed searches ended at the largest norm allowed, so the budget limited them",
+        f"{stuck} of {len(left)} failed searches ended at the largest norm allowed; a larger budget may find more",
         None,
     )
 

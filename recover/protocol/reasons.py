@@ -47,7 +47,8 @@ def not_found(recovery: Recovery) -> str:
     """Say that this search found nothing, which does not prove that there is nothing to find."""
     return (
         f"the search found no admissible perturbation of norm at most {recovery.budget:g} that recovers the behavior "
-        f"on any of {recovery.searched} valid flips; a larger budget or another search may find one"
+        f"on any of {recovery.searched} valid flips; a larger budget or another search may find one, and which routes "
+        "this search would have found was not measured"
     )
 
 
@@ -61,8 +62,8 @@ def unmoved(closed: int, still: int) -> list[str]:
         )
     if still:
         told.append(
-            f"on {still} of them no admissible random perturbation, up to many times the budget, changes the score: "
-            "the clamped features read everything that the behavior depends on"
+            f"on {still} of them no admissible random perturbation, up to many times the budget, changes the score; a "
+            "route that opens only where several inactive units are on together would be missed by these too"
         )
     return told
 
@@ -71,7 +72,8 @@ def survived(own: Reading, norm: float, beyond: bool) -> str:
     """A shared perturbation, usually larger than the budget, that recovers what none within the budget did."""
     return (
         f"{'beyond' if beyond else 'at'} the budget, one perturbation of norm {number(norm)} shared by all prompts "
-        f"recovers the behavior on {own.hits} of {own.n} held-out prompts: the mechanism survived the clamp"
+        f"recovers the behavior on {own.hits} of {own.n} held-out prompts: what the answers are made of "
+        "survived the clamp"
     )
 
 
@@ -160,8 +162,9 @@ def _because(rule: Rule, shared: Transfer | RefusedTransfer, pairs: int, rules: 
     written = f"one perturbation fitted to another target reaches it on {dealt.hits} of {dealt.n} held-out prompts"
     chance = "one shared perturbation recovers no more than chance"
     return {
-        Rule.MECHANISM_SURVIVED: "one shared perturbation cannot carry each prompt's answer, so the mechanism survived "
-        "the clamp; it does not merely undo the clamp, since the result holds under C1+ too",
+        Rule.MECHANISM_SURVIVED: "one shared perturbation cannot carry each prompt's answer, so what the answers are "
+        "made of survived the clamp; it can carry a rule that picks them, and other rules were not fitted; nor does it "
+        "need the directions along which the clamped features write, since the result holds under C1+ too",
         Rule.WRITES_ANY_TARGET: f"{asked}, and {written}: it writes whatever target it is fitted to",
         Rule.CLAMP_UNDONE: "one shared perturbation no longer recovers the behavior once it must be orthogonal to the "
         "directions along which the clamp writes (C1+): it undoes the clamp",
@@ -183,8 +186,8 @@ def _because(rule: Rule, shared: Transfer | RefusedTransfer, pairs: int, rules: 
         f"{percent(rules.max_chance)} it shows nothing; use a stricter predicate",
         Rule.NOT_CLEARLY_MOST: "one shared perturbation recovers more than chance, but not clearly most of the "
         f"held-out examples (95% intervals begin at {percent(own.wilson95[0])} under C1 and "
-        f"{percent(plus.wilson95[0])} under C1+; above {percent(rules.most)} is needed): the mechanism survived in "
-        "part, or for some prompts",
+        f"{percent(plus.wilson95[0])} under C1+; above {percent(rules.most)} is needed): it holds in part, or for "
+        "some prompts",
     }[rule]
 
 

@@ -27,6 +27,8 @@ FigureKey = Literal[
     "attribution",
 ]
 EDITS = {"set": "set to {}", "scale": "scaled by {}", "floor": "kept at {} or more"}
+WEAK = 0.5
+"""A defense that leaves a larger share of the behavior is weak."""
 SUMMANDS = ("error", "free", "clamped")
 """The parts of a perturbation that add up to it."""
 
@@ -73,9 +75,20 @@ def prose() -> Words:
 
 
 def headline(verdict: Verdict) -> str:
-    """The meaning of a verdict in one clause, or two where the behavior is recoverable."""
-    meaning = prose().meanings[verdict.verdict]
-    return f"{meaning}; {specificity(verdict.specific)}" if verdict.verdict == "RECOVERABLE" else meaning
+    """The meaning of a verdict in one clause, in two where the behavior is recoverable, and what must not be missed.
+
+    A defense that breaks ordinary text, or that leaves most of the behavior, is told of here: a reader of nothing else
+    must know.
+    """
+    utility, counts, told = verdict.fit.utility, verdict.counts, [prose().meanings[verdict.verdict]]
+    if verdict.verdict == "RECOVERABLE":
+        told.append(specificity(verdict.specific))
+    if utility is not None and utility.broken and utility.loss_off is not None and utility.loss_on is not None:
+        cost = f"from {utility.loss_off:.1f} to {utility.loss_on:.1f} nats per token"
+        told.append(f"the defense breaks ordinary text ({cost})")
+    if counts.base and counts.defended > WEAK * counts.base:
+        told.append(f"the defense is weak: {counts.defended} examples show the behavior in spite of it")
+    return "; ".join(told)
 
 
 def specificity(specific: bool | None) -> str:
