@@ -207,9 +207,10 @@ def test_a_broken_checker_is_noticed(
 
 
 def test_without_the_second_opinion_hard_readouts_are_lied_about(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither a look without gradients at what failed, nor random draws beside what follows them."""
+    """No look without gradients at what failed, and no random draws or leaking gradients beside those that are true."""
     monkeypatch.setattr(solvers, "reexamined", lambda _, solution, *__, **___: solution)
     monkeypatch.setattr(phases, "random_draws", lambda *arguments, draws: solvers.by_ascent(*arguments))
+    monkeypatch.setattr(phases, "SOLVERS", {**solvers.SOLVERS, "surrogate": solvers.by_ascent})
     assert any(
         one.given == "NOT_RECOVERED_AT_BUDGET" and one.miss for one in selftest.run_selftest([2], ["hard_readout"])
     )
