@@ -141,12 +141,12 @@ def pytest_testnodedown(node: Any, error: Any) -> None:
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     if not (runs := config.stash[RUNS]):
         return
-    rows = [("defense", "seed", "verdict", "brought back", "specific", "artifacts")]
+    rows = [("defense", "seed", "verdict", "brought back", "content", "artifacts")]
     for folder, one in sorted(runs.items(), key=lambda pair: (pair[1]["name"], _seed(pair[1]))):
         found = one["recovery"]
         rate = f"{found['recovered']} of {found['searched']} at {found['budget']:g}" if found["searched"] else "-"
-        specific = str(one["specific"]).lower() if one["verdict"] == "RECOVERABLE" else "-"
-        rows.append((one["name"], str(_seed(one)), one["verdict"], rate, specific, _from(config, folder)))
+        content = str(one["content"]).lower() if one["verdict"] == "RECOVERABLE" else "-"
+        rows.append((one["name"], str(_seed(one)), one["verdict"], rate, content, _from(config, folder)))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     terminalreporter.section("recovery")
     for row in rows:

@@ -348,11 +348,11 @@ def test_the_checker_misses_no_planted_world(case: PlantedCase) -> None:
 @costly(8)
 @given(planted(ALL, n_answers=(2, 8), n_prompts=(2, 20)))
 def test_the_checker_says_nothing_false_about_a_planted_world(case: PlantedCase) -> None:
-    """Worlds of any size: the verdict and the norm are right, and `specific` is right or unknown."""
+    """Worlds of any size: the verdict and the norm are right, and `content` is right or unknown."""
     world = case.world
     said = check(world.model, world.defense, world.examples, world.budget)
     assert said.verdict in world.expected
-    assert said.specific is None or said.specific in world.allowed
+    assert said.content is None or said.content in world.allowed
     if case.kind not in UNMEASURED:
         error = norm_error(world, said)
         assert error is not None

@@ -324,11 +324,11 @@ def test_only_what_is_recoverable_is_specific_and_only_with_shared_deltas_that_b
     """Whatever transfer and placebo say; and the verdict itself does not depend on them."""
     verdict, without = verdict_of(found, shared), verdict_of(found)
     assert verdict.verdict == without.verdict
-    assert without.specific is None
-    if verdict.specific is None:
+    assert without.content is None
+    if verdict.content is None:
         return
     assert verdict.verdict == "RECOVERABLE"
-    if verdict.specific:
+    if verdict.content:
         for name in ("own", "write_orthogonal"):
             ours, shuffled = shared["readings"][name], shared["readings"]["shuffled"]
             assert binomtest(ours["hits"], ours["n"]).proportion_ci(0.95, method="wilson").low > Rules().most

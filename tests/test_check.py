@@ -159,7 +159,7 @@ def small() -> tuple[Verdict, InMemoryStore]:
 def test_a_defense_that_can_be_undone_is_recoverable(finished: tuple[Verdict, InMemoryStore]) -> None:
     verdict, store = finished
     values = valid(verdict)
-    assert (values["verdict"], values["specific"]) == ("RECOVERABLE", "unknown")
+    assert (values["verdict"], values["content"]) == ("RECOVERABLE", "unknown")
     module = tiny_lm()
     base = [by_hooks(module, row, None, clamp=False) for row in range(N)]
     under = [by_hooks(module, row, None, clamp=True) for row in range(N)]
@@ -377,7 +377,7 @@ def test_a_defense_over_two_layers_is_checked_as_one() -> None:
         runtime=Runtime(batch_size=4, store=store, provenance=PROVENANCE),
     )
     values = valid(verdict)
-    assert (values["verdict"], values["specific"], failed(verdict)) == ("RECOVERABLE", "unknown", [])
+    assert (values["verdict"], values["content"], failed(verdict)) == ("RECOVERABLE", "unknown", [])
     assert values["threat_model"]["sites"] == ["blocks.1.hook_resid_pre", "blocks.2.hook_resid_pre"]
     assert "at later sites" in values["threat_model"]["constraint"]
     assert world.smallest_norm is not None
@@ -390,7 +390,7 @@ def test_a_defense_over_two_layers_is_checked_as_one() -> None:
         assert record.smallest.norm == pytest.approx(norm, rel=0.01)
     why = "several sites are clamped, so that what is admissible differs from prompt to prompt"
     assert values["transfer"] == {"refused": why}
-    assert f"specificity unknown: transfer was not run: {why}" in verdict.reasons
+    assert f"content: unknown: transfer was not run: {why}" in verdict.reasons
     assert not any(name.startswith("transfer/") for name in (*store.deltas, *store.units))
 
 
@@ -532,7 +532,7 @@ def test_the_whole_protocol_by_its_default_plan() -> None:
         world.model, world.defense, world.examples, world.budget, runtime=Runtime(store=store, provenance=PROVENANCE)
     )
     values, plan, n = valid(verdict), Plan(), len(world.examples.ids)
-    assert (values["verdict"], values["specific"], failed(verdict)) == ("RECOVERABLE", True, [])
+    assert (values["verdict"], values["content"], failed(verdict)) == ("RECOVERABLE", True, [])
     assert [gate.name for gate in verdict.gates if gate.passed is None] == ["utility"]
     assert [point["budget"] for point in values["curve"]] == pytest.approx([world.budget * x for x in plan.curve])
     assert None not in values["controls"].values()

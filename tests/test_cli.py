@@ -634,7 +634,7 @@ def test_lost_records_are_written_again_from_the_units(recover, finished, earlie
     assert verdict_of(earlier) == verdict_of(finished)
 
 
-@pytest.mark.parametrize("damage", ["", "{", "[]", "{}", '{"schema": "recover.verdict/2"}', '{"schema": 3}'])
+@pytest.mark.parametrize("damage", ["", "{", "[]", "{}", '{"schema": "recover.verdict/3"}', '{"schema": 3}'])
 def test_a_damaged_verdict_is_refused_by_report_and_mended_by_check(recover, finished, earlier, capsys, damage):
     (earlier / VERDICT).write_text(damage)
     assert refused(call(capsys, "report", earlier), f"{earlier}: verdict.json is damaged")
@@ -838,10 +838,10 @@ def test_several_seeds_have_a_folder_each_and_are_counted(recover, tmp_path, mon
         assert {path.name for path in (out / f"seed-{seed}").iterdir()} - {".lock"} == ARTIFACTS
         jsonschema.validate(verdict, SCHEMA)
         assert verdict["provenance"]["control_seed"] == seed
-    expected = [{"verdict": "RECOVERABLE", "specific": "unknown", "seeds": 2}]
+    expected = [{"verdict": "RECOVERABLE", "content": "unknown", "seeds": 2}]
     assert json.loads((out / SEEDS).read_text()) == {"verdicts": expected}
     first, *table = said.splitlines()
-    assert first == "2 of 2 seeds: RECOVERABLE, specificity unknown"
+    assert first == "2 of 2 seeds: RECOVERABLE, content: unknown"
     lines = [line.split() for line in table if re.match(r" *\d+  ", line)]
     assert [line[0] for line in lines] == ["0", "1"]
     for line, verdict in zip(lines, verdicts, strict=True):
@@ -869,13 +869,13 @@ def test_several_seeds_have_a_folder_each_and_are_counted(recover, tmp_path, mon
 def test_seeds_go_on_from_the_control_seed_and_different_verdicts_are_counted_apart(recover, tmp_path, monkeypatch):
     def said(config, out, **_):
         seed = config.controls.seed
-        name, specific = [("RECOVERABLE", True), ("RECOVERABLE", None), ("INCONCLUSIVE", None)][seed % 3]
+        name, content = [("RECOVERABLE", True), ("RECOVERABLE", None), ("INCONCLUSIVE", None)][seed % 3]
         made = conclude(flip("x"), transfer=transfer(), provenance=PROVENANCE | {"control_seed": seed})
         assert isinstance(made.transfer, Transfer)
         read = {"heldout_rate": 0.5, "write_orthogonal_heldout_rate": None, "shuffled_rate": 0.25}
         changes = {
             "verdict": name,
-            "specific": specific,
+            "content": content,
             "transfer": made.transfer.model_copy(update=read) if name == "RECOVERABLE" else None,
             "recovery": made.recovery.model_copy(update={"recovered": seed, "searched": 9}),
         }
@@ -886,14 +886,14 @@ def test_seeds_go_on_from_the_control_seed_and_different_verdicts_are_counted_ap
     code, text, _ = recover("--seeds", 4, "--control-seed", 4, "--fail-if", "inconclusive")
     assert code == 1
     assert json.loads((tmp_path / "out" / SEEDS).read_text())["verdicts"] == [
-        {"verdict": "RECOVERABLE", "specific": "unknown", "seeds": 2},
-        {"verdict": "INCONCLUSIVE", "specific": "unknown", "seeds": 1},
-        {"verdict": "RECOVERABLE", "specific": True, "seeds": 1},
+        {"verdict": "RECOVERABLE", "content": "unknown", "seeds": 2},
+        {"verdict": "INCONCLUSIVE", "content": "unknown", "seeds": 1},
+        {"verdict": "RECOVERABLE", "content": True, "seeds": 1},
     ]
-    assert text.splitlines()[0] == "2 of 4 seeds: RECOVERABLE, specificity unknown"
+    assert text.splitlines()[0] == "2 of 4 seeds: RECOVERABLE, content: unknown"
     assert set(text.splitlines()[1:3]) == {
         "1 of 4 seeds: INCONCLUSIVE",
-        "1 of 4 seeds: RECOVERABLE, specific",
+        "1 of 4 seeds: RECOVERABLE, content: true",
     }
     rows = [line.split() for line in text.splitlines() if re.match(r" *\d+  ", line)]
     assert [row[:7] for row in rows][:2] == [

@@ -76,7 +76,7 @@ def test_the_sae_explains_its_site(kind: Callable[..., Planted], seed: int) -> N
 def test_the_seed_decides_everything(kind: Callable[..., Planted]) -> None:
     one, same, other = kind(3), kind(3), kind(3 + 30)
     assert torch.equal(one.model.module.embedding.weight, same.model.module.embedding.weight)
-    assert (one.budget, one.variant, one.specific) == (same.budget, same.variant, same.specific)
+    assert (one.budget, one.variant, one.content) == (same.budget, same.variant, same.content)
     assert not torch.equal(one.model.module.embedding.weight, other.model.module.embedding.weight)
 
 
@@ -266,7 +266,7 @@ def test_some_routes_end_at_a_complete_bottleneck(seed: int) -> None:
     world = some_routes(seed)
     closed = torch.isinf(world.smallest_norm)  # type: ignore[arg-type]
     assert torch.equal(~closed, world.shared_rows)
-    assert (world.specific is True) == (float((~closed).double().mean()) >= 0.75)
+    assert (world.content is True) == (float((~closed).double().mean()) >= 0.75)
     (opens,) = read_along(world, -2)
     for length in (1.0, 10.0, 1e3):
         wide = length * opens / opens.norm()
@@ -337,7 +337,7 @@ def test_a_weak_predicate_is_met_with_nothing_known(variant: str, seed: int) -> 
     else:
         assert max(rates) > 0.5
         assert world.shared is not None
-    assert world.never_specific
+    assert world.never_content
 
 
 def test_what_is_drawn_comes_up() -> None:

@@ -361,9 +361,9 @@ def test_a_check_brings_the_probe_back_and_does_not_call_that_specific(folder: P
     assert verdict["verdict"] == "RECOVERABLE", said.getvalue()
     assert recovery["recovered"] == verdict["counts"]["valid_flips"] >= 8
     assert recovery["drift_max"] < 1e-4  # activations here are of the size of ten
-    assert verdict["specific"] is False
+    assert verdict["content"] is False
     assert transfer["one_for_all"] is True
-    assert verdict["statistics"]["specific_by"] == "writes_any_target"
+    assert verdict["statistics"]["content_by"] == "writes_any_target"
     # The own class is shared, so that a delta fitted to it holds; one fitted to another class holds as well, for that.
     assert transfer["heldout_rate"] > 0.9
     assert transfer["dealt_rate"] > 0.9

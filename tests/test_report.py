@@ -156,7 +156,7 @@ def test_its_figures_are_those_of_the_records():
         "clamped features drifted by at most 0.0e+00, their pre-activations by at most 3.0e-06",
         # Zero drift is true of any delta here, and the reader is told so.
         "100% of them are below their threshold (median margin -5.00)",
-        "whether the recovery is specific to this behavior is unknown",
+        "whether the answers can still be read from the defended state is unknown",
         # Of 3, 3, 3 and 30, and the residual's norm is 20.
         "smallest norm median 3, quartiles 3 and 30; median ratio to the residual norm 15.0%, to the clamp's "
         "displacement 0.63%",
@@ -170,7 +170,7 @@ def test_its_figures_are_those_of_the_records():
 def test_the_whole_protocol_is_in_the_page():
     text = flat(to_text(VERDICTS["RECOVERABLE, all run"]))
     for words in (
-        "RECOVERABLE: the behavior can be recovered with the clamp held; the recovery is specific to this behavior",
+        "RECOVERABLE: the behavior can be recovered with the clamp held; the answers can still be read from",
         "neutral text loss 3.00 nats per token without the defense, 3.25 with it",
         "rate by budget 5: 75%, 20: 75%, 40: 100%",
         "an unrelated target is reached on 50% of 2 examples (median smallest norm not reached), the own target on "
@@ -211,19 +211,19 @@ def test_where_transfer_is_read_with_a_stricter_predicate_the_weaker_one_stands_
 
 def test_seeds_are_counted_and_stand_in_a_table():
     """Two that say the same come first; what was not run is a dash, what was not reached says so."""
-    specific, again = (make(controlled(), evidence=FULL) for _ in range(2))
+    content, again = (make(controlled(), evidence=FULL) for _ in range(2))
     again = changed(again, provenance={"control_seed": 6})
     failing = make(records(constraint_residual=0.25))
     refused = VERDICTS["RECOVERABLE, transfer refused"]
-    lines = seeds_to_text([failing, specific, refused, again]).splitlines()
-    assert lines[0] == "2 of 4 seeds: RECOVERABLE, specific"
-    assert set(lines[1:3]) == {"1 of 4 seeds: INCONCLUSIVE", "1 of 4 seeds: RECOVERABLE, specificity unknown"}
+    lines = seeds_to_text([failing, content, refused, again]).splitlines()
+    assert lines[0] == "2 of 4 seeds: RECOVERABLE, content: true"
+    assert set(lines[1:3]) == {"1 of 4 seeds: INCONCLUSIVE", "1 of 4 seeds: RECOVERABLE, content: unknown"}
     assert [re.split(r"  +", line.strip()) for line in lines[4:]] == [
         ["seed", "recovered", "held out", "C1+", "shuffled", "placebo norm / own", "verdict"],
         ["5", "3 of 4", "-", "-", "-", "-", "INCONCLUSIVE"],
-        ["5", "3 of 4", "95%", "85%", "5%", "not reached / 3", "RECOVERABLE, specific"],
-        ["5", "3 of 4", "-", "-", "-", "-", "RECOVERABLE, specificity unknown"],
-        ["6", "3 of 4", "95%", "85%", "5%", "not reached / 3", "RECOVERABLE, specific"],
+        ["5", "3 of 4", "95%", "85%", "5%", "not reached / 3", "RECOVERABLE, content: true"],
+        ["5", "3 of 4", "-", "-", "-", "-", "RECOVERABLE, content: unknown"],
+        ["6", "3 of 4", "95%", "85%", "5%", "not reached / 3", "RECOVERABLE, content: true"],
     ]
     # The columns begin where their names do.
     columns = [lines[4].index(name) for name in ("recovered", "held out", "C1+", "shuffled", "placebo", "verdict")]
@@ -285,9 +285,11 @@ def test_a_fit_that_is_not_a_number_is_invalid():
     assert "explained variance not defined" in to_text(verdict)
 
 
-@pytest.mark.parametrize(("specific", "words"), [(True, "recovery is specific"), (False, "recovery is not specific")])
-def test_specific_is_said_where_it_is_known(specific, words):
-    assert words in flat(to_text(make(specific=specific)))
+@pytest.mark.parametrize(
+    ("content", "words"), [(True, "answers can still be read"), (False, "is no evidence that the answers")]
+)
+def test_specific_is_said_where_it_is_known(content, words):
+    assert words in flat(to_text(make(content=content)))
 
 
 @pytest.mark.parametrize(

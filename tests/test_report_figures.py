@@ -209,18 +209,18 @@ def test_four_questions_are_answered(name):
     assert list(said) == [
         "What was clamped?",
         "Was the behavior recoverable?",
-        "Is the recovery specific to the behavior?",
+        "Can the answers still be read from the defended state?",
         "What could be wrong with this run?",
     ]
-    clamped, recoverable, specific, _ = (" ".join(told) for told in said.values())
+    clamped, recoverable, content, _ = (" ".join(told) for told in said.values())
     assert "In tiny: 2 features at blocks.1.hook_resid_pre, set to -5 where active" in clamped
     assert "indirect object identification" in clamped
     opening = {"RECOVERABLE": "Yes: with the clamp held", "NOT_RECOVERED_AT_BUDGET": "Not by this search"}
     assert recoverable.startswith(opening.get(verdict.verdict, "Not answered"))
     if verdict.verdict == "RECOVERABLE":
-        assert specific.startswith({True: "Yes: ", False: "No: "}.get(verdict.specific, "Unknown: "))
+        assert content.startswith({True: "Yes: ", False: "No: "}.get(verdict.content, "Unknown: "))
     else:
-        assert specific.startswith("Not applicable")
+        assert content.startswith("Not applicable")
 
 
 def test_cautions_name_what_the_figures_give_cause_for():

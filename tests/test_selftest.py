@@ -24,12 +24,12 @@ KNOWN = {
     "complete_bottleneck": "NOT_RECOVERED_AT_BUDGET",
     "error_bypass": "RECOVERABLE",
     "feature_bypass": "RECOVERABLE",
-    "write_only": "RECOVERABLE (not specific)",
-    "shared_route": "RECOVERABLE (specific)",
+    "write_only": "RECOVERABLE (content: false)",
+    "shared_route": "RECOVERABLE (content: true)",
     "two_layers": "RECOVERABLE",
-    "undone_clamp": "RECOVERABLE (not specific)",
+    "undone_clamp": "RECOVERABLE (content: false)",
     "half_erased": "RECOVERABLE",
-    "undone_and_route": "RECOVERABLE (specific)",
+    "undone_and_route": "RECOVERABLE (content: true)",
 }
 WORLDS = (*KINDS, *MIXTURES)
 
@@ -100,7 +100,7 @@ def test_what_counts_as_a_miss(changes: dict[str, Any], miss: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "verdict", "specific", "given", "miss"),
+    ("kind", "verdict", "content", "given", "miss"),
     [
         ("error_bypass", "RECOVERABLE", None, "RECOVERABLE", False),
         ("error_bypass", "RECOVERABLE", True, "RECOVERABLE", False),  # the construction does not say
@@ -108,23 +108,23 @@ def test_what_counts_as_a_miss(changes: dict[str, Any], miss: bool) -> None:
         ("error_bypass", "INCONCLUSIVE", None, "INCONCLUSIVE", True),
         ("hard_readout", "INCONCLUSIVE", None, "INCONCLUSIVE", False),
         ("complete_bottleneck", "RECOVERABLE", None, "RECOVERABLE", True),
-        ("shared_route", "RECOVERABLE", True, "RECOVERABLE (specific)", False),
-        ("shared_route", "RECOVERABLE", False, "RECOVERABLE (not specific)", True),
-        ("shared_route", "RECOVERABLE", None, "RECOVERABLE (specific unknown)", True),
+        ("shared_route", "RECOVERABLE", True, "RECOVERABLE (content: true)", False),
+        ("shared_route", "RECOVERABLE", False, "RECOVERABLE (content: false)", True),
+        ("shared_route", "RECOVERABLE", None, "RECOVERABLE (content: unknown)", True),
         ("shared_route", "NOT_RECOVERED_AT_BUDGET", None, "NOT_RECOVERED_AT_BUDGET", True),
-        ("write_only", "RECOVERABLE", False, "RECOVERABLE (not specific)", False),
-        ("write_only", "RECOVERABLE", True, "RECOVERABLE (specific)", True),
-        ("write_only", "RECOVERABLE", None, "RECOVERABLE (specific unknown)", True),
-        ("weak_predicate", "RECOVERABLE", False, "RECOVERABLE (not specific)", False),
-        ("weak_predicate", "RECOVERABLE", None, "RECOVERABLE (specific unknown)", False),
-        ("weak_predicate", "RECOVERABLE", True, "RECOVERABLE (specific)", True),
+        ("write_only", "RECOVERABLE", False, "RECOVERABLE (content: false)", False),
+        ("write_only", "RECOVERABLE", True, "RECOVERABLE (content: true)", True),
+        ("write_only", "RECOVERABLE", None, "RECOVERABLE (content: unknown)", True),
+        ("weak_predicate", "RECOVERABLE", False, "RECOVERABLE (content: false)", False),
+        ("weak_predicate", "RECOVERABLE", None, "RECOVERABLE (content: unknown)", False),
+        ("weak_predicate", "RECOVERABLE", True, "RECOVERABLE (content: true)", True),
     ],
 )
 def test_what_is_right_of_a_world(
-    kind: str, verdict: str, specific: bool | None, given: str, miss: bool, monkeypatch: pytest.MonkeyPatch
+    kind: str, verdict: str, content: bool | None, given: str, miss: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever the checker said of it, and with the norm aside."""
-    said = SimpleNamespace(verdict=verdict, specific=specific, reasons=("because",), records=())
+    said = SimpleNamespace(verdict=verdict, content=content, reasons=("because",), records=())
     monkeypatch.setattr(selftest, "check", lambda *_, **__: said)
     monkeypatch.setattr(selftest, "norm_error", lambda *_: 0.0)
     one = selftest.judge((KINDS | MIXTURES)[kind](0), 0)

@@ -91,18 +91,18 @@ FAILURES = {
         "norm 2.87; expected none",
     ),
     "shut_is_not_specific": (
-        'assert_specific(checked(check_defense, "complete_bottleneck"))',
-        "NOT_RECOVERED_AT_BUDGET: specific is unknown; one perturbation for all brings back 0 of 10 held-out examples "
+        'assert_content(checked(check_defense, "complete_bottleneck"))',
+        "NOT_RECOVERED_AT_BUDGET: content is unknown; one perturbation for all brings back 0 of 10 held-out examples "
         "(95% interval from 0%; above 50% is needed), C1+ 0%, shuffled targets 0%, chance * (at most 25%); "
         "expected True",
     ),
     "write_only_is_not_specific": (
-        'assert_specific(checked(check_defense, "write_only"))',
-        "RECOVERABLE: specific is False; * 0 of 24 held-out examples *; above 50% is needed*; expected True",
+        'assert_content(checked(check_defense, "write_only"))',
+        "RECOVERABLE: content is False; * 0 of 24 held-out examples *; above 50% is needed*; expected True",
     ),
     "a_shared_route_is_specific": (
-        'assert_specific(checked(check_defense, "shared_route"), expected=False)',
-        "RECOVERABLE: specific is True; * 24 of 24 held-out examples *; expected False",
+        'assert_content(checked(check_defense, "shared_route"), expected=False)',
+        "RECOVERABLE: content is True; * 24 of 24 held-out examples *; expected False",
     ),
     "features_that_compete_move": (
         "assert_drift_below(competing(check_defense), 1e-3)",
@@ -138,7 +138,7 @@ def test_each_assertion_passes_on_one_kind_and_fails_on_the_other_naming_figure_
 def test_open_pass(check_defense):
     found = checked(check_defense, "shared_route")
     assert_recoverable(found, at_least=0.9)
-    assert_specific(found)
+    assert_content(found)
     assert_drift_below(found, 1e-3)
 
 def test_shut_pass(check_defense):
@@ -149,7 +149,7 @@ def test_a_budget_below_what_is_needed(check_defense):
     assert_not_recovered(found, budget=1e-3)
 
 def test_write_only_pass(check_defense):
-    assert_specific(checked(check_defense, "write_only"), expected=False)
+    assert_content(checked(check_defense, "write_only"), expected=False)
 
 def test_error_pass(check_defense):
     assert_attribution(checked(check_defense, "error_bypass"), part="error", at_least=0.9)
@@ -175,7 +175,7 @@ def test_features_pass(check_defense):
     result.stdout.fnmatch_lines(
         [
             "*= recovery =*",
-            "defense * seed  verdict * brought back * specific  artifacts",
+            "defense * seed  verdict * brought back * content  artifacts",
             "complete_bottleneck  0 * NOT_RECOVERED_AT_BUDGET  0 of 10 at 14.6* - * .pytest_cache/d/recover/objects-*",
             "shared_route * RECOVERABLE * 24 of 24 at 4.98958 * true * .pytest_cache/d/recover/objects-*",
             "write_only * RECOVERABLE * 24 of 24 at * false *",
@@ -230,10 +230,10 @@ def test_drift_and_attribution_are_held_to_their_bounds(tmp_path):
     with pytest.raises(pytest.fail.Exception, match=rf"drift of inf, .* on 1 of 1 valid flips; .* most 0.5{where}"):
         testing.assert_drift_below(found, 0.5)
     with pytest.raises(pytest.fail.Exception, match=rf"transfer was not run \(several sites\); expected True{where}"):
-        testing.assert_specific(found)
+        testing.assert_content(found)
     invalid = conclude(flip("a"), fits=[replace(GOOD, explained_variance=0.1)])
     unsaid = testing.Checked("by hand", (invalid,), (tmp_path,))
-    for assertion in (testing.assert_not_recovered, testing.assert_recoverable, testing.assert_specific):
+    for assertion in (testing.assert_not_recovered, testing.assert_recoverable, testing.assert_content):
         with pytest.raises(pytest.fail.Exception, match=r"says nothing either way \(fit: .* 0.100 of the"):
             assertion(unsaid)
 

@@ -49,10 +49,10 @@ def test_one_recovered_flip_is_recoverable_and_not_yet_specific() -> None:
     refused = {"refused": "several sites are clamped"}
     verdict = conclude(flip("x"), missed("y"), SHOWS_THROUGHOUT, NEVER_SHOWS, APPEARS, transfer=refused)
     values = validated(verdict)
-    assert (values["verdict"], values["specific"]) == ("RECOVERABLE", "unknown")
+    assert (values["verdict"], values["content"]) == ("RECOVERABLE", "unknown")
     assert values["counts"] == {"n": 5, "base": 3, "defended": 2, "valid_flips": 2, "strict_flips": 2}
     assert "1 of 2 valid flips" in values["reasons"][0]
-    assert "specificity unknown: transfer was not run: several sites are clamped" in values["reasons"][1]
+    assert "content: unknown: transfer was not run: several sites are clamped" in values["reasons"][1]
     assert values["transfer"] == refused
     assert not failed(verdict)
 
@@ -168,7 +168,7 @@ def test_what_cannot_be_believed_is_inconclusive(record: ExampleRecord, gate: st
     assert failed(verdict) == ([] if gate is None else gate.split())
     values = validated(verdict)
     assert values["verdict"] == ("RECOVERABLE" if gate is None else "INCONCLUSIVE")
-    assert values["specific"] is True if gate is None else values["specific"] == "unknown"
+    assert values["content"] is True if gate is None else values["content"] == "unknown"
 
 
 def test_a_bad_fit_weighs_more_than_a_failed_search() -> None:
@@ -495,16 +495,16 @@ def as_easy(n: int = 12) -> list[ExampleRecord]:
     return [replace(flip(f"e{row}"), placebo=placebo(3.0)) for row in range(n)]
 
 
-@pytest.mark.parametrize(("found", "specific"), [(transfer(), True), (NOTHING, False), (None, None)])
+@pytest.mark.parametrize(("found", "content"), [(transfer(), True), (NOTHING, False), (None, None)])
 def test_whether_it_is_specific_is_judged_by_the_rules_of_evidence(
-    found: dict[str, Any] | None, specific: bool | None
+    found: dict[str, Any] | None, content: bool | None
 ) -> None:
     verdict = conclude(*as_easy(), transfer=found)
     assert verdict.verdict == "RECOVERABLE"
-    assert verdict.specific is specific
-    assert validated(verdict)["specific"] == ("unknown" if specific is None else specific)
-    words = {True: "specific: one shared perturbation cannot carry", False: "not specific: one shared"}
-    assert specific is None or any(reason.startswith(words[specific]) for reason in verdict.reasons)
+    assert verdict.content is content
+    assert validated(verdict)["content"] == ("unknown" if content is None else content)
+    words = {True: "content: true: one shared perturbation cannot carry", False: "content: false: one shared"}
+    assert content is None or any(reason.startswith(words[content]) for reason in verdict.reasons)
 
 
 def test_nothing_is_specific_but_what_was_recovered() -> None:
@@ -513,7 +513,7 @@ def test_nothing_is_specific_but_what_was_recovered() -> None:
         (conclude(flip("x", norm=99.0), transfer=transfer()), "INCONCLUSIVE"),
         (conclude(flip("x"), fits=[replace(GOOD, explained_variance=0.1)], transfer=transfer()), "INVALID"),
     ):
-        assert (verdict.verdict, verdict.specific) == (name, None)
+        assert (verdict.verdict, verdict.content) == (name, None)
         assert not any("pecific" in reason for reason in verdict.reasons)
 
 
@@ -536,9 +536,9 @@ def test_statistics_by_hand() -> None:
 
 def test_the_rules_of_the_plan_are_those_that_judge() -> None:
     found = transfer(own=(8, 8), plus=(8, 8), shuffled=(0, 8), random=(0, 100))
-    for least, specific in ((8, True), (9, None)):
+    for least, content in ((8, True), (9, None)):
         verdict = conclude(*as_easy(), transfer=found, plan=Plan(rules=Rules(min_heldout=least)))
-        assert verdict.specific is specific
+        assert verdict.content is content
 
 
 @pytest.mark.parametrize(
@@ -576,7 +576,7 @@ def test_a_shared_perturbation_of_the_budget_is_not_beyond_it() -> None:
 def test_a_clamp_that_breaks_ordinary_text_is_a_caution(broken: Utility, passes: bool) -> None:
     verdict = conclude(flip("x"), utility=broken, transfer=transfer())
     values = validated(verdict)
-    assert (values["verdict"], values["specific"]) == ("RECOVERABLE", True)
+    assert (values["verdict"], values["content"]) == ("RECOVERABLE", True)
     (gate,) = (gate for gate in values["gates"] if gate["name"] == "utility")
     assert (gate["passed"], gate["decides"]) == (passes, None)
     assert values["fit"]["utility"] == asdict(broken)
@@ -651,11 +651,11 @@ def test_a_verdict_keeps_the_rule_that_decided_and_of_an_older_one_it_follows(
     found: dict[str, Any] | None, rule: Rule | None
 ) -> None:
     verdict = conclude(*as_easy(), transfer=found)
-    assert verdict.statistics.specific_by is rule
+    assert verdict.statistics.content_by is rule
     values = verdict.to_dict()
-    del values["statistics"]["specific_by"]
+    del values["statistics"]["content_by"]
     older = Verdict.from_json(json.dumps(values))
-    assert older.statistics.specific_by is rule
+    assert older.statistics.content_by is rule
     assert reasons.because(older) == reasons.because(verdict)
     assert (rule is None) == (reasons.because(older) is None)
     assert rule is None or any((reasons.because(older) or "-") in reason for reason in verdict.reasons)
@@ -664,9 +664,11 @@ def test_a_verdict_keeps_the_rule_that_decided_and_of_an_older_one_it_follows(
 @pytest.mark.parametrize("rule", [one for one in Rule if one is not Rule.NOT_RUN])
 def test_every_rule_has_a_sentence_that_says_what_it_decided(rule: Rule) -> None:
     read = Transfer.model_validate(transfer())
-    said = reasons.specificity(rule, read, 12, Rules())
-    assert said.startswith({True: "specific: ", False: "not specific: ", None: "specificity unknown: "}[rule.specific])
-    assert said not in [reasons.specificity(one, read, 12, Rules()) for one in Rule if one is not rule]
+    said = reasons.content(rule, read, 12, Rules())
+    assert said.startswith(
+        {True: "content: true: ", False: "content: false: ", None: "content: unknown: "}[rule.content]
+    )
+    assert said not in [reasons.content(one, read, 12, Rules()) for one in Rule if one is not rule]
 
 
 @pytest.mark.parametrize("named", ["recover.verdict/1", "recover.verdict/9"])
@@ -679,7 +681,7 @@ def test_a_verdict_of_another_schema_names_it_and_what_opens_it(named: str) -> N
         Verdict.from_json(json.dumps(values))
 
 
-@pytest.mark.parametrize("damage", ["{}", "[]", "{", '{"schema": 3}', '{"schema": "recover.verdict/2"}'])
+@pytest.mark.parametrize("damage", ["{}", "[]", "{", '{"schema": 3}', '{"schema": "recover.verdict/3"}'])
 def test_what_is_no_verdict_is_refused(damage: str) -> None:
     with pytest.raises(ValueError):  # noqa: PT011 (JSON's or pydantic's)
         Verdict.from_json(damage)

@@ -1,8 +1,8 @@
 """Evidence: what found perturbations do, measured afresh, and what may be concluded from it.
 
 Read `certificate` first: it replays saved perturbations without any code of the search. `controls` are what a
-recovery is compared with, `transfer` fits one perturbation for many prompts, `rules` decide whether a recovery is
-specific, and `attribution` says which parts of a perturbation and of the model carry its effect.
+recovery is compared with, `transfer` fits one perturbation for many prompts, `rules` decide what they show about
+the model, and `attribution` says which parts of a perturbation and of the model carry its effect.
 """
 
 from recover.evidence.certificate import Certificate, certify, constraint_residual, free_drift

@@ -1,4 +1,4 @@
-"""Rules of evidence: when may a recovery be called specific to the behavior?
+"""Rules of evidence: when may it be said that the answers survived the clamp?
 
 That a delta brings an answer back under the clamp shows little, as a delta may be able to write any answer. Two kinds
 of evidence count, and neither rule looks at which task, model or defense it is judging:
@@ -7,7 +7,7 @@ of evidence count, and neither rule looks at which task, model or defense it is 
   against random directions of the same norm; under C1, and under C1+, where it cannot be the clamp undone;
 - *placebo*: whether the behavior's own target needs a smaller perturbation than an unrelated target of the same kind.
 
-`specific`  where
+`content`  where
 ==========  ============================================================================================================
 true        transfer recovers most held-out examples (Wilson lower bound above `most`) and more than shuffled targets do
             (Fisher, p at most `alpha`), under C1 and under C1+; and chance is at most `max_chance`
@@ -47,7 +47,7 @@ Count = Annotated[int, Field(ge=0)]
 
 
 class Rule(StrEnum):
-    """The rule that decided whether a recovery is specific; `specific` says what it decided."""
+    """The rule that decided `content`; its property `content` says what it decided."""
 
     MECHANISM_SURVIVED = "mechanism_survived"
     WRITES_ANY_TARGET = "writes_any_target"
@@ -66,7 +66,7 @@ class Rule(StrEnum):
     NOT_CLEARLY_MOST = "not_clearly_most"
 
     @property
-    def specific(self) -> bool | None:
+    def content(self) -> bool | None:
         """True, False, or None for "unknown"."""
         if self in (Rule.WRITES_ANY_TARGET, Rule.CLAMP_UNDONE, Rule.NO_MORE_THAN_CHANCE):
             return False
@@ -159,9 +159,9 @@ class Finding:
     reached_more_often: bool | None = None
 
     @property
-    def specific(self) -> bool | None:
-        """Whether the recovery is specific to the behavior; None is "unknown"."""
-        return self.rule.specific
+    def content(self) -> bool | None:
+        """Whether the answers can still be read from the defended state; None is "unknown"."""
+        return self.rule.content
 
 
 def judge(

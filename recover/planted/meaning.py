@@ -87,7 +87,7 @@ def write_only(seed: int, **sizes: int) -> Planted:
     U, f = atoms.W[:, :n_answers] + gamma * atoms.W[:, features:], WithNone(0.0)
     network = build_network(draw, atoms, codes, range(n_answers, features), U, f, n_out=n_answers + 1, size=size)
     clamp = Clamp(sae, where[:n_answers].tolist(), Set(-v), only_active=False)
-    told: dict[str, Any] = {"specific": False, "admissible": NullSpace.of(atoms.W[:, :n_answers])}
+    told: dict[str, Any] = {"content": False, "admissible": NullSpace.of(atoms.W[:, :n_answers])}
     smallest, behavior = torch.full((n_prompts,), v / gamma), likeliest(target, n_answers + 1)
     return recoverable("write_only", draw, network, [clamp], behavior, smallest, longest=v / gamma, **told)
 
@@ -120,7 +120,7 @@ def shared_route(seed: int, **sizes: int) -> Planted:
         likeliest(target, n_answers + 1),
         smallest,
         most=1.6,
-        specific=True,
+        content=True,
         bypass=variant,
         admissible=NullSpace.of(atoms.W[:, :k]),
         shared=(1.1 * smallest.max() * T[route]).float()[None],
@@ -163,7 +163,7 @@ def undone_clamp(seed: int, **sizes: int) -> Planted:
     network = build_network(draw, atoms, codes, range(k, k + n_context), U, f, n_out=n_answers + 1, size=size)
     clamp, behavior = Clamp(sae, where[:k].tolist(), mode, only_active=True), likeliest(target, n_answers + 1)
     told: dict[str, Any] = {
-        "specific": False,
+        "content": False,
         "admissible": NullSpace.of(atoms.W[:, :k]),
         "shared": None if shared is None else shared.float(),
         "variant": "gate" if gated else "answers",

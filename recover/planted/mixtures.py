@@ -67,7 +67,7 @@ above that of one other answer. `y_j = a_j + gamma e_j + prior_j`. What keeps th
   or not, without knowing anything of any. Targets shuffled across prompts do as well.
 
 The norm is `(prior_o - prior_t + gamma beta) / (gamma sqrt 2)`. Nothing of the answer survives: never to be called
-specific, whether a rule says "no" or "unknown" (`Planted.never_specific`). The budget is that of kind 4.
+specific, whether a rule says "no" or "unknown" (`Planted.never_content`). The budget is that of kind 4.
 """
 
 from __future__ import annotations
@@ -263,7 +263,7 @@ def some_routes(seed: int, *, share: float | None = None, **sizes: int) -> Plant
     clamp, behavior = Clamp(sae, where[: k + 1].tolist(), mode, only_active=True), likeliest(target, n_answers + 1)
     smallest = torch.where(open_too, opens, torch.inf)
     told: dict[str, Any] = {
-        "specific": True if float(open_too.double().mean()) >= 0.75 else None,
+        "content": True if float(open_too.double().mean()) >= 0.75 else None,
         "bypass": variant,
         "admissible": NullSpace.of(atoms.W[:, : k + 1]),
         "shared": (1.1 * longest * T[x]).float()[None],
@@ -302,7 +302,7 @@ def undone_and_route(seed: int, **sizes: int) -> Planted:
     clamp, behavior = Clamp(sae, where[:k].tolist(), mode, only_active=True), likeliest(target, n_answers + 1)
     smallest = needed / (1 / (k * KAPPA**2) + gamma**2) ** 0.5
     told: dict[str, Any] = {
-        "specific": True,
+        "content": True,
         "bypass": variant,
         "admissible": NullSpace.of(atoms.W[:, :k]),
         "shared": (1.1 * longest * T[x]).float()[None],
@@ -345,7 +345,7 @@ def weak_predicate(seed: int, *, variant: str | None = None, **sizes: int) -> Pl
         "admissible": NullSpace.of(atoms.W[:, :n_answers]),
         "shared": around.float()[None] if variant == "prior" else None,
         "variant": variant,
-        "never_specific": True,
+        "never_content": True,
     }
     return recoverable("weak_predicate", draw, network, [clamp], behavior, smallest, longest, **told)
 

@@ -4,7 +4,7 @@ For every kind of planted world (`recover.planted`) and every seed:
 
 1. *Verdict*: `check()` is run on it as on any model, the whole protocol.
 2. *Smallest norm*: as the check measured and certified it, held against the closed form.
-3. *Miss*: another verdict than the construction implies, another word about whether it is specific than may be said, or
+3. *Miss*: another verdict than the construction implies, another word about `content` than may be said, or
    a smallest norm off by more than 1 %.
 
 The kinds and their derivations are in `recover.planted`.
@@ -36,7 +36,7 @@ UNMEASURED = ("hard_readout",)
 """Kinds whose smallest norm a method that follows gradients cannot be asked for."""
 WORTH_PROCESSES = 40
 """So many worlds take longer than the start of other processes."""
-WORDS: dict[bool | None, str] = {True: "specific", False: "not specific", None: "specific unknown"}
+WORDS: dict[bool | None, str] = {True: "content: true", False: "content: false", None: "content: unknown"}
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,8 @@ class Outcome:
     """One world, judged.
 
     Attributes:
-        expected: the verdicts that are right, with what may be said of `specific` where that is known.
-        given: the verdict, with what it said of `specific` where that matters.
+        expected: the verdicts that are right, with what may be said of `content` where that is known.
+        given: the verdict, with what it said of `content` where that matters.
         right: whether the verdict is one of these.
         norm_error: largest relative error of the smallest norm over the examples; None where not measured.
         why: the verdict's own reasons.
@@ -126,8 +126,8 @@ def judge(world: Planted, seed: int) -> Outcome:
         variant=world.variant,
         seed=seed,
         expected=tuple(f"{name} ({words})" if name == "RECOVERABLE" and asked else name for name in world.expected),
-        given=f"{said.verdict} ({WORDS[said.specific]})" if said.verdict == "RECOVERABLE" and asked else said.verdict,
-        right=said.verdict in world.expected and (said.verdict != "RECOVERABLE" or said.specific in world.allowed),
+        given=f"{said.verdict} ({WORDS[said.content]})" if said.verdict == "RECOVERABLE" and asked else said.verdict,
+        right=said.verdict in world.expected and (said.verdict != "RECOVERABLE" or said.content in world.allowed),
         norm_error=None if world.name in UNMEASURED else norm_error(world, said),
         seconds=time.monotonic() - start,
         why=said.reasons,

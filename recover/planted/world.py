@@ -47,14 +47,14 @@ class Planted:
         name: of its kind.
         model, defense, examples, budget: what `check()` is given. Every example is a valid flip.
         expected: the verdicts that are right, the most telling first.
-        specific: what the verdict must say once it can; None where nothing follows from the construction.
+        content: what the verdict must say once it can; None where nothing follows from the construction.
         smallest_norm: `[batch]`, infinite where no admissible delta of any norm recovers; None where not known.
         bypass: where what recovers lies: in the SAE's error or in features that are not clamped.
         admissible: the deltas, at the first clamped site, that leave every clamped feature of every site as it is.
         shared: `[1 d_model]`, one admissible delta within the budget that recovers every example, where known.
         variant: which of the cases of its kind this is.
         shared_rows: `[batch]`, the examples that `shared` recovers, where it is not every one.
-        never_specific: where `specific` is None: of `False` and "unknown" a verdict may say either, but not `True`.
+        never_content: where `content` is None: of `False` and "unknown" a verdict may say either, but not `True`.
     """
 
     name: str
@@ -65,19 +65,19 @@ class Planted:
     smallest_norm: Float[Tensor, "batch"] | None
     admissible: NullSpace
     expected: tuple[str, ...] = ("RECOVERABLE",)
-    specific: bool | None = None
+    content: bool | None = None
     bypass: Literal["error", "features"] | None = "error"
     shared: Float[Tensor, "1 d_model"] | None = None
     variant: str = ""
     shared_rows: Bool[Tensor, "batch"] | None = None
-    never_specific: bool = False
+    never_content: bool = False
 
     @property
     def allowed(self) -> frozenset[bool | None]:
-        """What a verdict may say of `specific` here; None is "unknown"."""
-        if self.specific is not None:
-            return frozenset({self.specific})
-        return frozenset({False, None}) if self.never_specific else frozenset({True, False, None})
+        """What a verdict may say of `content` here; None is "unknown"."""
+        if self.content is not None:
+            return frozenset({self.content})
+        return frozenset({False, None}) if self.never_content else frozenset({True, False, None})
 
 
 @dataclass(frozen=True)

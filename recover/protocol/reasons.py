@@ -128,8 +128,8 @@ def placebo(pairs: Paired | None, within: tuple[Reading, Reading] | None, findin
         own, other = within
         told.append(
             f"with one perturbation per example at this budget, the own target is reached on {own.hits} of {own.n} and "
-            f"an unrelated target on {other.hits} of {other.n}, so per-example recovery at this budget is "
-            f"{'' if finding.reached_more_often else 'not '}specific to the behavior"
+            f"an unrelated target on {other.hits} of {other.n}, so per-example recovery at this budget "
+            f"{'favors' if finding.reached_more_often else 'does not favor'} the behavior's own answer"
         )
     if pairs is not None and pairs.n:
         ratio = "" if math.isnan(pairs.median_ratio) else f"; the median ratio of norms is {number(pairs.median_ratio)}"
@@ -140,7 +140,7 @@ def placebo(pairs: Paired | None, within: tuple[Reading, Reading] | None, findin
     return told
 
 
-def specificity(rule: Rule, shared: Transfer | RefusedTransfer, pairs: int, rules: Rules) -> str:
+def content(rule: Rule, shared: Transfer | RefusedTransfer, pairs: int, rules: Rules) -> str:
     """The reason that goes with the rule that decided.
 
     Args:
@@ -149,7 +149,7 @@ def specificity(rule: Rule, shared: Transfer | RefusedTransfer, pairs: int, rule
         pairs: number of pairs of own and placebo target.
         rules: the thresholds.
     """
-    said = {True: "specific", False: "not specific", None: "specificity unknown"}[rule.specific]
+    said = {True: "content: true", False: "content: false", None: "content: unknown"}[rule.content]
     return f"{said}: {_because(rule, shared, pairs, rules)}"
 
 
@@ -192,8 +192,8 @@ def _because(rule: Rule, shared: Transfer | RefusedTransfer, pairs: int, rules: 
 
 
 def because(verdict: Verdict) -> str | None:
-    """Why what is RECOVERABLE is specific, is not, or may be either; None where that was not asked."""
-    rule, control = verdict.statistics.specific_by, verdict.controls.placebo
+    """Why `content` of what is RECOVERABLE is true, false or unknown; None where that was not asked."""
+    rule, control = verdict.statistics.content_by, verdict.controls.placebo
     paired = None if control is None else control.paired
     if rule is None or verdict.transfer is None:
         return None

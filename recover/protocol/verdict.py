@@ -4,7 +4,7 @@
 2. A gate of the search or the certificate that failed gives `INCONCLUSIVE`: the run cannot be believed either way.
 3. Otherwise `RECOVERABLE` where a certificate shows the behavior back on at least one valid flip, else
    `NOT_RECOVERED_AT_BUDGET`. Never "robust", never "safe": a search that fails proves little.
-4. `specific`, of what is `RECOVERABLE`: by the rules of `evidence`.
+4. `content`, of what is `RECOVERABLE`: by the rules of `evidence`.
 
 Parts of the protocol that were not run are gates with `passed: null`, which say why; never silently missing.
 """
@@ -134,7 +134,7 @@ def decide(
         reasons += [words.found(found), *words.replies(found.replies)]
         if finding is not None and evidence.transfer is not None:
             beside = words.placebo(pairs, within, finding)
-            because = words.specificity(finding.rule, evidence.transfer, pairs.n if pairs else 0, plan.rules)
+            because = words.content(finding.rule, evidence.transfer, pairs.n if pairs else 0, plan.rules)
             reasons += [because, *beside] if read is None else [words.transfer(read), *beside, because]
     elif kind == "NOT_RECOVERED_AT_BUDGET":
         statuses = [r.search.status for r in searched if r.search is not None and hopeless(r)]
@@ -150,7 +150,7 @@ def decide(
     return Verdict(
         schema=SCHEMA,
         verdict=kind,
-        specific=None if by is None else by.specific,
+        content=None if by is None else by.content,
         reasons=(*reasons, *(gate.detail for gate in failing if gate.decides is None)),
         threat_model=ThreatModel.model_validate(threat_model),
         fit=_fit(evidence),
@@ -166,7 +166,7 @@ def decide(
             comparisons=0 if finding is None else len(finding.comparisons),
             p_corrected={} if finding is None else dict(finding.comparisons),
             correction="Holm",
-            specific_by=by,
+            content_by=by,
         ),
         gates=gates,
         provenance=Provenance.model_validate(dict(provenance)),

@@ -26,14 +26,14 @@ from recover.evidence.rules import Count, Reading, Rule, Rules, TransferEvidence
 from recover.numerics.statistics import wilson
 from recover.protocol.records import STRICT, ExampleRecord, Figure
 
-SCHEMA: Literal["recover.verdict/2"] = "recover.verdict/2"
+SCHEMA: Literal["recover.verdict/3"] = "recover.verdict/3"
 
 Kind = Literal["INVALID", "INCONCLUSIVE", "NOT_RECOVERED_AT_BUDGET", "RECOVERABLE"]
 Placement = Literal["after_clamp", "before_clamp"]
 
 
 Interval = Annotated[tuple[Figure, Figure], Field(description="95% confidence interval, low and high")]
-Specific = Annotated[
+Known = Annotated[
     bool | None,
     BeforeValidator(lambda value: None if value == "unknown" else value),
     PlainSerializer(lambda value: "unknown" if value is None else value),
@@ -347,7 +347,7 @@ class Transfer(Section):
     back_but_features_moved: Count = Field(description="examples that show the behavior, but clamped features moved")
     preactivation_shift_max: Figure = Field(description="largest shift of a clamped pre-activation")
     constraint_residual_max: Figure = Field(description="largest ||A^T delta|| / (||A|| ||delta||)")
-    readings: TransferReadings = Field(description="the counts that decide whether recovery is specific")
+    readings: TransferReadings = Field(description="the counts that decide `content`")
     curve: tuple[TransferPoint, ...] = Field(description="readings at each budget, smallest first")
 
     @property
@@ -403,8 +403,8 @@ class Statistics(Section):
     comparisons: Count = Field(description="number of comparisons that p-values are corrected for")
     p_corrected: dict[str, Figure] = Field(description="corrected p-value of each comparison")
     correction: str = Field(description="method of the correction")
-    specific_by: Rule | None = Field(
-        default=None, description="the rule that decided `specific`; null where none was asked"
+    content_by: Rule | None = Field(
+        default=None, description="the rule that decided `content`; null where none was asked"
     )
 
 
@@ -477,12 +477,12 @@ class PublishedRow(Section):
 class Verdict(Section):
     """The whole answer of a check: what `verdict.json` holds, and the records of `examples.jsonl`.
 
-    `specific` is None where the JSON says "unknown". `records` is no part of the JSON.
+    `content` is None where the JSON says "unknown". `records` is no part of the JSON.
     """
 
-    schema_: Literal["recover.verdict/2"] = Field(alias="schema", description="name of this format")
+    schema_: Literal["recover.verdict/3"] = Field(alias="schema", description="name of this format")
     verdict: Kind = Field(description="what the check came to")
-    specific: Specific = Field(description="whether the recovery is specific to the behavior")
+    content: Known = Field(description="whether the answers can still be read from the defended state")
     reasons: tuple[str, ...] = Field(min_length=1, description="sentences that explain the verdict")
     threat_model: ThreatModel = Field(description="what the perturbation may do")
     fit: FitFigures = Field(description="how well the SAEs describe the model, and what the defense costs")
@@ -536,7 +536,7 @@ class Verdict(Section):
             opener = f"recover {found[1]}, which wrote it" if found else "the version of recover that wrote it"
             raise OtherSchemaError(f"its schema is {named[:40]!r} and this one opens {SCHEMA!r}; open it with {opener}")
         read = cls.model_validate_json(text)
-        if read.verdict != "RECOVERABLE" or read.transfer is None or read.statistics.specific_by is not None:
+        if read.verdict != "RECOVERABLE" or read.transfer is None or read.statistics.content_by is not None:
             return read
         # Written before the rule was kept: it follows from what was.
         paired = read.controls.placebo.paired if read.controls.placebo is not None else None
@@ -547,7 +547,7 @@ class Verdict(Section):
             read.statistics.rules,
             p,
         )
-        return read.model_copy(update={"statistics": read.statistics.model_copy(update={"specific_by": rule})})
+        return read.model_copy(update={"statistics": read.statistics.model_copy(update={"content_by": rule})})
 
 
 class OtherSchemaError(ValueError):

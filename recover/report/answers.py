@@ -14,7 +14,7 @@ import yaml
 from recover.protocol.reasons import because
 from recover.protocol.verdict_model import RefusedTransfer, Verdict
 from recover.report.rendering import gathered
-from recover.report.words import clamps, prose, specificity
+from recover.report.words import clamps, known, prose
 
 __all__ = ["Doubt", "answer_questions", "cautions", "doubts", "parsed", "task_of"]
 
@@ -63,13 +63,13 @@ def answer_questions(verdict: Verdict, config: Any = None) -> list[tuple[str, li
         "model": verdict.provenance.model.partition(" ")[0],
         "clamps": clamps(verdict.threat_model),
         "task": task_of(config),
-        "because": because(verdict) or specificity(verdict.specific),
+        "because": because(verdict) or known(verdict.content),
         "doubts": doubts(verdict),
     }
     questions = {
         "clamped": "What was clamped?",
         "recoverable": "Was the behavior recoverable?",
-        "specific": "Is the recovery specific to the behavior?",
+        "content": "Can the answers still be read from the defended state?",
         "cautions": "What could be wrong with this run?",
     }
     return [(question, _sentences(block, **context)) for block, question in questions.items()]

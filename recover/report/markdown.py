@@ -53,7 +53,7 @@ def summary_rows(verdict: Verdict) -> list[tuple[str, str]]:
 
     return [
         ("verdict", verdict.verdict),
-        ("specific", {True: "yes", False: "no", None: "unknown"}[verdict.specific] if recoverable else "-"),
+        ("content", {True: "yes", False: "no", None: "unknown"}[verdict.content] if recoverable else "-"),
         ("valid flips", f"{counts.valid_flips} of {counts.n}"),
         ("recovered", counted(found.recovered, found.searched, found.wilson95, "")),
         ("unrelated target reached", "-" if placebo is None else f"{percent(placebo.rate)} of {placebo.n}"),

@@ -72,9 +72,9 @@ def seeds_to_text(verdicts: Sequence[Verdict]) -> str:
 
 
 def _said(verdict: Verdict) -> str:
-    words = {True: "specific", False: "not specific", None: "specificity unknown"}
+    words = {True: "content: true", False: "content: false", None: "content: unknown"}
     name = verdict.verdict
-    return f"{name}, {words[verdict.specific]}" if name == "RECOVERABLE" else name
+    return f"{name}, {words[verdict.content]}" if name == "RECOVERABLE" else name
 
 
 def _rate(value: float | None) -> str:

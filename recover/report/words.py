@@ -57,7 +57,7 @@ class Words(_Frozen):
     """All prose of the reports; see `words.yaml`."""
 
     meanings: dict[str, str]
-    specific: dict[Literal["true", "false", "unknown"], str]
+    content: dict[Literal["true", "false", "unknown"], str]
     tasks: dict[str, str]
     parts: dict[str, str]
     replies: dict[str, str]
@@ -82,7 +82,7 @@ def headline(verdict: Verdict) -> str:
     """
     utility, counts, told = verdict.fit.utility, verdict.counts, [prose().meanings[verdict.verdict]]
     if verdict.verdict == "RECOVERABLE":
-        told.append(specificity(verdict.specific))
+        told.append(known(verdict.content))
     if utility is not None and utility.broken and utility.loss_off is not None and utility.loss_on is not None:
         cost = f"from {utility.loss_off:.1f} to {utility.loss_on:.1f} nats per token"
         told.append(f"the defense breaks ordinary text ({cost})")
@@ -91,9 +91,9 @@ def headline(verdict: Verdict) -> str:
     return "; ".join(told)
 
 
-def specificity(specific: bool | None) -> str:
-    """Whether a recovery is specific to the behavior, in one clause."""
-    return prose().specific["unknown" if specific is None else "true" if specific else "false"]
+def known(content: bool | None) -> str:
+    """Whether what the answers are made of survived the clamp, in one clause."""
+    return prose().content["unknown" if content is None else "true" if content else "false"]
 
 
 def clamps(threat: ThreatModel) -> list[str]:

@@ -3,10 +3,10 @@
 from recover.testing.assertions import (
     Checked,
     assert_attribution,
+    assert_content,
     assert_drift_below,
     assert_not_recovered,
     assert_recoverable,
-    assert_specific,
 )
 from recover.testing.defenses import Defenses
 
@@ -14,10 +14,10 @@ __all__ = [
     "Checked",
     "Defenses",
     "assert_attribution",
+    "assert_content",
     "assert_drift_below",
     "assert_not_recovered",
     "assert_recoverable",
-    "assert_specific",
 ]
 
 pytest_plugins = ["recover_pytest"]

@@ -68,13 +68,13 @@ def assert_not_recovered(checked: Checked, budget: float | None = None) -> None:
             _fail(f"{rate} {bound:g}, the smallest of norm {min(back):.3g}; expected none", verdict, folder)
 
 
-def assert_specific(checked: Checked, expected: bool = True) -> None:
-    """What was found is specific to the behavior; or, with `expected=False`, it is known not to be."""
+def assert_content(checked: Checked, expected: bool = True) -> None:
+    """The answers can still be read from the defended state; with `expected=False`, it is known that they cannot."""
     __tracebackhide__ = True
-    for verdict, folder in _believed(checked, f"specific: {expected}"):
-        if verdict.verdict != "RECOVERABLE" or verdict.specific is not expected:
-            known = "unknown" if verdict.specific is None else verdict.specific
-            _fail(f"specific is {known}; {_transfer(verdict)}; expected {expected}", verdict, folder)
+    for verdict, folder in _believed(checked, f"content: {expected}"):
+        if verdict.verdict != "RECOVERABLE" or verdict.content is not expected:
+            known = "unknown" if verdict.content is None else verdict.content
+            _fail(f"content is {known}; {_transfer(verdict)}; expected {expected}", verdict, folder)
 
 
 def assert_drift_below(checked: Checked, bound: float) -> None:
@@ -129,7 +129,7 @@ def _rate(found: Recovery) -> str:
 
 
 def _transfer(verdict: Verdict) -> str:
-    """The figures that `specific` rests on, and their bounds."""
+    """The figures that `content` rests on, and their bounds."""
     read, rules = verdict.transfer, verdict.statistics.rules
     if not isinstance(read, Transfer):
         return "transfer was not run" + ("" if read is None else f" ({read.refused})")
