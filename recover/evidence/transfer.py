@@ -12,14 +12,17 @@ first name in a prompt: that the behavior's own rule survived is not shown. Seve
 3. *Smooth*. At every step each example sees the delta with admissible noise of half its budget added (the same draw in
    every problem): what is found must hold in a neighborhood. Without it the fit is perfect on its half and reads worse
    on the other (design, item 7; 0.93 against 0.98 held out on SmolLM2).
-4. *Controls* are problems of the same kind: targets shuffled across prompts, so that no example has its own; and
-   directions drawn at random, which are not fitted at all.
+4. *Controls* are problems of the same kind: targets shuffled across prompts, so that no example has its own; targets
+   of another rule; a `Gate` that is known to be there; and directions drawn at random, which are not fitted at all.
+5. *Past flat pieces*: a fit can follow gradients that pass inactive units (`FitSchedule.leaking`, see
+   `recover.search.surrogate`), for content behind several of them.
 
 Nothing here knows what the behavior is; it needs a slack, and targets only where they are to be shuffled.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -27,6 +30,7 @@ from functools import cached_property
 from itertools import accumulate
 
 import torch
+from einops import einsum
 from pydantic import PositiveInt
 from torch.nn import functional as F
 
@@ -35,8 +39,9 @@ from recover.numerics.metrics import norm
 from recover.search.ascent import Feasible, clip, scale_to
 from recover.search.constraints.pinned import Pinned
 from recover.search.gradient_free import ELEMENTS_AT_ONCE
-from recover.tasks.behaviors import Targeted
-from recover.types import Float, InputError, Int, Rows, Tensor
+from recover.search.surrogate import Leaking
+from recover.tasks.behaviors import Behavior, Targeted
+from recover.types import Float, InputError, Int, PerExample, Residual, Rows, Tensor
 
 Shared = Float[Tensor, "fit pos d_model"]
 MARGIN = 1.0
@@ -52,13 +57,54 @@ class FitSchedule:
         momentum: share of the direction that is kept from step to step.
         noise: norm of the noise that smooths the fit, as a share of the budget.
         seed: of the noise.
+        leaking: whether gradients pass inactive units.
     """
 
-    steps: PositiveInt = 60
+    steps: PositiveInt = 45
     stride: float = 0.1
     momentum: float = 0.8
     noise: float = 0.5
     seed: int = 0
+    leaking: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Gate:
+    """A gate planted into the objective: it adds to the slack where a delta turns several units on together.
+
+    With every unit at 1 it adds its height; with one of them off, nothing. The nearest delta that opens it has the norm
+    `reach sqrt(unit)`.
+
+    Attributes:
+        directions: one for each unit, orthonormal and admissible.
+        reach: how far along its direction a unit is at 1.
+        height: what is added to the slack, in logits.
+    """
+
+    directions: Float[Tensor, "unit pos d_model"]
+    reach: float
+    height: float
+
+    def __call__(self, delta: Residual) -> PerExample:
+        along = einsum(delta, self.directions, "batch pos d_model, unit pos d_model -> batch unit") / self.reach
+        on = torch.clamp(torch.relu(along), max=1.0).sum(dim=1)
+        return self.height * torch.relu(on - (len(self.directions) - 1))
+
+    @classmethod
+    def drawn(
+        cls, feasible: Feasible, units: int, norm: float, height: float, like: Residual, seed: int
+    ) -> Gate | None:
+        """Draw a gate that a delta of this norm opens; None where too few directions are admissible.
+
+        `like [1 pos d_model]` gives shape and device.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        noise = torch.randn(units, *like.shape[1:], generator=generator).to(like)
+        basis, size = torch.linalg.qr(feasible.project(noise).flatten(1).T.double())
+        if basis.shape[1] < units or bool((size.diagonal().abs() < 1e-6 * size.abs().max()).any()):
+            return None
+        directions = basis.T.reshape(noise.shape).to(like)
+        return cls(feasible.project(directions), norm / units**0.5, height)
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,11 +115,13 @@ class Problem:
         feasible: the admissible space, the same for all examples.
         budget: largest norm.
         targets: `[batch]`, another target for each example of the pool; None for its own.
+        gate: what is planted into the objective.
     """
 
     feasible: Feasible
     budget: float
     targets: Int[Tensor, "batch"] | None = None
+    gate: Gate | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,6 +171,18 @@ class Pool:
                 slack[fits, rows] = objective(deltas[fits])[1]
         return slack
 
+    def answers(self, deltas: Shared) -> Int[Tensor, "fit batch"]:
+        """The target that shows under every shared delta on every example; -1 where none does.
+
+        Of a behavior without targets 0 stands for the behavior itself.
+        """
+        found = torch.full((len(deltas), len(self)), -1, device=deltas.device)
+        with torch.no_grad():
+            for fits, rows, objective in self._chunks(len(deltas), None):
+                logits = objective.logits(deltas[fits]).float()
+                found[fits, rows] = shown_answer(objective.behavior, logits)
+        return found
+
     def _chunks(
         self, n_fits: int, targets: Int[Tensor, "fit batch"] | None
     ) -> Iterator[tuple[Tensor, Tensor, Defended | Pinned]]:
@@ -167,7 +227,8 @@ def fit_shared(
         targets = torch.stack([own if p.targets is None else p.targets.to(own) for p in problems])
     for step in range(schedule.steps):
         drawn = torch.randn(len(pool), *pool.shape, generator=generator).to(like)
-        gradient = _gradient(pool, problems, targets, deltas, drawn, schedule.noise)
+        with Leaking() if schedule.leaking else contextlib.nullcontext():
+            gradient = _gradient(pool, problems, targets, deltas, drawn, schedule.noise)
         steepest = scale_to(_each(problems, gradient), 1.0)
         momentum = schedule.momentum * momentum + (1 - schedule.momentum) * steepest
         length = schedule.stride * (1 - step / schedule.steps)
@@ -176,6 +237,25 @@ def fit_shared(
         if on_step is not None:
             on_step(step + 1, schedule.steps)
     return deltas
+
+
+def shown_answer(behavior: Behavior, logits: Float[Tensor, "batch ..."]) -> Int[Tensor, "batch"]:
+    """The target that shows, `[batch]`; -1 where none does. Of a behavior without targets 0 is the behavior itself."""
+    shows = behavior.slack(logits) > 0
+    if not isinstance(behavior, Targeted):
+        return torch.where(shows, 0, -1)
+    if logits.dim() != 2:
+        return torch.where(shows, behavior.target, -1)
+    tokens, rows = behavior.tokens, torch.arange(len(logits), device=logits.device)
+    at = logits.argmax(dim=1)
+    likeliest = at if tokens is None else tokens[rows, at]
+    asked = behavior.retarget(likeliest)
+    if tokens is not None and asked.tokens is not None:
+        # The columns of the other question are those of this one in another order.
+        same = asked.tokens[:, :, None] == tokens[:, None, :]
+        logits = logits.gather(1, same.int().argmax(dim=2)).where(same.any(dim=2), -torch.inf)
+    found = torch.where(asked.slack(logits) > 0, likeliest, -1)
+    return torch.where(shows, behavior.target, found)
 
 
 def random_shared(
@@ -239,7 +319,11 @@ def _gradient(
             around[fit] = unit * problems[fit].budget
     for fits, rows, objective in pool._chunks(len(problems), targets):
         leaf = deltas.detach().requires_grad_(True)
-        _, slack = objective(leaf[fits] + around[fits, rows])
+        seen = leaf[fits] + around[fits, rows]
+        _, slack = objective(seen)
+        for fit, gate in ((at, problem.gate) for at, problem in enumerate(problems) if problem.gate is not None):
+            here = (fits == fit).nonzero().flatten()
+            slack = slack.index_add(0, here, gate(seen[here]))
         loss = F.softplus(MARGIN - slack).where(slack.isfinite(), 0.0).sum() / len(pool)
         (gradient,) = torch.autograd.grad(loss, leaf)
         total += gradient.nan_to_num(0.0, 0.0, 0.0)

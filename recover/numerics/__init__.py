@@ -25,7 +25,18 @@ from recover.numerics.metrics import (
     valid_flips,
     zero_reactivation_recovery,
 )
-from recover.numerics.statistics import Paired, holm, median_interval, more_often, paired_smaller, wilson
+from recover.numerics.statistics import (
+    Paired,
+    at_most,
+    holm,
+    mean_above_zero,
+    median_interval,
+    more_often,
+    paired_smaller,
+    sign_test,
+    upper_share,
+    wilson,
+)
 from recover.numerics.subspaces import NullSpace, NullSpaces, row_space
 
 __all__ = [
@@ -35,6 +46,7 @@ __all__ = [
     "Paired",
     "Reactivation",
     "activation_drift",
+    "at_most",
     "cgls",
     "clamp_floor_violation",
     "decode_drift",
@@ -42,6 +54,7 @@ __all__ = [
     "holm",
     "l0",
     "loss_recovered",
+    "mean_above_zero",
     "median_interval",
     "more_often",
     "norm",
@@ -51,6 +64,8 @@ __all__ = [
     "relative_drift",
     "relative_norm",
     "row_space",
+    "sign_test",
+    "upper_share",
     "valid_flips",
     "wilson",
     "zero_reactivation_recovery",

@@ -4,6 +4,9 @@
 2. *Paired norms*: an exact sign test of whether one of two norms is the smaller, example by example.
 3. *Two rates*: Fisher's exact test.
 4. *Several tests at once*: Holm's correction of their p-values.
+5. *"No more than"* is never a test that failed to reject: it is an upper bound (`upper_share`), or a test of the share
+   that is to be excluded (`at_most`).
+6. *Fits vary*: what is read of several fits is tested over fits (`mean_above_zero`), not over examples alone.
 
 A smallest norm is infinite where nothing was found, at any norm that was tried. All p-values are one-sided: small where
 the data say what the function's name says.
@@ -17,7 +20,8 @@ from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.stats import binom, fisher_exact
+from scipy.stats import beta, binom, fisher_exact
+from scipy.stats import t as student
 
 from recover.types import InputError
 
@@ -27,11 +31,12 @@ DRAWN_AT_ONCE = 2**20
 """Figures of resamples that are held in memory together."""
 
 
-def wilson(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
+def wilson(successes: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
     """The Wilson score interval of a rate; all of [0, 1] where `n` is 0.
 
     It solves `|p - successes/n| = q sqrt(p (1 - p) / n)` for `p`, with `q` the two-sided normal quantile. Written out,
-    as `scipy.stats.binomtest` differs in the last digit (by 3e-16 at most for `n <= 300`), which verdicts print.
+    as `scipy.stats.binomtest` differs in the last digit (by 3e-16 at most for `n <= 300`), which verdicts print. Where
+    each of `n` clusters counts by its mean, `successes` is the sum of these means; the interval is then a cautious one.
 
     >>> from recover.numerics import wilson
     >>> wilson(8, 10)
@@ -149,6 +154,60 @@ def paired_smaller(ours: ArrayLike, theirs: ArrayLike, tolerance: float = TIE) -
         median_ratio=float(np.median(ratios)) if len(ratios) else math.nan,
         p=float(binom.sf(smaller - 1, smaller + larger, 0.5)),
     )
+
+
+def sign_test(positive: int, negative: int) -> float:
+    """The one-sided p-value of the exact sign test that positive differences are no likelier than negative ones.
+
+    >>> from recover.numerics import sign_test
+    >>> sign_test(7, 0), sign_test(0, 0)
+    (0.0078125, 1.0)
+    """
+    return float(binom.sf(positive - 1, positive + negative, 0.5))
+
+
+def upper_share(successes: float, n: int, confidence: float = 0.95) -> float:
+    """The one-sided upper bound of a share (Clopper and Pearson 1934); 1 where `n` is 0.
+
+    `successes` may be a sum of the means of clusters, as in `wilson`.
+
+    >>> from recover.numerics import upper_share
+    >>> round(upper_share(0, 24), 3)  # 1 - 0.05 ** (1 / 24)
+    0.117
+
+    Raises:
+        InputError: not `0 <= successes <= n`, or not `0 < confidence < 1`.
+    """
+    _check_confidence(confidence)
+    if not 0 <= successes <= n:
+        raise InputError(f"share: {successes} successes of {n}; give 0 <= successes <= n")
+    return 1.0 if successes >= n else float(beta.ppf(confidence, successes + 1, n - successes))
+
+
+def at_most(successes: int, n: int, share: float) -> float:
+    """The p-value that so few successes come from a true share of `share` or more: `P(X <= successes)`.
+
+    >>> from recover.numerics import at_most
+    >>> round(at_most(0, 24, 0.15), 4)
+    0.0202
+    """
+    return float(binom.cdf(successes, n, share))
+
+
+def mean_above_zero(values: ArrayLike) -> float:
+    """The one-sided p-value of Student's t test that the mean is not above 0; 1 for fewer than two values.
+
+    >>> from recover.numerics import mean_above_zero
+    >>> round(mean_above_zero([1.0, 2.0, 3.0]), 4)
+    0.0371
+    """
+    sample = np.asarray(values, dtype=np.float64)
+    if len(sample) < 2:
+        return 1.0
+    mean, spread = float(sample.mean()), float(sample.std(ddof=1))
+    if spread <= 1e-12 * abs(mean):
+        return 0.0 if mean > 0 else 1.0
+    return float(student.sf(mean / (spread / math.sqrt(len(sample))), len(sample) - 1))
 
 
 def more_often(successes: int, n: int, other_successes: int, other_n: int) -> float:

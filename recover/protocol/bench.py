@@ -10,6 +10,10 @@ is saved, corrections included.
 *What flips.* An example whose behavior shows without the defense and not with it. Where the behavior is a whole answer
 that is read from what the model says: its own reply opens with neither a refusal nor a safety cue, the defended one
 with a refusal (`recover.tasks.replies`).
+
+*What shared perturbations are fitted and read on.* The examples that are right at base by the stricter predicate and by
+the check's own: those that flip by both, and those that the defense leaves right. What only one of the two
+predicates loses is neither. Where the behavior is a whole answer, flips alone, as each reading is a reply.
 """
 
 from __future__ import annotations
@@ -31,9 +35,11 @@ from recover.search.ascent import Feasible, Schedule
 from recover.search.constraints.first_order import admissible
 from recover.search.constraints.pinned import Pinned
 from recover.tasks import replies as refusal
+from recover.tasks.behaviors import Targeted, known_targets
 from recover.tasks.dialogue import Dialogue
 from recover.tasks.examples import Examples
-from recover.types import Delta, Float, Int, Surface, Tensor, TokenIds
+from recover.tasks.rules import OtherRule, all_rules
+from recover.types import Bool, Delta, Float, Int, Rows, Surface, Tensor, TokenIds
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,9 +50,10 @@ class Batch:
         examples: all of the batch.
         base, under: the slack `[batch]` without the defense and with it; `strict_...` by the stricter predicate.
         flips: the rows of valid flips.
-        strict_flips: the rows of valid flips by the stricter predicate.
+        right: the rows that shared perturbations are fitted and read on.
+        turned: which of `right` flip.
         target: the defended state of the flips.
-        strict_target: the defended state of the strict flips, with the stricter predicate.
+        right_target: the defended state of `right`, with the stricter predicate.
         replies: what the model says under the defense, where the behavior is a whole answer.
     """
 
@@ -56,9 +63,10 @@ class Batch:
     strict_base: Float[Tensor, "batch"]
     strict_under: Float[Tensor, "batch"]
     flips: Int[Tensor, "flips"]
-    strict_flips: Int[Tensor, "strict_flips"]
+    right: Int[Tensor, "right"]
+    turned: Bool[Tensor, "right"]
     target: Defended
-    strict_target: Defended
+    right_target: Defended
     replies: Sequence[str] | None = None
 
     @property
@@ -72,15 +80,9 @@ class Batch:
         return [self.examples.ids[row] for row in self.flips.tolist()]
 
     @property
-    def strict_ids(self) -> list[str]:
-        """Ids of the flips by the stricter predicate."""
-        return [self.examples.ids[row] for row in self.strict_flips.tolist()]
-
-    @property
-    def strict_groups(self) -> list[str]:
-        """Groups of the flips by the stricter predicate."""
-        groups = self.examples.groups or self.examples.ids
-        return [groups[row] for row in self.strict_flips.tolist()]
+    def right_ids(self) -> list[str]:
+        """Ids of what shared perturbations are fitted and read on."""
+        return [self.examples.ids[row] for row in self.right.tolist()]
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,8 +145,47 @@ class Bench:
 
     @cached_property
     def pool(self) -> Pool:
-        """All examples that flip by the stricter predicate, as one pool."""
-        return Pool(tuple(self.objective(batch.strict_target) for batch in self.batches if len(batch.strict_flips)))
+        """All that shared perturbations are fitted and read on, as one pool."""
+        return Pool(tuple(self.objective(batch.right_target) for batch in self.batches if len(batch.right)))
+
+    @cached_property
+    def pool_rows(self) -> Rows:
+        """Where the examples of the pool stand among all examples."""
+        return torch.cat([rows[batch.right.cpu()] for rows, batch in zip(self.rows, self.batches, strict=True)])
+
+    @cached_property
+    def pool_turned(self) -> Bool[Tensor, "right"]:
+        """Which examples of the pool flip."""
+        return torch.cat([batch.turned.cpu() for batch in self.batches])
+
+    @cached_property
+    def pool_ids(self) -> list[str]:
+        """Ids of the examples of the pool."""
+        return [name for batch in self.batches for name in batch.right_ids]
+
+    @cached_property
+    def pool_own(self) -> Int[Tensor, "right"]:
+        """The right answer of each example of the pool: its target, or its number where answers are whole."""
+        targets = None if self.examples.dialogue is not None else self.pool.targets
+        return torch.arange(len(self.pool)) if targets is None else targets.cpu()
+
+    @cached_property
+    def other_rules(self) -> tuple[OtherRule, ...]:
+        """Other rules over the same prompts, as many as the plan compares."""
+        examples, behavior, likely = self.examples, self.examples.behavior, None
+        if isinstance(behavior, Targeted) and examples.dialogue is None:
+            known = torch.tensor(sorted(set(known_targets(behavior))), device=self.model.device)
+            with torch.no_grad():
+                parts = [examples.prompts.select(rows) for rows in self.rows]
+                runs = [self.model.run(part, tokens=known.expand(len(part), -1)).logits for part in parts]
+            likely = torch.cat(runs).float()
+        return tuple(all_rules(examples, likely, self.plan.seed, self.plan.transfer.rules))
+
+    @cached_property
+    def pool_clusters(self) -> list[str]:
+        """For each example of the pool a name that it shares with those that ask the same thing."""
+        names = self.examples.groups or self.examples.ids
+        return [names[row] for row in self.pool_rows.tolist()]
 
     def defended(self, part: Examples, model: Model | None = None) -> Defended:
         """Put these examples under the defense."""
@@ -178,19 +219,24 @@ class Bench:
         flips, replies = defended.valid_flips, None
         if part.dialogue is not None:
             replies = texts(self.model.tokenizer, self.said(part.dialogue))
-            turned = [refusal.valid_flip(*pair) for pair in zip(part.dialogue.texts, replies, strict=True)]
-            flips = flips[torch.tensor(turned, device=flips.device)[flips]]
-        target = defended.select(flips)
+            said = [refusal.valid_flip(*pair) for pair in zip(part.dialogue.texts, replies, strict=True)]
+            flips = flips[torch.tensor(said, device=flips.device)[flips]]
+        target, here = defended.select(flips), torch.arange(len(part.ids), device=flips.device)
+        turned = torch.isin(here, flips)
         if part.strict is None:
-            return Batch(part, base, under, base, under, flips, flips, target, target, replies)
+            right = flips if part.dialogue is not None else (base > 0).nonzero().flatten()
+            read = defended.select(right)
+            return Batch(part, base, under, base, under, flips, right, turned[right], target, read, replies)
         strict, suffix = part.strict, defended.suffix
         with torch.no_grad():
             at_base = self.model.run(part.prompts, tokens=strict.tokens).logits
             when_defended = suffix.logits(suffix.residual, strict.tokens)
         again = replace(defended, behavior=strict, base_logits=at_base, defended_logits=when_defended)
         strict_base, strict_under = strict.slack(at_base.float()), strict.slack(again.defended_logits.float())
-        chosen = again.valid_flips
-        return Batch(part, base, under, strict_base, strict_under, flips, chosen, target, again.select(chosen), replies)
+        lost = strict_under <= 0
+        right = ((base > 0) & (strict_base > 0) & (turned == lost)).nonzero().flatten()
+        read = again.select(right)
+        return Batch(part, base, under, strict_base, strict_under, flips, right, turned[right], target, read, replies)
 
     def said(self, dialogue: Dialogue, delta: Delta | None = None) -> TokenIds:
         """Generate replies `[batch pos]` to these requests under the defense, with a delta or without."""

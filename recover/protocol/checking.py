@@ -4,7 +4,7 @@
 2. *Accounting*: which examples show the behavior without the defense and not with it.
 3. *Search*, *certificates* and per-example controls for every valid flip (`phases`).
 4. *Controls* over all of them: the clamp undone, random features clamped, the search's own health (`global_controls`).
-5. *Transfer*: shared deltas, fitted on one half and read on the other (`heldout`).
+5. *Transfer*: shared deltas, fitted on one part of the prompts and read on the other (`heldout`).
 6. *Verdict* from the records of all of these (`gates`, `evidence`, `verdict`).
 
 All of these are units of work that are kept as they are finished, and that several workers can share (`ledger`).
@@ -21,8 +21,9 @@ import torch
 
 from recover.defenses.clamps import Defense
 from recover.defenses.utility import Utility, measure_utility
+from recover.evidence.readings import Table
 from recover.models.host import Model, Prompts
-from recover.protocol import heldout
+from recover.protocol import heldout, shared_readings
 from recover.protocol.bench import Bench
 from recover.protocol.gates import fit_gates
 from recover.protocol.global_controls import placebo_features, search_health, undo
@@ -114,6 +115,7 @@ def _gather(bench: Bench, ledger: Ledger, neutral: Prompts | None, progress: Pro
     with ledger.shared():
         if ledger.mine({("undo", 0): ["undo"]}):
             ledger.run("undo", None, lambda: undo(bench, ledger.store))
+    transfer, table = _transfer(bench, ledger)
     return Gathered(
         _records(bench, ledger, {"accounting": range(len(bench.rows)), **{name: list(flips) for name in PHASES}}),
         fits,
@@ -122,7 +124,8 @@ def _gather(bench: Bench, ledger: Ledger, neutral: Prompts | None, progress: Pro
         undo=ledger.values("undo"),
         health=ledger.values("health"),
         placebo_features=[ledger.values("placebo_features", draw) for draw in range(bench.plan.placebo_features)],
-        transfer=_transfer(bench, ledger),
+        transfer=transfer,
+        table=table,
     )
 
 
@@ -149,7 +152,7 @@ def _search_and_control(bench: Bench, ledger: Ledger, flips: Mapping[int, int], 
     parts |= {("health", 0): ["health"]}
     parts |= {("placebo_features", draw): [f"placebo_features/{draw}"] for draw in range(plan.placebo_features)}
     if not (ledger.finished(["transfer"]) and ledger.values("transfer")["refused"]):
-        parts |= {("transfer", fold): _units_of(fold) for fold in range(plan.transfer.folds)}
+        parts |= {("transfer", draw): _units_of(draw) for draw in range(heldout.draws(bench))}
     mine = ledger.mine(parts)
     here = _told_of(ledger, parts, mine)
     _by_batch(bench, ledger, PHASES, {n: count for n, count in flips.items() if ("batch", n) in here}, progress)
@@ -160,9 +163,9 @@ def _search_and_control(bench: Bench, ledger: Ledger, flips: Mapping[int, int], 
         progress("placebo_features", done, len(draws))
         ledger.run("placebo_features", draw, lambda draw=draw: placebo_features(bench, draw))  # type: ignore[misc]
         progress("placebo_features", done + 1, len(draws))
-    for kind, fold in sorted(mine):
+    for kind, draw in sorted(mine):
         if kind == "transfer":
-            _fold(bench, ledger, fold, progress)
+            _draw(bench, ledger, draw, progress)
 
 
 def _told_of(ledger: Ledger, parts: Mapping[Part, list[str]], mine: set[Part]) -> set[Part]:
@@ -193,37 +196,33 @@ def _tell(progress: Progress, name: str, before: int, total: int, done: int, _: 
     progress(name, before + done, total)
 
 
-def _units_of(fold: int) -> list[str]:
-    return [*(["transfer"] if fold == 0 else []), f"transfer/{2 * fold}", f"transfer/{2 * fold + 1}"]
+def _units_of(draw: int) -> list[str]:
+    return [*(["transfer"] if draw == 0 else []), f"transfer/{2 * draw}", f"transfer/{2 * draw + 1}"]
 
 
-def _fold(bench: Bench, ledger: Ledger, fold: int, progress: Progress) -> None:
-    """Fit shared deltas on one half and read them on the other; the first fold says whether there is any to be had."""
-
-    def begin() -> dict[str, Any]:
-        why = heldout.refused(bench)
-        return {"refused": why, "residual_norm": None if why else bench.pool.residual_norm}
-
-    if fold == 0:
-        ledger.run("transfer", None, begin)
-    begun = ledger.values("transfer") if ledger.finished(["transfer"]) else begin()
-    if begun["refused"] is not None:
+def _draw(bench: Bench, ledger: Ledger, draw: int, progress: Progress) -> None:
+    """Fit shared deltas on one part and read them on the other; the first draw says whether there is any to be had."""
+    if draw == 0:
+        ledger.run("transfer", None, lambda: heldout.begin(bench))
+    why = ledger.values("transfer")["refused"] if ledger.finished(["transfer"]) else heldout.refused(bench)
+    if why is not None:
         return
-    name = f"transfer, fold {fold + 1} of {bench.plan.transfer.folds}"
-    ledger.run("transfer", 2 * fold, lambda: heldout.fit(bench, fold, partial(progress, name)))
-    ledger.run("transfer", 2 * fold + 1, lambda: heldout.read(bench, fold, ledger.store))
+    name = f"transfer, fit {draw + 1} of {heldout.draws(bench)}"
+    ledger.run("transfer", 2 * draw, lambda: heldout.fit(bench, draw, partial(progress, name)))
+    fitted = ledger.values("transfer", 2 * draw)
+    ledger.run("transfer", 2 * draw + 1, lambda: heldout.read(bench, draw, fitted, ledger.store))
 
 
-def _transfer(bench: Bench, ledger: Ledger) -> Transfer | RefusedTransfer:
-    """Summarize what `heldout` found, or say why it was not run."""
+def _transfer(bench: Bench, ledger: Ledger) -> tuple[Transfer | RefusedTransfer, Table | None]:
+    """Sum up what `heldout` found, or say why it was not run."""
     begun = ledger.values("transfer")
     if begun["refused"] is not None:
-        return RefusedTransfer(refused=begun["refused"])
-    folds = [
-        (ledger.values("transfer", 2 * fold), ledger.values("transfer", 2 * fold + 1))
-        for fold in range(bench.plan.transfer.folds)
+        return RefusedTransfer(refused=begun["refused"]), None
+    draws = [
+        (ledger.values("transfer", 2 * draw), ledger.values("transfer", 2 * draw + 1))
+        for draw in range(heldout.draws(bench))
     ]
-    return heldout.summary(folds, begun["residual_norm"])
+    return shared_readings.transfer(begun, draws), shared_readings.table(begun, draws)
 
 
 def _records(bench: Bench, ledger: Ledger, phases: Mapping[str, Sequence[int]]) -> list[ExampleRecord]:

@@ -28,14 +28,20 @@ class TransferPlan:
         norms: budgets, as shares of the mean norm of the defended residual. The search's own budget is added. Evidence
             is read at the largest of all, the others show the curve; none is chosen by its result.
         folds: 1 fits on one half and reads on the other; 2 does it the other way round as well.
-        shuffles: fits to shuffled targets at the largest budget; one at each other.
+        splits: how often the prompts are split in halves anew; each split has its own fits.
+        rules: other rules that the behavior's own is compared with, at most; 0 for none.
+        scales: shares of the fits' norms at which rules are read as well.
+        shuffles: fits to shuffled targets, at the largest budget.
         draws: random directions.
         fit: how a delta is fitted.
     """
 
     norms: Annotated[tuple[Positive, ...], Field(strict=False)] = (0.2, 0.4, 0.6)
     folds: Literal[1, 2] = 2
-    shuffles: PositiveInt = 3
+    splits: PositiveInt = 2
+    rules: NonNegativeInt = 4
+    scales: Annotated[tuple[Positive, ...], Field(strict=False)] = (0.25, 0.5, 0.75, 1.0)
+    shuffles: PositiveInt = 1
     draws: PositiveInt = 100
     fit: FitSchedule = field(default_factory=FitSchedule)
 

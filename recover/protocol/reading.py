@@ -19,8 +19,9 @@ from recover.models.generation import texts
 from recover.protocol.bench import Batch, Bench
 from recover.search.constraints.pinned import Pinned
 from recover.tasks import replies as refusal
-from recover.tasks.behaviors import Targeted, known_targets
+from recover.tasks.dialogue import Dialogue
 from recover.tasks.examples import Examples
+from recover.tasks.rules import OtherRule
 from recover.types import Bool, Float, Int, Rows, Tensor
 
 Shared = Float[Tensor, "fit pos d_model"]
@@ -46,13 +47,13 @@ class Exchanged:
 
 
 def parts_of(bench: Bench, rows: Rows) -> Iterator[tuple[Batch, Rows, Examples]]:
-    """These rows of the pool (ascending) by batch: the batch, their places among its strict flips, and the examples."""
+    """These rows of the pool (ascending) by batch: the batch, their places among its own, and the examples."""
     start = 0
     for batch in bench.batches:
-        here = rows[(rows >= start) & (rows < start + len(batch.strict_flips))] - start
-        start += len(batch.strict_flips)
+        here = rows[(rows >= start) & (rows < start + len(batch.right))] - start
+        start += len(batch.right)
         if len(here):
-            yield batch, here, batch.examples.select(batch.strict_flips[here])
+            yield batch, here, batch.examples.select(batch.right[here])
 
 
 def shown(bench: Bench, half: Pool, rows: Rows, deltas: Shared) -> Bool[Tensor, "fit batch"]:
@@ -64,13 +65,6 @@ def shown(bench: Bench, half: Pool, rows: Rows, deltas: Shared) -> Bool[Tensor, 
     if not dialogues:
         return half.slack(deltas) > 0
     return said_like(bench, half, rows, deltas, [text for dialogue in dialogues for text in dialogue.texts])
-
-
-def shown_as_asked(bench: Bench, rows: Rows, deltas: Shared) -> Bool[Tensor, "fit batch"]:
-    """Tell which examples show the behavior by the check's own predicate, where transfer uses a stricter one."""
-    places = parts_of(bench, rows)
-    asked = (batch.strict_target.select(here).asking(part.behavior) for batch, here, part in places)
-    return Pool(tuple(map(bench.objective, asked))).slack(deltas) > 0
 
 
 def said_like(
@@ -99,37 +93,46 @@ def _replies(
     return texts(bench.model.tokenizer, bench.said(part.dialogue.select(places.tolist()), whole))
 
 
+def answers(bench: Bench, half: Pool, rows: Rows, deltas: Shared) -> Int[Tensor, "fit batch"]:
+    """The answer that shows on each example under each shared delta: a target, -1 for none.
+
+    Of a whole answer that is back, the number of its example in the pool.
+    """
+    if bench.examples.dialogue is None:
+        return half.answers(deltas)
+    return torch.where(shown(bench, half, rows, deltas), rows.to(deltas.device), -1)
+
+
 def exchangeable(bench: Bench) -> bool:
     """Whether what examples are asked for can be exchanged among them."""
     return bench.examples.dialogue is not None or bench.pool.targets is not None
 
 
-def one_for_all(bench: Bench) -> bool:
-    """Whether all flips are asked for the same target, which one shared delta can then carry."""
-    targets = None if bench.examples.dialogue is not None else bench.pool.targets
-    return targets is not None and bool((targets == targets[0]).all())
-
-
-def exchanged(bench: Bench, half: Pool, rows: Rows, seed: int, draw: int = 0) -> Exchanged:
+def exchanged(bench: Bench, half: Pool, rows: Rows, seed: int) -> Exchanged:
     """Exchange among these rows of the pool what they are asked for: as few as possible keep their own.
 
-    Where all are asked for one target there is nothing to exchange: all are asked for another one, the same for each
-    `draw`, if the behavior knows of others.
+    Where all are asked for one target there is nothing to exchange.
     """
-    names = [name for batch in bench.batches for name in batch.strict_ids]
-    ids, dialogue = [names[row] for row in rows.tolist()], bench.examples.dialogue
+    ids, dialogue = [bench.pool_ids[row] for row in rows.tolist()], bench.examples.dialogue
     if dialogue is None:
         assert half.targets is not None
-        behavior = bench.examples.behavior
-        if one_for_all(bench) and isinstance(behavior, Targeted):
-            others = sorted({*known_targets(behavior)} - {int(half.targets[0])})
-            if others:
-                chosen = others[(bench.plan.seed + draw) % len(others)]
-                return Exchanged(half, torch.full_like(half.targets, chosen))
         return Exchanged(half, derangement(half.targets, ids, seed))
     order = derangement(torch.arange(len(ids)), ids, seed)
-    places = torch.tensor([bench.examples.ids.index(name) for name in ids])
-    pairs = zip(torch.split(places, bench.batch_size), torch.split(places[order], bench.batch_size), strict=True)
-    parts = [bench.examples.select(own).answered_as(dialogue.select(other.tolist())) for own, other in pairs]
+    places = bench.pool_rows[rows]
+    return _answered_as(bench, places, dialogue.select(places[order].tolist()))
+
+
+def asked_by(bench: Bench, half: Pool, rows: Rows, rule: OtherRule) -> Exchanged:
+    """Ask these rows of the pool for what another rule answers."""
+    places = bench.pool_rows[rows]
+    if rule.dialogue is not None:
+        return _answered_as(bench, places, rule.dialogue.select(places.tolist()))
+    assert rule.targets is not None
+    return Exchanged(half, rule.targets.to(half.parts[0].zero_delta.device)[places.to(rule.targets.device)])
+
+
+def _answered_as(bench: Bench, places: Rows, given: Dialogue) -> Exchanged:
+    chunks = torch.split(torch.arange(len(places)), bench.batch_size)
+    parts = [bench.examples.select(places[c]).answered_as(given.select(c.tolist())) for c in chunks]
     pool = Pool(tuple(bench.objective(bench.defended(part)) for part in parts))
-    return Exchanged(pool, None, [dialogue.texts[place] for place in places[order].tolist()])
+    return Exchanged(pool, None, list(given.texts))

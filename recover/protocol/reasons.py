@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 
-from recover.evidence.rules import Finding, Reading, Rule, Rules, TransferEvidence
-from recover.numerics.formats import counted, interval, number, p_value, percent, tiny
+from recover.evidence.readings import Reading
+from recover.numerics.formats import interval, number, p_value, percent, tiny
 from recover.numerics.statistics import Paired
+from recover.protocol import reasons_knowledge
 from recover.protocol.verdict_model import (
     Counts,
     PlaceboFeatures,
     Recovery,
     RefusedTransfer,
     Replies,
-    Transfer,
     Verdict,
 )
 
@@ -68,15 +68,6 @@ def unmoved(closed: int, still: int) -> list[str]:
     return told
 
 
-def survived(own: Reading, norm: float, beyond: bool) -> str:
-    """A shared perturbation, usually larger than the budget, that recovers what none within the budget did."""
-    return (
-        f"{'beyond' if beyond else 'at'} the budget, one perturbation of norm {number(norm)} shared by all prompts "
-        f"recovers the behavior on {own.hits} of {own.n} held-out prompts: what the answers are made of "
-        "survived the clamp"
-    )
-
-
 def drift(recovery: Recovery) -> list[str]:
     """How far the clamped features moved, and how much zero drift shows here."""
     moved = recovery.back_but_features_moved
@@ -108,93 +99,34 @@ def features(placebo: PlaceboFeatures, counts: Counts) -> str:
     )
 
 
-def transfer(read: TransferEvidence) -> str:
-    """Say how many examples shared perturbations recover, beside their controls."""
-
-    def told(reading: Reading) -> str:
-        return counted(reading.hits, reading.n) if reading.n else "not measured"
-
-    return (
-        f"one perturbation shared by all prompts and fitted to some recovers {told(read.own)} of the held-out prompts; "
-        f"under C1+, also orthogonal to the directions along which the clamp writes: {told(read.write_orthogonal)}; "
-        f"controls: fitted to shuffled targets {told(read.shuffled)}, random directions {told(read.random)}"
-    )
-
-
-def placebo(pairs: Paired | None, within: tuple[Reading, Reading] | None, finding: Finding) -> list[str]:
-    """How the behavior's own target compares with an unrelated one."""
+def placebo(pairs: Paired | None, within: tuple[Reading, Reading] | None) -> list[str]:
+    """How the behavior's own target compares with an unrelated one, one perturbation per example."""
     told = []
     if within is not None and within[0].n and within[1].n:
         own, other = within
         told.append(
             f"with one perturbation per example at this budget, the own target is reached on {own.hits} of {own.n} and "
-            f"an unrelated target on {other.hits} of {other.n}, so per-example recovery at this budget "
-            f"{'favors' if finding.reached_more_often else 'does not favor'} the behavior's own answer"
+            f"an unrelated target on {other.hits} of {other.n}"
         )
     if pairs is not None and pairs.n:
         ratio = "" if math.isnan(pairs.median_ratio) else f"; the median ratio of norms is {number(pairs.median_ratio)}"
         told.append(
             f"the own target needs a smaller norm than the unrelated target on {pairs.smaller} of {pairs.n} pairs and "
-            f"a larger one on {pairs.larger}{ratio} (p = {p_value(finding.comparisons['placebo'])})"
+            f"a larger one on {pairs.larger}{ratio} (p = {p_value(pairs.p)})"
         )
     return told
 
 
-def content(rule: Rule, shared: Transfer | RefusedTransfer, pairs: int, rules: Rules) -> str:
-    """The reason that goes with the rule that decided.
-
-    Args:
-        rule: the rule.
-        shared: the readings of transfer, or why there are none.
-        pairs: number of pairs of own and placebo target.
-        rules: the thresholds.
-    """
-    said = {True: "content: true", False: "content: false", None: "content: unknown"}[rule.content]
-    return f"{said}: {_because(rule, shared, pairs, rules)}"
+def refused(shared: RefusedTransfer) -> str:
+    """Why no shared perturbation was fitted."""
+    return f"content unknown, rule unknown: no shared perturbation was fitted: {shared.refused}"
 
 
-def _because(rule: Rule, shared: Transfer | RefusedTransfer, pairs: int, rules: Rules) -> str:
-    if isinstance(shared, RefusedTransfer):
-        return f"transfer was not run: {shared.refused}"
-    read = shared.evidence
-    own, plus, dealt = read.own, read.write_orthogonal, read.dealt
-    asked = "all examples have the same target, which one shared perturbation can carry"
-    written = f"one perturbation fitted to another target reaches it on {dealt.hits} of {dealt.n} held-out prompts"
-    chance = "one shared perturbation recovers no more than chance"
-    return {
-        Rule.MECHANISM_SURVIVED: "one shared perturbation cannot carry each prompt's answer, so what the answers are "
-        "made of survived the clamp; it can carry a rule that picks them, and other rules were not fitted; nor does it "
-        "need the directions along which the clamped features write, since the result holds under C1+ too",
-        Rule.WRITES_ANY_TARGET: f"{asked}, and {written}: it writes whatever target it is fitted to",
-        Rule.CLAMP_UNDONE: "one shared perturbation no longer recovers the behavior once it must be orthogonal to the "
-        "directions along which the clamp writes (C1+): it undoes the clamp",
-        Rule.NO_MORE_THAN_CHANCE: f"{chance}, and an unrelated target is reached as easily: a perturbation of this "
-        "size can write arbitrary answers",
-        Rule.NOT_RUN: "transfer was not run",
-        Rule.FEW_HELDOUT: f"there are only {own.n} held-out examples, and {rules.min_heldout} are needed; add prompts",
-        Rule.NOTHING_TO_SHUFFLE: "the behavior has no target that could be shuffled, so chance was not measured",
-        Rule.ONE_TARGET: f"{asked}, although {written} only",
-        Rule.C1_PLUS_EMPTY: "one shared perturbation recovers more than chance, but the directions along which the "
-        "clamped features read and write leave no direction for C1+, so it cannot be ruled out that the perturbation "
-        "undoes the clamp; clamp fewer features",
-        Rule.NO_PLACEBO: f"{chance}, and there is no unrelated target to compare with",
-        Rule.FEW_PAIRS: f"{chance}, and there are too few pairs of own and unrelated target to compare ({pairs})",
-        Rule.WIDE_INTERVAL: f"{chance} on {own.n} held-out examples, which are too few to exclude that it recovers "
-        f"most (95% interval up to {percent(own.wilson95[1])}); add prompts",
-        Rule.OWN_TARGET_NEARER: f"{chance}, yet the own target needs a smaller norm than the unrelated one",
-        Rule.HIGH_CHANCE: f"the predicate holds by chance {percent(read.chance)} of the time, and above "
-        f"{percent(rules.max_chance)} it shows nothing; use a stricter predicate",
-        Rule.NOT_CLEARLY_MOST: "one shared perturbation recovers more than chance, but not clearly most of the "
-        f"held-out examples (95% intervals begin at {percent(own.wilson95[0])} under C1 and "
-        f"{percent(plus.wilson95[0])} under C1+; above {percent(rules.most)} is needed): it holds in part, or for "
-        "some prompts",
-    }[rule]
-
-
-def because(verdict: Verdict) -> str | None:
-    """Why `content` of what is RECOVERABLE is true, false or unknown; None where that was not asked."""
-    rule, control = verdict.statistics.content_by, verdict.controls.placebo
-    paired = None if control is None else control.paired
-    if rule is None or verdict.transfer is None:
-        return None
-    return _because(rule, verdict.transfer, paired.n if paired else 0, verdict.statistics.rules)
+def because(verdict: Verdict) -> tuple[str, ...]:
+    """Why `content` and `rule` of what is RECOVERABLE are true, false or unknown; empty where that was not asked."""
+    if verdict.verdict != "RECOVERABLE":
+        return ()
+    if isinstance(verdict.transfer, RefusedTransfer):
+        return (refused(verdict.transfer),)
+    known, rules = verdict.knowledge, verdict.statistics.rules
+    return () if known is None else (reasons_knowledge.content(known, rules), reasons_knowledge.rule(known, rules))

@@ -6,13 +6,16 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from recover.protocol import heldout
+from recover.evidence.content import judge_content
+from recover.evidence.own_rule import judge_rule
+from recover.protocol import heldout, shared_readings
 from recover.protocol.bench import Bench
+from recover.protocol.knowledge_model import Knowledge, knowledge
 from recover.protocol.ledger import InMemoryStore
 from recover.protocol.phases import PHASES, accounting
 from recover.protocol.records import ExampleRecord
 from recover.protocol.verdict_model import Transfer
-from recover.types import Progress
+from recover.types import InputError, Progress
 
 
 def run_phases(
@@ -36,11 +39,19 @@ def run_phases(
     return [ExampleRecord.of(one) for one in values.values()]
 
 
-def run_transfer(bench: Bench, store: InMemoryStore, progress: Progress | None = None) -> Transfer:
-    """Fit the shared deltas of each fold on one half of the flips, and read them on the other, for a verdict."""
-    folds, tell = [], progress or (lambda *_: None)
-    for fold in range(bench.plan.transfer.folds):
-        fitted = heldout.fit(bench, fold, partial(tell, f"transfer, fold {fold + 1}"))
+def run_transfer(bench: Bench, store: InMemoryStore, progress: Progress | None = None) -> tuple[Transfer, Knowledge]:
+    """Fit shared deltas on parts of the prompts, read them on the others, and judge what they show.
+
+    Raises:
+        InputError: none can be fitted here.
+    """
+    draws, tell, begun = [], progress or (lambda *_: None), heldout.begin(bench)
+    if begun["refused"] is not None:
+        raise InputError(f"transfer: {begun['refused']}")
+    for draw in range(heldout.draws(bench)):
+        fitted = heldout.fit(bench, draw, partial(tell, f"transfer, fit {draw + 1}"))
         store.deltas |= fitted.deltas
-        folds.append((dict(fitted.values), heldout.read(bench, fold, store)))
-    return heldout.summary(folds, bench.pool.residual_norm)
+        draws.append((fitted.values, heldout.read(bench, draw, fitted.values, store)))
+    table, shared = shared_readings.table(begun, draws), shared_readings.transfer(begun, draws)
+    judged = judge_content(table, bench.plan.rules), judge_rule(table, bench.plan.rules)
+    return shared, knowledge(table, shared.budget or 0.0, bench.pool.residual_norm, *judged)

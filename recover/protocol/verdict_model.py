@@ -8,7 +8,8 @@ Attributes have the names of the JSON keys, nested in the same way: `verdict.rec
 - A part of the protocol that was not run is None or an empty tuple, and a gate with `passed=None` says why.
 - Norms are in units of the residual stream. Rates, shares and p-values lie between 0 and 1; intervals are 95%.
 
-How the figures are computed is in `recover.protocol.verdict`; what they decide, in `recover.evidence.rules`.
+How the figures are computed is in `recover.protocol.verdict`; what they decide, in
+`recover.evidence.content`, `own_rule` and `rules`.
 """
 
 from __future__ import annotations
@@ -22,9 +23,12 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, WithJsonSchema, with_config
 from pydantic.json_schema import SkipJsonSchema
 
-from recover.evidence.rules import Count, Reading, Rule, Rules, TransferEvidence, decided_by
+from recover.evidence.readings import Count, Reading
+from recover.evidence.rules import Rules
 from recover.numerics.statistics import wilson
-from recover.protocol.records import STRICT, ExampleRecord, Figure
+from recover.protocol.knowledge_model import Knowledge
+from recover.protocol.records import STRICT, ExampleRecord
+from recover.protocol.section import Figure, Interval, Section
 
 SCHEMA: Literal["recover.verdict/3"] = "recover.verdict/3"
 
@@ -32,19 +36,12 @@ Kind = Literal["INVALID", "INCONCLUSIVE", "NOT_RECOVERED_AT_BUDGET", "RECOVERABL
 Placement = Literal["after_clamp", "before_clamp"]
 
 
-Interval = Annotated[tuple[Figure, Figure], Field(description="95% confidence interval, low and high")]
 Known = Annotated[
     bool | None,
     BeforeValidator(lambda value: None if value == "unknown" else value),
     PlainSerializer(lambda value: "unknown" if value is None else value),
     WithJsonSchema({"enum": [True, False, "unknown"]}),
 ]
-
-
-class Section(BaseModel):
-    """A part of a verdict: it cannot be changed, and has no keys but those named."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class ClampSummary(Section):
@@ -297,63 +294,39 @@ class Controls(Section):
 
 
 class TransferPoint(Section):
-    """Readings of shared perturbations at one budget, on held-out examples unless said otherwise."""
+    """Readings of shared perturbations at one norm, on unseen flips."""
 
     budget: float = Field(description="largest norm of the shared perturbation")
-    relative_norm: Figure = Field(description="budget as a share of the mean defended residual's norm")
-    train_rate: Figure = Field(description="share recovered of the examples that it was fitted to")
-    heldout_rate: Figure = Field(description="share recovered of the held-out examples, under C1")
-    write_orthogonal_heldout_rate: Figure = Field(description="share recovered under C1+")
-    shuffled_rate: Figure = Field(description="share recovered by perturbations fitted to shuffled targets")
-    random_rate: Figure = Field(description="share recovered by random directions of the same norm")
-    undo_rate: Figure = Field(description="share recovered by undoing the clamp, at the best scale")
-    weak_heldout_rate: Figure = Field(description="share recovered by the check's own, weaker predicate")
-    weak_shuffled_rate: Figure = Field(description="share that shuffled fits recover by that predicate")
-
-
-class TransferReadings(Section):
-    """The counts that the rules of evidence judge, at the largest budget."""
-
-    own: Reading = Field(description="the right answer, under perturbations fitted to right answers (C1)")
-    write_orthogonal: Reading = Field(description="the right answer, under C1+; n is 0 where C1+ admits nothing")
-    shuffled: Reading = Field(description="the right answer, under perturbations fitted to shuffled targets")
-    dealt: Reading = Field(description="a target dealt at random, under the same perturbations")
-    random: Reading = Field(description="the right answer, under random directions")
+    relative_norm: Figure = Field(description="that norm as a share of the mean defended residual's norm")
+    heldout_rate: Figure = Field(description="share of readings that show the right answer, under C1")
+    random_rate: Figure = Field(description="share under random directions of the same norm")
+    undo_rate: Figure = Field(description="share under the clamp undone, at the best scale")
 
 
 class Transfer(Section):
-    """One perturbation shared by all prompts, fitted on half of the flips and read on the other half."""
+    """Shared perturbations, each fitted on one part of the prompts and read on the flips of the other part.
+
+    A flip is read once for each split of the prompts; what follows from the readings is under `knowledge`.
+    """
 
     budget: Figure = Field(description="largest norm of the shared perturbation")
-    relative_norm: Figure = Field(description="budget as a share of the mean defended residual's norm")
+    relative_norm: Figure = Field(description="that norm as a share of the mean defended residual's norm")
     residual_norm: Figure = Field(description="mean norm of the defended residual")
-    one_for_all: bool = Field(default=False, description="whether all examples are asked for the same target")
-    n: Count = Field(description="number of held-out examples")
-    hits: Count = Field(description="held-out examples recovered, by certificate")
-    train_rate: Figure = Field(description="share recovered of the examples that it was fitted to")
-    heldout_rate: Figure = Field(description="hits as a share of n")
-    wilson95: Interval = Field(description="95% Wilson interval of the held-out rate")
-    random_rate: Figure = Field(description="share recovered by random directions of the same norm")
-    shuffled_rate: Figure = Field(description="share recovered by perturbations fitted to shuffled targets")
-    dealt_rate: Figure = Field(description="share on which a target dealt at random shows under those")
-    chance_rate: Figure = Field(description="the larger of dealt_rate and random_rate")
-    undo_rate: Figure = Field(description="share recovered by undoing the clamp, at the best scale")
+    train_rate: Figure = Field(description="share right of the examples that it was fitted to")
+    own: Reading = Field(description="the right answer, under perturbations fitted to it (C1), by certificate")
+    write_orthogonal: Reading = Field(description="the same under C1+; n is 0 where C1+ admits nothing")
+    shuffled: Reading = Field(description="the right answer, under perturbations fitted to answers dealt at random")
     undo_cosine: Figure = Field(description="cosine of the perturbation with the undone clamp, the largest in size")
-    write_orthogonal_heldout_rate: Figure = Field(description="held-out rate under C1+")
-    write_orthogonal_wilson95: Interval = Field(description="95% Wilson interval of that rate")
     write_orthogonal_undo_cosine: Figure = Field(description="undo_cosine under C1+")
-    weak_heldout_rate: Figure = Field(description="held-out rate by the check's own, weaker predicate")
-    weak_shuffled_rate: Figure = Field(description="share that shuffled fits recover by that predicate")
-    back_but_features_moved: Count = Field(description="examples that show the behavior, but clamped features moved")
+    back_but_features_moved: Count = Field(description="readings that show the behavior, but clamped features moved")
     preactivation_shift_max: Figure = Field(description="largest shift of a clamped pre-activation")
     constraint_residual_max: Figure = Field(description="largest ||A^T delta|| / (||A|| ||delta||)")
-    readings: TransferReadings = Field(description="the counts that decide `content`")
-    curve: tuple[TransferPoint, ...] = Field(description="readings at each budget, smallest first")
+    curve: tuple[TransferPoint, ...] = Field(description="readings at each norm, smallest first")
 
     @property
-    def evidence(self) -> TransferEvidence:
-        """The readings that the rules of evidence judge."""
-        return TransferEvidence(**dict(self.readings), one_for_all=self.one_for_all)
+    def heldout_rate(self) -> float | None:
+        """Share of unseen readings that show the right answer, by certificate."""
+        return self.own.rate if self.own.n else None
 
 
 class RefusedTransfer(Section):
@@ -397,15 +370,9 @@ class AttributionFigures(Section):
 
 
 class Statistics(Section):
-    """The rules of evidence, and what they came to."""
+    """The thresholds that decisions rest on."""
 
     rules: Rules = Field(description="thresholds of the rules of evidence")
-    comparisons: Count = Field(description="number of comparisons that p-values are corrected for")
-    p_corrected: dict[str, Figure] = Field(description="corrected p-value of each comparison")
-    correction: str = Field(description="method of the correction")
-    content_by: Rule | None = Field(
-        default=None, description="the rule that decided `content`; null where none was asked"
-    )
 
 
 @with_config(STRICT)
@@ -477,12 +444,13 @@ class PublishedRow(Section):
 class Verdict(Section):
     """The whole answer of a check: what `verdict.json` holds, and the records of `examples.jsonl`.
 
-    `content` is None where the JSON says "unknown". `records` is no part of the JSON.
+    `content` and `rule` are None where the JSON says "unknown". `records` is no part of the JSON.
     """
 
     schema_: Literal["recover.verdict/3"] = Field(alias="schema", description="name of this format")
     verdict: Kind = Field(description="what the check came to")
     content: Known = Field(description="whether the answers can still be read from the defended state")
+    rule: Known = Field(default=None, description="whether the own rule returns more easily than other rules")
     reasons: tuple[str, ...] = Field(min_length=1, description="sentences that explain the verdict")
     threat_model: ThreatModel = Field(description="what the perturbation may do")
     fit: FitFigures = Field(description="how well the SAEs describe the model, and what the defense costs")
@@ -492,6 +460,7 @@ class Verdict(Section):
     curve: tuple[CurvePoint, ...] = Field(description="recovery at several budgets")
     controls: Controls = Field(description="controls of the search")
     transfer: Transfer | RefusedTransfer | None = Field(description="one perturbation for all prompts")
+    knowledge: Knowledge | None = Field(default=None, description="what the model still knows, and how that is known")
     attribution: AttributionFigures | None = Field(description="which parts of the perturbations carry their effect")
     statistics: Statistics = Field(description="the rules of evidence, and what they came to")
     provenance: Provenance = Field(description="code, weights, seeds and device behind the verdict")
@@ -535,19 +504,7 @@ class Verdict(Section):
             found = re.search(r'"recover": *"([^"]{1,20})"', text)
             opener = f"recover {found[1]}, which wrote it" if found else "the version of recover that wrote it"
             raise OtherSchemaError(f"its schema is {named[:40]!r} and this one opens {SCHEMA!r}; open it with {opener}")
-        read = cls.model_validate_json(text)
-        if read.verdict != "RECOVERABLE" or read.transfer is None or read.statistics.content_by is not None:
-            return read
-        # Written before the rule was kept: it follows from what was.
-        paired = read.controls.placebo.paired if read.controls.placebo is not None else None
-        p = {name: value for name, value in read.statistics.p_corrected.items() if value is not None}
-        rule = decided_by(
-            read.shared.evidence if read.shared is not None else None,
-            None if paired is None else paired.n,
-            read.statistics.rules,
-            p,
-        )
-        return read.model_copy(update={"statistics": read.statistics.model_copy(update={"content_by": rule})})
+        return cls.model_validate_json(text)
 
 
 class OtherSchemaError(ValueError):

@@ -63,13 +63,13 @@ def answer_questions(verdict: Verdict, config: Any = None) -> list[tuple[str, li
         "model": verdict.provenance.model.partition(" ")[0],
         "clamps": clamps(verdict.threat_model),
         "task": task_of(config),
-        "because": because(verdict) or known(verdict.content),
+        "because": because(verdict) or known(verdict),
         "doubts": doubts(verdict),
     }
     questions = {
         "clamped": "What was clamped?",
         "recoverable": "Was the behavior recoverable?",
-        "content": "Can the answers still be read from the defended state?",
+        "content": "What does the model still know?",
         "cautions": "What could be wrong with this run?",
     }
     return [(question, _sentences(block, **context)) for block, question in questions.items()]

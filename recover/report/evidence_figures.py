@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from recover.evidence.readings import ClusterRate
 from recover.numerics.formats import number
 from recover.numerics.statistics import wilson
 from recover.protocol.records import CertificateRecord, ExampleRecord, PlaceboRecord
@@ -188,11 +189,10 @@ def _margins(_: Verdict, searched: Records) -> Built:
     return (Histogram(edges, counts, "pre-activation minus threshold", (0.0, "threshold")),)
 
 
-TRANSFER: Sequence[tuple[str, Tone, str, str]] = (
-    ("held out (C1)", "own", "heldout_rate", "own"),
-    ("held out, C1+", "plus", "write_orthogonal_heldout_rate", "write_orthogonal"),
-    ("shuffled targets", "shuffled", "shuffled_rate", "shuffled"),
-    ("random directions", "random", "random_rate", "random"),
+TRANSFER: Sequence[tuple[str, Tone, str]] = (
+    ("unseen flips (C1)", "own", "heldout_rate"),
+    ("random directions", "random", "random_rate"),
+    ("undoing the clamp", "undo", "undo_rate"),
 )
 
 
@@ -200,12 +200,8 @@ def _transfer(verdict: Verdict, _: Records) -> Built:
     transfer = verdict.shared
     if transfer is None or len(transfer.curve) < 2:
         return None
-    keys = [one[:3] for one in TRANSFER] + [
-        ("undoing the clamp", "undo", "undo_rate"),
-        ("on the prompts it was fitted to", "plain", "train_rate"),
-    ]
     curves = []
-    for name, tone, key in keys:
+    for name, tone, key in TRANSFER:
         points = [Point(p.budget, rate) for p in transfer.curve if (rate := getattr(p, key)) is not None]
         if points:
             curves.append(Curve(name, tone, tuple(points)))
@@ -213,14 +209,21 @@ def _transfer(verdict: Verdict, _: Records) -> Built:
 
 
 def _readings(verdict: Verdict, _: Records) -> Built:
-    transfer = verdict.shared
-    if transfer is None:
+    known = verdict.knowledge
+    if known is None:
         return None
-    named = [(name, tone, key) for name, tone, _, key in TRANSFER] + [("random targets", "shuffled", "dealt")]
-    read = [(name, tone, getattr(transfer.readings, key)) for name, tone, key in named]
-    rows = tuple(_counted(name, tone, one.hits, one.n) for name, tone, one in read if one.n)
+    read: list[tuple[str, Tone, ClusterRate | None]] = [
+        ("the behavior's own rule", "own", known.content.back),
+        ("still right, of what was right", "plain", known.content.kept),
+        *((other.name, "shuffled", other.holds) for other in known.rule.others),
+    ]
+    rows = [Row(name, tone, one.rate, *one.interval95) for name, tone, one in read if one and one.rate is not None]
+    if known.dealt.n:
+        rows.append(_counted("answers dealt at random", "random", known.dealt.hits, known.dealt.n))
     most = verdict.statistics.rules.most
-    return (Intervals(rows, "held-out prompts recovered", line=(most, "required")),) if rows else None
+    return (
+        (Intervals(tuple(rows), "unseen prompts on which the rule holds", line=(most, "required")),) if rows else None
+    )
 
 
 def _attribution(verdict: Verdict, _: Records) -> Built:

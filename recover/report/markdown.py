@@ -5,10 +5,8 @@ The page is GitHub-flavored Markdown by `templates/report.md.j2`. What the user 
 
 from __future__ import annotations
 
-from typing import Literal
-
-from recover.evidence.rules import Reading
 from recover.numerics.formats import counted, norm, number, percent, tiny
+from recover.protocol.reasons_knowledge import KNOWN, clustered
 from recover.protocol.verdict_model import Verdict
 from recover.report import published
 from recover.report.answers import answer_questions, parsed
@@ -43,17 +41,14 @@ def to_markdown(verdict: Verdict, config: str = "") -> str:
 def summary_rows(verdict: Verdict) -> list[tuple[str, str]]:
     """The figures by which runs are compared; a dash where that part was not run."""
     counts, found, controls = verdict.counts, verdict.recovery, verdict.controls
-    smallest, ran, utility = verdict.minimum_norm, verdict.shared, verdict.fit.utility
+    smallest, known, utility = verdict.minimum_norm, verdict.knowledge, verdict.fit.utility
     placebo, recoverable = controls.placebo, verdict.verdict == "RECOVERABLE"
     losses = (None, None) if utility is None else (utility.loss_off, utility.loss_on)
 
-    def read(name: Literal["write_orthogonal", "shuffled"]) -> str:
-        one: Reading | None = getattr(ran.readings, name) if ran is not None else None
-        return "-" if one is None else counted(one.hits, one.n)
-
     return [
         ("verdict", verdict.verdict),
-        ("content", {True: "yes", False: "no", None: "unknown"}[verdict.content] if recoverable else "-"),
+        ("content", KNOWN[verdict.content] if recoverable else "-"),
+        ("rule", KNOWN[verdict.rule] if recoverable else "-"),
         ("valid flips", f"{counts.valid_flips} of {counts.n}"),
         ("recovered", counted(found.recovered, found.searched, found.wilson95, "")),
         ("unrelated target reached", "-" if placebo is None else f"{percent(placebo.rate)} of {placebo.n}"),
@@ -61,9 +56,9 @@ def summary_rows(verdict: Verdict) -> list[tuple[str, str]]:
         ("median smallest norm", "-" if smallest is None else norm(smallest.median)),
         ("... of the residual norm", "-" if smallest is None else percent(smallest.median_over_residual)),
         ("largest drift", "-" if not found.searched else tiny(found.drift_max)),
-        ("transfer to held-out prompts", "-" if ran is None else counted(ran.hits, ran.n, ran.wilson95, "")),
-        ("... under C1+", read("write_orthogonal")),
-        ("... with shuffled targets", read("shuffled")),
+        ("unseen flips right again", "-" if known is None else clustered(known.content.back)),
+        ("... norm", "-" if known is None else norm(known.norm)),
+        ("nearest other rule", "-" if known is None or not known.rule.others else known.rule.others[0].name),
         ("loss on neutral text", "-" if None in losses else f"{losses[0]:.2f} to {losses[1]:.2f}"),
         (
             "failed validity checks",

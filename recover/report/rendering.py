@@ -16,6 +16,7 @@ import jinja2
 from markupsafe import Markup
 
 from recover.numerics import formats
+from recover.protocol.reasons_knowledge import clustered
 
 WIDTH = 100
 """Columns of the terminal page."""
@@ -54,7 +55,7 @@ def environment(kind: str) -> jinja2.Environment:
         keep_trailing_newline=kind == "md",
     )
     made.filters |= {name: getattr(formats, name) for name in formats.__all__ if name != "counted"} | {"wrap": wrap}
-    made.filters["misses"] = misses
+    made.filters |= {"misses": misses, "clustered": clustered}
     made.globals["counted"] = formats.counted
     return made
 

@@ -59,22 +59,20 @@ def seeds_to_text(verdicts: Sequence[Verdict]) -> str:
     lines = [
         f"{said.count(one)} of {len(said)} seeds: {one}" for one in dict.fromkeys(sorted(said, key=said.count)[::-1])
     ]
-    lines += ["", "seed  recovered  held out  C1+    shuffled  placebo norm / own  verdict"]
+    lines += ["", "seed  recovered  unseen  placebo norm / own  verdict"]
     for verdict, one in zip(verdicts, said, strict=True):
         transfer, placebo, found = verdict.shared, verdict.controls.placebo, verdict.recovery
         norms = "-" if placebo is None else f"{norm(placebo.median_norm)} / {norm(placebo.own_median_norm)}"
         recovered = f"{found.recovered} of {found.searched}"
-        keys = ("heldout_rate", "write_orthogonal_heldout_rate", "shuffled_rate")
-        rates = [_rate(getattr(transfer, key, None)) for key in keys]
-        seed = verdict.provenance.control_seed
-        lines.append(f"{seed:>4}  {recovered:<9}  {rates[0]:<8}  {rates[1]:<5}  {rates[2]:<8}  {norms:<18}  {one}")
+        unseen = _rate(None if transfer is None else transfer.heldout_rate)
+        lines.append(f"{verdict.provenance.control_seed:>4}  {recovered:<9}  {unseen:<6}  {norms:<18}  {one}")
     return "\n".join(lines)
 
 
 def _said(verdict: Verdict) -> str:
-    words = {True: "content: true", False: "content: false", None: "content: unknown"}
+    words = {True: "true", False: "false", None: "unknown"}
     name = verdict.verdict
-    return f"{name}, {words[verdict.content]}" if name == "RECOVERABLE" else name
+    return f"{name}, content {words[verdict.content]}, rule {words[verdict.rule]}" if name == "RECOVERABLE" else name
 
 
 def _rate(value: float | None) -> str:

@@ -10,6 +10,7 @@ from typing import Literal
 import yaml
 from pydantic import BaseModel, ConfigDict
 
+from recover.numerics.formats import number
 from recover.protocol.verdict_model import ThreatModel, Verdict
 
 SectionKey = Literal["defense", "accounting", "search", "travel", "controls", "transfer", "published"]
@@ -58,6 +59,7 @@ class Words(_Frozen):
 
     meanings: dict[str, str]
     content: dict[Literal["true", "false", "unknown"], str]
+    rule: dict[Literal["true", "false", "unknown"], str]
     tasks: dict[str, str]
     parts: dict[str, str]
     replies: dict[str, str]
@@ -82,7 +84,7 @@ def headline(verdict: Verdict) -> str:
     """
     utility, counts, told = verdict.fit.utility, verdict.counts, [prose().meanings[verdict.verdict]]
     if verdict.verdict == "RECOVERABLE":
-        told.append(known(verdict.content))
+        told += known(verdict)
     if utility is not None and utility.broken and utility.loss_off is not None and utility.loss_on is not None:
         cost = f"from {utility.loss_off:.1f} to {utility.loss_on:.1f} nats per token"
         told.append(f"the defense breaks ordinary text ({cost})")
@@ -91,9 +93,17 @@ def headline(verdict: Verdict) -> str:
     return "; ".join(told)
 
 
-def known(content: bool | None) -> str:
-    """Whether what the answers are made of survived the clamp, in one clause."""
-    return prose().content["unknown" if content is None else "true" if content else "false"]
+def known(verdict: Verdict) -> list[str]:
+    """What the model still knows, in two clauses, with the norm at which it was tested."""
+    if verdict.knowledge is None:
+        return [prose().content["unknown"]]
+    at = f" (one perturbation of norm {number(verdict.knowledge.norm)} for all prompts)"
+    content, rule = prose().content[_word(verdict.content)], prose().rule[_word(verdict.rule)]
+    return [content + at, rule]
+
+
+def _word(known: bool | None) -> Literal["true", "false", "unknown"]:
+    return "unknown" if known is None else "true" if known else "false"
 
 
 def clamps(threat: ThreatModel) -> list[str]:

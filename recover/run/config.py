@@ -188,7 +188,10 @@ _SEARCH: Any = _section(
     **_taken(Plan, "curve"),
 )
 _CONTROLS: Any = _section(**_taken(Plan, "seed", "random_draws", "placebo_features", "max_loss_increase"))
-_TRANSFER: Any = _section(**_taken(TransferPlan, "norms", "folds", "shuffles", "draws"), **_taken(FitSchedule, "steps"))
+_TRANSFER: Any = _section(
+    **_taken(TransferPlan, "norms", "folds", "splits", "rules", "scales", "shuffles", "draws"),
+    **_taken(FitSchedule, "steps"),
+)
 _RULES: Any = _section(**_taken(Rules))
 
 

@@ -31,9 +31,10 @@ from recover.types import Delta, InputError, Tensor
 
 @dataclass(frozen=True, eq=False)
 class SharedDelta:
-    """A shared delta within the budget `norm`, fitted to the half `fold` (0 or 1).
+    """A shared delta within the budget `norm`, of the fit number `fold`.
 
-    `examples` are those of the other half, with the predicate that transfer is read with; `delta` is repeated for each.
+    `examples` are the flips that it was not fitted to, with the predicate that it is read with; `delta` is repeated for
+    each.
     """
 
     fold: int
@@ -94,13 +95,13 @@ class SavedRun:
 
     @property
     def shared(self) -> list[SharedDelta]:
-        """The shared C1 delta of largest norm, for each fold."""
+        """The shared C1 delta of largest norm of each fit, on the unseen flips."""
         bench, found = self.bench, []
         names = [name.split("/") for name in self.deltas if name.startswith("transfer/") and name.split("/")[2] == C1]
-        ids = [name for batch in bench.batches for name in batch.strict_ids]
         for fold in sorted({int(name[1]) for name in names}):
             largest = max((name for name in names if int(name[1]) == fold), key=lambda name: float(name[3]))
-            part = self.examples([ids[row] for row in split(bench, fold)[1].tolist()])
+            unseen = split(bench, fold)[1]
+            part = self.examples([bench.pool_ids[row] for row in unseen[bench.pool_turned[unseen]].tolist()])
             part = part if part.strict is None else replace(part, behavior=part.strict)
             one = self.deltas["/".join(largest)].to(bench.model.device)
             each = repeat(one, "pos d_model -> batch pos d_model", batch=len(part.ids))

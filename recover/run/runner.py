@@ -118,9 +118,12 @@ def run_seeds(
     for seed in range(config.controls.seed, config.controls.seed + seeds):
         one = config.with_control_seed(seed)
         verdicts.append(run_check(one, out / f"seed-{seed}", keep_text=keep_text, progress=progress, workers=workers))
-    said = Counter((verdict.verdict, verdict.content) for verdict in verdicts)
+    said = Counter((verdict.verdict, verdict.content, verdict.rule) for verdict in verdicts)
     told = {True: True, False: False, None: "unknown"}
-    counted = [{"verdict": name, "content": told[known], "seeds": n} for (name, known), n in said.items()]
+    counted = [
+        {"verdict": name, "content": told[content], "rule": told[rule], "seeds": n}
+        for (name, content, rule), n in said.items()
+    ]
     try:
         if workers.leads:
             write_whole(out / SEEDS, (json.dumps({"verdicts": counted}, indent=2) + "\n").encode())

@@ -15,6 +15,7 @@ from typing import Protocol, runtime_checkable
 from recover.models.host import Model, Prompts
 from recover.tasks.behaviors import Behavior, positions_read
 from recover.tasks.dialogue import Dialogue
+from recover.tasks.rules import OtherRule
 from recover.types import InputError, Rows
 
 
@@ -60,6 +61,7 @@ class Examples:
         groups: a name for each example, the same for those that ask the same thing in other words or another order:
             transfer never reads one that a shared delta was fitted to another of. By default each is its own.
         readout: makes the model that the behavior is read with; by default that is the host.
+        rules: other rules over the same prompts, which a shared perturbation may impose as well.
     """
 
     ids: Sequence[str]
@@ -71,6 +73,7 @@ class Examples:
     contrast: Contrast | None = None
     groups: Sequence[str] | None = None
     readout: Readout | None = None
+    rules: Sequence[OtherRule] = ()
 
     def __post_init__(self) -> None:
         n = len(self.ids)
@@ -80,6 +83,9 @@ class Examples:
             raise InputError("examples: two have the same id; each needs its own")
         if self.groups is not None and len(self.groups) != n:
             raise InputError(f"examples: {len(self.groups)} groups for {n} examples; give one each, or none")
+        for rule in self.rules:
+            if len(rule) != n:
+                raise InputError(f"examples: the rule {rule.name!r} answers {len(rule)} of {n} examples; answer each")
 
     @classmethod
     def of(cls, dialogue: Dialogue, columns: int, contrast: Contrast | None = None) -> Examples:
@@ -109,6 +115,7 @@ class Examples:
             self.contrast,
             None if self.groups is None else [self.groups[row] for row in pick],
             self.readout,
+            [rule.select(rows) for rule in self.rules],
         )
 
     def read_with(self, model: Model, exact: Model | None = None) -> tuple[Model, Model]:

@@ -18,7 +18,7 @@ import hashlib
 import json
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
@@ -31,7 +31,8 @@ from recover.tasks.behaviors import ChoiceMargin, LogitDifference
 from recover.tasks.examples import Examples
 from recover.tasks.files import read_text, rows_of, text_object
 from recover.tasks.prose import read_data
-from recover.types import InputError
+from recover.tasks.rules import OtherRule
+from recover.types import InputError, Int, Tensor
 
 Template = Literal["BABA", "ABBA"]
 TEMPLATES: tuple[Template, ...] = get_args(Template)
@@ -189,6 +190,22 @@ def strict(
     return ChoiceMargin(tokens[:, 0], tokens[:, 1:])
 
 
+def rules(tokenizer: Any, examples: Sequence[IOIExample], device: torch.device | str = "cpu") -> tuple[OtherRule, ...]:
+    """Build other rules that pick a name from the same prompts: the subject, the first name, the second name."""
+
+    def tokens(pick: Callable[[IOIExample], str]) -> Int[Tensor, "batch"]:
+        return torch.tensor([token_id(tokenizer, pick(one), one.prompt) for one in examples], device=device)
+
+    def by_place(one: IOIExample) -> list[str]:
+        return sorted((one.io, one.subject), key=one.prompt.index)
+
+    return (
+        OtherRule("the subject", tokens(lambda one: one.subject)),
+        OtherRule("the first name", tokens(lambda one: by_place(one)[0])),
+        OtherRule("the second name", tokens(lambda one: by_place(one)[1])),
+    )
+
+
 def load(
     tokenizer: Any,
     *,
@@ -242,4 +259,5 @@ def make_examples(
         behavior(model.tokenizer, asked, model.device),
         texts,
         strict(model.tokenizer, asked, model.device, candidates),
+        rules=rules(model.tokenizer, asked, model.device),
     )

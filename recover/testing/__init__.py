@@ -7,6 +7,7 @@ from recover.testing.assertions import (
     assert_drift_below,
     assert_not_recovered,
     assert_recoverable,
+    assert_rule,
 )
 from recover.testing.defenses import Defenses
 
@@ -18,6 +19,7 @@ __all__ = [
     "assert_drift_below",
     "assert_not_recovered",
     "assert_recoverable",
+    "assert_rule",
 ]
 
 pytest_plugins = ["recover_pytest"]

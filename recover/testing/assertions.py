@@ -6,12 +6,14 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
+from recover.protocol.reasons import because
 from recover.protocol.records import ExampleRecord
 from recover.protocol.verdict import certified_norm
-from recover.protocol.verdict_model import Recovery, Transfer, Verdict
+from recover.protocol.verdict_model import Recovery, Verdict
 from recover.report.finished import read_records
 
 BELIEVED = ("RECOVERABLE", "NOT_RECOVERED_AT_BUDGET")
@@ -71,10 +73,23 @@ def assert_not_recovered(checked: Checked, budget: float | None = None) -> None:
 def assert_content(checked: Checked, expected: bool = True) -> None:
     """The answers can still be read from the defended state; with `expected=False`, it is known that they cannot."""
     __tracebackhide__ = True
-    for verdict, folder in _believed(checked, f"content: {expected}"):
-        if verdict.verdict != "RECOVERABLE" or verdict.content is not expected:
-            known = "unknown" if verdict.content is None else verdict.content
-            _fail(f"content is {known}; {_transfer(verdict)}; expected {expected}", verdict, folder)
+    _known(checked, "content", expected)
+
+
+def assert_rule(checked: Checked, expected: bool = True) -> None:
+    """The behavior's own rule comes back more easily than others; with `expected=False`, it is known not to."""
+    __tracebackhide__ = True
+    _known(checked, "rule", expected)
+
+
+def _known(checked: Checked, which: Literal["content", "rule"], expected: bool) -> None:
+    __tracebackhide__ = True
+    for verdict, folder in _believed(checked, f"{which}: {expected}"):
+        value = verdict.content if which == "content" else verdict.rule
+        if verdict.verdict != "RECOVERABLE" or value is not expected:
+            why = next((one for one in because(verdict) if one.startswith(which)), "no shared perturbation was read")
+            known = "unknown" if value is None else value
+            _fail(f"{which} is {known} ({why}); expected {expected}", verdict, folder)
 
 
 def assert_drift_below(checked: Checked, bound: float) -> None:
@@ -126,22 +141,6 @@ def _rate(found: Recovery) -> str:
     low, high = found.wilson95
     rate = f"{found.recovered} of {found.searched} valid flips recovered ({found.rate:.0%}; 95% interval "
     return f"{rate}{low:.0%} to {high:.0%}) at budget {found.budget:g}"
-
-
-def _transfer(verdict: Verdict) -> str:
-    """The figures that `content` rests on, and their bounds."""
-    read, rules = verdict.transfer, verdict.statistics.rules
-    if not isinstance(read, Transfer):
-        return "transfer was not run" + ("" if read is None else f" ({read.refused})")
-    plus, shuffled, chance = (
-        "-" if rate is None else f"{rate:.0%}"
-        for rate in (read.write_orthogonal_heldout_rate, read.shuffled_rate, read.chance_rate)
-    )
-    return (
-        f"one perturbation for all brings back {read.hits} of {read.n} held-out examples (95% interval from "
-        f"{read.wilson95[0] or 0:.0%}; above {rules.most:.0%} is needed), C1+ {plus}, shuffled "
-        f"targets {shuffled}, chance {chance} (at most {rules.max_chance:.0%})"
-    )
 
 
 def _number(value: float | None) -> float:

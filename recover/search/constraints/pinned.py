@@ -164,9 +164,13 @@ class Pinned:
         logits = self.defended.changed_logits(state, {site: pinned(site) for site in later})
         return logits, torch.cat([added[site] for site in self.defended.delta_sites], dim=1)
 
+    def logits(self, free: Delta) -> Float[Tensor, "batch ..."]:
+        """Logits with the pinned delta of `free` added."""
+        return self.run(free)[0]
+
     def __call__(self, delta: Delta) -> tuple[PerExample, PerExample]:
         """Score and slack, as a search asks for them; what it varies are the free parts."""
-        logits = self.run(delta)[0].float()
+        logits = self.logits(delta).float()
         return self.behavior.score(logits), self.behavior.slack(logits)
 
     def delta(self, free: Delta) -> Delta:
