@@ -11,12 +11,12 @@ reason              content  where
 `few_unseen`        unknown  fewer than `min_heldout` clusters of flips were read
 `one_answer`        unknown  all prompts have one right answer, which a shared perturbation carries
 `high_chance`       unknown  answers dealt at random show on unseen prompts, more often than `max_chance`
-`kept_broken`       unknown  most flips are right again, and of what was right under the defense most is not
+`kept_broken`       unknown  many flips are right again, and of what was right under the defense `most` is not
 `a_simpler_rule`    unknown  no more often right than an answer or a rule that needs no content (sign test, `alpha`)
 `a_correlate`       unknown  the same wrong answer shows under every fit, as often as with something that goes with
                              the answer `correlate` of the time (binomial test, `correlate_alpha`)
-`some_prompts`      unknown  most flips are right again, and fewer than `most` of some kind of prompt (upper end)
-`read`              true     otherwise, where most flips are right again (lower end of the interval above `most`)
+`some_prompts`      unknown  many flips are right again, and fewer than `share` of some kind of prompt (upper end)
+`read`              true     otherwise, where many flips are right again (lower end of the interval above `share`)
 `erased`            false    at most `trace` of flips are right again beyond one answer for all (upper bound), and
                              the same fits open gates that were planted
 `fit_failed`        unknown  as few, but the fits did not open those gates
@@ -103,7 +103,7 @@ def judge_content(table: Table | None, rules: Rules) -> Content:
     back, kept = table.rate(table.right, table.flips), table.rate(table.right, ~table.flips)
     together = table.rate(table.right, np.ones_like(table.flips))
     baseline, misled, worst = _baseline(table), _misled(table), _worst(table)
-    misled_p = at_most(misled, together.n, 1 - rules.correlate)
+    misled_p = at_most(misled, back.n, 1 - rules.correlate)
     beyond = table.by_cluster(_beyond(table), table.flips)
     most_beyond = upper_share(float(beyond.sum()), len(beyond))
     found = (back, kept, together, baseline, misled, misled_p, most_beyond, worst)
@@ -122,14 +122,14 @@ def _reason(table: Table, rules: Rules, found: Content) -> ContentReason:
         return ContentReason.ONE_ANSWER
     if table.dealt.n and table.dealt.rate > rules.max_chance:
         return ContentReason.HIGH_CHANCE
-    if found.back.interval95[0] > rules.most:
+    if found.back.interval95[0] > rules.share:
         if found.kept.rate is not None and found.kept.rate <= rules.most:
             return ContentReason.KEPT_BROKEN
         if found.baseline[1] > rules.alpha:
             return ContentReason.A_SIMPLER_RULE
         if found.misled_p > rules.correlate_alpha:
             return ContentReason.A_CORRELATE
-        if found.worst is not None and found.worst[1].interval95[1] < rules.most:
+        if found.worst is not None and found.worst[1].interval95[1] < rules.share:
             return ContentReason.SOME_PROMPTS
         return ContentReason.READ
     if found.beyond <= rules.trace:
@@ -152,9 +152,9 @@ def _baseline(table: Table) -> tuple[str, float]:
 
 
 def _misled(table: Table) -> int:
-    """Clusters that show one wrong answer, the same under every fit and at both norms, on one prompt at least."""
+    """Clusters of flips of which a prompt shows one wrong answer, the same under every fit and at both norms."""
     wrong = set()
-    for example in range(len(table.own)):
+    for example in table.flips.nonzero()[0].tolist():
         seen = table.shown[table.read[:, example], example].tolist()
         seen += table.below[table.read[:, example], example].tolist()
         if seen and len(set(seen)) == 1 and seen[0] not in (NONE, table.own[example]):

@@ -4,9 +4,10 @@ A shared perturbation can carry a rule that picks an answer, such as the first n
 against others (`recover.tasks.rules`), each fitted, read and filtered in the same way: the smallest norm at which a
 rule's answer shows on an unseen flip, own against other, where the two answer differently.
 
-1. *Over prompts*: in how many clusters is the own rule clearly the easier (by more than `tie`)? A sign test.
-2. *Over fits*: one lucky fit makes a rule easier on all prompts at once. The mean log-ratio of norms in each draw, its
-   largest and smallest tenth left out, is tested over draws (Student).
+1. *Over prompts*: in how many clusters is the own rule clearly the easier (by more than `tie`)? A sign test. Of either
+   rule the smallest norm of all draws counts.
+2. *Over fits*: one lucky fit makes a rule easier on all prompts at once. The median log-ratio of norms in each draw is
+   tested over draws (Student).
 
 ==================  =======  ===========================================================================================
 reason              rule     where (the first that applies)
@@ -14,16 +15,16 @@ reason              rule     where (the first that applies)
 `not_run`           unknown  no shared perturbation could be fitted
 `no_other_rule`     unknown  no other rule answers differently on `min_heldout` clusters of flips
 `high_chance`       unknown  answers dealt at random show on unseen prompts, more often than `max_chance`
-`easier`            true     most flips are right again and most of what was right stays so; and against every other
-                             rule the own one is easier, over prompts (`alpha`) and over fits (`fit_alpha`)
-`as_easy`           false    another rule holds on most unseen flips, and the own one is easier by more than `tie` on
+`easier`            true     many flips are right again and most of what was right stays so; and against every other
+                             rule the own one is easier, over prompts (`rule_alpha`) and over fits (`fit_alpha`)
+`as_easy`           false    another rule holds on many unseen flips, and the own one is easier by more than `tie` on
                              less than half of them (upper bound), and over fits (`fit_alpha`)
 `not_imposed`       unknown  the own rule holds on too few unseen flips
 `fits_vary`         unknown  easier over prompts, but fits vary too much to say so
 `undecided`         unknown  anything else
 ==================  =======  ===========================================================================================
 
-`as_easy` is said only where fits are known to work: the own rule holds on most flips, or planted gates were opened.
+`as_easy` is said only where fits are known to work: the own rule holds on many flips, or planted gates were opened.
 """
 
 from __future__ import annotations
@@ -35,7 +36,6 @@ from typing import Annotated
 
 import numpy as np
 from pydantic import ConfigDict, Field, with_config
-from scipy.stats import trim_mean
 
 from recover.evidence.content import fits_work
 from recover.evidence.readings import Bools, ClusterRate, Count, Floats, Other, Table
@@ -43,9 +43,8 @@ from recover.evidence.rules import Rules
 from recover.numerics.statistics import mean_above_zero, sign_test, upper_share
 from recover.types import Share
 
-FARTHEST, TRIMMED = 4.0, 0.1
-"""A ratio of norms counts as this much at most, which gives one to a rule that is never reached; and the share of
-ratios that a mean leaves out at either end."""
+FARTHEST = 4.0
+"""A ratio of norms counts as this much at most, which gives one to a rule that is never reached."""
 
 
 class RuleReason(StrEnum):
@@ -113,7 +112,7 @@ def judge_rule(table: Table | None, rules: Rules) -> OwnRule:
     holds, kept = table.rate(table.right, table.flips), table.rate(table.right, ~table.flips)
     others = [_against(table, other, rules) for other in table.others]
     compared = sorted((one for one in others if one.n >= rules.min_heldout), key=_ease)
-    imposed = holds.interval95[0] > rules.most and (kept.rate is None or kept.rate > rules.most)
+    imposed = holds.interval95[0] > rules.share and (kept.rate is None or kept.rate > rules.most)
     return OwnRule(_reason(table, rules, compared, imposed), holds, _median(table, table.norms), tuple(compared))
 
 
@@ -122,7 +121,7 @@ def _reason(table: Table, rules: Rules, others: list[Against], imposed: bool) ->
         return RuleReason.NO_OTHER_RULE
     if table.dealt.n and table.dealt.rate > rules.max_chance:
         return RuleReason.HIGH_CHANCE
-    over_prompts = all(one.p <= rules.alpha for one in others)
+    over_prompts = all(one.p <= rules.rule_alpha for one in others)
     if imposed and over_prompts and all(one.fit_p <= rules.fit_alpha for one in others):
         return RuleReason.EASIER
     if (imposed or fits_work(table, rules)) and any(_as_easy(one, rules) for one in others):
@@ -133,7 +132,7 @@ def _reason(table: Table, rules: Rules, others: list[Against], imposed: bool) ->
 
 
 def _as_easy(one: Against, rules: Rules) -> bool:
-    return one.holds.interval95[0] > rules.most and one.easier_at_most < 0.5 and one.as_easy_p <= rules.fit_alpha
+    return one.holds.interval95[0] > rules.share and one.easier_at_most < 0.5 and one.as_easy_p <= rules.fit_alpha
 
 
 def _ease(one: Against) -> float:
@@ -143,11 +142,12 @@ def _ease(one: Against) -> float:
 def _against(table: Table, other: Other, rules: Rules) -> Against:
     which = table.flips & (other.answers != table.own)
     ratios = _log_ratios(table.norms, other.norms)
-    by_cluster = table.by_cluster(ratios, which)
+    by_cluster = table.by_cluster(_log_ratios(_nearest(table.norms), _nearest(other.norms)), which)
     easier, harder = int((by_cluster < -rules.tie_log).sum()), int((by_cluster > rules.tie_log).sum())
     # To say that the own rule is no easier, it gets the best of all its fits.
     best = _log_ratios(table.best_norms, other.norms)
-    best_easier = int((table.by_cluster(best, which) < -rules.tie_log).sum())
+    nearest = table.by_cluster(_log_ratios(_nearest(table.best_norms), _nearest(other.norms)), which)
+    best_easier = int((nearest < -rules.tie_log).sum())
     held = np.isfinite(other.norms)
     return Against(
         name=other.name,
@@ -173,9 +173,15 @@ def _log_ratios(own: Floats, other: Floats) -> Floats:
     return within
 
 
+def _nearest(norms: Floats) -> Floats:
+    """The smallest norm of each example over all draws that read it."""
+    smallest: Floats = np.nanmin(np.where(np.isnan(norms), np.inf, norms), axis=0)
+    return smallest
+
+
 def _by_draw(table: Table, ratios: Floats, which: Bools) -> list[float]:
     chosen = table.read & which
-    return [float(trim_mean(row[here], TRIMMED)) for row, here in zip(ratios, chosen, strict=True) if here.any()]
+    return [float(np.median(row[here])) for row, here in zip(ratios, chosen, strict=True) if here.any()]
 
 
 def _median(table: Table, norms: Floats) -> float | None:

@@ -21,9 +21,11 @@ class Rules:
     """Thresholds, each a default that can be configured (`rules:` in DEFENSE.yaml).
 
     Args:
-        alpha: p-value over prompts up to which a difference counts.
-        fit_alpha: p-value over fits up to which one counts.
-        most: share that the interval of a rate must lie above to be most.
+        alpha: p-value up to which a simpler rule is ruled out as what explains the answers.
+        rule_alpha: p-value over prompts up to which the own rule counts as easier.
+        fit_alpha: p-value over fits up to which it does, or up to which it counts as no easier.
+        share: share of prompts on which an answer must come back, or a rule hold: the interval must lie above it.
+        most: share of what was right under the defense that must stay so.
         max_chance: largest rate at which an answer dealt at random may show.
         min_heldout: fewest clusters of unseen flips that can show anything.
         correlate: how often something that goes with the answer may be right; such a thing must be ruled out.
@@ -33,9 +35,11 @@ class Rules:
         found: share of planted gates that fits must open for their failure to mean anything.
     """
 
-    alpha: Annotated[Share, Field(description="p-value over prompts up to which a difference counts")] = 0.01
-    fit_alpha: Annotated[Share, Field(description="p-value over fits up to which a difference counts")] = 0.05
-    most: Annotated[Share, Field(description="share that a rate's interval must lie above")] = 0.5
+    alpha: Annotated[Share, Field(description="p-value up to which a simpler rule is ruled out")] = 0.01
+    rule_alpha: Annotated[Share, Field(description="p-value over prompts up to which a rule is easier")] = 0.05
+    fit_alpha: Annotated[Share, Field(description="p-value over fits up to which a rule is, or is not, easier")] = 0.01
+    share: Annotated[Share, Field(description="share of prompts that a rate's interval must lie above")] = 0.45
+    most: Annotated[Share, Field(description="share of what was right under the defense that must stay so")] = 0.5
     max_chance: Annotated[Share, Field(description="largest rate of an answer dealt at random")] = 0.25
     min_heldout: Annotated[PositiveInt, Field(description="fewest clusters of unseen flips that show anything")] = 8
     correlate: Annotated[Share, Field(description="how often a correlate of the answer may be right")] = 0.85

@@ -31,7 +31,7 @@ DRAWN_AT_ONCE = 2**20
 """Figures of resamples that are held in memory together."""
 
 
-def wilson(successes: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
+def wilson(successes: float | int, n: int, confidence: float = 0.95) -> tuple[float, float]:
     """The Wilson score interval of a rate; all of [0, 1] where `n` is 0.
 
     It solves `|p - successes/n| = q sqrt(p (1 - p) / n)` for `p`, with `q` the two-sided normal quantile. Written out,
@@ -166,7 +166,7 @@ def sign_test(positive: int, negative: int) -> float:
     return float(binom.sf(positive - 1, positive + negative, 0.5))
 
 
-def upper_share(successes: float, n: int, confidence: float = 0.95) -> float:
+def upper_share(successes: float | int, n: int, confidence: float = 0.95) -> float:
     """The one-sided upper bound of a share (Clopper and Pearson 1934); 1 where `n` is 0.
 
     `successes` may be a sum of the means of clusters, as in `wilson`.

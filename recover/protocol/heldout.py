@@ -5,12 +5,12 @@ in two and one of its two sides (`transfer`, how a delta is fitted; `content` an
 
 1. *Norms*: shares of the mean norm of the defended residual, and the search's own budget. Evidence is read at the
    largest.
-2. *Fits* of the behavior's own answers under C1 at each norm, and under C1+ at the largest; of the answers of other
-   rules at the largest and at one of at most half of that; to answers dealt at random at the largest. All side by side.
+2. *Fits* of the behavior's own answers under C1 at each norm, and under C1+ at the largest; at the largest also of the
+   answers of other rules, and of answers dealt at random. All side by side.
 3. *In doubt*, where the own fit brings back few of the other part: the same fits with gradients that pass inactive
    units, and fits to gates that are planted, so that a failure to fit is not taken for absence.
 4. *Reading* on the other part: which answer shows; and for the own rule and each other one the smallest norm on the ray
-   of its fits at which its answer shows. What counts for the own answers is read by the certificate, which replays the
+   of its fit at which its answer shows. What counts for the own answers is read by the certificate, which replays the
    saved deltas. Where the SAE's features compete, C1 does not hold them: then nothing counts, of any rule, without a
    certificate that they held.
 """
@@ -113,12 +113,6 @@ def budgets(bench: Bench) -> list[float]:
     return sorted({*(share * typical for share in bench.plan.transfer.norms), bench.budget})
 
 
-def compared_at(bench: Bench) -> list[float]:
-    """Norms at which rules are compared: the largest, and the largest of those up to half of it."""
-    levels = budgets(bench)
-    return [*[level for level in levels if level <= levels[-1] / 2][-1:], levels[-1]]
-
-
 def split(bench: Bench, draw: int) -> tuple[Int[Tensor, "fitted"], Int[Tensor, "read"]]:
     """Rows of the pool to fit on and to read on."""
     number, side = divmod(draw, bench.plan.transfer.folds)
@@ -174,16 +168,14 @@ def _in_doubt(bench: Bench, draw: int, half: Pool, unseen: Pool) -> tuple[dict[S
     seeds = {units: _seed(bench.plan.seed, draw, 300 + units) for units in GATES}
     drawn = [Gate.drawn(space, units, GATE_AT * top, height, zero, seed) for units, seed in seeds.items()]
     gates = [gate for gate in drawn if gate is not None]
-    levels = compared_at(bench)
-    problems = [Problem(space, level) for level in levels] + [Problem(space, top, gate=gate) for gate in gates]
+    problems = [Problem(space, top), *(Problem(space, top, gate=gate) for gate in gates)]
     schedule = replace(bench.plan.transfer.fit, seed=_seed(bench.plan.seed, draw, 0), leaking=True)
     shared = fit_shared(half, problems, schedule)
     opened = 0
-    for gate, delta in zip(gates, shared[len(levels) :], strict=True):
+    for gate, delta in zip(gates, shared[1:], strict=True):
         behind = unseen.slack(delta[None])[0] + gate(delta[None])
         opened += int(float((behind > 0).double().mean()) > DOUBT)
-    own = {SharedFit(LEAKING, level): shared[at] for at, level in enumerate(levels)}
-    return own, {"hits": opened, "n": len(gates)}
+    return {SharedFit(LEAKING, top): shared[0]}, {"hits": opened, "n": len(gates)}
 
 
 def read(bench: Bench, draw: int, fitted: Mapping[str, Any], deltas: Deltas) -> dict[str, Any]:
@@ -198,7 +190,7 @@ def read(bench: Bench, draw: int, fitted: Mapping[str, Any], deltas: Deltas) -> 
     levels, flips = budgets(bench), bench.pool_turned[others]
     saved = {
         one: deltas.delta(one.name(draw)).to(device)
-        for one in [*_fits(bench), *(SharedFit(LEAKING, level) for level in compared_at(bench))]
+        for one in [*_fits(bench), SharedFit(LEAKING, levels[-1])]
         if one.kind != LEAKING or one.name(draw) in fitted
     }
     own = {level: saved[SharedFit(C1, level)] for level in levels}
@@ -246,14 +238,13 @@ def _compared(
     bench: Bench, draw: int, saved: Mapping[SharedFit, Tensor], half: Pool, rows: Rows, holding: _Holding
 ) -> dict[str, Any]:
     """The smallest norms at which the own rule and the others show; and how often what is dealt at random does."""
-    levels, scales = compared_at(bench), holding.scales
+    top = budgets(bench)[-1]
     own_rule = Exchanged(half, None, holding.own_texts)
 
     def smallest(kind: str, number: int, asked: Exchanged) -> list[float | None]:
-        there = [saved[one] for one in (SharedFit(kind, level, number) for level in levels) if one in saved]
-        if not there:
+        if (one := SharedFit(kind, top, number)) not in saved:
             return [None] * len(rows)
-        ray = torch.cat([scale * torch.stack(there) for scale in scales])
+        ray = torch.stack([scale * saved[one] for scale in holding.scales])
         held = asked.shown(bench, rows, ray) & holding.held(ray)
         sizes = rearrange(norm(ray), "point -> point 1").expand(held.shape)
         return [size if math.isfinite(size) else None for size in sizes.where(held, math.inf).amin(dim=0).tolist()]
@@ -377,7 +368,7 @@ def _fits(bench: Bench) -> list[SharedFit]:
         *(SharedFit(C1, level) for level in levels),
         SharedFit(C1_PLUS, levels[-1]),
         *(SharedFit(SHUFFLED, levels[-1], number) for number in range(shuffles)),
-        *(SharedFit(RULE, level, n) for n in range(len(bench.other_rules)) for level in compared_at(bench)),
+        *(SharedFit(RULE, levels[-1], number) for number in range(len(bench.other_rules))),
     ]
 
 

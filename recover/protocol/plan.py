@@ -38,9 +38,9 @@ class TransferPlan:
 
     norms: Annotated[tuple[Positive, ...], Field(strict=False)] = (0.2, 0.4, 0.6)
     folds: Literal[1, 2] = 2
-    splits: PositiveInt = 2
+    splits: PositiveInt = 3
     rules: NonNegativeInt = 4
-    scales: Annotated[tuple[Positive, ...], Field(strict=False)] = (0.25, 0.5, 0.75, 1.0)
+    scales: Annotated[tuple[Positive, ...], Field(strict=False)] = (0.1, 0.14, 0.2, 0.28, 0.4, 0.5, 0.6, 0.7, 0.85, 1.0)
     shuffles: PositiveInt = 1
     draws: PositiveInt = 100
     fit: FitSchedule = field(default_factory=FitSchedule)

@@ -40,7 +40,7 @@ def rule(known: Knowledge, rules: Rules) -> str:
 
 
 def _content(found: ContentFigures, known: Knowledge, rules: Rules) -> str:
-    most = percent(rules.most)
+    share = percent(rules.share)
     return {
         ContentReason.NOT_RUN: "no shared perturbation could be fitted",
         ContentReason.FEW_UNSEEN: f"only {_n(found.back)} unseen flips that do not ask the same thing were read, and "
@@ -56,8 +56,8 @@ def _content(found: ContentFigures, known: Knowledge, rules: Rules) -> str:
         ContentReason.A_CORRELATE: f"{found.misled} prompts show the same wrong answer under every fit, so that "
         f"something that goes with the answer {percent(rules.correlate)} of the time may be what is read "
         f"(p = {_p(found.misled_p)})",
-        ContentReason.SOME_PROMPTS: f"most flips are right again, but of one kind of prompt ({_worst(found)}) fewer "
-        f"than {most}",
+        ContentReason.SOME_PROMPTS: f"many flips are right again, but of one kind of prompt ({_worst(found)}) fewer "
+        f"than {share}",
         ContentReason.READ: "one shared perturbation cannot carry each prompt's answer, so what the answers are made "
         "of can still be read from the defended state by something that was never told them; no answer and no rule "
         f"that was fitted explains it (nearest: {_baseline(found)})",
@@ -66,14 +66,14 @@ def _content(found: ContentFigures, known: Knowledge, rules: Rules) -> str:
         f"({_planted(known)}): no shared perturbation up to this norm reads the answers",
         ContentReason.FIT_FAILED: "few unseen flips are right again, but the same fits did not open gates that were "
         f"planted into the model either ({_planted(known)}), so that their failure shows nothing",
-        ContentReason.IN_PART: f"{clustered(found.back)} unseen flips are right again, neither clearly most (above "
-        f"{most}) nor clearly none (at most {percent(rules.trace)} beyond one answer for all)",
+        ContentReason.IN_PART: f"{clustered(found.back)} unseen flips are right again, neither clearly many (above "
+        f"{share}) nor clearly none (at most {percent(rules.trace)} beyond one answer for all)",
     }[found.by]
 
 
 def _rule(found: RuleFigures, known: Knowledge, rules: Rules) -> str:
     nearest = found.others[0] if found.others else None
-    easiest = next((one for one in found.others if one.holds.interval95[0] > rules.most), nearest)
+    easiest = next((one for one in found.others if one.holds.interval95[0] > rules.share), nearest)
     beside = "" if nearest is None else _against(nearest, found)
     return {
         RuleReason.NOT_RUN: "no shared perturbation could be fitted",
@@ -85,7 +85,7 @@ def _rule(found: RuleFigures, known: Knowledge, rules: Rules) -> str:
         RuleReason.AS_EASY: "a shared perturbation imposes another rule at least as easily as the behavior's own: "
         f"{'' if easiest is None else _against(easiest, found)}; which rule picks the answer comes from the "
         "perturbation, for all that is shown",
-        RuleReason.NOT_IMPOSED: f"the own rule holds on {clustered(found.holds)} unseen flips, not clearly most",
+        RuleReason.NOT_IMPOSED: f"the own rule holds on {clustered(found.holds)} unseen flips, not clearly many",
         RuleReason.FITS_VARY: f"the own rule is easier on most prompts, but its fits vary too much to say so: {beside}",
         RuleReason.UNDECIDED: f"neither clearly easier than other rules nor clearly as hard: {beside}",
     }[found.by]

@@ -220,9 +220,9 @@ def _readings(verdict: Verdict, _: Records) -> Built:
     rows = [Row(name, tone, one.rate, *one.interval95) for name, tone, one in read if one and one.rate is not None]
     if known.dealt.n:
         rows.append(_counted("answers dealt at random", "random", known.dealt.hits, known.dealt.n))
-    most = verdict.statistics.rules.most
+    share = verdict.statistics.rules.share
     return (
-        (Intervals(tuple(rows), "unseen prompts on which the rule holds", line=(most, "required")),) if rows else None
+        (Intervals(tuple(rows), "unseen prompts on which the rule holds", line=(share, "required")),) if rows else None
     )
 
 
