@@ -16,6 +16,7 @@ from recover.protocol.records import ExampleRecord, ReplyRecord
 from recover.protocol.verdict_model import Verdict
 from recover.saes.fit import Fit
 from tests.hand_made import SHOWS_THROUGHOUT, certified, conclude, flip, missed, placebo, transfer
+from tests.readings_by_hand import table
 
 CONFIG = "model: tiny\ntask: ioi\nprompts: {n: 64, seed: 0}\n"
 Run = tuple[Verdict, Sequence[ExampleRecord]]
@@ -28,6 +29,7 @@ WHOLE: dict[str, Any] = {
     "transfer": transfer(
         curve=[transfer()["curve"][0] | {"budget": 20.0, "heldout_rate": 0.3}, transfer()["curve"][0]]
     ),
+    "table": table(),
 }
 REPLY = ReplyRecord(False, False, False, True, False, 1e-8, 1e-7)
 

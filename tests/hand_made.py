@@ -16,6 +16,7 @@ from recover.protocol.records import CertificateRecord, ExampleRecord, PlaceboRe
 from recover.protocol.verdict import Gathered, decide
 from recover.protocol.verdict_model import Verdict
 from recover.saes.fit import Fit
+from tests.readings_by_hand import table
 
 BUDGET = 20.0
 GOOD = Fit("blocks.1.hook_resid_pre", 0.9, 30.0, 0.95, "blocks.1.hook_resid_pre", 0.0, 100)
@@ -143,48 +144,30 @@ SHOWS_THROUGHOUT = ExampleRecord("a", 1.0, 0.5, 1.0, 0.5)
 NEVER_SHOWS = ExampleRecord("b", -1.0, -0.5, -1.0, -0.5)
 APPEARS = ExampleRecord("c", 0.0, 0.5, 0.0, 0.5)
 
-Count = tuple[int, int]
 
-
-def transfer(
-    own: Count = (40, 40),
-    plus: Count = (39, 40),
-    shuffled: Count = (6, 120),
-    dealt: Count = (5, 120),
-    random: Count = (40, 4000),
-    **changes: Any,
-) -> dict[str, Any]:
-    """What transfer found, as `heldout.summary` has it; of the counts only the readings follow."""
-    counts = {"own": own, "write_orthogonal": plus, "shuffled": shuffled, "dealt": dealt, "random": random}
-    point = {
+def transfer(own: tuple[int, int] = (40, 40), **changes: Any) -> dict[str, Any]:
+    """What shared perturbations bring back on unseen flips, as `shared_readings.transfer` has it."""
+    counts = {"own": own, "write_orthogonal": (39, 40), "shuffled": (6, 120)}
+    figures = {
         "budget": 60.0,
         "relative_norm": 0.6,
-        "train_rate": 1.0,
-        "heldout_rate": 0.95,
-        "write_orthogonal_heldout_rate": 0.85,
-        "shuffled_rate": 0.05,
-        "random_rate": 0.01,
-        "undo_rate": 0.07,
-        "weak_heldout_rate": 0.99,
-        "weak_shuffled_rate": 0.4,
-    }
-    figures = {
         "residual_norm": 100.0,
-        "n": own[1],
-        "hits": own[0],
-        "wilson95": [0.9, 1.0],
-        "dealt_rate": 0.04,
-        "chance_rate": 0.05,
+        "train_rate": 1.0,
         "undo_cosine": 0.3,
-        "write_orthogonal_wilson95": [0.8, 0.9],
         "write_orthogonal_undo_cosine": 0.2,
         "back_but_features_moved": 0,
         "preactivation_shift_max": 1e-5,
         "constraint_residual_max": 1e-7,
-        "readings": {name: {"hits": hits, "n": n} for name, (hits, n) in counts.items()},
-        "curve": [point],
+        "curve": [
+            {"budget": 60.0, "relative_norm": 0.6, "heldout_rate": 0.95, "random_rate": 0.01, "undo_rate": 0.07},
+        ],
     }
-    return point | figures | changes
+    return figures | {name: {"hits": hits, "n": n} for name, (hits, n) in counts.items()} | changes
+
+
+KNOWN: Mapping[str, Any] = {"transfer": transfer(), "table": table()}
+ERASED: Mapping[str, Any] = {"transfer": transfer((0, 40)), "table": table(back=0)}
+"""Evidence that the answers can still be read, and that they cannot."""
 
 
 def conclude(

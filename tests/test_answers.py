@@ -43,7 +43,7 @@ LIGHT = Plan(
     placebo_features=1,
     curve=(0.5, 1.0),
     sample=2,
-    transfer=TransferPlan(norms=(), folds=1, shuffles=1, draws=5, fit=FitSchedule(steps=5)),
+    transfer=TransferPlan(norms=(), folds=1, splits=1, rules=1, draws=5, fit=FitSchedule(steps=5)),
 )
 EVERYWHERE = replace(LIGHT, surface=Surface("every"))
 SITES, COLUMNS, TOKENS, BUDGET, VALUE = (Site(1), Site(2)), 3, 5, 60.0, 0.6
@@ -181,7 +181,7 @@ def test_a_placebo_is_the_answer_to_another_request(checked: tuple[Verdict, InMe
 def test_transfer_is_read_at_every_site(checked: tuple[Verdict, InMemoryStore]) -> None:
     transfer = checked[0].shared
     assert transfer is not None
-    assert transfer.n >= 1
+    assert transfer.own.n >= 1
     assert transfer.preactivation_shift_max < 1e-3  # shared free parts are pinned for each request by itself
 
 
@@ -192,7 +192,7 @@ def test_a_shared_delta_brings_back_what_is_said_freely_like_the_own_answer(dial
     rows = torch.arange(len(bench.pool))
     drawn = torch.randn(6, *bench.pool.shape, generator=torch.Generator().manual_seed(1))
     deltas = torch.cat([0 * drawn[:1], BUDGET * drawn / norm(drawn)[:, None, None]])
-    places = [examples.ids.index(name) for batch in bench.batches for name in batch.strict_ids]
+    places = [examples.ids.index(name) for name in bench.pool_ids]
     expected = torch.zeros(len(deltas), len(rows), dtype=torch.bool)
     column = 0
     for objective in bench.pool.parts:

@@ -21,6 +21,7 @@ from torch.testing import assert_close
 from recover.defenses.clamps import Clamp, Defense, Scale, Set
 from recover.evidence.transfer import FitSchedule, halves
 from recover.models.host import Model, Prompts
+from recover.numerics.statistics import wilson
 from recover.planted.layers import two_layers
 from recover.planted.meaning import shared_route, write_only
 from recover.planted.routes import complete_bottleneck, error_bypass
@@ -60,7 +61,9 @@ LIGHT = Plan(
     random_draws=20,
     placebo_features=1,
     curve=(0.5, 1.0),
-    transfer=TransferPlan(norms=(0.65,), folds=1, shuffles=1, draws=10, fit=FitSchedule(steps=10)),
+    transfer=TransferPlan(
+        norms=(0.65,), folds=1, splits=1, rules=2, scales=(0.5, 1.0), draws=10, fit=FitSchedule(steps=10)
+    ),
 )
 """Every part of the protocol, little of each."""
 TIMES = ("phases", "phase_seconds")
@@ -214,29 +217,32 @@ def test_a_stricter_predicate_is_counted_beside_the_own(finished: tuple[Verdict,
     assert verdict.recovery.searched == verdict.counts.valid_flips
 
 
-def test_shared_deltas_are_read_on_the_other_half_alone(finished: tuple[Verdict, InMemoryStore]) -> None:
-    """Every one that was fitted, by hooks."""
+def test_shared_deltas_are_read_on_the_other_part_alone(finished: tuple[Verdict, InMemoryStore]) -> None:
+    """By hooks: which prompts are read, and whether the right answer shows on them, flips and others."""
     verdict, store = finished
-    flips = [int(record.id[1:]) for record in verdict.records if record.strict_flip]
-    held_out = [flips[row] for row in halves([f"e{row}" for row in flips], LIGHT.seed)[1].tolist()]
-    assert 0 < len(held_out) < len(flips)
-    module, read = tiny_lm(), units(store)["transfer/1"]
-    assert {fit["kind"] for fit in read["fits"]} == {"c1", "c1_plus", "shuffled"}
-    hits = {}
-    for fit in read["fits"]:
-        delta = store.deltas[f"transfer/0/{fit['kind']}/{fit['budget']:.6g}/0"]
-        assert float(delta.norm()) <= fit["budget"]
+    right = [r for r in verdict.records if r.base_slack > 0 and r.strict_base_slack > 0]
+    pool = [r for r in right if (r.defended_slack <= 0) == (r.strict_defended_slack <= 0)]
+    begun, read = units(store)["transfer"], units(store)["transfer/1"]
+    assert begun["flips"] == [r.valid_flip for r in pool]
+    rows = halves([r.id for r in pool], LIGHT.seed)[1].tolist()
+    assert read["rows"] == rows
+    assert 0 < len(rows) < len(pool)
+    assert not all(begun["flips"])
+    module, largest = tiny_lm(), max(BUDGET, 0.65 * begun["residual_norm"])
+    shared = {name: delta for name, delta in store.deltas.items() if name.startswith("transfer/")}
+    assert {name.split("/")[2] for name in shared} >= {"c1", "c1_plus", "shuffled", "rule"}
+    for name, delta in shared.items():
+        assert float(delta.norm()) <= float(name.split("/")[3]) * (1 + 1e-5)
         assert float((delta @ signed_basis().W_enc[:, list(FEATURES)]).norm()) <= 1e-5 * 2 * float(delta.norm())
-        hits[fit["kind"], fit["budget"]] = sum(
-            by_hooks(module, row, delta, clamp=True, strict=True) > 0 for row in held_out
-        )
-        assert (fit["hits"], fit["n"]) == (hits[fit["kind"], fit["budget"]], len(held_out))
-        weak = [row for row in held_out if by_hooks(module, row, None, clamp=True) <= 0]
-        assert fit["weak_n"] == len(weak)
-        assert fit["weak_hits"] == sum(by_hooks(module, row, delta, clamp=True) > 0 for row in weak)
-    said = valid(verdict)["transfer"]
-    assert said["budget"] == max(BUDGET, 0.65 * said["residual_norm"])
-    assert (said["hits"], said["n"]) == (hits["c1", said["budget"]], len(held_out))
+    plain = f"transfer/0/c1/{largest:.6g}/0"
+    fitted = units(store)["transfer/0"]
+    leaking = plain.replace("c1", "leaking")
+    best = leaking if leaking in fitted and fitted[leaking]["fitted"] > fitted[plain]["fitted"] else plain
+    expected = [by_hooks(module, int(pool[r].id[1:]), shared[best], clamp=True, strict=True) > 0 for r in rows]
+    assert [shown == begun["own"][row] for shown, row in zip(read["shown"], rows, strict=True)] == expected
+    flips = [hit for hit, row in zip(expected, rows, strict=True) if begun["flips"][row]]
+    own = valid(verdict)["transfer"]["own"]
+    assert (own["hits"], own["n"]) == (sum(flips), len(flips))
 
 
 def test_a_tiny_budget_recovers_nothing() -> None:
@@ -390,7 +396,7 @@ def test_a_defense_over_two_layers_is_checked_as_one() -> None:
         assert record.smallest.norm == pytest.approx(norm, rel=0.01)
     why = "several sites are clamped, so that what is admissible differs from prompt to prompt"
     assert values["transfer"] == {"refused": why}
-    assert f"content: unknown: transfer was not run: {why}" in verdict.reasons
+    assert f"content unknown, rule unknown: no shared perturbation was fitted: {why}" in verdict.reasons
     assert not any(name.startswith("transfer/") for name in (*store.deltas, *store.units))
 
 
@@ -431,7 +437,7 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
         monkeypatch.setitem(PHASES, name, count(name, phase))  # type: ignore[arg-type]
     for name in ("measure_fits", "accounting", "undo", "search_health", "placebo_features"):
         monkeypatch.setattr(CHECK, name, count(name, getattr(CHECK, name)))
-    for name in ("refused", "fit", "read"):
+    for name in ("begin", "fit", "read"):
         monkeypatch.setattr(heldout, name, count(f"transfer {name}", getattr(heldout, name)))
     return counts
 
@@ -494,10 +500,11 @@ def test_the_certificate_is_of_the_delta_as_the_store_reads_it_back() -> None:
         for facts, name in ((record.certificate, record.id), (record.smallest, f"{record.id}{SMALLEST}")):
             assert facts is not None
             assert facts.norm == pytest.approx(float(store.deltas[name].norm()) / 2, rel=1e-5)
-    assert verdict.transfer is not None
-    for fit in units(store)["transfer/1"]["fits"]:
-        name = f"transfer/0/{fit['kind']}/{fit['budget']:.6g}/0"
-        assert fit["norm"] == pytest.approx(float(store.deltas[name].norm()) / 2, rel=1e-5)
+    # Rules are read at the norm of what was saved, which is the largest: that of half the delta.
+    (largest,) = {norm for norm in units(store)["transfer/1"]["norms"] if norm is not None} & {
+        pytest.approx(float(delta.norm()) / 2, rel=1e-5) for name, delta in store.deltas.items() if "/c1/" in name
+    }
+    assert largest > 0
 
 
 def test_records_survive_their_lines(
@@ -541,17 +548,17 @@ def test_the_whole_protocol_by_its_default_plan() -> None:
     transfer = plan.transfer
     budgets = len(transfer.norms) + 1
     assert len(values["transfer"]["curve"]) == budgets
-    # Two folds read every flip once.
-    assert {name: reading["n"] for name, reading in values["transfer"]["readings"].items()} == {
-        "own": n,
-        "write_orthogonal": n,
-        "shuffled": transfer.shuffles * n,
-        "dealt": transfer.shuffles * n,
-        "random": transfer.draws * n,
+    # Two folds of each split read every flip once.
+    assert {name: values["transfer"][name]["n"] for name in ("own", "write_orthogonal", "shuffled")} == {
+        "own": transfer.splits * n,
+        "write_orthogonal": transfer.splits * n,
+        "shuffled": transfer.splits * transfer.shuffles * n,
     }
+    assert values["knowledge"]["fits"] == transfer.splits * transfer.folds
+    assert values["knowledge"]["content"]["back"] == {"rate": 1.0, "n": n, "interval95": pytest.approx(wilson(n, n))}
+    assert values["rule"] is True
     shared = [name for name in store.deltas if name.startswith("transfer/")]
-    assert len(shared) == transfer.folds * (3 * budgets - 1 + transfer.shuffles)
-    assert values["statistics"]["comparisons"] == 4
+    assert len(shared) == transfer.splits * transfer.folds * (budgets + 1 + transfer.rules + transfer.shuffles)
 
 
 def test_another_seed_draws_another_split_and_other_controls(small: tuple[Verdict, InMemoryStore]) -> None:
@@ -574,7 +581,7 @@ def test_progress_is_told_phase_by_phase_to_the_end(small: tuple[Verdict, InMemo
         run_small(progress=lambda *args, told=told: told.append(args), store=store)
         by_phase = {phase: [(done, total) for name, done, total in told if name == phase] for phase, *_ in told}
         in_turn = [phase for phase, _ in groupby(phase for phase, *_ in told)]
-        fits = ["transfer, fold 1 of 1"] if store is not small[1] else []
+        fits = ["transfer, fit 1 of 1"] if store is not small[1] else []
         assert in_turn == ["accounting", *PHASES, "placebo_features", *fits]
         for phase, steps in by_phase.items():
             assert len({total for _, total in steps}) == 1

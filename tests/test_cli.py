@@ -29,7 +29,6 @@ from recover.defenses import selection
 from recover.protocol.folder import CONFIG, DELTAS, EXAMPLES, MARKDOWN, REPORT, RUN, SEEDS, UNITS, VERDICT, RunFolder
 from recover.protocol.phases import PHASES
 from recover.protocol.plan import Plan
-from recover.protocol.verdict_model import Transfer
 from recover.run import progress, runner, setting
 from recover.run.config import load_config
 from recover.tasks import ioi
@@ -171,7 +170,7 @@ def test_a_whole_check_by_its_defaults(recover, root, tmp_path):
     plan, deltas = Plan(), load_file(out / DELTAS)
     shared = {name for name in deltas if name.startswith("transfer/")}
     assert set(deltas) - shared == {row["id"] + suffix for row in flips for suffix in ("", "/smallest")}
-    assert {name.split("/")[2] for name in shared} == {"c1", "c1_plus", "shuffled"}
+    assert {name.split("/")[2] for name in shared} >= {"c1", "c1_plus", "shuffled", "rule"}
     assert {(delta.dtype, delta.shape) for delta in deltas.values()} == {(torch.float32, (1, tiny.D_MODEL))}
     for row in flips:
         assert deltas[row["id"]].norm() == pytest.approx(row["certificate"]["norm"], rel=1e-6)
@@ -181,9 +180,11 @@ def test_a_whole_check_by_its_defaults(recover, root, tmp_path):
     assert [point["budget"] / 100 for point in verdict["curve"]] == pytest.approx(plan.curve)
     assert verdict["controls"]["placebo_features"]["draws"] == plan.placebo_features
     assert len(verdict["transfer"]["curve"]) == len(plan.transfer.norms) + 1
-    held_out = verdict["transfer"]["readings"]
-    assert held_out["own"]["n"] == verdict["counts"]["strict_flips"] >= 2
-    assert held_out["random"]["n"] == plan.transfer.draws * held_out["own"]["n"]
+    unseen = plan.transfer.splits * sum(
+        row["valid_flip"] and row["strict_base_slack"] > 0 >= row["strict_defended_slack"] for row in rows
+    )
+    assert verdict["transfer"]["own"]["n"] == unseen >= 2
+    assert verdict["knowledge"]["fits"] == plan.transfer.splits * plan.transfer.folds
     assert load_config(out / CONFIG) == load_config(defense, {"batch_size": BATCH})
 
 
@@ -838,10 +839,10 @@ def test_several_seeds_have_a_folder_each_and_are_counted(recover, tmp_path, mon
         assert {path.name for path in (out / f"seed-{seed}").iterdir()} - {".lock"} == ARTIFACTS
         jsonschema.validate(verdict, SCHEMA)
         assert verdict["provenance"]["control_seed"] == seed
-    expected = [{"verdict": "RECOVERABLE", "content": "unknown", "seeds": 2}]
+    expected = [{"verdict": "RECOVERABLE", "content": "unknown", "rule": "unknown", "seeds": 2}]
     assert json.loads((out / SEEDS).read_text()) == {"verdicts": expected}
     first, *table = said.splitlines()
-    assert first == "2 of 2 seeds: RECOVERABLE, content: unknown"
+    assert first == "2 of 2 seeds: RECOVERABLE, content unknown, rule unknown"
     lines = [line.split() for line in table if re.match(r" *\d+  ", line)]
     assert [line[0] for line in lines] == ["0", "1"]
     for line, verdict in zip(lines, verdicts, strict=True):
@@ -870,13 +871,11 @@ def test_seeds_go_on_from_the_control_seed_and_different_verdicts_are_counted_ap
     def said(config, out, **_):
         seed = config.controls.seed
         name, content = [("RECOVERABLE", True), ("RECOVERABLE", None), ("INCONCLUSIVE", None)][seed % 3]
-        made = conclude(flip("x"), transfer=transfer(), provenance=PROVENANCE | {"control_seed": seed})
-        assert isinstance(made.transfer, Transfer)
-        read = {"heldout_rate": 0.5, "write_orthogonal_heldout_rate": None, "shuffled_rate": 0.25}
+        found = transfer((1, 2)) if name == "RECOVERABLE" else None
+        made = conclude(flip("x"), transfer=found, provenance=PROVENANCE | {"control_seed": seed})
         changes = {
             "verdict": name,
             "content": content,
-            "transfer": made.transfer.model_copy(update=read) if name == "RECOVERABLE" else None,
             "recovery": made.recovery.model_copy(update={"recovered": seed, "searched": 9}),
         }
         return made.model_copy(update=changes)
@@ -886,20 +885,17 @@ def test_seeds_go_on_from_the_control_seed_and_different_verdicts_are_counted_ap
     code, text, _ = recover("--seeds", 4, "--control-seed", 4, "--fail-if", "inconclusive")
     assert code == 1
     assert json.loads((tmp_path / "out" / SEEDS).read_text())["verdicts"] == [
-        {"verdict": "RECOVERABLE", "content": "unknown", "seeds": 2},
-        {"verdict": "INCONCLUSIVE", "content": "unknown", "seeds": 1},
-        {"verdict": "RECOVERABLE", "content": True, "seeds": 1},
+        {"verdict": "RECOVERABLE", "content": "unknown", "rule": "unknown", "seeds": 2},
+        {"verdict": "INCONCLUSIVE", "content": "unknown", "rule": "unknown", "seeds": 1},
+        {"verdict": "RECOVERABLE", "content": True, "rule": "unknown", "seeds": 1},
     ]
-    assert text.splitlines()[0] == "2 of 4 seeds: RECOVERABLE, content: unknown"
+    assert text.splitlines()[0] == "2 of 4 seeds: RECOVERABLE, content unknown, rule unknown"
     assert set(text.splitlines()[1:3]) == {
         "1 of 4 seeds: INCONCLUSIVE",
-        "1 of 4 seeds: RECOVERABLE, content: true",
+        "1 of 4 seeds: RECOVERABLE, content true, rule unknown",
     }
     rows = [line.split() for line in text.splitlines() if re.match(r" *\d+  ", line)]
-    assert [row[:7] for row in rows][:2] == [
-        ["4", "4", "of", "9", "50%", "-", "25%"],
-        ["5", "5", "of", "9", "-", "-", "-"],
-    ]
+    assert [row[:5] for row in rows][:2] == [["4", "4", "of", "9", "50%"], ["5", "5", "of", "9", "-"]]
 
 
 def test_seeds_that_cannot_be_counted_are_told_in_one_line(recover, tmp_path, monkeypatch):
@@ -957,12 +953,12 @@ def test_progress_is_a_bar_for_each_phase_on_a_terminal(monkeypatch):
             report("accounting", done, 40)
         for done in (0, 3, 2, 5, 5):  # told of its end twice
             report("search", done, 5)
-        report("transfer, fold 1 of 2", 7, 60)  # never at its end
+        report("transfer, fit 1 of 2", 7, 60)  # never at its end
     first, second, third, fourth, last = sys.stderr.getvalue().split("\n")
     assert re.search(r"\rloading the model 00:00 *$", first)
     assert re.search(r"finding valid flips: 100%.* 40/40 ", second)
     assert re.search(r"searching for perturbations: 100%.* 5/5 ", third)
-    assert re.search(r"fitting one shared perturbation, fold 1 of 2: .* 7/60 ", fourth)
+    assert re.search(r"fitting one shared perturbation, fit 1 of 2: .* 7/60 ", fourth)
     assert last == ""
 
 
@@ -973,7 +969,7 @@ def test_progress_is_told_phase_by_phase(recover, monkeypatch):
     recover("--n", 24, "--batch-size", 10)
     ends = [line.split("\r")[-1].split("|")[0].strip() for line in terminal.getvalue().split("\n") if line]
     phases = [re.sub(r"( \d\d:\d\d|: +\d+%)$", "", end) for end in ends]
-    fold = "transfer, fold 1 of 1"
+    fold = "transfer, fit 1 of 1"
     told = ["loading", "accounting", *PHASES, "placebo_features", fold]
     assert phases == [progress.title(phase) for phase in told]
     assert not set(told) & set(phases)  # each has words of its own
@@ -987,8 +983,8 @@ def test_progress_is_a_few_lines_in_a_log(monkeypatch, capsys):
     with progress.shown() as report:
         report("loading", 0, 1)
         for done in range(1, 7):
-            report("transfer, fold 1 of 2", done, 64)
+            report("transfer, fit 1 of 2", done, 64)
     assert capsys.readouterr().err == (
-        "recover: fitting one shared perturbation, fold 1 of 2: 2 of 64\n"
-        "recover: fitting one shared perturbation, fold 1 of 2: 5 of 64\n"
+        "recover: fitting one shared perturbation, fit 1 of 2: 2 of 64\n"
+        "recover: fitting one shared perturbation, fit 1 of 2: 5 of 64\n"
     )

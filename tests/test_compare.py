@@ -43,7 +43,7 @@ def test_runs_stand_side_by_side(runs, capsys):
     assert (status, error) == (0, "")
     heads = ("strong", "none")
     assert cells(text, "verdict", heads) == ["RECOVERABLE", "NOT_RECOVERED_AT_BUDGET"]
-    assert cells(text, "content", heads) == ["yes", "-"]
+    assert cells(text, "content", heads) == cells(text, "rule", heads) == ["true", "-"]
     assert cells(text, "valid flips", heads) == ["12 of 15", "8 of 11"]
     assert cells(text, "recovered", heads) == ["9 of 12 (75%; 47% to 91%)", "0 of 8 (0%; 0% to 32%)"]
     assert cells(text, "median smallest norm", heads) == ["8", "30"]

@@ -172,7 +172,7 @@ def test_numbers_in_every_usual_spelling(write, text):
         ("task:", "rules: {alpha: 1.5}\ntask:", "rules.alpha", "less than or equal to 1"),
         ("task:", "rules: {most: -0.5}\ntask:", "rules.most", "greater than or equal to 0"),
         ("task:", "rules: {min_heldout: 0}\ntask:", "rules.min_heldout", "greater than 0"),
-        ("task:", "rules: {min_pair: 1}\ntask:", "rules.min_pair", "did you mean 'min_pairs'?"),
+        ("task:", "rules: {min_heldot: 1}\ntask:", "rules.min_heldot", "did you mean 'min_heldout'?"),
     ],
 )
 def test_bad_values_are_named_in_one_line(write, old, new, where, why):
@@ -233,8 +233,8 @@ def test_every_setting_of_the_protocol_reaches_its_plan(write):
     sections = """\
 search: {budget: 20.0, placement: before_clamp, steps: 19, restarts: 0, curve: [0.5, 1.0]}
 controls: {seed: 7, random_draws: 11, placebo_features: 0, max_loss_increase: 0.25}
-transfer: {norms: [0.3], folds: 1, shuffles: 2, draws: 13, steps: 17}
-rules: {alpha: 0.05, most: 0.6, max_chance: 0.2, min_heldout: 9, min_pairs: 6}
+transfer: {norms: [0.3], folds: 1, splits: 5, rules: 2, scales: [0.5, 1.0], shuffles: 2, draws: 13, steps: 17}
+rules: {alpha: 0.05, rule_alpha: 0.04, fit_alpha: 0.03, share: 0.3, most: 0.6, max_chance: 0.2, min_heldout: 9}
 """
     assert load_config(write("search: {budget: 20.0}\n", sections)).plan() == replace(
         Plan(),
@@ -245,8 +245,17 @@ rules: {alpha: 0.05, most: 0.6, max_chance: 0.2, min_heldout: 9, min_pairs: 6}
         max_loss_increase=0.25,
         schedule=Schedule(steps=19, restarts=0, seed=7),
         surface=Surface(placement="before_clamp"),
-        transfer=TransferPlan(norms=(0.3,), folds=1, shuffles=2, draws=13, fit=FitSchedule(steps=17)),
-        rules=Rules(alpha=0.05, most=0.6, max_chance=0.2, min_heldout=9, min_pairs=6),
+        transfer=TransferPlan(
+            norms=(0.3,),
+            folds=1,
+            splits=5,
+            rules=2,
+            scales=(0.5, 1.0),
+            shuffles=2,
+            draws=13,
+            fit=FitSchedule(steps=17),
+        ),
+        rules=Rules(alpha=0.05, rule_alpha=0.04, fit_alpha=0.03, share=0.3, most=0.6, max_chance=0.2, min_heldout=9),
     )
 
 
@@ -285,6 +294,9 @@ CHANGES = {
     "controls.max_loss_increase": 1.0,
     "transfer.norms": [0.5],
     "transfer.folds": 1,
+    "transfer.splits": 1,
+    "transfer.rules": 2,
+    "transfer.scales": [1.0],
     "transfer.shuffles": 2,
     "transfer.draws": 10,
     "transfer.steps": 10,
@@ -292,7 +304,14 @@ CHANGES = {
     "rules.most": 0.6,
     "rules.max_chance": 0.2,
     "rules.min_heldout": 9,
-    "rules.min_pairs": 6,
+    "rules.rule_alpha": 0.2,
+    "rules.fit_alpha": 0.2,
+    "rules.share": 0.3,
+    "rules.correlate": 0.9,
+    "rules.correlate_alpha": 0.1,
+    "rules.trace": 0.2,
+    "rules.tie": 0.1,
+    "rules.found": 0.9,
     "search.positions": "answer",
     "search.sites": "every",
     "search.restarts": 3,

@@ -345,7 +345,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         task="probe",
         prompts={"target": "two", "layer": 1, "file": str(root / "texts.jsonl"), "tokens": 6},
         search={"budget": 100.0, "steps": 20, "curve": [0.5, 1.0]},
-        transfer={"norms": [1.0], "folds": 2, "shuffles": 2, "draws": 10, "steps": 30},
+        transfer={"norms": [1.0], "splits": 1, "draws": 10, "steps": 30},
         skip_first=1,
     )
     (root / "probe.yaml").write_text(yaml.safe_dump(settings))
@@ -361,12 +361,12 @@ def test_a_check_brings_the_probe_back_and_does_not_call_that_specific(folder: P
     assert verdict["verdict"] == "RECOVERABLE", said.getvalue()
     assert recovery["recovered"] == verdict["counts"]["valid_flips"] >= 8
     assert recovery["drift_max"] < 1e-4  # activations here are of the size of ten
-    assert verdict["content"] is False
-    assert transfer["one_for_all"] is True
-    assert verdict["statistics"]["content_by"] == "writes_any_target"
+    known = verdict["knowledge"]
+    assert (verdict["content"], known["content"]["by"]) == ("unknown", "one_answer")
     # The own class is shared, so that a delta fitted to it holds; one fitted to another class holds as well, for that.
-    assert transfer["heldout_rate"] > 0.9
-    assert transfer["dealt_rate"] > 0.9
+    assert transfer["own"]["hits"] > 0.9 * transfer["own"]["n"]
+    assert verdict["rule"] is not True
+    assert all(other["holds"]["rate"] > 0.9 for other in known["rule"]["others"])
     assert verdict["fit"]["loss_recovered"] is not None
     assert verdict["threat_model"]["positions"] == "last 5"
 

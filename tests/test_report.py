@@ -19,7 +19,7 @@ from recover.report.text import seeds_to_text, to_text
 from recover.report.words import prose
 from recover.saes.fit import Fit
 from tests.finished_runs import changed
-from tests.hand_made import SHOWS_THROUGHOUT, at_smallest, certified, flip, missed, placebo, transfer
+from tests.hand_made import KNOWN, SHOWS_THROUGHOUT, at_smallest, certified, flip, missed, placebo
 
 SCHEMA = json.loads(resources.files("recover.protocol").joinpath("verdict.schema.json").read_text())
 THREAT = {
@@ -102,7 +102,7 @@ FULL = {
     },
     "health": {"n": 4, "finite_differences": 4, "error_channel": 4},
     "placebo_features": [{"suppressed": 1, "base": 10, "recovered": 1}, {"suppressed": 4, "base": 10, "recovered": 0}],
-    "transfer": transfer(),
+    **KNOWN,
 }
 """Evidence of the whole protocol."""
 
@@ -182,13 +182,13 @@ def test_the_whole_protocol_is_in_the_page():
         "C1+ also orthogonal to the directions along which the clamp writes: 50% recovered, median smallest norm not "
         "reached",
         "with the clamp off, the search recovers 100%; with the clamp on and no budget, 100%",
-        "norm 60 60% of the residual norm: held out 95%, under C1+ 85%; controls: shuffled targets 5%, random "
-        "directions 1%, undoing the clamp 7%",
-        "at the largest norm 40 of 40 by certificate, 95% interval 90% to 100%; the predicate holds by chance 5.0% of",
+        "norm 60 60% of the residual norm: 95% of unseen flips right again; random directions 1%, undoing the clamp 7%",
+        "content read: flips right again 100% of 24 (86% to 100%), still right 100% of 6 (61% to 100%); answers dealt "
+        "at random show 2.0%; under C1+ 98% right again, fitted to other answers 5%",
+        "rule easier: own rule at a median norm of 1; another rule at 2 (holds on 100% of 24 (86% to 100%))",
         "not run none",
     ):
         assert words in text, words
-    assert "weaker predicate" not in text
 
 
 def test_controls_that_were_not_run_are_left_out():
@@ -196,17 +196,8 @@ def test_controls_that_were_not_run_are_left_out():
     for name in ("placebo target", "random features", "undoing the clamp", "C1+", "neutral text"):
         assert name not in text, name
     assert "positive controls with the clamp off, the search recovers 100%" in text
-    assert "held-out prompts not run there was nothing to run it on" in text
-    assert "held-out prompts not run several sites are clamped" in flat(
-        to_text(VERDICTS["RECOVERABLE, transfer refused"])
-    )
-
-
-def test_where_transfer_is_read_with_a_stricter_predicate_the_weaker_one_stands_beside_it():
-    rows = controlled()
-    rows[-1] = replace(rows[-1], strict_defended_slack=-0.5)
-    text = flat(to_text(make(rows, evidence=FULL)))
-    assert "; by the weaker predicate used elsewhere 99%, and 40% with shuffled targets" in text
+    assert "not run there was nothing to run it on" in text
+    assert "not run several sites are clamped" in flat(to_text(VERDICTS["RECOVERABLE, transfer refused"]))
 
 
 def test_seeds_are_counted_and_stand_in_a_table():
@@ -216,17 +207,18 @@ def test_seeds_are_counted_and_stand_in_a_table():
     failing = make(records(constraint_residual=0.25))
     refused = VERDICTS["RECOVERABLE, transfer refused"]
     lines = seeds_to_text([failing, content, refused, again]).splitlines()
-    assert lines[0] == "2 of 4 seeds: RECOVERABLE, content: true"
-    assert set(lines[1:3]) == {"1 of 4 seeds: INCONCLUSIVE", "1 of 4 seeds: RECOVERABLE, content: unknown"}
+    known, unknown = (f"RECOVERABLE, content {word}, rule {word}" for word in ("true", "unknown"))
+    assert lines[0] == f"2 of 4 seeds: {known}"
+    assert set(lines[1:3]) == {"1 of 4 seeds: INCONCLUSIVE", f"1 of 4 seeds: {unknown}"}
     assert [re.split(r"  +", line.strip()) for line in lines[4:]] == [
-        ["seed", "recovered", "held out", "C1+", "shuffled", "placebo norm / own", "verdict"],
-        ["5", "3 of 4", "-", "-", "-", "-", "INCONCLUSIVE"],
-        ["5", "3 of 4", "95%", "85%", "5%", "not reached / 3", "RECOVERABLE, content: true"],
-        ["5", "3 of 4", "-", "-", "-", "-", "RECOVERABLE, content: unknown"],
-        ["6", "3 of 4", "95%", "85%", "5%", "not reached / 3", "RECOVERABLE, content: true"],
+        ["seed", "recovered", "unseen", "placebo norm / own", "verdict"],
+        ["5", "3 of 4", "-", "-", "INCONCLUSIVE"],
+        ["5", "3 of 4", "100%", "not reached / 3", known],
+        ["5", "3 of 4", "-", "-", unknown],
+        ["6", "3 of 4", "100%", "not reached / 3", known],
     ]
     # The columns begin where their names do.
-    columns = [lines[4].index(name) for name in ("recovered", "held out", "C1+", "shuffled", "placebo", "verdict")]
+    columns = [lines[4].index(name) for name in ("recovered", "unseen", "placebo", "verdict")]
     for line in lines[5:]:
         assert all(line[at - 1] == " " and line[at] != " " for at in columns)
 
@@ -286,10 +278,19 @@ def test_a_fit_that_is_not_a_number_is_invalid():
 
 
 @pytest.mark.parametrize(
-    ("content", "words"), [(True, "answers can still be read"), (False, "is no evidence that the answers")]
+    ("content", "rule", "words"),
+    [
+        (True, False, "the answers can still be read from the defended state; other rules are imposed as easily"),
+        (
+            False,
+            None,
+            "the answers cannot be read from the defended state; whether the behavior's own rule survived is",
+        ),
+        (None, True, "is unknown; the behavior's own rule comes back more easily than other rules"),
+    ],
 )
-def test_specific_is_said_where_it_is_known(content, words):
-    assert words in flat(to_text(make(content=content)))
+def test_what_is_known_is_said(content, rule, words):
+    assert words in flat(to_text(make(content=content, rule=rule)))
 
 
 @pytest.mark.parametrize(
@@ -356,6 +357,11 @@ def test_both_pages_have_the_same_figures():
         assert figure in page
     whole = make(controlled(), evidence=FULL)
     page = flat(" ".join(Page(to_html(whole, "")).text))
-    for figure in ("5: 75%, 20: 75%, 40: 100%", "reached on 50% of 2", "on 25% of examples", "40 of 40 by"):
+    for figure in (
+        "5: 75%, 20: 75%, 40: 100%",
+        "reached on 50% of 2",
+        "on 25% of examples",
+        "95% of unseen flips right again",
+    ):
         assert figure in flat(to_text(whole))
         assert figure in page

@@ -68,15 +68,19 @@ def test_the_budget_curve_stands_beside_that_of_the_placebo():
     assert [p.rate for p in other.points] == [0.0, 0.5, 0.5]
 
 
-def test_transfer_is_drawn_as_counted():
+def test_shared_perturbations_are_drawn_as_counted():
     verdict, _ = RUNS["RECOVERABLE"]
-    readings, panel = verdict.transfer.readings, DRAWN["RECOVERABLE"]["readings"].panel
-    counts = {"held out (C1)": "own", "held out, C1+": "write_orthogonal", "shuffled targets": "shuffled"}
-    for name, key in (counts | {"random directions": "random", "random targets": "dealt"}).items():
-        assert rows_of(panel)[name].count == f"{getattr(readings, key).hits} of {getattr(readings, key).n}"
-    assert panel.line == (verdict.statistics.rules.most, "required")
+    known, panel = verdict.knowledge, DRAWN["RECOVERABLE"]["readings"].panel
+    rows = rows_of(panel)
+    assert (rows["the behavior's own rule"].value, rows["the behavior's own rule"].low) == (
+        known.content.back.rate,
+        known.content.back.interval95[0],
+    )
+    assert rows["another rule"].value == known.rule.others[0].holds.rate
+    assert rows["answers dealt at random"].count == "2 of 100"
+    assert panel.line == (verdict.statistics.rules.share, "required")
     curves = {one.name: [(p.at, p.rate) for p in one.points] for one in DRAWN["RECOVERABLE"]["transfer"].panel.curves}
-    assert curves["held out (C1)"] == [(20.0, 0.3), (60.0, 0.95)]
+    assert curves["unseen flips (C1)"] == [(20.0, 0.3), (60.0, 0.95)]
     assert curves["undoing the clamp"] == [(20.0, 0.07), (60.0, 0.07)]
 
 
@@ -209,7 +213,7 @@ def test_four_questions_are_answered(name):
     assert list(said) == [
         "What was clamped?",
         "Was the behavior recoverable?",
-        "Can the answers still be read from the defended state?",
+        "What does the model still know?",
         "What could be wrong with this run?",
     ]
     clamped, recoverable, content, _ = (" ".join(told) for told in said.values())
@@ -218,7 +222,9 @@ def test_four_questions_are_answered(name):
     opening = {"RECOVERABLE": "Yes: with the clamp held", "NOT_RECOVERED_AT_BUDGET": "Not by this search"}
     assert recoverable.startswith(opening.get(verdict.verdict, "Not answered"))
     if verdict.verdict == "RECOVERABLE":
-        assert content.startswith({True: "Yes: ", False: "No: "}.get(verdict.content, "Unknown: "))
+        words = {True: "true", False: "false", None: "unknown"}
+        where = verdict.knowledge is not None or verdict.transfer is not None
+        assert content.startswith(f"Content {words[verdict.content]}" if where else "Whether the answers can still be")
     else:
         assert content.startswith("Not applicable")
 
@@ -229,7 +235,9 @@ def test_cautions_name_what_the_figures_give_cause_for():
     assert "An unrelated target is reached on 50% of examples" in told
     told = " ".join(cautions(RUNS["INCONCLUSIVE"][0]))
     assert told.startswith("The validity check 'held' failed: largest constraint residual 2.5e-01")
-    assert "was not run: too few flips" in " ".join(cautions(RUNS["RECOVERABLE, transfer refused"][0]))
+    assert "on which content and rule rest: too few flips" in " ".join(
+        cautions(RUNS["RECOVERABLE, transfer refused"][0])
+    )
     assert "No unrelated target" in " ".join(cautions(RUNS["RECOVERABLE, little run"][0]))
 
 
@@ -257,8 +265,8 @@ def test_the_table_is_that_of_the_verdict():
     assert rows["valid flips"] == "12 of 15"
     assert rows["recovered"] == "9 of 12 (75%; 47% to 91%)"
     assert rows["median smallest norm"] == "8"
-    assert rows["transfer to held-out prompts"] == "40 of 40 (100%; 90% to 100%)"
-    assert rows["... with shuffled targets"] == "6 of 120 (5%)"
+    assert rows["unseen flips right again"] == "100% of 24 (86% to 100%)"
+    assert (rows["... norm"], rows["nearest other rule"]) == ("60", "another rule")
     assert rows["failed validity checks"] == "none"
     assert dict(summary_rows(RUNS["INVALID"][0]))["recovered"] == "-"
 

@@ -12,20 +12,24 @@ import torch
 
 from recover.defenses.utility import Utility
 from recover.evidence.certificate import Certificate
-from recover.evidence.rules import Rule, Rules
+from recover.evidence.content import ContentReason
+from recover.evidence.own_rule import RuleReason
+from recover.evidence.rules import Rules
 from recover.numerics.statistics import median_interval
-from recover.protocol import reasons, schema
+from recover.protocol import reasons, reasons_knowledge, schema
 from recover.protocol.phases import KEPT
 from recover.protocol.plan import Plan
 from recover.protocol.records import ExampleRecord, SearchRecord, certificate_values, search_values
-from recover.protocol.verdict_model import OtherSchemaError, Transfer, Verdict
+from recover.protocol.verdict_model import OtherSchemaError, Verdict
 from recover.saes.fit import Fit
 from recover.search.ascent import Status
 from recover.search.solvers import WorstCase
 from tests.hand_made import (
     APPEARS,
+    ERASED,
     FACTS,
     GOOD,
+    KNOWN,
     NEVER_SHOWS,
     SHOWS_THROUGHOUT,
     at_smallest,
@@ -36,13 +40,11 @@ from tests.hand_made import (
     missed,
     placebo,
     searched,
-    transfer,
     validated,
 )
+from tests.readings_by_hand import table
 
 INF = math.inf
-NOTHING = transfer(own=(4, 40), plus=(5, 40), shuffled=(14, 120))
-"""One perturbation for all does no more than one fitted to shuffled targets."""
 
 
 def test_one_recovered_flip_is_recoverable_and_not_yet_specific() -> None:
@@ -52,7 +54,7 @@ def test_one_recovered_flip_is_recoverable_and_not_yet_specific() -> None:
     assert (values["verdict"], values["content"]) == ("RECOVERABLE", "unknown")
     assert values["counts"] == {"n": 5, "base": 3, "defended": 2, "valid_flips": 2, "strict_flips": 2}
     assert "1 of 2 valid flips" in values["reasons"][0]
-    assert "content: unknown: transfer was not run: several sites are clamped" in values["reasons"][1]
+    assert "no shared perturbation was fitted: several sites are clamped" in values["reasons"][1]
     assert values["transfer"] == refused
     assert not failed(verdict)
 
@@ -102,7 +104,7 @@ def test_figures_of_recovery_by_hand() -> None:
 
 
 def test_nothing_recovered_is_not_recovered_at_this_budget() -> None:
-    values = validated(conclude(missed("x"), missed("y"), transfer=NOTHING))
+    values = validated(conclude(missed("x"), missed("y"), **ERASED))
     assert values["verdict"] == "NOT_RECOVERED_AT_BUDGET"
     assert "norm at most 20" in values["reasons"][0]
     assert "larger budget" in values["reasons"][0]
@@ -164,7 +166,7 @@ def test_no_valid_flip_makes_it_invalid() -> None:
     ],
 )
 def test_what_cannot_be_believed_is_inconclusive(record: ExampleRecord, gate: str | None) -> None:
-    verdict = conclude(flip("ok"), ExampleRecord.from_json(record.to_json()), transfer=transfer())
+    verdict = conclude(flip("ok"), ExampleRecord.from_json(record.to_json()), **KNOWN)
     assert failed(verdict) == ([] if gate is None else gate.split())
     values = validated(verdict)
     assert values["verdict"] == ("RECOVERABLE" if gate is None else "INCONCLUSIVE")
@@ -346,7 +348,7 @@ def test_what_the_replay_shows_without_a_delta_is_no_flip_to_recover() -> None:
     assert values["curve"][0]["rate"] == 1 / 2
     assert values["minimum_norm"]["median"] == 30.0
     assert values["controls"]["placebo"] is None
-    alone = conclude(shown, transfer=transfer())
+    alone = conclude(shown, **KNOWN)
     assert (validated(alone)["verdict"], failed(alone)) == ("INCONCLUSIVE", ["replay"])
 
 
@@ -495,78 +497,53 @@ def as_easy(n: int = 12) -> list[ExampleRecord]:
     return [replace(flip(f"e{row}"), placebo=placebo(3.0)) for row in range(n)]
 
 
-@pytest.mark.parametrize(("found", "content"), [(transfer(), True), (NOTHING, False), (None, None)])
-def test_whether_it_is_specific_is_judged_by_the_rules_of_evidence(
-    found: dict[str, Any] | None, content: bool | None
+@pytest.mark.parametrize(("found", "content", "rule"), [(KNOWN, True, True), (ERASED, False, False), ({}, None, None)])
+def test_what_is_known_is_judged_by_the_rules_of_evidence(
+    found: dict[str, Any], content: bool | None, rule: bool | None
 ) -> None:
-    verdict = conclude(*as_easy(), transfer=found)
+    verdict = conclude(*as_easy(), **found)
     assert verdict.verdict == "RECOVERABLE"
-    assert verdict.content is content
-    assert validated(verdict)["content"] == ("unknown" if content is None else content)
-    words = {True: "content: true: one shared perturbation cannot carry", False: "content: false: one shared"}
-    assert content is None or any(reason.startswith(words[content]) for reason in verdict.reasons)
+    assert (verdict.content, verdict.rule) == (content, rule)
+    values = validated(verdict)
+    assert [values[name] for name in ("content", "rule")] == [
+        "unknown" if known is None else known for known in (content, rule)
+    ]
+    words = {True: "true", False: "false", None: "unknown"}
+    for name, known in (("content", content), ("rule", rule)):
+        told = [reason for reason in verdict.reasons if reason.startswith(f"{name} {words[known]}: ")]
+        assert len(told) == bool(found)
 
 
-def test_nothing_is_specific_but_what_was_recovered() -> None:
+def test_nothing_is_known_but_of_what_was_recovered() -> None:
     for verdict, name in (
-        (conclude(missed("x"), transfer=transfer()), "NOT_RECOVERED_AT_BUDGET"),
-        (conclude(flip("x", norm=99.0), transfer=transfer()), "INCONCLUSIVE"),
-        (conclude(flip("x"), fits=[replace(GOOD, explained_variance=0.1)], transfer=transfer()), "INVALID"),
+        (conclude(missed("x"), **KNOWN), "NOT_RECOVERED_AT_BUDGET"),
+        (conclude(flip("x", norm=99.0), **KNOWN), "INCONCLUSIVE"),
+        (conclude(flip("x"), fits=[replace(GOOD, explained_variance=0.1)], **KNOWN), "INVALID"),
     ):
-        assert (verdict.verdict, verdict.content) == (name, None)
-        assert not any("pecific" in reason for reason in verdict.reasons)
-
-
-def test_statistics_by_hand() -> None:
-    """Eight of eight held out against none of eight shuffled: 1 deal of 16 over 8; four comparisons."""
-    found = transfer(own=(8, 8), plus=(8, 8), shuffled=(0, 8), random=(0, 100))
-    rules = Rules(alpha=0.02, most=0.6, max_chance=0.3, min_heldout=7, min_pairs=4)
-    statistics = validated(conclude(*as_easy(), transfer=found, plan=Plan(rules=rules)))["statistics"]
-    one = 1 / math.comb(16, 8)
-    # Holm: the smallest two p-values are four times theirs; every pair is a tie, and both targets are always reached.
-    assert statistics["p_corrected"] == pytest.approx(
-        {"transfer": 4 * one, "write_orthogonal_transfer": 4 * one, "placebo": 1.0, "placebo_rate": 1.0}
-    )
-    assert statistics["comparisons"] == 4
-    assert statistics["rules"] == asdict(rules)
-    assert statistics["correction"] == "Holm"
-    nothing = validated(conclude(flip("x")))["statistics"]
-    assert (nothing["comparisons"], nothing["p_corrected"]) == (0, {})
+        assert (verdict.verdict, verdict.content, verdict.rule) == (name, None, None)
+        assert not any(reason.startswith(("content", "rule")) for reason in verdict.reasons)
 
 
 def test_the_rules_of_the_plan_are_those_that_judge() -> None:
-    found = transfer(own=(8, 8), plus=(8, 8), shuffled=(0, 8), random=(0, 100))
+    found = KNOWN | {"table": table(8)}
+    rules = Rules(correlate_alpha=0.5)
     for least, content in ((8, True), (9, None)):
-        verdict = conclude(*as_easy(), transfer=found, plan=Plan(rules=Rules(min_heldout=least)))
+        told = replace(rules, min_heldout=least)
+        verdict = conclude(*as_easy(), plan=Plan(rules=told), **found)
         assert verdict.content is content
+        assert validated(verdict)["statistics"] == {"rules": asdict(told)}
 
 
 @pytest.mark.parametrize(
     ("found", "said"),
-    [
-        (transfer(own=(38, 40)), True),
-        (NOTHING, False),
-        (transfer(shuffled=(0, 0)), False),
-        ({"refused": "only 1 example flips by the predicate that it is read with"}, False),
-        # 3 of 3 against 0 of 8: one deal of 165 over 3, 0.6 %; against 0 of 6, one of 84, 1.2 %.
-        (transfer(own=(3, 3), shuffled=(0, 8)), True),
-        (transfer(own=(3, 3), shuffled=(0, 6)), False),
-    ],
+    [(KNOWN, True), (ERASED, False), ({"transfer": {"refused": "only 1 example flips"}}, False), ({}, False)],
 )
-def test_a_mechanism_that_survived_is_told_where_the_budget_was_too_small(found: dict[str, Any], said: bool) -> None:
-    verdict = conclude(missed("x"), missed("y"), transfer=found)
+def test_content_that_survived_is_told_where_the_budget_was_too_small(found: dict[str, Any], said: bool) -> None:
+    verdict = conclude(missed("x"), missed("y"), **found)
     assert verdict.verdict == "NOT_RECOVERED_AT_BUDGET"
-    reasons = [reason for reason in verdict.reasons if "made of survived the clamp" in reason]
+    reasons = [reason for reason in verdict.reasons if reason.startswith("perturbations of norm 60 (60% of the")]
     assert len(reasons) == said
-    if said:
-        hits, n = found["readings"]["own"]["hits"], found["readings"]["own"]["n"]
-        assert reasons[0].startswith("beyond the budget, one perturbation of norm 60 shared by all prompts")
-        assert f"{hits} of {n} held-out prompts" in reasons[0]
-
-
-def test_a_shared_perturbation_of_the_budget_is_not_beyond_it() -> None:
-    reasons = conclude(missed("x"), transfer=transfer(budget=20.0)).reasons
-    assert any(reason.startswith("at the budget, one perturbation of norm 20 shared") for reason in reasons)
+    assert not said or "bring the right answer back on 100% of 24 (86% to 100%) unseen flips" in reasons[0]
 
 
 @pytest.mark.parametrize(
@@ -574,7 +551,7 @@ def test_a_shared_perturbation_of_the_budget_is_not_beyond_it() -> None:
     [(Utility(3.0, 4.5, 1.5, 100, True), False), (Utility(3.0, 3.25, 0.25, 100, False), True)],
 )
 def test_a_clamp_that_breaks_ordinary_text_is_a_caution(broken: Utility, passes: bool) -> None:
-    verdict = conclude(flip("x"), utility=broken, transfer=transfer())
+    verdict = conclude(flip("x"), utility=broken, **KNOWN)
     values = validated(verdict)
     assert (values["verdict"], values["content"]) == ("RECOVERABLE", True)
     (gate,) = (gate for gate in values["gates"] if gate["name"] == "utility")
@@ -629,46 +606,46 @@ def test_the_schema_in_the_package_is_the_one_that_the_models_generate() -> None
     assert json.loads(schema.PATH.read_text(encoding="utf-8")) == schema.verdict_schema()
 
 
-@pytest.mark.parametrize("found", [transfer(), NOTHING, {"refused": "several sites"}, None])
-def test_a_verdict_is_read_back_as_it_was_written(found: dict[str, Any] | None) -> None:
-    verdict = conclude(*as_easy(), transfer=found, curve=(2.0, 20.0))
+@pytest.mark.parametrize("found", [KNOWN, ERASED, {"transfer": {"refused": "several sites"}}, {}])
+def test_a_verdict_is_read_back_as_it_was_written(found: dict[str, Any]) -> None:
+    verdict = conclude(*as_easy(), curve=(2.0, 20.0), **found)
     written = json.dumps(verdict.to_dict(), allow_nan=False)
     read = Verdict.from_json(written)
     assert read.model_copy(update={"records": verdict.records}) == verdict
     assert json.dumps(read.to_dict()) == written
+    assert reasons.because(read) == reasons.because(verdict)
+    assert all(any(one == reason for reason in verdict.reasons) for one in reasons.because(verdict))
+    assert len(reasons.because(verdict)) == (2 if "table" in found else len(found))
 
 
-@pytest.mark.parametrize(
-    ("found", "rule"),
-    [
-        (transfer(), Rule.MECHANISM_SURVIVED),
-        (NOTHING, Rule.NO_MORE_THAN_CHANCE),
-        ({"refused": "several sites"}, Rule.NOT_RUN),
-        (None, None),
-    ],
-)
-def test_a_verdict_keeps_the_rule_that_decided_and_of_an_older_one_it_follows(
-    found: dict[str, Any] | None, rule: Rule | None
-) -> None:
-    verdict = conclude(*as_easy(), transfer=found)
-    assert verdict.statistics.content_by is rule
-    values = verdict.to_dict()
-    del values["statistics"]["content_by"]
-    older = Verdict.from_json(json.dumps(values))
-    assert older.statistics.content_by is rule
-    assert reasons.because(older) == reasons.because(verdict)
-    assert (rule is None) == (reasons.because(older) is None)
-    assert rule is None or any((reasons.because(older) or "-") in reason for reason in verdict.reasons)
+@pytest.mark.parametrize("reason", ContentReason)
+def test_every_reason_for_content_has_a_sentence_that_says_what_it_decided(reason: ContentReason) -> None:
+    known = conclude(*as_easy(), **KNOWN).knowledge
+    assert known is not None
+    said = {
+        one: reasons_knowledge.content(
+            known.model_copy(update={"content": known.content.model_copy(update={"by": one})}), Rules()
+        )
+        for one in ContentReason
+    }
+    words = {True: "true", False: "false", None: "unknown"}
+    assert said[reason].startswith(f"content {words[reason.content]}: ")
+    assert list(said.values()).count(said[reason]) == 1
 
 
-@pytest.mark.parametrize("rule", [one for one in Rule if one is not Rule.NOT_RUN])
-def test_every_rule_has_a_sentence_that_says_what_it_decided(rule: Rule) -> None:
-    read = Transfer.model_validate(transfer())
-    said = reasons.content(rule, read, 12, Rules())
-    assert said.startswith(
-        {True: "content: true: ", False: "content: false: ", None: "content: unknown: "}[rule.content]
-    )
-    assert said not in [reasons.content(one, read, 12, Rules()) for one in Rule if one is not rule]
+@pytest.mark.parametrize("reason", RuleReason)
+def test_every_reason_for_a_rule_has_a_sentence_that_says_what_it_decided(reason: RuleReason) -> None:
+    known = conclude(*as_easy(), **KNOWN).knowledge
+    assert known is not None
+    said = {
+        one: reasons_knowledge.rule(
+            known.model_copy(update={"rule": known.rule.model_copy(update={"by": one})}), Rules()
+        )
+        for one in RuleReason
+    }
+    words = {True: "true", False: "false", None: "unknown"}
+    assert said[reason].startswith(f"rule {words[reason.rule]}: ")
+    assert list(said.values()).count(said[reason]) == 1
 
 
 @pytest.mark.parametrize("named", ["recover.verdict/1", "recover.verdict/9"])

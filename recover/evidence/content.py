@@ -12,7 +12,7 @@ reason              content  where
 `one_answer`        unknown  all prompts have one right answer, which a shared perturbation carries
 `high_chance`       unknown  answers dealt at random show on unseen prompts, more often than `max_chance`
 `kept_broken`       unknown  many flips are right again, and of what was right under the defense `most` is not
-`a_simpler_rule`    unknown  no more often right than an answer or a rule that needs no content (sign test, `alpha`)
+`a_simpler_rule`    unknown  no more often right than the commonest answer, given to all prompts (sign test, `alpha`)
 `a_correlate`       unknown  the same wrong answer shows under every fit, as often as with something that goes with
                              the answer `correlate` of the time (binomial test, `correlate_alpha`)
 `some_prompts`      unknown  many flips are right again, and fewer than `share` of some kind of prompt (upper end)
@@ -143,12 +143,12 @@ def fits_work(table: Table, rules: Rules) -> bool:
 
 
 def _baseline(table: Table) -> tuple[str, float]:
-    """The simpler rule that explains most of what is right."""
+    """The best rule that needs no content, and the p-value that it explains all that is right.
+
+    A rule that picks something else from each prompt, as the second name, needs what the answers are made of.
+    """
     values, counts = np.unique(table.own, return_counts=True)
-    simple = {COMMONEST: np.full_like(table.own, values[counts.argmax()])}
-    simple |= {other.name: other.answers for other in table.others}
-    p = {name: table.beats(answers) for name, answers in simple.items()}
-    return max(p.items(), key=lambda one: one[1])
+    return COMMONEST, table.beats(np.full_like(table.own, values[counts.argmax()]))
 
 
 def _misled(table: Table) -> int:

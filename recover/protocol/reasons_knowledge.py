@@ -59,8 +59,8 @@ def _content(found: ContentFigures, known: Knowledge, rules: Rules) -> str:
         ContentReason.SOME_PROMPTS: f"many flips are right again, but of one kind of prompt ({_worst(found)}) fewer "
         f"than {share}",
         ContentReason.READ: "one shared perturbation cannot carry each prompt's answer, so what the answers are made "
-        "of can still be read from the defended state by something that was never told them; no answer and no rule "
-        f"that was fitted explains it (nearest: {_baseline(found)})",
+        "of can still be read from the defended state by something that was never told them; one answer for all "
+        f"prompts does not explain it ({_baseline(found)})",
         ContentReason.ERASED: f"at most {percent(found.beyond)} of unseen flips are right again beyond one answer for "
         "all prompts, while the same fits open gates that were planted into the model "
         f"({_planted(known)}): no shared perturbation up to this norm reads the answers",

@@ -95,9 +95,8 @@ def headline(verdict: Verdict) -> str:
 
 def known(verdict: Verdict) -> list[str]:
     """What the model still knows, in two clauses, with the norm at which it was tested."""
-    if verdict.knowledge is None:
-        return [prose().content["unknown"]]
-    at = f" (one perturbation of norm {number(verdict.knowledge.norm)} for all prompts)"
+    found = verdict.knowledge
+    at = "" if found is None else f" (one perturbation of norm {number(found.norm)} for all prompts)"
     content, rule = prose().content[_word(verdict.content)], prose().rule[_word(verdict.rule)]
     return [content + at, rule]
 
