@@ -32,11 +32,13 @@ from recover.protocol.gates import (
     flips_gate,
     health_gates,
     hopeless,
+    power_gate,
     search_gates,
     utility_gate,
     worst_fit,
 )
 from recover.protocol.plan import Plan
+from recover.protocol.power_model import PowerFigures
 from recover.protocol.records import CertificateRecord, ExampleRecord, SmallestRecord
 from recover.protocol.verdict_model import (
     SCHEMA,
@@ -92,6 +94,7 @@ class Gathered:
         health: whether gradients account for values.
         placebo_features: one for each set of random features.
         transfer: `heldout.summary`, or why it was refused.
+        power: which planted routes the search finds.
     """
 
     records: Sequence[ExampleRecord]
@@ -102,6 +105,7 @@ class Gathered:
     health: Health | None = None
     placebo_features: Sequence[PlaceboDraw] = ()
     transfer: Transfer | RefusedTransfer | None = None
+    power: PowerFigures | None = None
 
     @property
     def searched(self) -> list[ExampleRecord]:
@@ -138,8 +142,10 @@ def decide(
             reasons += [because, *beside] if read is None else [words.transfer(read), *beside, because]
     elif kind == "NOT_RECOVERED_AT_BUDGET":
         statuses = [r.search.status for r in searched if r.search is not None and hopeless(r)]
-        closed, still = (statuses.count(one.name) for one in (Status.NOTHING_ADMISSIBLE, Status.UNMOVED))
-        reasons += [words.not_found(found), *words.unmoved(closed, still)]
+        closed, still, unread = (
+            statuses.count(one.name) for one in (Status.NOTHING_ADMISSIBLE, Status.UNMOVED, Status.UNREAD)
+        )
+        reasons += [words.not_found(found, evidence.power, closed), *words.unmoved(closed, still, unread)]
         if shared is not None and shared.budget is not None and survives(shared.evidence, plan.rules):
             reasons.append(words.survived(shared.readings.own, shared.budget, beyond=shared.budget > budget))
     drawn = placebo_features(evidence.placebo_features)
@@ -161,6 +167,7 @@ def decide(
         controls=_controls(evidence, searched, pairs, drawn, budget),
         transfer=evidence.transfer,
         attribution=travel.summary(searched),
+        power=evidence.power,
         statistics=Statistics(
             rules=plan.rules,
             comparisons=0 if finding is None else len(finding.comparisons),
@@ -182,6 +189,7 @@ def _gates(evidence: Gathered, plan: Plan, accounting: Counts, budget: float, dt
         return (*gates, *(Gate(name, None, "not run: nothing to search") for name in SEARCH_GATES))
     gates += search_gates(searched, budget, dtype)
     gates += health_gates(evidence.health)
+    gates += power_gate(evidence.power, searched)
     return tuple(gates)
 
 

@@ -24,6 +24,7 @@ from pydantic.json_schema import SkipJsonSchema
 
 from recover.evidence.rules import Count, Reading, Rule, Rules, TransferEvidence, decided_by
 from recover.numerics.statistics import wilson
+from recover.protocol.power_model import PowerFigures
 from recover.protocol.records import STRICT, ExampleRecord, Figure
 
 SCHEMA: Literal["recover.verdict/3"] = "recover.verdict/3"
@@ -493,6 +494,9 @@ class Verdict(Section):
     controls: Controls = Field(description="controls of the search")
     transfer: Transfer | RefusedTransfer | None = Field(description="one perturbation for all prompts")
     attribution: AttributionFigures | None = Field(description="which parts of the perturbations carry their effect")
+    power: PowerFigures | None = Field(
+        default=None, description="which planted routes the search finds; null where it found the behavior or was not asked"
+    )
     statistics: Statistics = Field(description="the rules of evidence, and what they came to")
     provenance: Provenance = Field(description="code, weights, seeds and device behind the verdict")
     gates: tuple[Gate, ...] = Field(min_length=1, description="validity checks")
