@@ -114,7 +114,7 @@ def _gather(bench: Bench, ledger: Ledger, neutral: Prompts | None, progress: Pro
     with ledger.shared():
         _search_and_control(bench, ledger, flips, progress)
     records = _records(bench, ledger, {"accounting": range(len(bench.rows)), **{name: list(flips) for name in PHASES}})
-    # What is found is held against the clamp undone, once all of it is there; what is not, against what could have been.
+    # What is found is held against the clamp undone, once all of it is there; what is not, against what could be.
     planted = trials(bench, records)
     with ledger.shared():
         if ledger.mine({("undo", 0): ["undo"]}):

@@ -90,7 +90,7 @@ def accounting(bench: Bench, batch: Batch, deltas: Deltas, progress: BatchProgre
 
 
 def solvers_for(bench: Bench, names: Sequence[str]) -> dict[str, Solver]:
-    """The solvers of the search for these examples, in order; random draws follow from the seed and the name of each."""
+    """The solvers of the search for these examples, in order; random draws follow from the seed and each name."""
     keys = [random.Random(f"{bench.schedule.seed}:{name}").getrandbits(48) for name in names]
     return {**SOLVERS, "random": partial(random_draws, draws=bench.plan.random_draws, keys=keys)}
 

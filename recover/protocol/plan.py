@@ -48,8 +48,8 @@ class Plan:
         seed: seed of the split, the placebo targets and features, the shuffles and the random draws.
         curve: budgets of the curve, as multiples of the search's.
         random_draws: random admissible directions, for each example.
-        planted_routes: routes of each kind, planted into the model where nothing was found (`recover.protocol.power`); with
-            0 the power of the search is not measured.
+        planted_routes: routes of each kind, planted into the model where nothing was found (`recover.protocol.power`);
+            with 0 the power of the search is not measured.
         placebo_features: draws of random features, each clamped in the place of the defense's.
         undo_scales: shares of the clamp's displacement that are taken back.
         sample: examples on which gradients are compared with finite differences.

@@ -57,7 +57,7 @@ def power(bench: Bench, batch: Batch, planted: Mapping[str, int], progress: Batc
         progress: as of any phase.
     """
     each = [(row, number) for row, name in enumerate(batch.flip_ids) for number in range(planted.get(name, 0))]
-    values = {batch.flip_ids[row]: {kind: list[bool]() for kind in ROUTE_KINDS} for row, _ in each}
+    values = {batch.flip_ids[row]: {str(kind): list[bool]() for kind in ROUTE_KINDS} for row, _ in each}
     chunks = [each[at : at + bench.batch_size] for at in range(0, len(each), bench.batch_size)]
     for done, kind in enumerate(ROUTE_KINDS):
         for chunk in chunks:

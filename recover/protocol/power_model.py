@@ -89,5 +89,7 @@ def told(power: PowerFigures) -> str:
     where = f"planted into the model at {percent(power.norm_over_budget)} of the budget"
     found = "; ".join(f"{NAMED[kind]} {counts(kind)}" for kind in covered)
     lost = "; ".join(f"{NAMED[kind]} ({counts(kind)})" for kind in missed)
-    said = f"of routes {where} this search finds: {found}" if covered else f"this search covers no kind of route {where}"
+    said = (
+        f"of routes {where} this search finds: {found}" if covered else f"this search covers no kind of route {where}"
+    )
     return said + (f"; not covered: {lost}" if missed else "")

@@ -74,8 +74,8 @@ def unmoved(closed: int, still: int, unread: int) -> list[str]:
     if unread:
         told.append(
             f"on {unread} of them admissible random perturbations change what the model computes from there on, but "
-            "none, up to many times the budget, changes the score; a route that opens only where several inactive units "
-            "are on together would be missed by these"
+            "none, up to many times the budget, changes the score; a route that opens only where several inactive "
+            "units are on together would be missed by these"
         )
     return told
 

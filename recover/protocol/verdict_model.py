@@ -495,7 +495,8 @@ class Verdict(Section):
     transfer: Transfer | RefusedTransfer | None = Field(description="one perturbation for all prompts")
     attribution: AttributionFigures | None = Field(description="which parts of the perturbations carry their effect")
     power: PowerFigures | None = Field(
-        default=None, description="which planted routes the search finds; null where it found the behavior or was not asked"
+        default=None,
+        description="which planted routes the search finds; null where it found the behavior or was not asked",
     )
     statistics: Statistics = Field(description="the rules of evidence, and what they came to")
     provenance: Provenance = Field(description="code, weights, seeds and device behind the verdict")

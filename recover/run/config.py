@@ -187,7 +187,9 @@ _SEARCH: Any = _section(
     **_taken(Schedule, "steps", "restarts"),
     **_taken(Plan, "curve"),
 )
-_CONTROLS: Any = _section(**_taken(Plan, "seed", "random_draws", "planted_routes", "placebo_features", "max_loss_increase"))
+_CONTROLS: Any = _section(
+    **_taken(Plan, "seed", "random_draws", "planted_routes", "placebo_features", "max_loss_increase")
+)
 _TRANSFER: Any = _section(**_taken(TransferPlan, "norms", "folds", "shuffles", "draws"), **_taken(FitSchedule, "steps"))
 _RULES: Any = _section(**_taken(Rules))
 

@@ -26,8 +26,7 @@ admissible matters (an answer) or that a readout is flat where the search began 
    meet a conjunction of inactive units. The others are reasons to believe neither answer. Everything else stays as it
    was.
 
-No rule looks at gradients of anything but the slack. Draws are seeded and the same for every example, so that a result does
-not depend on which others are in the batch.
+Draws are seeded and the same for every example, so that a result does not depend on which others are in the batch.
 """
 
 from __future__ import annotations
@@ -263,7 +262,6 @@ class _Probes:
         value, index = self.slacks[which].max(dim=1)
         rows = torch.arange(len(index), device=index.device)
         return scale_to(self.directions[rows, index], self.lengths[which]), value
-
 
     def of(self, rows: Tensor) -> list[Draws]:
         """A few of the probes of these examples, at each length."""

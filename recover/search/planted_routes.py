@@ -4,15 +4,15 @@ A search that finds nothing proves as much as it could have found. So a way back
 which opens at a known smallest norm `r`, and the same search is asked for it:
 
 1. *Axes*. For each example orthonormal directions, drawn at random among the admissible ones.
-2. *Signal*. A function `v` of the perturbation's coordinates `x_i` along them, from rectifiers as a network has them; it
-   is 1 at norm `r` and nowhere closer:
+2. *Signal*. A function `v` of the perturbation's coordinates `x_i` along them, from rectifiers as a network has them;
+   it is 1 at norm `r` and nowhere closer:
 
    =============  =====================================================  =============================================
    kind           signal `v`                                             open where
    =============  =====================================================  =============================================
    `linear`       `x / r`                                                `x >= r`
    `rectified`    `relu(x - k) / (r - k)`, `k = 0.9 r`                   `x >= r`; below `k` the unit is dead
-   `conjunction`  `relu(sum_i clamp(x_i - k, 0, 1.1 a) / a - (m - 1))`,  all `m` units are on; `m t` in all, so that the
+   `conjunction`  `relu(sum_i clamp(x_i - k, 0, 1.1 a) / a - (m - 1))`,  all `m` units are on; `m t` in all, and the
                   `t = r / sqrt m`, `k = 2 t / 3`, `a = t - k`           nearest point has `x_i = t`: norm `t sqrt m = r`
    `narrow`       `2 ^ (1 - (distance to c / w)^2)`, `w = 0.08 r`,       within `w` of the point `c`, at `r + w` on its
                   `c` at `r + w` on the axis                             axis; elsewhere flat to rounding (float32)
@@ -72,7 +72,9 @@ class Route:
     @property
     def units(self) -> PerExample:
         """How many directions each has."""
-        return (rearrange(self.axes, "batch unit pos d_model -> batch unit (pos d_model)").norm(dim=2) > 0.5).sum(1)
+        flat = rearrange(self.axes, "batch unit pos d_model -> batch unit (pos d_model)")
+        present: PerExample = (flat.norm(dim=2) > 0.5).sum(dim=1).to(self.axes.dtype)
+        return present
 
     @property
     def point(self) -> Delta:
@@ -199,7 +201,10 @@ def routes_found(
 
     Args:
         routed: the objective with its routes.
-        start, feasible, budget, schedule: as in `worst_case`.
+        start: as in `worst_case`.
+        feasible: as in `worst_case`.
+        budget: as in `worst_case`.
+        schedule: how hard each solver searches.
         solvers: those of the search whose power is asked for.
     """
     rows = torch.arange(len(start), device=start.device)

@@ -42,9 +42,18 @@ from recover.search.ascent import (
     clip,
     find_perturbation,
 )
-from recover.search.gradient_free import ELEMENTS_AT_ONCE, Effort, projected_each, put, reexamined, scaled, slacks_of, walk
+from recover.search.gradient_free import (
+    ELEMENTS_AT_ONCE,
+    Effort,
+    projected_each,
+    put,
+    reexamined,
+    scaled,
+    slacks_of,
+    walk,
+)
 from recover.search.minimum import MARGIN, Minimum, edge, smallest_perturbation
-from recover.search.surrogate import Momentum, Surrogate
+from recover.search.surrogate import LEAK, WIDE, Momentum, Surrogate
 from recover.types import Bool, Delta, InputError, PerExample, Rows, Tensor
 
 FURTHER = (1.0, 1.01, 1.05, 1.3, 2.0)
@@ -107,10 +116,11 @@ def past_flats(objective: Objective, start: Delta, feasible: Feasible, budget: f
     """An ascent along surrogate gradients within the budget; what it finds is pulled to the edge by true values."""
     once = replace(schedule, restarts=0)
     within = find_perturbation(Surrogate(objective), start, feasible, budget, once, rule=ProjectedAdam)
-    if len(rows := (within.slack < schedule.goal).nonzero().flatten()):
-        rough = Surrogate(objective.select(rows))
-        again = find_perturbation(rough, start[rows], feasible.select(rows), budget, once, rule=Momentum)
-        within = better(within, again, rows, schedule.goal)
+    for leak in (LEAK, WIDE):
+        if len(rows := (within.slack < schedule.goal).nonzero().flatten()):
+            rough = Surrogate(objective.select(rows), leak)
+            again = find_perturbation(rough, start[rows], feasible.select(rows), budget, once, rule=Momentum)
+            within = better(within, again, rows, schedule.goal)
     return Found(*_pulled(objective, within.delta), within)
 
 
