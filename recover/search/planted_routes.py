@@ -13,7 +13,7 @@ which opens at a known smallest norm `r`, and the same search is asked for it:
    `linear`       `x / r`                                                `x >= r`
    `rectified`    `relu(x - k) / (r - k)`, `k = 0.9 r`                   `x >= r`; below `k` the unit is dead
    `conjunction`  `relu(sum_i clamp(x_i - k, 0, 1.1 a) / a - (m - 1))`,  all `m` units are on; `m t` in all, and the
-                  `t = r / sqrt m`, `k = 2 t / 3`, `a = t - k`           nearest point has `x_i = t`: norm `t sqrt m = r`
+                  `t = r / sqrt m`, `k = 2 t / 3`, `a = t - k`           nearest point has `x_i = t`, norm `t sqrt m`
    `narrow`       `2 ^ (1 - (distance to c / w)^2)`, `w = 0.08 r`,       within `w` of the point `c`, at `r + w` on its
                   `c` at `r + w` on the axis                             axis; elsewhere flat to rounding (float32)
    =============  =====================================================  =============================================

@@ -9,8 +9,8 @@ random draws do not meet it. Here values stay what they are, and only the backwa
    covered; operations that are written otherwise keep their own gradients.
 2. Adam follows these gradients within the budget; what it does not solve, plain `Momentum` does once more, which keeps
    the direction of the gradient where Adam evens out its coordinates, and again with the larger share `WIDE`, which a
-   slope that leads elsewhere does not drown. None of them asks that a step raise the score, as
-   there is none to be had on a plateau; the best point by its true slack is kept.
+   slope that leads elsewhere does not drown. None of them asks that a step raise the score, as there is none to be had
+   on a plateau; the best point by its true slack is kept.
 
 What is found counts by its true values alone.
 """
