@@ -58,6 +58,7 @@ PROVENANCE = {
 }
 LIGHT = Plan(
     random_draws=20,
+    planted_routes=1,
     placebo_features=1,
     curve=(0.5, 1.0),
     transfer=TransferPlan(norms=(0.65,), folds=1, shuffles=1, draws=10, fit=FitSchedule(steps=10)),
