@@ -59,6 +59,7 @@ PROVENANCE = {
 }
 LIGHT = Plan(
     random_draws=20,
+    planted_routes=1,
     placebo_features=1,
     curve=(0.5, 1.0),
     transfer=TransferPlan(

@@ -232,15 +232,16 @@ def test_every_setting_of_the_protocol_reaches_its_plan(write):
     """Each key of the four sections, and nothing else of the plan."""
     sections = """\
 search: {budget: 20.0, placement: before_clamp, steps: 19, restarts: 0, curve: [0.5, 1.0]}
-controls: {seed: 7, random_draws: 11, placebo_features: 0, max_loss_increase: 0.25}
 transfer: {norms: [0.3], folds: 1, splits: 5, rules: 2, scales: [0.5, 1.0], shuffles: 2, draws: 13, steps: 17}
 rules: {alpha: 0.05, rule_alpha: 0.04, fit_alpha: 0.03, share: 0.3, most: 0.6, max_chance: 0.2, min_heldout: 9}
+controls: {seed: 7, random_draws: 11, planted_routes: 4, placebo_features: 0, max_loss_increase: 0.25}
 """
     assert load_config(write("search: {budget: 20.0}\n", sections)).plan() == replace(
         Plan(),
         seed=7,
         curve=(0.5, 1.0),
         random_draws=11,
+        planted_routes=4,
         placebo_features=0,
         max_loss_increase=0.25,
         schedule=Schedule(steps=19, restarts=0, seed=7),
@@ -290,6 +291,7 @@ CHANGES = {
     "search.curve": [0.5, 1.0],
     "controls.seed": 1,
     "controls.random_draws": 10,
+    "controls.planted_routes": 10,
     "controls.placebo_features": 0,
     "controls.max_loss_increase": 1.0,
     "transfer.norms": [0.5],

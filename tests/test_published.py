@@ -71,6 +71,7 @@ FEATURES = {
 }
 SHORT = {
     "controls.random_draws": 2,
+    "controls.planted_routes": 1,
     "controls.placebo_features": 0,
     "search.steps": 3,
     "transfer.draws": 2,

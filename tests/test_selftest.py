@@ -15,7 +15,7 @@ import torch
 from recover import cli
 from recover.planted import KINDS, MIXTURES, selftest
 from recover.planted.selftest import Outcome
-from recover.protocol import bench, phases, reading
+from recover.protocol import bench, checking, phases, reading
 from recover.search import solvers
 from recover.search.constraints.first_order import admissible
 from recover.search.constraints.linear import EncoderOrthogonal
@@ -207,9 +207,12 @@ def test_a_broken_checker_is_noticed(
 
 
 def test_without_the_second_opinion_hard_readouts_are_lied_about(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No look without gradients at what failed, and no random draws or leaking gradients beside those that are true."""
+    """No look without gradients at what failed, no random draws or leaking gradients beside those that are true, and no
+    planted routes, which say that such a search is blind.
+    """
+    monkeypatch.setattr(checking, "trials", lambda *_: {})
     monkeypatch.setattr(solvers, "reexamined", lambda _, solution, *__, **___: solution)
-    monkeypatch.setattr(phases, "random_draws", lambda *arguments, draws: solvers.by_ascent(*arguments))
+    monkeypatch.setattr(phases, "random_draws", lambda *arguments, **_: solvers.by_ascent(*arguments))
     monkeypatch.setattr(phases, "SOLVERS", {**solvers.SOLVERS, "surrogate": solvers.by_ascent})
     assert any(
         one.given == "NOT_RECOVERED_AT_BUDGET" and one.miss for one in selftest.run_selftest([2], ["hard_readout"])

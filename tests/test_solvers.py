@@ -327,19 +327,45 @@ def test_the_same_seed_gives_the_same_result_and_another_one_others() -> None:
     assert not torch.equal(first.draws_reached, other.draws_reached)
 
 
+def test_each_example_has_draws_of_its_own_by_its_place_or_its_key() -> None:
+    """With a few draws the best of four equal examples differ; the same key gives the same draws wherever it stands."""
+    world = landscape(half_space, 9.0, 9.0, 9.0, 9.0)
+    by_place = random_draws(world, world.zero, Anything(), 1.0, SCHEDULE, draws=6).within.delta
+    for row in range(3):
+        assert (by_place[row] - by_place[row + 1]).norm() > 0.1
+    keyed = random_draws(world, world.zero, Anything(), 1.0, SCHEDULE, draws=6, keys=[2, 7, 2, 0]).within.delta
+    assert torch.equal(keyed[0], keyed[2])
+    assert_close(keyed[0], by_place[2])
+    assert_close(keyed[3], by_place[0])
+    assert (keyed[1] - keyed[0]).norm() > 0.1
+
+
+def test_more_examples_explore_more() -> None:
+    """A draw in fifty reaches the goal: with four draws each, some of sixty examples and not others."""
+    world = landscape(lambda x, at: x @ A - at, *[0.55 - SCHEDULE.goal] * 60)
+    reached = random_draws(world, world.zero, Anything(), 1.0, SCHEDULE, draws=4).share
+    assert reached is not None
+    assert 0 < int((reached > 0).sum()) < 30
+
+
 def terrain(x: Tensor, at: Tensor) -> Tensor:
     """A step above 1, else a half space."""
     return torch.where(at > 1, step(x, at), x @ A + x @ B - at)
 
 
 def test_an_example_is_solved_as_it_would_be_alone_and_in_any_order() -> None:
-    """Each in an admissible set of its own."""
+    """Each in an admissible set of its own, and with the draws of its own key."""
+
+    def solvers(*rows: int) -> dict[str, Solver]:
+        return {**SOLVERS, "random": partial(random_draws, keys=[10 * row for row in rows])}
+
     at = (0.5, 1.2, 0.9, 1.6, 8.0, 0.7)
     sets: list[Any] = [NullSpace.of(torch.eye(D)[:, n : n + 2] + 0.2 * (n % 3)) for n in range(1, 7)]
-    together = worst(landscape(terrain, *at), 2.0, Own(tuple(sets)))
+    together = worst(landscape(terrain, *at), 2.0, Own(tuple(sets)), solvers=solvers(*range(6)))
     order = [3, 0, 5, 1, 4, 2]
-    shuffled = worst(landscape(terrain, *(at[row] for row in order)), 2.0, Own(tuple(sets[row] for row in order)))
-    alone = [worst(landscape(terrain, one), 2.0, own) for one, own in zip(at, sets, strict=True)]
+    turned = landscape(terrain, *(at[row] for row in order))
+    shuffled = worst(turned, 2.0, Own(tuple(sets[row] for row in order)), solvers=solvers(*order))
+    alone = [worst(landscape(terrain, at[row]), 2.0, own, solvers=solvers(row)) for row, own in enumerate(sets)]
     for place, row in enumerate(order):
         for other, index in ((shuffled, place), (alone[row], 0)):
             assert other.winner[index] == together.winner[row]
@@ -448,8 +474,7 @@ def test_it_says_how_far_it_is_after_each_solver() -> None:
 @pytest.mark.parametrize("kind", [name for name in KINDS if name != "complete_bottleneck"])
 def test_planted_worlds_have_the_smallest_norm_of_their_closed_form(kind: str) -> None:
     """Within 1 %; where gradients lie, within a fifth, found by draws, and nothing that is there is missed."""
-    solvers = {**SOLVERS, "random": partial(random_draws, draws=300)}
-    world = KINDS[kind](0)
+    world, solvers = KINDS[kind](0), SOLVERS
     target = defend(world.model, world.defense, world.examples.prompts, world.examples.behavior)
     held = world.admissible if len(world.defense.sites) > 1 else EncoderOrthogonal.of(*world.defense.clamps)
     found = worst_case(target, target.zero_delta, held, world.budget, solvers=solvers)

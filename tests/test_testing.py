@@ -42,7 +42,7 @@ from recover.search.ascent import Schedule
 from recover.testing import *
 from recover.evidence.transfer import FitSchedule
 
-LIGHT = Plan(random_draws=20, placebo_features=0, curve=(0.5, 1.0), sample=2,
+LIGHT = Plan(random_draws=20, planted_routes=1, placebo_features=0, curve=(0.5, 1.0), sample=2,
              transfer=TransferPlan(norms=(0.6,), splits=1, rules=1, scales=(1.0,), draws=5, fit=FitSchedule(steps=30)))
 
 def checked(check_defense, kind):

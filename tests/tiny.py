@@ -101,7 +101,7 @@ def configuration(folder: Path, **changes: Any) -> dict[str, Any]:
         "task": "ioi",
         "prompts": {"n": 40, "seed": 0, "candidates": 20},
         "search": {"budget": 100.0, "steps": 20, "curve": [0.5, 1.0]},
-        "controls": {"random_draws": 20, "placebo_features": 1},
+        "controls": {"random_draws": 20, "planted_routes": 1, "placebo_features": 1},
         "transfer": {
             **{"norms": [0.65], "folds": 1, "splits": 1, "rules": 2, "scales": [0.5, 1.0]},
             **{"shuffles": 1, "draws": 10, "steps": 10},

@@ -148,6 +148,27 @@ class Defended:
         """
         return self.suffix.entering(self.perturbed(delta), self.defense.sites[1:])
 
+    def downstream(self, delta: Delta) -> Float[Tensor, "batch n"]:
+        """All that the blocks above make of a perturbed state: the final residual, less `delta`; and every logit.
+
+        What is left where `delta` only passes through is what it is without it.
+        """
+        (first, part), *later = self.by_site(delta).items()
+        state, final = self.perturbed(part), Site(self.suffix.model.n_layers - 1, "post")
+        seen, changes = dict[Site, Residual](), {site: adds(one) for site, one in later}
+
+        def watch(h: Residual) -> Residual:
+            seen[final] = h
+            return h
+
+        if final.index > first.index:
+            place = next((known for known in changes if known.index == final.index), final)
+            changes[place] = _chained(changes[place], watch) if place in changes else watch
+        logits = self.suffix.logits(state, None, positions_read(self.behavior), changes)
+        passed = sum((one for _, one in later), state - self.suffix.residual)
+        read = [logits, *(h - passed for h in seen.values())]
+        return torch.cat([rearrange(one.float(), "batch ... -> batch (...)") for one in read], dim=1)
+
     def perturbed(self, delta: Residual) -> Residual:
         """The state at the first site, after its clamp, with `delta` added."""
         if self.surface.placement == "after_clamp":

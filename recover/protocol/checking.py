@@ -5,7 +5,8 @@
 3. *Search*, *certificates* and per-example controls for every valid flip (`phases`).
 4. *Controls* over all of them: the clamp undone, random features clamped, the search's own health (`global_controls`).
 5. *Transfer*: shared deltas, fitted on one part of the prompts and read on the other (`heldout`).
-6. *Verdict* from the records of all of these (`gates`, `evidence`, `verdict`).
+6. *Power*, where nothing was found: which planted routes would have been (`power`).
+7. *Verdict* from the records of all of these (`gates`, `evidence`, `verdict`).
 
 All of these are units of work that are kept as they are finished, and that several workers can share (`ledger`).
 """
@@ -24,12 +25,14 @@ from recover.defenses.utility import Utility, measure_utility
 from recover.evidence.readings import Table
 from recover.models.host import Model, Prompts
 from recover.protocol import heldout, shared_readings
-from recover.protocol.bench import Bench
+from recover.protocol.bench import Batch, Bench
 from recover.protocol.gates import fit_gates
 from recover.protocol.global_controls import placebo_features, search_health, undo
 from recover.protocol.ledger import InMemoryStore, Ledger, Part
-from recover.protocol.phases import PHASES, Done, Phase, accounting, curve_budgets
+from recover.protocol.phases import PHASES, BatchProgress, Deltas, Done, Phase, accounting, curve_budgets
 from recover.protocol.plan import Plan
+from recover.protocol.power import SHARE, power, trials
+from recover.protocol.power_model import power_figures
 from recover.protocol.records import ExampleRecord
 from recover.protocol.runtime import Runtime
 from recover.protocol.verdict import Gathered, decide
@@ -111,13 +114,17 @@ def _gather(bench: Bench, ledger: Ledger, neutral: Prompts | None, progress: Pro
         return Gathered(accounts, fits, utility)
     with ledger.shared():
         _search_and_control(bench, ledger, flips, progress)
-    # What is found is held against the clamp undone, once all of it is there.
+    records = _records(bench, ledger, {"accounting": range(len(bench.rows)), **{name: list(flips) for name in PHASES}})
+    # What is found is held against the clamp undone, once all of it is there; what is not, against what could be.
+    planted = trials(bench, records)
     with ledger.shared():
         if ledger.mine({("undo", 0): ["undo"]}):
             ledger.run("undo", None, lambda: undo(bench, ledger.store))
+        at = _plant(bench, ledger, planted, progress)
     transfer, table = _transfer(bench, ledger)
+    found = {name: one for number in at for name, one in ledger.values("power", number).items()}
     return Gathered(
-        _records(bench, ledger, {"accounting": range(len(bench.rows)), **{name: list(flips) for name in PHASES}}),
+        records,
         fits,
         utility,
         curve=curve_budgets(bench),
@@ -126,6 +133,7 @@ def _gather(bench: Bench, ledger: Ledger, neutral: Prompts | None, progress: Pro
         placebo_features=[ledger.values("placebo_features", draw) for draw in range(bench.plan.placebo_features)],
         transfer=transfer,
         table=table,
+        power=power_figures(found, SHARE) if found else None,
     )
 
 
@@ -166,6 +174,23 @@ def _search_and_control(bench: Bench, ledger: Ledger, flips: Mapping[int, int], 
     for kind, draw in sorted(mine):
         if kind == "transfer":
             _draw(bench, ledger, draw, progress)
+
+
+def _plant(bench: Bench, ledger: Ledger, planted: Mapping[str, int], progress: Progress) -> list[int]:
+    """Search for planted routes, by example as many of each kind as given; gives the batches that hold some."""
+    counts = {
+        number: sum(planted.get(bench.examples.ids[row], 0) for row in rows.tolist())
+        for number, rows in enumerate(bench.rows)
+    }
+    at = {number: count for number, count in counts.items() if count}
+    parts: dict[Part, list[str]] = {("batch", number): [f"power/{number}"] for number in at}
+    here = _told_of(ledger, parts, ledger.mine(parts))
+
+    def phase(bench: Bench, batch: Batch, _: Deltas, tell: BatchProgress) -> Done:
+        return power(bench, batch, planted, tell)
+
+    _by_batch(bench, ledger, {"power": phase}, {n: count for n, count in at.items() if ("batch", n) in here}, progress)
+    return list(at)
 
 
 def _told_of(ledger: Ledger, parts: Mapping[Part, list[str]], mine: set[Part]) -> set[Part]:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from recover.defenses.utility import Utility
+from recover.protocol.power_model import PowerFigures, told
 from recover.protocol.records import CertificateRecord, ExampleRecord
 from recover.protocol.verdict_model import Counts, Gate, Health
 from recover.saes.fit import Fit
@@ -27,8 +28,8 @@ TOLERATED = 0.05
 """Share of examples on which a check of the search may fail; one example always may, where there are ten or more."""
 OUTDONE_BY = 1.1
 """How many times longer a gradient's find must be than a random draw's to count as outdone."""
-HONEST = {Status.NOTHING_ADMISSIBLE.name, Status.UNMOVED.name}
-"""Failures that are an answer: nothing admissible changes what the behavior depends on."""
+HONEST = {Status.NOTHING_ADMISSIBLE.name, Status.UNMOVED.name, Status.UNREAD.name}
+"""Failures that are an answer, the last as far as the power of the search goes: nothing drawn changes the score."""
 Searched = Sequence[ExampleRecord]
 
 
@@ -103,6 +104,17 @@ def search_gates(searched: Searched, budget: float, dtype: str) -> list[Gate]:
         _unbounded(searched),
         _at_budget(searched, budget),
     ]
+
+
+def power_gate(power: PowerFigures | None, searched: Searched) -> list[Gate]:
+    """Whether a search that found nothing would have found something: which routes planted into the model it finds."""
+    if any(map(recovered, searched)):
+        return []
+    if power is not None:
+        return [Gate("search_power", power.suffices, told(power))]
+    if all(r.search is not None and r.search.status == Status.NOTHING_ADMISSIBLE.name for r in searched):
+        return [Gate("search_power", True, "nothing is admissible on any flip, so there is no route to plant")]
+    return [Gate("search_power", None, "not measured: no routes were planted")]
 
 
 SEARCH_GATES = (

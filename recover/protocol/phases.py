@@ -17,7 +17,7 @@ A phase gives plain values by example id, which later become an `ExampleRecord`,
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
@@ -89,10 +89,16 @@ def accounting(bench: Bench, batch: Batch, deltas: Deltas, progress: BatchProgre
     return Done(values)
 
 
+def solvers_for(bench: Bench, names: Sequence[str]) -> dict[str, Solver]:
+    """The solvers of the search for these examples, in order; random draws follow from the seed and each name."""
+    keys = [random.Random(f"{bench.schedule.seed}:{name}").getrandbits(48) for name in names]
+    return {**SOLVERS, "random": partial(random_draws, draws=bench.plan.random_draws, keys=keys)}
+
+
 def search(bench: Bench, batch: Batch, deltas: Deltas, progress: BatchProgress) -> Done:
     """The worst case over the solvers, and its deltas."""
     target, flips = bench.objective(batch.target), len(batch.flips)
-    solvers: dict[str, Solver] = {**SOLVERS, "random": partial(random_draws, draws=bench.plan.random_draws)}
+    solvers = solvers_for(bench, batch.flip_ids)
     space, tell = bench.feasible(target), lambda _, left: progress(flips - left, flips)
     found = worst_case(target, target.zero_delta, space, bench.budget, bench.schedule, solvers, on_solver=tell)
     nearest = found.smallest

@@ -54,6 +54,8 @@ class Plan:
         seed: seed of the split, the placebo targets and features, the shuffles and the random draws.
         curve: budgets of the curve, as multiples of the search's.
         random_draws: random admissible directions, for each example.
+        planted_routes: routes of each kind, planted into the model where nothing was found (`recover.protocol.power`);
+            with 0 the power of the search is not measured.
         placebo_features: draws of random features, each clamped in the place of the defense's.
         undo_scales: shares of the clamp's displacement that are taken back.
         sample: examples on which gradients are compared with finite differences.
@@ -70,6 +72,7 @@ class Plan:
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     curve: Annotated[tuple[Positive, ...], Field(strict=False)] = (0.1, 0.25, 0.5, 1.0, 2.0)
     random_draws: PositiveInt = 1000
+    planted_routes: NonNegativeInt = 20
     placebo_features: NonNegativeInt = 3
     undo_scales: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
     sample: int = 8

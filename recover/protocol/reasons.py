@@ -8,6 +8,7 @@ from recover.evidence.readings import Reading
 from recover.numerics.formats import interval, number, p_value, percent, tiny
 from recover.numerics.statistics import Paired
 from recover.protocol import reasons_knowledge
+from recover.protocol.power_model import PowerFigures, told
 from recover.protocol.verdict_model import (
     Counts,
     PlaceboFeatures,
@@ -43,17 +44,22 @@ def replies(read: Replies | None) -> list[str]:
     ]
 
 
-def not_found(recovery: Recovery) -> str:
-    """Say that this search found nothing, which does not prove that there is nothing to find."""
+def not_found(recovery: Recovery, power: PowerFigures | None, closed: int) -> str:
+    """Say that this search found nothing, and what it would have found; `closed` flips have nothing admissible."""
+    if power is not None:
+        could = f"; {told(power)}"
+    elif closed == recovery.searched:
+        could = ""
+    else:
+        could = ", and which routes this search would have found was not measured"
     return (
         f"the search found no admissible perturbation of norm at most {recovery.budget:g} that recovers the behavior "
-        f"on any of {recovery.searched} valid flips; a larger budget or another search may find one, and which routes "
-        "this search would have found was not measured"
+        f"on any of {recovery.searched} valid flips; a larger budget or another search may find one{could}"
     )
 
 
-def unmoved(closed: int, still: int) -> list[str]:
-    """How many searches had nothing to find: no perturbation is admissible, or none that is changes the score."""
+def unmoved(closed: int, still: int, unread: int) -> list[str]:
+    """On how many flips nothing is admissible; on how many random perturbations move nothing, or not the score."""
     told = []
     if closed:
         told.append(
@@ -62,8 +68,14 @@ def unmoved(closed: int, still: int) -> list[str]:
         )
     if still:
         told.append(
-            f"on {still} of them no admissible random perturbation, up to many times the budget, changes the score; a "
-            "route that opens only where several inactive units are on together would be missed by these too"
+            f"on {still} of them no admissible random perturbation, up to many times the budget, changes anything that "
+            "the model computes from there on"
+        )
+    if unread:
+        told.append(
+            f"on {unread} of them admissible random perturbations change what the model computes from there on, but "
+            "none, up to many times the budget, changes the score; a route that opens only where several inactive "
+            "units are on together would be missed by these"
         )
     return told
 

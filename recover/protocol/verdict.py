@@ -35,12 +35,14 @@ from recover.protocol.gates import (
     flips_gate,
     health_gates,
     hopeless,
+    power_gate,
     search_gates,
     utility_gate,
     worst_fit,
 )
 from recover.protocol.knowledge_model import Knowledge, knowledge
 from recover.protocol.plan import Plan
+from recover.protocol.power_model import PowerFigures
 from recover.protocol.records import CertificateRecord, ExampleRecord, SmallestRecord
 from recover.protocol.verdict_model import (
     SCHEMA,
@@ -97,6 +99,7 @@ class Gathered:
         placebo_features: one for each set of random features.
         transfer: shared perturbations over norms, or why they were refused.
         table: what they make of unseen prompts.
+        power: which planted routes the search finds.
     """
 
     records: Sequence[ExampleRecord]
@@ -108,6 +111,7 @@ class Gathered:
     placebo_features: Sequence[PlaceboDraw] = ()
     transfer: Transfer | RefusedTransfer | None = None
     table: Table | None = None
+    power: PowerFigures | None = None
 
     @property
     def searched(self) -> list[ExampleRecord]:
@@ -142,8 +146,10 @@ def decide(
             reasons += [f(known, plan.rules) for f in (of_knowledge.shared, of_knowledge.content, of_knowledge.rule)]
     elif kind == "NOT_RECOVERED_AT_BUDGET":
         statuses = [r.search.status for r in searched if r.search is not None and hopeless(r)]
-        closed, still = (statuses.count(one.name) for one in (Status.NOTHING_ADMISSIBLE, Status.UNMOVED))
-        reasons += [words.not_found(found), *words.unmoved(closed, still)]
+        closed, still, unread = (
+            statuses.count(one.name) for one in (Status.NOTHING_ADMISSIBLE, Status.UNMOVED, Status.UNREAD)
+        )
+        reasons += [words.not_found(found, evidence.power, closed), *words.unmoved(closed, still, unread)]
         if known is not None and known.content.by.content:
             reasons.append(of_knowledge.shared(known, plan.rules))
     drawn = placebo_features(evidence.placebo_features)
@@ -167,6 +173,7 @@ def decide(
         transfer=evidence.transfer,
         knowledge=known,
         attribution=travel.summary(searched),
+        power=evidence.power,
         statistics=Statistics(rules=plan.rules),
         gates=gates,
         provenance=Provenance.model_validate(dict(provenance)),
@@ -191,6 +198,7 @@ def _gates(evidence: Gathered, plan: Plan, accounting: Counts, budget: float, dt
         return (*gates, *(Gate(name, None, "not run: nothing to search") for name in SEARCH_GATES))
     gates += search_gates(searched, budget, dtype)
     gates += health_gates(evidence.health)
+    gates += power_gate(evidence.power, searched)
     return tuple(gates)
 
 

@@ -27,6 +27,7 @@ from recover.evidence.readings import Count, Reading
 from recover.evidence.rules import Rules
 from recover.numerics.statistics import wilson
 from recover.protocol.knowledge_model import Knowledge
+from recover.protocol.power_model import PowerFigures
 from recover.protocol.records import STRICT, ExampleRecord
 from recover.protocol.section import Figure, Interval, Section
 
@@ -462,6 +463,10 @@ class Verdict(Section):
     transfer: Transfer | RefusedTransfer | None = Field(description="one perturbation for all prompts")
     knowledge: Knowledge | None = Field(default=None, description="what the model still knows, and how that is known")
     attribution: AttributionFigures | None = Field(description="which parts of the perturbations carry their effect")
+    power: PowerFigures | None = Field(
+        default=None,
+        description="which planted routes the search finds; null where it found the behavior or was not asked",
+    )
     statistics: Statistics = Field(description="the rules of evidence, and what they came to")
     provenance: Provenance = Field(description="code, weights, seeds and device behind the verdict")
     gates: tuple[Gate, ...] = Field(min_length=1, description="validity checks")

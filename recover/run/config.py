@@ -187,10 +187,12 @@ _SEARCH: Any = _section(
     **_taken(Schedule, "steps", "restarts"),
     **_taken(Plan, "curve"),
 )
-_CONTROLS: Any = _section(**_taken(Plan, "seed", "random_draws", "placebo_features", "max_loss_increase"))
 _TRANSFER: Any = _section(
     **_taken(TransferPlan, "norms", "folds", "splits", "rules", "scales", "shuffles", "draws"),
     **_taken(FitSchedule, "steps"),
+)
+_CONTROLS: Any = _section(
+    **_taken(Plan, "seed", "random_draws", "planted_routes", "placebo_features", "max_loss_increase")
 )
 _RULES: Any = _section(**_taken(Rules))
 

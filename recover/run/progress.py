@@ -26,6 +26,7 @@ TITLES = {
     "write_orthogonal": "searching under C1+",
     "budgets": "searching at each budget",
     "undefended": "searching with the clamp off",
+    "power": "searching for planted routes",
     "placebo_features": "clamping random features",
     "transfer": "fitting one shared perturbation",
 }

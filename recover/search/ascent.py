@@ -78,7 +78,8 @@ class Status(enum.Enum):
     NON_FINITE = "score or gradient not finite"
     # Given by `gradient_free`, which looks again at what the search did not solve.
     NOTHING_ADMISSIBLE = "no direction is admissible"
-    UNMOVED = "no admissible perturbation drawn, of any size, changes the score"
+    UNMOVED = "no admissible perturbation drawn, of any size, changes anything downstream"
+    UNREAD = "admissible perturbations change activations downstream, but none drawn, of any size, changes the score"
     OUTDONE = "a random perturbation does better"
     MISLED = "the gradient does not account for how the score changes"
 

@@ -13,23 +13,27 @@ admissible matters (an answer) or that a readout is flat where the search began 
 3. *Judge* what is still unsolved, example by example:
 
    `NOTHING_ADMISSIBLE`  the constraint leaves no direction
-   `UNMOVED`             no probe of any length changed the slack by more than rounding, and neither did the search
+   `UNMOVED`             no probe of any length changed the slack by more than rounding, and neither did the search; nor
+                         did one change anything else that is computed downstream, where the objective can tell
+   `UNREAD`              the same, but probes do change what is computed downstream: only the score does not follow
    `NO_GRADIENT`         the gradient is zero, but probes do change it: the gradient hides something
    `OUTDONE`             a probe within the budget beats both what the search found and a search that starts there
    `MISLED`              slopes do not account for values: a small step along the gradient does not change the slack as
                          the gradient says; or the walk ended not far outside the budget, across a rise several times as
                          steep as any slope that the search met
 
-   The first two are answers; the other three are reasons to believe neither answer. Everything else stays as it was.
+   The first two are answers. So is the third, as far as the search is known to find what is hidden: random draws do not
+   meet a conjunction of inactive units. The others are reasons to believe neither answer. Everything else stays as it
+   was.
 
-No rule looks at anything but scores and norms. Draws are seeded and the same for every example, so that a result does
-not depend on which others are in the batch.
+Draws are seeded and the same for every example, so that a result does not depend on which others are in the batch.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
 
 import torch
 from einops import einsum, rearrange, repeat
@@ -44,6 +48,19 @@ ELEMENTS_AT_ONCE = 2**16
 """Numbers in the perturbations of one forward pass; small models take many probes at once, large ones few."""
 ADDED_UP = 32 * torch.finfo(torch.float32).eps
 NEAR_MISS, STEEPER = 2.0, 4.0
+WATCHED = 8
+"""Probes of each length under which everything downstream is looked at, where none moves the slack."""
+
+
+@runtime_checkable
+class Watched(Objective, Protocol):
+    """An objective that can tell more than its score."""
+
+    def downstream(self, delta: Tensor) -> Tensor:
+        """What is computed from a perturbed state, `[batch n]`, in which `delta` itself does not show."""
+
+    def select(self, rows: Tensor) -> Watched:
+        """The objective of the examples `rows` alone."""
 
 
 @dataclass(frozen=True)
@@ -128,11 +145,14 @@ def reexamined(
         score, slack = part(delta)
     rise = schedule.goal - slopes.slack
     jump = (near <= NEAR_MISS * reach) & (rise > STEEPER * slopes.steepest * near)
+    elsewhere = torch.zeros_like(moved)
+    if isinstance(part, Watched) and len(some := (~moved).nonzero().flatten()):
+        elsewhere[some] = _moved_elsewhere(part.select(some), probes.of(some), slopes.whole[some])
     for row in range(len(at)):
         if slack[row] >= schedule.goal:
             status[row] = Status.RECOVERED
         elif not moved[row]:
-            status[row] = Status.UNMOVED
+            status[row] = Status.UNREAD if elsewhere[row] else Status.UNMOVED
         elif status[row] is not Status.NO_GRADIENT and (outdone[row] or jump[row] or lies[row]):
             status[row] = Status.OUTDONE if outdone[row] else Status.MISLED
     return put(solution, at, delta, score, slack, status)
@@ -167,6 +187,14 @@ def projected(feasible: Feasible, draws: Draws) -> Draws:
     """Every draw, onto the set of its own example; where that is the same for all, so must the draws be."""
     if feasible.select(torch.arange(len(draws), device=draws.device)) is feasible:
         return feasible.project(draws[0]).expand_as(draws)
+    return torch.stack([feasible.project(draw) for draw in draws.unbind(dim=1)], dim=1)
+
+
+def projected_each(feasible: Feasible, draws: Draws) -> Draws:
+    """Every draw, onto the set of its own example; each example has draws of its own."""
+    if feasible.select(torch.arange(len(draws), device=draws.device)) is feasible:
+        flat = feasible.project(rearrange(draws, "batch draws pos d -> (batch draws) pos d"))
+        return rearrange(flat, "(batch draws) pos d -> batch draws pos d", batch=len(draws))
     return torch.stack([feasible.project(draw) for draw in draws.unbind(dim=1)], dim=1)
 
 
@@ -234,6 +262,23 @@ class _Probes:
         value, index = self.slacks[which].max(dim=1)
         rows = torch.arange(len(index), device=index.device)
         return scale_to(self.directions[rows, index], self.lengths[which]), value
+
+    def of(self, rows: Tensor) -> list[Draws]:
+        """A few of the probes of these examples, at each length."""
+        return [scaled(self.directions[rows, :WATCHED], length[rows]) for length in self.lengths]
+
+
+def _moved_elsewhere(objective: Watched, probes: list[Draws], whole: PerExample) -> Bool[Tensor, "batch"]:
+    """Whether a probe changes anything that is computed downstream, by more than rounding."""
+    with torch.no_grad():
+        before = objective.downstream(torch.zeros_like(probes[0][:, 0]))
+        moved = torch.zeros(len(before), dtype=torch.bool, device=before.device)
+        for some in probes:
+            rounding = 1e-3 * (1 + before.abs().amax(dim=1)) + ADDED_UP * norm(some[:, 0]) * whole.clamp(min=1)
+            for probe in some.unbind(dim=1):
+                change = (objective.downstream(probe) - before).abs()
+                moved = moved | (change > rounding[:, None]).any(dim=1)
+    return moved
 
 
 def _probe(objective: Objective, directions: Draws, reach: float, slopes: _Slopes) -> _Probes:

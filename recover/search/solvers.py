@@ -28,7 +28,6 @@ from functools import partial, reduce
 from types import MappingProxyType
 
 import torch
-from einops import repeat
 
 from recover.numerics.metrics import by_example, norm
 from recover.search.adam import ProjectedAdam
@@ -43,9 +42,18 @@ from recover.search.ascent import (
     clip,
     find_perturbation,
 )
-from recover.search.gradient_free import ELEMENTS_AT_ONCE, Effort, projected, put, reexamined, scaled, slacks_of, walk
+from recover.search.gradient_free import (
+    ELEMENTS_AT_ONCE,
+    Effort,
+    projected_each,
+    put,
+    reexamined,
+    scaled,
+    slacks_of,
+    walk,
+)
 from recover.search.minimum import MARGIN, Minimum, edge, smallest_perturbation
-from recover.search.surrogate import Momentum, Surrogate
+from recover.search.surrogate import LEAK, WIDE, Momentum, Surrogate
 from recover.types import Bool, Delta, InputError, PerExample, Rows, Tensor
 
 FURTHER = (1.0, 1.01, 1.05, 1.3, 2.0)
@@ -108,10 +116,11 @@ def past_flats(objective: Objective, start: Delta, feasible: Feasible, budget: f
     """An ascent along surrogate gradients within the budget; what it finds is pulled to the edge by true values."""
     once = replace(schedule, restarts=0)
     within = find_perturbation(Surrogate(objective), start, feasible, budget, once, rule=ProjectedAdam)
-    if len(rows := (within.slack < schedule.goal).nonzero().flatten()):
-        rough = Surrogate(objective.select(rows))
-        again = find_perturbation(rough, start[rows], feasible.select(rows), budget, once, rule=Momentum)
-        within = better(within, again, rows, schedule.goal)
+    for leak in (LEAK, WIDE):
+        if len(rows := (within.slack < schedule.goal).nonzero().flatten()):
+            rough = Surrogate(objective.select(rows), leak)
+            again = find_perturbation(rough, start[rows], feasible.select(rows), budget, once, rule=Momentum)
+            within = better(within, again, rows, schedule.goal)
     return Found(*_pulled(objective, within.delta), within)
 
 
@@ -131,25 +140,35 @@ def random_draws(
     *,
     draws: int = 1000,
     effort: Effort | None = None,
+    keys: Sequence[int] | None = None,
 ) -> Found:
-    """`draws` random directions at the budget's norm (1 without one), and a walk from the best; without gradients."""
-    # One draw for all examples: a result must not depend on which others are in the batch, nor on how many at once.
-    generator = torch.Generator().manual_seed(schedule.seed + 3)
-    noise = torch.randn(draws, *start.shape[1:], generator=generator).to(start)
-    rows, length = torch.arange(len(start), device=start.device), budget * (1 - 1e-6) if math.isfinite(budget) else 1.0
-    best, slack = start, _slack(objective, start)
+    """`draws` random directions at the budget's norm (1 without one), and a walk from the best; without gradients.
+
+    Each example has draws of its own, so that more examples explore more. They follow from the schedule's seed and the
+    example's key alone, its place by default: give `keys` for a result that does not depend on the batch.
+    """
+    keys = range(len(start)) if keys is None else keys
+    each, length = start[0:1].numel(), budget * (1 - 1e-6) if math.isfinite(budget) else 1.0
+    best, slack = start.clone(), _slack(objective, start)
     reached = torch.zeros_like(slack)
-    for some in torch.split(noise, max(1, ELEMENTS_AT_ONCE // max(start.numel(), 1))):
-        each = repeat(some, "draws pos d -> batch draws pos d", batch=len(start))
-        free = projected(feasible, each)
-        lengths = torch.linalg.vector_norm(free, dim=(2, 3), keepdim=True)
-        # Where nothing is admissible, what a projection leaves is rounding.
-        free = free.where(lengths > 1e-6 * torch.linalg.vector_norm(each, dim=(2, 3), keepdim=True), 0.0)
-        tried = scaled(free, length)
-        slacks = _told(slacks_of(objective, tried))
-        reached = reached + (slacks >= schedule.goal).sum(dim=1)
-        value, index = slacks.max(dim=1)
-        best, slack = torch.where(by_example(value > slack), tried[rows, index], best), torch.maximum(slack, value)
+    for rows in torch.split(torch.arange(len(start)), max(1, ELEMENTS_AT_ONCE // max(draws * each, 1))):
+        generators = [torch.Generator().manual_seed(schedule.seed + 3 + keys[row]) for row in rows.tolist()]
+        noise = torch.stack([torch.randn(draws, *start.shape[1:], generator=one) for one in generators])
+        at = rows.to(start.device)
+        part, inside = objective.select(at), feasible.select(at)
+        for some in torch.split(noise, max(1, ELEMENTS_AT_ONCE // (len(rows) * each)), dim=1):
+            drawn = some.to(start)
+            free = projected_each(inside, drawn)
+            lengths = torch.linalg.vector_norm(free, dim=(2, 3), keepdim=True)
+            # Where nothing is admissible, what a projection leaves is rounding.
+            free = free.where(lengths > 1e-6 * torch.linalg.vector_norm(drawn, dim=(2, 3), keepdim=True), 0.0)
+            tried = scaled(free, length)
+            slacks = _told(slacks_of(part, tried))
+            reached[at] += (slacks >= schedule.goal).sum(dim=1)
+            value, index = slacks.max(dim=1)
+            higher = value > slack[at]
+            best[at[higher]] = tried[torch.arange(len(rows), device=at.device), index][higher]
+            slack[at] = torch.maximum(slack[at], value)
     within = first_reaching(objective, [start, best], schedule.goal)
     return Found(*_near(objective, best, feasible, schedule, effort or Effort()), within, reached / draws)
 

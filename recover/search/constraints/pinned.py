@@ -173,6 +173,10 @@ class Pinned:
         logits = self.logits(delta).float()
         return self.behavior.score(logits), self.behavior.slack(logits)
 
+    def downstream(self, delta: Delta) -> Float[Tensor, "batch n"]:
+        """What is computed from the state under the pinned delta of these free parts, as `Defended.downstream`."""
+        return self.defended.downstream(self.delta(delta))
+
     def delta(self, free: Delta) -> Delta:
         """The pinned delta of these free parts, corrections included: what is saved and replayed."""
         with torch.no_grad():
