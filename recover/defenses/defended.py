@@ -239,6 +239,30 @@ def defend(
     return Defended(defense, behavior, base, undefended.logits, run.logits, suffix, surface)
 
 
+def displaced(
+    model: Model, defense: Defense, prompts: Prompts, reads: int = 1
+) -> dict[Site, Float[Tensor, "moved d_model"]]:
+    """How far the clamps of each site move the residual, at every position that they move, with those below live.
+
+    `reads` is how many last positions the behavior reads.
+    """
+    defense = defense.to(torch.promote_types(model.dtype, torch.float32))
+    moved: dict[Site, Tensor] = {}
+
+    def watching(site: Site, edit: Edit) -> Edit:
+        def watched(residual: Residual, positions: TokenIds) -> Residual:
+            after = edit(residual, positions)
+            moved[site] = rearrange((after - residual).float(), "batch pos d_model -> (batch pos) d_model")
+            return after
+
+        return watched
+
+    edits = {site: watching(site, edit) for site, edit in clamp_edits(defense, reads - 1).items()}
+    with torch.no_grad():
+        model.run(prompts, edits=edits)
+    return {site: rows[rows.any(dim=1)] for site, rows in moved.items()}
+
+
 def check_fits(model: Model, defense: Defense, n_answer: int = 0) -> None:
     """Refuse a defense that cannot be put into this model, for a behavior that reads `n_answer` tokens of an answer.
 

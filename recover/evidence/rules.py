@@ -46,7 +46,7 @@ class Rules:
     correlate_alpha: Annotated[Share, Field(description="p-value up to which a correlate is ruled out")] = 0.025
     trace: Annotated[Share, Field(description="largest share that comes back of answers said to be erased")] = 0.15
     tie: Annotated[Share, Field(description="share by which norms must differ to be clearly different")] = 0.05
-    found: Annotated[Share, Field(description="share of planted gates that fits must open")] = 0.95
+    found: Annotated[Share, Field(description="share of planted gates that fits must open")] = 0.9
 
     @property
     def tie_log(self) -> float:

@@ -133,3 +133,19 @@ class NullSpaces:
 
     def select(self, rows: Rows) -> NullSpaces:
         return NullSpaces(self.bases[rows])
+
+
+def leading(rows: Float[Tensor, "n d_model"], share: float) -> Float[Tensor, "d_model r"]:
+    """An orthonormal basis of the fewest directions that hold this share of the rows' squared length; none for none.
+
+    >>> leading(torch.tensor([[3.0, 0.0], [0.0, 1e-3]]), 0.999).abs()
+    tensor([[1.],
+            [0.]])
+    """
+    if not rows.any():
+        return rows.new_zeros(rows.shape[1], 0)
+    values, directions = torch.linalg.eigh(rows.double().T @ rows.double())
+    held = values.flip(0).clamp(min=0).cumsum(0) / values.clamp(min=0).sum()
+    kept = int((held < share).sum()) + 1
+    basis: Tensor = directions.flip(1)[:, :kept].to(rows)
+    return basis

@@ -25,21 +25,25 @@ from functools import cached_property
 import torch
 
 from recover.defenses.clamps import Defense
-from recover.defenses.defended import Defended, defend
+from recover.defenses.defended import Defended, defend, displaced
 from recover.defenses.speech import say
 from recover.evidence.transfer import Pool
 from recover.models.generation import texts
 from recover.models.host import Model
+from recover.numerics.subspaces import leading
 from recover.protocol.plan import Plan
 from recover.search.ascent import Feasible, Schedule
 from recover.search.constraints.first_order import admissible
 from recover.search.constraints.pinned import Pinned
 from recover.tasks import replies as refusal
-from recover.tasks.behaviors import Targeted, known_targets
+from recover.tasks.behaviors import Targeted, known_targets, positions_read
 from recover.tasks.dialogue import Dialogue
 from recover.tasks.examples import Examples
 from recover.tasks.rules import OtherRule, all_rules
-from recover.types import Bool, Delta, Float, Int, Rows, Surface, Tensor, TokenIds
+from recover.types import Bool, Delta, Float, Int, Rows, Site, Surface, Tensor, TokenIds
+
+EXPLAINED = 0.999
+"""Share of the square of what a clamp writes that C1+ forbids: the rest is rounding and stray features."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -197,9 +201,21 @@ class Bench:
 
     def feasible(self, objective: Defended | Pinned, *, write_orthogonal: bool = False) -> Feasible:
         """Give the space that a search may vary: under C1, or C1+."""
+        if not write_orthogonal:
+            return objective.free if isinstance(objective, Pinned) else admissible(objective)
         if isinstance(objective, Pinned):
-            return objective.write_orthogonal if write_orthogonal else objective.free
-        return admissible(objective, write_orthogonal=write_orthogonal)
+            return objective.orthogonal_to(self.written)
+        return admissible(objective, write_orthogonal=True, written=self.written[self.defense.sites[0]])
+
+    @cached_property
+    def written(self) -> dict[Site, Float[Tensor, "d_model written"]]:
+        """Directions along which the clamps of each site write on these prompts, at any position: a basis of it.
+
+        All of what is written but a thousandth of its square, and no direction of a feature that never fires.
+        """
+        reads = positions_read(self.examples.behavior)
+        parts = [displaced(self.model, self.defense, self.examples.prompts.select(rows), reads) for rows in self.rows]
+        return {site: leading(torch.cat([part[site] for part in parts]), EXPLAINED) for site in self.defense.sites}
 
     def whole(self, part: Examples, objective: Defended | Pinned, *found: Delta) -> list[Delta]:
         """Complete what a search of the examples `part` found for saving.

@@ -5,6 +5,7 @@
 `search`            for each valid flip the best that several solvers find under C1, and the smallest norm
 `certificates`      of the delta within the budget and of the smallest one, both read back from where they were saved
 `attribution`       where the effect of the delta within the budget is: its parts, replayed and knocked out
+`undoing`           what that delta does downstream, beside what lifting the clamp does
 `placebo`           the same search for an unrelated target
 `write_orthogonal`  the same search under C1+: orthogonal to what the clamp writes as well
 `budgets`           a search at each budget of the curve alone, and one of twice the steps: is the search in order?
@@ -28,6 +29,7 @@ from recover.defenses.defended import Defended
 from recover.evidence.attribution.parts import attribute
 from recover.evidence.certificate import Certificate, certify, free_drift
 from recover.evidence.controls import Anywhere, Undefended, displacement, longest, placebo_targets
+from recover.evidence.undoing import undoing as undoing_of
 from recover.models.generation import texts
 from recover.protocol import travel
 from recover.protocol.bench import Batch, Bench
@@ -142,6 +144,16 @@ def attribution(bench: Bench, batch: Batch, deltas: Deltas, progress: BatchProgr
     return Done(_by_id(batch, "attribution", travel.part_values(parts, said)))
 
 
+def undoing(bench: Bench, batch: Batch, deltas: Deltas, progress: BatchProgress) -> Done:
+    """What the delta within the budget does downstream, as an `UndoingRecord`."""
+    delta = torch.stack([deltas.delta(name) for name in batch.flip_ids]).to(bench.model.device)
+    columns = {name: values.tolist() for name, values in vars(undoing_of(batch.target, delta)).items()}
+    rows = range(len(batch.flip_ids))
+    return Done(
+        _by_id(batch, "undoing", [without_nan({name: one[row] for name, one in columns.items()}) for row in rows])
+    )
+
+
 def read_replies(bench: Bench, part: Examples, delta: Delta) -> list[refusal.ReplyReading]:
     """How the model's replies to these requests read, with the clamps and a delta live."""
     assert part.dialogue is not None
@@ -235,7 +247,10 @@ def undefended(bench: Bench, batch: Batch, deltas: Deltas, progress: BatchProgre
     return Done({example: {"undefended": back[row]} for row, example in enumerate(batch.flip_ids)})
 
 
-_IN_ORDER: tuple[Phase, ...] = (search, certificates, attribution, placebo, write_orthogonal, budgets, undefended)
+_IN_ORDER: tuple[Phase, ...] = (
+    *(search, certificates, attribution, undoing),
+    *(placebo, write_orthogonal, budgets, undefended),
+)
 PHASES: Mapping[str, Phase] = {phase.__name__: phase for phase in _IN_ORDER}
 """The phases over valid flips, in order."""
 

@@ -119,6 +119,19 @@ class PlaceboRecord:
 
 @with_config(STRICT)
 @dataclass(frozen=True)
+class UndoingRecord:
+    """What the delta within the budget does downstream, as `recover.evidence.undoing` measures it."""
+
+    layers: tuple[Number, ...]
+    likeness: Number
+    unrelated: bool
+    restored: Number
+    without_find: bool
+    without_clamp: bool
+
+
+@with_config(STRICT)
+@dataclass(frozen=True)
 class ReplyRecord:
     """How the model's reply reads under the delta within the budget, clamps and delta live (`recover.tasks.replies`).
 
@@ -180,6 +193,7 @@ class ExampleRecord:
         refused: whether the reply under the defense opens with a refusal.
         reply: what is said under the delta.
         attribution: the parts of the delta by name.
+        undoing: what the delta does downstream, beside what lifting the clamp does.
     """
 
     id: str
@@ -200,6 +214,7 @@ class ExampleRecord:
     refused: bool | None = None
     reply: ReplyRecord | None = None
     attribution: Mapping[str, PartRecord] | None = None
+    undoing: UndoingRecord | None = None
 
     @property
     def shows_at_base(self) -> bool:

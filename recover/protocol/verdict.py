@@ -28,7 +28,7 @@ from recover.evidence.readings import Reading, Table
 from recover.numerics.statistics import Paired, median_interval, paired_smaller, wilson
 from recover.protocol import reasons as words
 from recover.protocol import reasons_knowledge as of_knowledge
-from recover.protocol import travel
+from recover.protocol import reasons_uses, travel
 from recover.protocol.gates import (
     SEARCH_GATES,
     fit_gates,
@@ -44,6 +44,7 @@ from recover.protocol.knowledge_model import Knowledge, knowledge
 from recover.protocol.plan import Plan
 from recover.protocol.power_model import PowerFigures
 from recover.protocol.records import CertificateRecord, ExampleRecord, SmallestRecord
+from recover.protocol.uses_model import uses
 from recover.protocol.verdict_model import (
     SCHEMA,
     Controls,
@@ -132,7 +133,7 @@ def decide(
     searched = [r for r in evidence.searched if r.certificate is not None and r.certificate.suppressed]
     pairs, within = placebo_pairs(searched), reached_within(searched, budget)
     gates = _gates(evidence, plan, accounting, budget, dtype)
-    known = _knowledge(evidence, plan)
+    known, used = _knowledge(evidence, plan), uses(searched, budget)
     failing = [gate for gate in gates if gate.passed is False]
     kind: Kind = "RECOVERABLE" if found.recovered else "NOT_RECOVERED_AT_BUDGET"
     kind = next((worse for worse in INDECISIVE if any(gate.decides == worse for gate in failing)), kind)
@@ -140,6 +141,8 @@ def decide(
     if kind == "RECOVERABLE":
         reasons += [words.found(found), *words.replies(found.replies)]
         reasons += words.placebo(pairs, within)
+        if used is not None:
+            reasons.append(reasons_uses.uses(used))
         if isinstance(evidence.transfer, RefusedTransfer):
             reasons.append(words.refused(evidence.transfer))
         elif known is not None:
@@ -171,6 +174,7 @@ def decide(
         curve=tuple(curve(searched, evidence.curve)),
         controls=_controls(evidence, searched, pairs, drawn, budget),
         transfer=evidence.transfer,
+        uses=used,
         knowledge=known,
         attribution=travel.summary(searched),
         power=evidence.power,

@@ -30,6 +30,7 @@ from recover.protocol.knowledge_model import Knowledge
 from recover.protocol.power_model import PowerFigures
 from recover.protocol.records import STRICT, ExampleRecord
 from recover.protocol.section import Figure, Interval, Section
+from recover.protocol.uses_model import UsesFigures
 
 SCHEMA: Literal["recover.verdict/3"] = "recover.verdict/3"
 
@@ -461,6 +462,7 @@ class Verdict(Section):
     curve: tuple[CurvePoint, ...] = Field(description="recovery at several budgets")
     controls: Controls = Field(description="controls of the search")
     transfer: Transfer | RefusedTransfer | None = Field(description="one perturbation for all prompts")
+    uses: UsesFigures | None = Field(default=None, description="what the finds use, and how that is known")
     knowledge: Knowledge | None = Field(default=None, description="what the model still knows, and how that is known")
     attribution: AttributionFigures | None = Field(description="which parts of the perturbations carry their effect")
     power: PowerFigures | None = Field(

@@ -24,6 +24,7 @@ TITLES = {
     "attribution": "attributing effects to parts",
     "placebo": "searching for an unrelated target",
     "write_orthogonal": "searching under C1+",
+    "undoing": "comparing with lifting the clamp",
     "budgets": "searching at each budget",
     "undefended": "searching with the clamp off",
     "power": "searching for planted routes",

@@ -41,13 +41,16 @@ ELEMENTS_AT_ONCE = 2**18
 Gradients = Float[Tensor, "batch row pos d_model"]
 
 
-def admissible(defended: Defended, *, write_orthogonal: bool = False) -> EncoderOrthogonal | JacobianOrthogonal:
+def admissible(
+    defended: Defended, *, write_orthogonal: bool = False, written: Float[Tensor, "d_model written"] | None = None
+) -> EncoderOrthogonal | JacobianOrthogonal:
     """The linear space of deltas, for each example, under which no clamped feature of any site moves.
 
     Args:
         defended: a defense put into a model; in float32 where it has several sites.
         write_orthogonal: C1+, orthogonal also to what the clamped features of the first site write, so that a delta
             cannot be the clamp undone.
+        written: directions along which that clamp wrote; by default all decoders of the clamped features.
 
     Returns:
         C1 where one site is clamped; where several are, C1 at the first and the rows of the Jacobian of the others.
@@ -55,7 +58,8 @@ def admissible(defended: Defended, *, write_orthogonal: bool = False) -> Encoder
     clamps = defended.defense.at(defended.defense.sites[0])
     first = EncoderOrthogonal.of(*clamps)
     if write_orthogonal:
-        first = EncoderOrthogonal(torch.cat([first.directions, *(clamp.decoder.mT for clamp in clamps)], dim=1))
+        wrote = torch.cat([clamp.decoder.mT for clamp in clamps], dim=1) if written is None else written
+        first = EncoderOrthogonal(torch.cat([first.directions, wrote.to(first.directions)], dim=1))
     later = [clamp for site in defended.defense.sites[1:] for clamp in defended.defense.at(site)]
     if not later:
         return first

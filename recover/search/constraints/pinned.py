@@ -120,6 +120,11 @@ class Pinned:
         both = (torch.cat([pin.encoder, *(c.decoder.mT for c in pin.clamps)], dim=1) for pin in self.pins.values())
         return FreeParts(tuple(map(EncoderOrthogonal, both)))
 
+    def orthogonal_to(self, written: Mapping[Site, Float[Tensor, "d_model written"]]) -> FreeParts:
+        """Where `v` may lie: orthogonal also to these directions at each site."""
+        both = (torch.cat([pin.encoder, written[site].to(pin.encoder)], dim=1) for site, pin in self.pins.items())
+        return FreeParts(tuple(map(EncoderOrthogonal, both)))
+
     @property
     def behavior(self) -> Behavior:
         return self.defended.behavior
