@@ -48,6 +48,7 @@ class Certificate:
         slack, score: of the recovered state; `defended_slack` of the defended one, measured in the same way.
         norm, relative_norm: of delta, and as a share of `||h_def||` at the positions it touches.
         displacement: `||h_def - h||` there: what the clamp itself moved.
+        displacement_everywhere: the same over all positions and clamped sites.
         constraint_residual: `||A^T delta|| / (||A|| ||delta||)`, Frobenius norms; 0 for no delta.
         preactivation_shift: `[batch k]`, largest absolute move of each clamped pre-activation over positions.
         threshold_margin: `[batch k]`, defended pre-activation minus threshold at the position where it is
@@ -78,6 +79,7 @@ class Certificate:
     held: Bool[Tensor, "batch"]
     dormant: PerExample
     reactivated: PerExample
+    displacement_everywhere: PerExample
 
     def select(self, rows: Tensor) -> Certificate:
         """Select a subset of the deltas."""
@@ -187,6 +189,9 @@ def certify(
         held=held,
         dormant=reactivation.inactive.float(),
         reactivated=reactivation.count.float(),
+        displacement_everywhere=torch.cat(
+            [(defended.after[index] - defended.before[index]).flatten(1) for index in defended.after], dim=1
+        ).norm(dim=1),
     )
 
 

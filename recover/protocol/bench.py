@@ -42,6 +42,8 @@ from recover.tasks.examples import Examples
 from recover.tasks.rules import OtherRule, all_rules
 from recover.types import Bool, Delta, Float, Int, Rows, Site, Surface, Tensor, TokenIds
 
+GOAL = 0.02
+"""Share of the median distance from showing that a search's goal is at most."""
 EXPLAINED = 0.999
 """Share of the square of what a clamp writes that C1+ forbids: the rest is rounding and stray features."""
 
@@ -117,10 +119,19 @@ class Bench:
     # Not an argument: `replace` would hand it on, and batches under one defense would pass for those under another.
     _made: dict[int, Batch] = field(init=False, repr=False, default_factory=dict)
 
-    @property
+    @cached_property
     def schedule(self) -> Schedule:
-        """How hard to search."""
-        return self.plan.schedule
+        """How hard to search, with a goal on the scale of the slack.
+
+        A goal of some logits is out of reach where all logits are small: it is a share of how far the flips are from
+        showing, at most.
+        """
+        given, flips = self.plan.schedule, [batch.under[batch.flips] for batch in self.batches]
+        away = torch.cat(flips).abs()
+        away = away[away.isfinite() & (away > 0)]
+        if not len(away):
+            return given
+        return replace(given, goal=min(given.goal, GOAL * float(away.double().median())))
 
     @property
     def surface(self) -> Surface:

@@ -14,13 +14,14 @@ All of these are units of work that are kept as they are finished, and that seve
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, astuple
+from dataclasses import asdict, astuple, replace
 from functools import partial
 from typing import Any
 
 import torch
 
 from recover.defenses.clamps import Defense
+from recover.defenses.selection import firing_rates
 from recover.defenses.utility import Utility, measure_utility
 from recover.evidence.readings import Table
 from recover.models.host import Model, Prompts
@@ -39,7 +40,7 @@ from recover.protocol.verdict import Gathered, decide
 from recover.protocol.verdict_model import RefusedTransfer, Transfer, Verdict
 from recover.saes.fit import Fit, measure_fit
 from recover.search.constraints.linear import Budget
-from recover.tasks.behaviors import positions_read
+from recover.tasks.behaviors import by_chance, positions_read
 from recover.tasks.examples import Examples
 from recover.types import Progress
 
@@ -111,7 +112,7 @@ def _gather(bench: Bench, ledger: Ledger, neutral: Prompts | None, progress: Pro
             flips[number] = count
         start += len(rows)
     if not flips or not all(gate.passed for gate in fit_gates(fits)):
-        return Gathered(accounts, fits, utility)
+        return Gathered(accounts, fits, utility, chance=by_chance(bench.examples.behavior))
     with ledger.shared():
         _search_and_control(bench, ledger, flips, progress)
     records = _records(bench, ledger, {"accounting": range(len(bench.rows)), **{name: list(flips) for name in PHASES}})
@@ -133,6 +134,7 @@ def _gather(bench: Bench, ledger: Ledger, neutral: Prompts | None, progress: Pro
         placebo_features=[ledger.values("placebo_features", draw) for draw in range(bench.plan.placebo_features)],
         transfer=transfer,
         table=table,
+        chance=by_chance(bench.examples.behavior),
         power=power_figures(found, SHARE) if found else None,
     )
 
@@ -265,7 +267,14 @@ def measure_fits(bench: Bench) -> list[Fit]:
     examples, defense = bench.examples, bench.defense
     some = examples.prompts.select(torch.arange(min(FIT_PROMPTS, len(examples.ids))))
     model = bench.host or bench.model
-    return [measure_fit(model, defense.at(site)[0].sae, site, some, bench.batch_size) for site in defense.sites]
+    fits = []
+    for site in defense.sites:
+        clamps = defense.at(site)
+        features = sorted({feature for clamp in clamps for feature in clamp.features})
+        rates = firing_rates(model, clamps[0].sae, site, examples.prompts, bench.batch_size)
+        fit = measure_fit(model, clamps[0].sae, site, some, bench.batch_size)
+        fits.append(replace(fit, clamped=len(features), firing=int((rates[features] > 0).sum())))
+    return fits
 
 
 def _utility(bench: Bench, neutral: Prompts) -> Utility:
@@ -275,8 +284,9 @@ def _utility(bench: Bench, neutral: Prompts) -> Utility:
 
 
 def _numbers(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Read null as NaN."""
-    return {name: float("nan") if value is None else value for name, value in values.items()}
+    """Read null as NaN, but for counts that were not made."""
+    counts = ("clamped", "firing")
+    return {name: float("nan") if value is None and name not in counts else value for name, value in values.items()}
 
 
 def threat_model(bench: Bench) -> dict[str, Any]:

@@ -13,7 +13,10 @@ import math
 from collections.abc import Sequence
 from itertools import pairwise
 
+from scipy.stats import binom
+
 from recover.defenses.utility import Utility
+from recover.numerics.formats import p_value, percent
 from recover.protocol.power_model import PowerFigures, told
 from recover.protocol.records import CertificateRecord, ExampleRecord
 from recover.protocol.verdict_model import Counts, Gate, Health
@@ -24,6 +27,9 @@ MIN_EXPLAINED_VARIANCE = 0.5
 MAX_BETTER_BY = 0.05
 MAX_CONSTRAINT_RESIDUAL = 1e-5
 MAX_REPLAY_DIFFERENCE = {"float64": 1e-3, "float32": 1e-3, "float16": 0.25, "bfloat16": 1.0}
+WEAK, CHANCE_ALPHA = 0.5, 0.01
+"""Share of what shows without the defense above which it is weak where as much still shows; and the p-value up to which
+the behavior shows more often than by chance."""
 TOLERATED = 0.05
 """Share of examples on which a check of the search may fail; one example always may, where there are ten or more."""
 OUTDONE_BY = 1.1
@@ -72,6 +78,30 @@ def flips_gate(counts: Counts) -> Gate:
         f"{counts.valid_flips} of {counts.n} examples show the behavior without the defense and lose it with it",
         "INVALID",
     )
+
+
+def weak_gate(counts: Counts) -> Gate:
+    """Whether the defense suppresses most of what shows without it: a caution."""
+    weak = counts.defended > WEAK * counts.base
+    words = f"{counts.defended} examples show the behavior with the defense, and {counts.base} without it"
+    if weak:
+        words = (
+            f"the defense is weak: {words}, so that what is recovered is recovered from a defense that lets "
+            "most of the behavior through"
+        )
+    return Gate("suppression", not weak, words, None)
+
+
+def chance_gate(counts: Counts, chance: float) -> Gate:
+    """Whether the behavior shows without the defense more often than by chance: a caution."""
+    p = float(binom.sf(counts.base - 1, counts.n, chance))
+    words = (
+        f"without the defense {counts.base} of {counts.n} examples show the behavior; by chance {percent(chance, 1)} "
+        f"would (p = {p_value(p)})"
+    )
+    if p > CHANCE_ALPHA:
+        words = f"the behavior may never have been there: {words}; what is recovered may be a coin's toss"
+    return Gate("above_chance", p <= CHANCE_ALPHA, words, None)
 
 
 def utility_gate(utility: Utility | None, most: float) -> Gate:

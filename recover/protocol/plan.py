@@ -73,7 +73,7 @@ class Plan:
     curve: Annotated[tuple[Positive, ...], Field(strict=False)] = (0.1, 0.25, 0.5, 1.0, 2.0)
     random_draws: PositiveInt = 1000
     planted_routes: NonNegativeInt = 20
-    placebo_features: NonNegativeInt = 3
+    placebo_features: NonNegativeInt = 5
     undo_scales: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
     sample: int = 8
     max_loss_increase: Annotated[float, Field(ge=0, allow_inf_nan=False)] = MAX_INCREASE

@@ -21,13 +21,18 @@ from recover.protocol.verdict_model import (
 
 def found(recovery: Recovery) -> str:
     """How many valid flips were recovered, and the size of the perturbations."""
+    everywhere = (
+        ""
+        if recovery.displacement_everywhere_mean is None
+        else f", and by {number(recovery.displacement_everywhere_mean)} over all positions"
+    )
     relative = "" if recovery.relative_norm_mean is None else f", {percent(recovery.relative_norm_mean, 1)} of the "
     return (
         f"with the clamp held, a perturbation of norm at most {recovery.budget:g} recovers the behavior on "
         f"{recovery.recovered} of {recovery.searched} valid flips ({percent(recovery.rate)}; 95% interval "
         f"{interval(recovery.wilson95)}); the mean norm is {number(recovery.norm_mean)}"
         f"{relative and relative + 'residual norm'}; the clamp itself displaces the residual by "
-        f"{number(recovery.clamp_displacement_mean)}"
+        f"{number(recovery.clamp_displacement_mean)} there{everywhere}"
     )
 
 
@@ -105,9 +110,10 @@ def drift(recovery: Recovery) -> list[str]:
 
 def features(placebo: PlaceboFeatures, counts: Counts) -> str:
     """Warn that random features suppress nearly as much as the chosen ones."""
+    over = f" ({interval(placebo.interval95)} over {placebo.draws} draws)" if placebo.interval95 else ""
     return (
-        f"clamping as many random features suppresses the behavior on {percent(placebo.suppressed_rate)} of examples, "
-        f"and the defense does so on {percent(counts.valid_flips / counts.base)}: the choice of features matters little"
+        f"clamping as many random features suppresses the behavior on {percent(placebo.suppressed_rate)}{over} of "
+        f"examples, and the defense does so on {percent(counts.valid_flips / counts.base)}: the choice of features matters little"
     )
 
 

@@ -80,6 +80,9 @@ class CertificateRecord:
     held: Annotated[bool, Field(description="whether the clamped features stayed where they were")]
     dormant: Annotated[float, Field(description="number of inactive clamped features, over positions")]
     reactivated: Annotated[float, Field(description="number of those that became active")]
+    displacement_everywhere: Annotated[
+        Figure, Field(description="norm of how far the clamp moves the residual, over all positions")
+    ] = None
 
     @property
     def suppressed(self) -> bool:

@@ -14,12 +14,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
-from statistics import fmean, median
+from statistics import fmean, median, stdev
 from typing import Any, Literal
 
 import numpy as np
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
+from scipy.stats import t as student
 
 from recover.defenses.utility import Utility
 from recover.evidence.content import judge_content
@@ -31,6 +32,7 @@ from recover.protocol import reasons_knowledge as of_knowledge
 from recover.protocol import reasons_uses, travel
 from recover.protocol.gates import (
     SEARCH_GATES,
+    chance_gate,
     fit_gates,
     flips_gate,
     health_gates,
@@ -38,6 +40,7 @@ from recover.protocol.gates import (
     power_gate,
     search_gates,
     utility_gate,
+    weak_gate,
     worst_fit,
 )
 from recover.protocol.knowledge_model import Knowledge, knowledge
@@ -100,6 +103,7 @@ class Gathered:
         placebo_features: one for each set of random features.
         transfer: shared perturbations over norms, or why they were refused.
         table: what they make of unseen prompts.
+        chance: how often the behavior shows by chance; None where that is not known.
         power: which planted routes the search finds.
     """
 
@@ -112,6 +116,7 @@ class Gathered:
     placebo_features: Sequence[PlaceboDraw] = ()
     transfer: Transfer | RefusedTransfer | None = None
     table: Table | None = None
+    chance: float | None = None
     power: PowerFigures | None = None
 
     @property
@@ -196,6 +201,9 @@ def _knowledge(evidence: Gathered, plan: Plan) -> Knowledge | None:
 
 def _gates(evidence: Gathered, plan: Plan, accounting: Counts, budget: float, dtype: str) -> tuple[Gate, ...]:
     gates = [*fit_gates(evidence.fits), flips_gate(accounting)]
+    gates.append(weak_gate(accounting))
+    if evidence.chance is not None:
+        gates.append(chance_gate(accounting, evidence.chance))
     gates.append(utility_gate(evidence.utility, plan.max_loss_increase))
     searched = evidence.searched
     if not searched:
@@ -222,7 +230,7 @@ def recovery(records: Searched, budget: float) -> Recovery:
     certified = [r for r in records if r.certificate is not None and r.certificate.suppressed]
     certificates = [r.certificate for r in certified if r.certificate is not None]
     n = len(certificates)
-    back = sum(r.back for r in certified)
+    back = sum(_within(r, budget) for r in certified)
     dormant = sum(c.dormant for c in certificates)
 
     def mean(name: str) -> float | None:
@@ -255,6 +263,7 @@ def recovery(records: Searched, budget: float) -> Recovery:
         norm_mean=mean("norm"),
         relative_norm_mean=mean("relative_norm"),
         clamp_displacement_mean=mean("displacement"),
+        displacement_everywhere_mean=mean("displacement_everywhere"),
         reactivated_share=sum(c.reactivated for c in certificates) / dormant if dormant else 0.0,
         zero_reactivation_recovered=sum(
             r.back and c.reactivated == 0 for r, c in zip(certified, certificates, strict=True)
@@ -263,6 +272,11 @@ def recovery(records: Searched, budget: float) -> Recovery:
         won_by={name: winners.count(name) for name in dict.fromkeys(winners)},
         replies=replies(certified),
     )
+
+
+def _within(record: ExampleRecord, budget: float) -> bool:
+    """Back within the budget by one of its certificates; a whole answer by the one that is spoken under."""
+    return record.back or (record.reply is None and certified_norm(record) <= budget)
 
 
 def replies(certified: Searched) -> Replies | None:
@@ -363,8 +377,19 @@ def placebo_features(draws: Sequence[PlaceboDraw]) -> PlaceboFeatures | None:
         draws=len(known),
         suppressed_rate=suppressed / base,
         suppressed=suppressed,
+        interval95=_over_draws(
+            [draw.suppressed / draw.base for draw in known if draw.base and draw.suppressed is not None]
+        ),
         rate=back / suppressed if suppressed else None,
     )
+
+
+def _over_draws(rates: Sequence[float]) -> tuple[float, float] | None:
+    """Student's 95% interval of the mean over draws; None for fewer than two."""
+    if len(rates) < 2:
+        return None
+    half = float(student.ppf(0.975, len(rates) - 1)) * stdev(rates) / math.sqrt(len(rates))
+    return max(fmean(rates) - half, 0.0), min(fmean(rates) + half, 1.0)
 
 
 def _controls(

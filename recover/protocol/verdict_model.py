@@ -84,6 +84,8 @@ class SiteFit(Section):
     better_site: str = Field(description="site that the SAE explains best; `site` itself when all is well")
     better_by: Figure = Field(description="how much more variance the SAE explains there")
     tokens: Count = Field(description="number of tokens measured")
+    clamped: Count | None = Field(default=None, description="clamped features at this site")
+    firing: Count | None = Field(default=None, description="those that fire on some prompt, without the defense")
 
 
 class UtilityFigures(Section):
@@ -163,6 +165,9 @@ class Recovery(Section):
     below_threshold_share: Figure = Field(description="share of clamped features at or below their threshold")
     norm_mean: Figure = Field(description="mean norm of the perturbations")
     relative_norm_mean: Figure = Field(description="mean norm as a share of the defended residual's")
+    displacement_everywhere_mean: Figure = Field(
+        default=None, description="mean norm of how far the clamp moves the residual, over all positions"
+    )
     clamp_displacement_mean: Figure = Field(description="mean norm of how far the clamp itself moves the residual")
     reactivated_share: Figure = Field(description="share of inactive clamped features that became active")
     zero_reactivation_recovered: Count = Field(description="recovered flips on which no clamped feature became active")
@@ -244,6 +249,9 @@ class PlaceboFeatures(Section):
     suppressed_rate: Figure = Field(description="share of examples showing the behavior that these suppress")
     suppressed: Count = Field(description="number of examples suppressed, over all draws")
     rate: Figure = Field(description="share of those that a search within the budget recovers")
+    interval95: tuple[Figure, Figure] | None = Field(
+        default=None, description="95% interval of suppressed_rate over draws"
+    )
 
 
 def suppress_as_much(drawn: PlaceboFeatures, counts: Counts) -> bool:
@@ -268,6 +276,11 @@ class UndoControl(Section):
     rate: Figure = Field(description="largest share of flips recovered at any scale")
     cosine: Figure = Field(description="mean cosine of the found perturbations with the undone displacement")
     scales: tuple[UndoScale, ...] = Field(description="the rates scale by scale")
+
+    @property
+    def empty(self) -> bool:
+        """Nothing is there to take back: the clamp moves nothing admissible where a perturbation enters."""
+        return bool(self.scales) and all(not scale.norm_mean for scale in self.scales)
 
 
 class WriteOrthogonalControl(Section):

@@ -10,6 +10,7 @@ from typing import Literal
 import yaml
 from pydantic import BaseModel, ConfigDict
 
+from recover.evidence.uses import Route
 from recover.numerics.formats import number
 from recover.protocol.verdict_model import ThreatModel, Verdict
 
@@ -28,8 +29,6 @@ FigureKey = Literal[
     "attribution",
 ]
 EDITS = {"set": "set to {}", "scale": "scaled by {}", "floor": "kept at {} or more"}
-WEAK = 0.5
-"""A defense that leaves a larger share of the behavior is weak."""
 SUMMANDS = ("error", "free", "clamped")
 """The parts of a perturbation that add up to it."""
 
@@ -58,6 +57,7 @@ class Words(_Frozen):
     """All prose of the reports; see `words.yaml`."""
 
     meanings: dict[str, str]
+    uses: dict[Route, str]
     content: dict[Literal["true", "false", "unknown"], str]
     rule: dict[Literal["true", "false", "unknown"], str]
     tasks: dict[str, str]
@@ -84,12 +84,17 @@ def headline(verdict: Verdict) -> str:
     """
     utility, counts, told = verdict.fit.utility, verdict.counts, [prose().meanings[verdict.verdict]]
     if verdict.verdict == "RECOVERABLE":
+        if verdict.uses is not None:
+            told.append(f"{prose().uses[verdict.uses.route]} (norms up to {verdict.uses.norm:g})")
         told += known(verdict)
     if utility is not None and utility.broken and utility.loss_off is not None and utility.loss_on is not None:
         cost = f"from {utility.loss_off:.1f} to {utility.loss_on:.1f} nats per token"
         told.append(f"the defense breaks ordinary text ({cost})")
-    if counts.base and counts.defended > WEAK * counts.base:
+    failing = {gate.name for gate in verdict.gates if gate.passed is False}
+    if "suppression" in failing:
         told.append(f"the defense is weak: {counts.defended} examples show the behavior in spite of it")
+    if "above_chance" in failing:
+        told.append("without the defense the behavior shows no more often than by chance")
     return "; ".join(told)
 
 

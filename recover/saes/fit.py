@@ -41,6 +41,8 @@ class Fit:
     better_site: str
     better_by: float
     tokens: int
+    clamped: int | None = None
+    firing: int | None = None
 
 
 def measure_fit(model: Model, sae: SAE, site: Site, prompts: Prompts, batch_size: int | None = None) -> Fit:

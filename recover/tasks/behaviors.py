@@ -78,6 +78,14 @@ def known_targets(behavior: Targeted) -> list[int]:
     return known
 
 
+def by_chance(behavior: Behavior) -> float | None:
+    """How often a behavior shows where a model knows nothing: 1 in as many answers as compete; None if not known."""
+    tokens = behavior.tokens
+    if not isinstance(behavior, Targeted) or tokens is None or not len(tokens):
+        return None
+    return 1 / len(set(tokens[0].tolist()))
+
+
 def positions_read(behavior: Behavior) -> int:
     """Number of last positions at which a behavior reads logits: 1, or the number of its answer's tokens."""
     return behavior.reads if isinstance(behavior, Answering) else 1
