@@ -15,7 +15,7 @@ import torch
 from recover import cli
 from recover.planted import KINDS, MIXTURES, selftest
 from recover.planted.selftest import Outcome
-from recover.protocol import checking, bench, phases, reading
+from recover.protocol import bench, checking, phases, reading
 from recover.search import solvers
 from recover.search.constraints.first_order import admissible
 from recover.search.constraints.linear import EncoderOrthogonal
@@ -208,7 +208,8 @@ def test_a_broken_checker_is_noticed(
 
 def test_without_the_second_opinion_hard_readouts_are_lied_about(monkeypatch: pytest.MonkeyPatch) -> None:
     """No look without gradients at what failed, no random draws or leaking gradients beside those that are true, and no
-    planted routes, which say that such a search is blind."""
+    planted routes, which say that such a search is blind.
+    """
     monkeypatch.setattr(checking, "trials", lambda *_: {})
     monkeypatch.setattr(solvers, "reexamined", lambda _, solution, *__, **___: solution)
     monkeypatch.setattr(phases, "random_draws", lambda *arguments, **_: solvers.by_ascent(*arguments))
