@@ -180,7 +180,7 @@ def test_a_module_that_is_not_of_transformers() -> None:
 
 @pytest.mark.parametrize("site", [Site(1), Site(3), Site(3, "post")], ids=lambda site: site.hook_name)
 def test_downstream_is_every_logit_and_what_blocks_add_to_the_last_residual(site: Site) -> None:
-    """By hand: the logits of the whole vocabulary under the clamp and a delta, and the last residual less that delta."""
+    """By hand: logits of the whole vocabulary under the clamp and a delta, and the last residual less that delta."""
     module, rows = tiny_lm(), token_rows()
     edits: Edits = {site: [(sae_lens_sae("standard"), S, Set(-2.0), True, "all")]}
     defended = defend(Model(module), defense_of(edits), left_padded(rows), LogitDifference(TARGET, OTHER))
