@@ -176,3 +176,24 @@ def test_a_module_that_is_not_of_transformers() -> None:
     defended = defend(Model(module), defense_of(edits), left_padded(rows), LogitDifference(TARGET, OTHER), n_pos=2)
     expected = [clamped_forward(module, ids, delta[i], edits, "after_clamp")[0] for i, ids in enumerate(rows)]
     assert_close(defended.logits(delta), torch.stack([x[COLUMNS[i]] for i, x in enumerate(expected)]), **CLOSE)
+
+
+@pytest.mark.parametrize("site", [Site(1), Site(3), Site(3, "post")], ids=lambda site: site.hook_name)
+def test_downstream_is_every_logit_and_what_blocks_add_to_the_last_residual(site: Site) -> None:
+    """By hand: logits of the whole vocabulary under the clamp and a delta, and the last residual less that delta."""
+    module, rows = tiny_lm(), token_rows()
+    edits: Edits = {site: [(sae_lens_sae("standard"), S, Set(-2.0), True, "all")]}
+    defended = defend(Model(module), defense_of(edits), left_padded(rows), LogitDifference(TARGET, OTHER))
+    delta = torch.randn(defended.zero_delta.shape, generator=torch.Generator().manual_seed(0))
+    seen = defended.downstream(delta)
+    last = list[Tensor]()
+    hook = module.model.norm.register_forward_pre_hook(lambda _, inputs: last.append(inputs[0][0, -1]))
+    for row, ids in enumerate(rows):
+        last.clear()
+        logits = clamped_forward(module, ids, delta[row], edits, "after_clamp")[0]
+        assert_close(seen[row, :VOCAB], logits, **CLOSE)
+        if site != Site(3, "post"):
+            assert_close(seen[row, VOCAB:], last[-1] - delta[row, 0], **CLOSE)
+    hook.remove()
+    assert seen.shape[1] == VOCAB + (0 if site == Site(3, "post") else D_MODEL)
+    assert_close(defended.select(torch.tensor([2])).downstream(delta[2:3])[0], seen[2], **CLOSE)

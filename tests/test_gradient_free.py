@@ -195,3 +195,22 @@ def test_values_that_are_not_finite_are_left_to_their_gate() -> None:
     broken = landscape(lambda x, at: x[:, 0] * torch.nan, 1.0)
     first, again = second(broken, 2.0)
     assert first.status == again.status == (Status.NON_FINITE,)
+
+
+class Seen(Landscape):
+    """A landscape that also tells `x_3` of what is computed downstream, and constants beside it."""
+
+    def select(self, rows: Tensor) -> Landscape:
+        return Seen(self.slack, self.numbers[rows])
+
+    def downstream(self, delta: Tensor) -> Tensor:
+        return torch.stack([torch.full_like(delta[:, 0, 0], 7.0), delta[:, 0, 3]], dim=1)
+
+
+def test_unmoved_is_said_only_where_nothing_downstream_moves() -> None:
+    """The score follows nothing that is drawn; downstream `x_3` moves, unless it is held too."""
+    still = Seen(lambda x, at: -at + 0 * x.sum(dim=1), torch.tensor([1.0, 3.0]))
+    assert second(still, 5.0)[1].status == (Status.UNREAD,) * 2
+    assert second(still, 5.0, NullSpace.of(torch.eye(D)[:, 3:4]))[1].status == (Status.UNMOVED,) * 2
+    moved = Seen(lambda x, at: torch.tanh(x[:, 0]) - at, torch.tensor([3.0, 4.0]))
+    assert Status.UNREAD not in second(moved, 5.0)[1].status

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 from recover.numerics.subspaces import NullSpace
 from recover.search.ascent import Schedule
 from recover.search.planted_routes import ROUTE_KINDS, UNITS, Route, Routed, RouteKind, plant, routes_found
-from recover.search.solvers import SOLVERS, Solver
+from recover.search.solvers import SOLVERS, Solver, random_draws
 from recover.search.surrogate import Surrogate
 from tests.landscapes import Anything, Landscape, landscape
 
@@ -150,7 +150,7 @@ def found(kind: RouteKind, objective: Landscape | Slope, names: list[str]) -> in
     )
     solvers: dict[str, Solver] = {name: SOLVERS[name] for name in names}
     if "random" in solvers:
-        solvers["random"] = partial(SOLVERS["random"], draws=100)
+        solvers["random"] = partial(random_draws, draws=100)
     best = routes_found(
         Routed(objective, route), torch.zeros(n, 1, WIDTH), HELD, NORM / 0.75, schedule, lambda rows: solvers
     )
