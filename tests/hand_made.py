@@ -74,6 +74,7 @@ FACTS: dict[str, Any] = {
     "held": True,
     "dormant": 4.0,
     "reactivated": 1.0,
+    "displacement_everywhere": 9.0,
 }
 
 

@@ -78,6 +78,16 @@ def by_hand(
         arrived = delta if site == first else x_rec - x_def
         limits.append(1e-5 * max(sae.W_enc[:, f].norm() for f in chosen) * (x_def.norm() + arrived.norm()))
         still.append(max(shifts[-len(chosen) :]) <= limits[-1] and (b - a).norm() <= limits[-1])
+    moved = []
+    for site in edits:
+        # What enters a site: every edit below it, and none there.
+        below = {other: here for other, here in edits.items() if other.index < site.index}
+        if below:
+            _, states = clamped_forward(module, ids, 0 * delta, below | {site: []}, placement, skip_first)
+            moved.append((defended[site] - states[site]).flatten())
+        else:
+            moved.append((defended[site] - plain_forward(module, ids, read=site)[1]).flatten())
+    everywhere = torch.cat(moved)
     a, b = torch.cat(z_def, dim=1), torch.cat(z_rec, dim=1)
     A = torch.cat([edit[0].W_enc[:, list(edit[1])] for edit in edits[first]], dim=1)
     residual = (delta @ A).norm() / (A.norm() * delta.norm())
@@ -89,6 +99,7 @@ def by_hand(
         "norm": delta.norm(),
         "relative_norm": delta.norm() / h_def.norm(),
         "displacement": (h_def - h).norm(),
+        "displacement_everywhere": everywhere.norm(),
         "constraint_residual": residual,
         "preactivation_shift": torch.stack(shifts),
         "threshold_margin": torch.stack(margins),

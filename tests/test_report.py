@@ -158,8 +158,7 @@ def test_its_figures_are_those_of_the_records():
         "100% of them are below their threshold (median margin -5.00)",
         "whether the answers can still be read from the defended state is unknown",
         # Of 3, 3, 3 and 30, and the residual's norm is 20.
-        "smallest norm median 3, quartiles 3 and 30; median ratio to the residual norm 15.0%, to the clamp's "
-        "displacement 0.63%",
+        "smallest norm median 3, quartiles 3 and 30; median ratio to the residual norm 15.0%",
         "found by smallest_norm 4",
         "not run 3: utility, finite_differences, error_channel",
     ):
@@ -176,7 +175,7 @@ def test_the_whole_protocol_is_in_the_page():
         "an unrelated target is reached on 50% of 2 examples (median smallest norm not reached), the own target on "
         "100% (3)",
         "0% of random perturbations with the budget's norm recover the behavior; on 0 of 4 examples at least one does",
-        "suppresses the behavior on 25% of examples; 20% of these are recovered",
+        "suppresses the behavior on 25% of examples (0% to 100% over draws); 20% of these are recovered",
         "reversing the admissible part of the clamp's displacement recovers at most 12%; its cosine with the "
         "perturbations found is 0.25",
         "C1+ also orthogonal to the directions along which the clamp writes: 50% recovered, median smallest norm not "
@@ -227,12 +226,12 @@ def test_seeds_are_counted_and_stand_in_a_table():
     ("name", "words"),
     [
         ("INVALID", "fit: the SAE explains 0.250 of the variance at blocks.4.hook_resid_pre; at least 0.5 is required"),
-        ("INVALID", "FAILED 1: fit"),
+        ("INVALID", "FAILED 2: fit, suppression"),
         ("INCONCLUSIVE", "held: largest constraint residual 2.5e-01 (tolerance 1e-05)"),
-        ("INCONCLUSIVE", "FAILED 1: held"),
+        ("INCONCLUSIVE", "FAILED 2: suppression, held"),
         ("NOT_RECOVERED_AT_BUDGET", "a larger budget or another search may find one"),
         ("NOT_RECOVERED_AT_BUDGET", "recovered 0 of 4"),
-        ("RECOVERABLE", "FAILED none"),
+        ("RECOVERABLE", "FAILED 1: suppression"),
     ],
 )
 def test_the_reason_is_named(name, words):

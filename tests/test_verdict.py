@@ -196,7 +196,7 @@ def test_what_was_not_run_is_listed_and_not_passed() -> None:
         assert gates[name]["detail"]
         assert gates[name]["decides"] == decides
     assert {name for name, gate in gates.items() if gate["passed"]} == {
-        "fit", "site", "valid_flips", "gradient", "gradient_free", "finite", "replay", "held", "monotone_in_budget",
+        "fit", "site", "valid_flips", "suppression", "gradient", "gradient_free", "finite", "replay", "held", "monotone_in_budget",
         "doubled_steps", "undefended", "unbounded", "norm_at_budget",
     }  # fmt: skip
     nothing = {gate["name"]: gate["passed"] for gate in validated(conclude(SHOWS_THROUGHOUT))["gates"]}
@@ -328,7 +328,7 @@ def test_values_of_a_worst_case_and_a_certificate() -> None:
 
 def test_a_recovery_that_moved_clamped_features_does_not_count() -> None:
     """Of three that are back, one moved a feature: two count, and the third is told apart."""
-    values = validated(conclude(flip("x"), flip("y"), flip("z", held=False, drift=0.7)))
+    values = validated(conclude(flip("x"), flip("y"), at_smallest(flip("z", held=False, drift=0.7), held=False)))
     assert values["verdict"] == "RECOVERABLE"
     assert (values["recovery"]["recovered"], values["recovery"]["back_but_features_moved"]) == (2, 1)
     assert any("on 1 more" in reason and "not counted" in reason for reason in values["reasons"])
@@ -478,17 +478,20 @@ def test_controls_by_hand() -> None:
 @pytest.mark.parametrize(
     ("draws", "expected"),
     [
-        ([(6, 10, 3), (2, 10, 1), (None, None, None)], (2, 0.4, 8, 0.5)),
-        ([(0, 10, 0)], (1, 0.0, 0, None)),
+        ([(6, 10, 3), (2, 10, 1), (None, None, None)], (2, 0.4, 8, 0.5, [0.0, 1.0])),
+        ([(0, 10, 0)], (1, 0.0, 0, None, None)),
         ([(None, None, None)], None),
         ([(0, 0, 0)], None),
     ],
 )
 def test_placebo_features_by_hand(draws: list[tuple[Any, ...]], expected: tuple[Any, ...] | None) -> None:
-    """Suppressed 6 of 10 and 2 of 10, of which 3 and 1 came back; a draw that was not possible is no draw."""
+    """Suppressed 6 of 10 and 2 of 10, of which 3 and 1 came back; a draw that was not possible is none.
+
+    The interval of two draws, 0.4 -+ 12.7 0.2, is all there is.
+    """
     given = [dict(zip(("suppressed", "base", "recovered"), draw, strict=True)) for draw in draws]
     found = validated(conclude(flip("x"), placebo_features=given))["controls"]["placebo_features"]
-    names = ("draws", "suppressed_rate", "suppressed", "rate")
+    names = ("draws", "suppressed_rate", "suppressed", "rate", "interval95")
     assert found == (None if expected is None else dict(zip(names, expected, strict=True)))
 
 

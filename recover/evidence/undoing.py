@@ -3,8 +3,8 @@
 1. *Likeness*. Lifting the clamp moves the residual of each later layer, and the logits, from the defended to the
    undefended ones; the perturbation moves them from the defended to the recovered ones. The cosine of the two moves
    says how alike they are, layer by layer. Of the logits those count that the behavior does not read, where the clamp
-   moves them: unrelated behavior that comes back as well tells an undone clamp from a written answer. A way of undoing that
-   no decoder direction shows is seen in this way, and decoders of features that never fire are nothing.
+   moves them: unrelated behavior that comes back as well tells an undone clamp from a written answer. A way of undoing
+   that no decoder direction shows is seen in this way, and decoders of features that never fire are nothing.
 2. *Restored*. The share of the distance between defended and undefended logits that the perturbation takes back.
 3. *Use at base*. Without the defense, the residual's part along the perturbation is set to its mean over the examples:
    does the behavior still show? If it does, what the perturbation moves is not what the model itself uses. That such a

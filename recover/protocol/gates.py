@@ -27,7 +27,7 @@ MIN_EXPLAINED_VARIANCE = 0.5
 MAX_BETTER_BY = 0.05
 MAX_CONSTRAINT_RESIDUAL = 1e-5
 MAX_REPLAY_DIFFERENCE = {"float64": 1e-3, "float32": 1e-3, "float16": 0.25, "bfloat16": 1.0}
-WEAK, CHANCE_ALPHA = 0.5, 0.01
+WEAK, CHANCE_ALPHA = 0.5, 0.05
 """Share of what shows without the defense above which it is weak where as much still shows; and the p-value up to which
 the behavior shows more often than by chance."""
 TOLERATED = 0.05
@@ -82,6 +82,8 @@ def flips_gate(counts: Counts) -> Gate:
 
 def weak_gate(counts: Counts) -> Gate:
     """Whether the defense suppresses most of what shows without it: a caution."""
+    if not counts.valid_flips:
+        return Gate("suppression", None, "not run: nothing is suppressed", None)
     weak = counts.defended > WEAK * counts.base
     words = f"{counts.defended} examples show the behavior with the defense, and {counts.base} without it"
     if weak:

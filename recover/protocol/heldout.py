@@ -144,7 +144,7 @@ def fit(bench: Bench, draw: int, progress: BatchProgress) -> Done:
             progress(turn * steps + done, len(distinct) * steps)
 
         shared[mine] = fit_shared(each, [problems[at] for at in mine], schedule, step)
-    values: dict[str, Any] = {"planted": None}
+    values: dict[str, dict[str, int]] = {"planted": {}}
     deltas = {one.name(draw): delta.cpu() for one, delta in zip(fits, shared, strict=True)}
     own = [at for at, one in enumerate(fits) if one.kind == C1]
     turned, unseen = bench.pool_turned[others].to(device), pool.select(others)

@@ -113,7 +113,8 @@ def features(placebo: PlaceboFeatures, counts: Counts) -> str:
     over = f" ({interval(placebo.interval95)} over {placebo.draws} draws)" if placebo.interval95 else ""
     return (
         f"clamping as many random features suppresses the behavior on {percent(placebo.suppressed_rate)}{over} of "
-        f"examples, and the defense does so on {percent(counts.valid_flips / counts.base)}: the choice of features matters little"
+        f"examples, and the defense does so on {percent(counts.valid_flips / counts.base)}: the choice of features "
+        "matters little"
     )
 
 

@@ -21,8 +21,8 @@ def uses(found: UsesFigures) -> str:
     return (
         f"uses {found.route.replace('_', ' ')}, at norms up to {found.norm:g}: {because}. Likeness with lifting the "
         f"clamp {_mean(found.likeness)}; the own answer clearly nearer than an unrelated one on "
-        f"{_told(found.nearer)} pairs; by the SAE's error alone {_told(found.error_alone)}, by features alone {_told(found.features_alone)}; at "
-        f"base the behavior survives without what the perturbation moves on "
+        f"{_told(found.nearer)} pairs; by the SAE's error alone {_told(found.error_alone)}, by features alone "
+        f"{_told(found.features_alone)}; at base the behavior survives without what the perturbation moves on "
         f"{_told(found.base_without_find)}, and without what the clamp takes out on {_told(found.base_without_clamp)}"
     )
 

@@ -33,7 +33,7 @@ def table(begun: Mapping[str, Any], draws: Draws) -> Table:
             grid[draw, reads[draw]["rows"]] = [math.inf if norm is None else norm for norm in row]
         return grid
 
-    planted = [fit["planted"] for fit, _ in draws if fit["planted"] is not None]
+    planted = [fit["planted"] for fit, _ in draws if fit["planted"]]
     return Table(
         own=np.array(begun["own"]),
         flips=np.array(begun["flips"], dtype=bool),

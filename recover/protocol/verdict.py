@@ -202,7 +202,7 @@ def _knowledge(evidence: Gathered, plan: Plan) -> Knowledge | None:
 def _gates(evidence: Gathered, plan: Plan, accounting: Counts, budget: float, dtype: str) -> tuple[Gate, ...]:
     gates = [*fit_gates(evidence.fits), flips_gate(accounting)]
     gates.append(weak_gate(accounting))
-    if evidence.chance is not None:
+    if evidence.chance is not None and accounting.valid_flips:
         gates.append(chance_gate(accounting, evidence.chance))
     gates.append(utility_gate(evidence.utility, plan.max_loss_increase))
     searched = evidence.searched
@@ -247,7 +247,9 @@ def recovery(records: Searched, budget: float) -> Recovery:
     return Recovery(
         budget=budget,
         recovered=back,
-        back_but_features_moved=sum(c.shows and not c.held for c in certificates),
+        back_but_features_moved=sum(
+            c.shows and not c.held and not _within(r, budget) for r, c in zip(certified, certificates, strict=True)
+        ),
         searched=n,
         rate=back / n if n else None,
         wilson95=wilson(back, n) if n else (None, None),
