@@ -83,7 +83,7 @@ def by_hand(
         # What enters a site: every edit below it, and none there.
         below = {other: here for other, here in edits.items() if other.index < site.index}
         if below:
-            _, states = clamped_forward(module, ids, 0 * delta, below | {site: []}, placement, skip_first)
+            _, states = clamped_forward(module, ids, 0 * delta, below | {site: [untouched(edits[site][0])]}, placement, skip_first)
             moved.append((defended[site] - states[site]).flatten())
         else:
             moved.append((defended[site] - plain_forward(module, ids, read=site)[1]).flatten())
@@ -112,6 +112,12 @@ def by_hand(
         "dormant": (a <= 0).sum().float(),
         "reactivated": ((a <= 0) & (b > 0)).sum().float(),
     }
+
+
+def untouched(edit: Any) -> Any:
+    """The same edit of no feature at all."""
+    sae, _, *how = edit
+    return (sae, (), *how)
 
 
 def cases() -> dict[str, tuple[str, int, Placement, Edits]]:

@@ -266,4 +266,4 @@ def test_utility_is_a_caution(utility: Utility | None, passed: bool | None) -> N
 
 def test_nothing_searched_runs_no_gate_of_the_search() -> None:
     gates: Sequence[Gate] = conclude(SHOWS_THROUGHOUT).gates
-    assert [one.name for one in gates if one.passed is None] == ["utility", *SEARCH_GATES]
+    assert [one.name for one in gates if one.passed is None] == ["suppression", "utility", *SEARCH_GATES]

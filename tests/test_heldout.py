@@ -1,4 +1,4 @@
-"""What a check makes of shared deltas: totals over folds made by hand, and certificates of a planted route."""
+"""What a check makes of shared deltas: tables and totals made by hand, and certificates of a planted route."""
 
 from __future__ import annotations
 
@@ -7,28 +7,30 @@ from dataclasses import replace
 from typing import Any
 
 import jsonschema
+import numpy as np
 import pytest
 import torch
 
 from recover.evidence.certificate import Certificate
-from recover.evidence.rules import Reading, TransferEvidence
+from recover.evidence.readings import NONE, UNREAD, Reading
 from recover.planted import KINDS
 from recover.protocol import heldout
 from recover.protocol.bench import Bench
-from recover.protocol.heldout import summary
 from recover.protocol.plan import Plan
+from recover.protocol.shared_readings import table, transfer
 from recover.protocol.verdict_model import Transfer
 
 SCHEMA = Transfer.model_json_schema()
-Folds = list[tuple[dict[str, Any], dict[str, Any]]]
-
-
-def one(
-    kind: str, budget: float, hits: int, n: int, weak: tuple[int, int], cosine: float | None, dealt: int = 0
-) -> dict[str, Any]:
-    counts = {"hits": hits, "n": n, "weak_hits": weak[0], "weak_n": weak[1]}
-    counts |= {"dealt_hits": dealt, "dealt_n": n if kind == "shuffled" else 0}
-    return {"kind": kind, "budget": budget, **counts, "norm": budget, "undo_cosine": cosine}
+Draw = tuple[dict[str, Any], dict[str, Any]]
+BEGUN: dict[str, Any] = {
+    "refused": None,
+    "residual_norm": 50.0,
+    "own": [7, 8, 7, 9],
+    "flips": [True, True, True, False],
+    "clusters": [0, 1, 0, 2],
+    "strata": {"answer 7": [True, False, True, False]},
+    "others": [{"name": "the subject", "answers": [8, 7, 8, 7]}],
+}
 
 
 def certified(hits: int, n: int, moved: int, shift: float | None, residual: float | None) -> dict[str, Any]:
@@ -41,170 +43,82 @@ def certified(hits: int, n: int, moved: int, shift: float | None, residual: floa
     }
 
 
-def folds() -> Folds:
-    """Of nine flips: fitted on five and read on four, and the other way round; at norms 5 and 12.5 of 50."""
-    first_fit = {
-        "transfer/0/c1/5/0": {"fitted": 2, "n": 5},
-        "transfer/0/c1/12.5/0": {"fitted": 5, "n": 5},
-        "transfer/0/c1_plus/5/0": {"fitted": 0, "n": 5},
-        "transfer/0/c1_plus/12.5/0": {"fitted": 1, "n": 5},
-        "transfer/0/shuffled/5/0": {"fitted": 0, "n": 5},
-        "transfer/0/shuffled/12.5/0": {"fitted": 1, "n": 5},
-        "transfer/0/shuffled/12.5/1": {"fitted": 2, "n": 5},
-    }
-    second_fit = {name.replace("/0/", "/1/", 1): {"fitted": 3, "n": 4} for name in first_fit}
+def point(budget: float, own: tuple[int, int], random: tuple[int, int], undo: tuple[int, int]) -> dict[str, Any]:
+    counts = {"own": own, "random": random, "undo": undo}
+    return {"budget": budget} | {name: {"hits": hits, "n": n} for name, (hits, n) in counts.items()}
+
+
+def draws() -> list[Draw]:
+    """Four prompts, of which two are read in each of two draws, at norms 5 and 12.5."""
     first = {
-        "readings": [
-            {"budget": 5.0, "random": {"hits": 1, "n": 40}, "undo": {"hits": 0, "n": 4}},
-            {"budget": 12.5, "random": {"hits": 2, "n": 40}, "undo": {"hits": 1, "n": 4}},
-        ],
-        "fits": [
-            one("c1", 5.0, 1, 4, (2, 3), 0.9),
-            one("c1", 12.5, 4, 4, (3, 3), 0.25),
-            one("c1_plus", 5.0, 0, 4, (0, 3), 0.0),
-            one("c1_plus", 12.5, 3, 4, (2, 3), -0.125),
-            one("shuffled", 5.0, 0, 4, (1, 3), 0.5, dealt=4),
-            one("shuffled", 12.5, 1, 4, (1, 3), 0.5, dealt=1),
-            one("shuffled", 12.5, 0, 4, (2, 3), 0.5, dealt=2),
-        ],
-        "c1": certified(3, 4, 1, 1e-5, 1e-7),
-        "c1_plus": certified(2, 4, 0, 3e-5, 4e-7),
+        "rows": [0, 1],
+        "shown": [7, 9],
+        "below": [NONE, 9],
+        "trained": 1.0,
+        "norms": [5.0, None],
+        "best_norms": [5.0, 12.5],
+        "others": [[2.5, 2.5]],
+        "dealt": {"hits": 1, "n": 2},
+        "shuffled": {"hits": 0, "n": 2},
+        "curve": [point(5.0, (0, 2), (1, 40), (0, 2)), point(12.5, (1, 2), (2, 40), (1, 2))],
+        "c1": certified(1, 2, 1, 1e-5, 1e-7),
+        "c1_plus": certified(0, 2, 0, 3e-5, 4e-7),
+        "undo_cosine": 0.25,
+        "write_orthogonal_undo_cosine": 0.0,
     }
-    second = {
-        "readings": [
-            {"budget": 5.0, "random": {"hits": 0, "n": 50}, "undo": {"hits": 1, "n": 5}},
-            {"budget": 12.5, "random": {"hits": 1, "n": 50}, "undo": {"hits": 2, "n": 5}},
-        ],
-        "fits": [
-            one("c1", 5.0, 2, 5, (2, 5), 0.1),
-            one("c1", 12.5, 5, 5, (4, 5), -0.5),
-            one("c1_plus", 5.0, 1, 5, (1, 5), 0.0),
-            one("c1_plus", 12.5, 4, 5, (4, 5), 0.0625),
-            one("shuffled", 5.0, 1, 5, (2, 5), 0.5, dealt=5),
-            one("shuffled", 12.5, 0, 5, (3, 5), 0.5, dealt=0),
-            one("shuffled", 12.5, 1, 5, (1, 5), 0.5, dealt=4),
-        ],
-        "c1": certified(5, 5, 0, 2e-5, 2e-7),
-        "c1_plus": certified(4, 5, 2, 0.0, 3e-7),
-    }
-    return [(first_fit, first), (second_fit, second)]
-
-
-def test_the_totals_of_two_folds_by_hand() -> None:
-    found = summary(folds(), residual_norm=50.0)
-    jsonschema.validate(found.model_dump(mode="json"), SCHEMA, cls=jsonschema.Draft202012Validator)
-    expected = {
-        "budget": 12.5,
-        "relative_norm": 0.25,
-        "residual_norm": 50.0,
-        "n": 9,
-        # By the certificate, whatever the fits' own readings say.
-        "hits": 8,
-        "heldout_rate": 8 / 9,
-        "write_orthogonal_heldout_rate": 6 / 9,
-        "train_rate": (5 + 3) / 9,
-        "random_rate": 3 / 90,
-        "shuffled_rate": 2 / 18,
-        # Dealt answers at the last norm: 1 and 2 of 4, 0 and 4 of 5.
-        "dealt_rate": 7 / 18,
-        "chance_rate": 7 / 18,
-        "undo_rate": 3 / 9,
-        # The value of the larger size, of the fits at the last norm.
+    second = first | {
+        "rows": [2, 3],
+        "shown": [7, 9],
+        "below": [7, 9],
+        "trained": 0.5,
+        "norms": [12.5, 5.0],
+        "best_norms": [12.5, 5.0],
+        "others": [[None, 5.0]],
+        "curve": [point(5.0, (1, 1), (0, 20), (0, 1)), point(12.5, (1, 1), (1, 20), (1, 1))],
+        "c1": certified(1, 1, 0, 2e-5, 2e-7),
         "undo_cosine": -0.5,
-        "write_orthogonal_undo_cosine": -0.125,
-        "weak_heldout_rate": 7 / 8,
-        "weak_shuffled_rate": 7 / 16,
-        "back_but_features_moved": 3,
-        "preactivation_shift_max": 3e-5,
-        "constraint_residual_max": 4e-7,
     }
-    for name, value in expected.items():
-        assert getattr(found, name) == pytest.approx(value), name
-    # Wilson at 8 of 9, z = 1.96: (8/9 + z^2/18 -+ z sqrt(8/729 + z^2/324)) / (1 + z^2/9).
-    assert found.wilson95 == pytest.approx([0.5650, 0.9801], abs=1e-4)
-    # At 6 of 9: (2/3 + z^2/18 -+ z sqrt(2/81 + z^2/324)) / (1 + z^2/9).
-    assert found.write_orthogonal_wilson95 == pytest.approx([0.3542, 0.8794], abs=1e-4)
-    assert found.model_dump()["readings"] == {
-        "own": {"hits": 8, "n": 9},
-        "write_orthogonal": {"hits": 6, "n": 9},
-        "shuffled": {"hits": 2, "n": 18},
-        "dealt": {"hits": 7, "n": 18},
-        "random": {"hits": 3, "n": 90},
-    }
+    return [({"planted": {"hits": 1, "n": 2}}, first), ({"planted": {}}, second)]
 
 
-def test_the_curve_of_two_folds_by_hand() -> None:
-    """Every point by the readings of the search's own model, so that the points are of one kind."""
-    low, high = summary(folds(), residual_norm=50.0).curve
-    assert dict(low) == pytest.approx(
-        {
-            "budget": 5.0,
-            "relative_norm": 0.1,
-            "train_rate": (2 + 3) / 9,
-            "heldout_rate": 3 / 9,
-            "write_orthogonal_heldout_rate": 1 / 9,
-            "shuffled_rate": 1 / 9,
-            "random_rate": 1 / 90,
-            "undo_rate": 1 / 9,
-            "weak_heldout_rate": 4 / 8,
-            "weak_shuffled_rate": 3 / 8,
-        }
-    )
-    assert dict(high) == pytest.approx(
-        {
-            "budget": 12.5,
-            "relative_norm": 0.25,
-            "train_rate": (5 + 3) / 9,
-            "heldout_rate": 9 / 9,
-            "write_orthogonal_heldout_rate": 7 / 9,
-            "shuffled_rate": 2 / 18,
-            "random_rate": 3 / 90,
-            "undo_rate": 3 / 9,
-            "weak_heldout_rate": 7 / 8,
-            "weak_shuffled_rate": 7 / 16,
-        }
-    )
+def test_the_table_of_two_draws_by_hand() -> None:
+    found = table(BEGUN, draws())
+    assert found.shown.tolist() == [[7, 9, UNREAD, UNREAD], [UNREAD, UNREAD, 7, 9]]
+    assert found.below.tolist() == [[NONE, 9, UNREAD, UNREAD], [UNREAD, UNREAD, 7, 9]]
+    assert found.norms[0, :2].tolist() == [5.0, math.inf]
+    assert np.isnan(found.norms[0, 2:]).all()
+    assert found.best_norms[0, :2].tolist() == [5.0, 12.5]
+    (subject,) = found.others
+    assert (subject.name, subject.answers.tolist()) == ("the subject", [8, 7, 8, 7])
+    assert subject.norms[1, 2:].tolist() == [math.inf, 5.0]
+    assert (found.dealt, found.planted, found.trained) == (Reading(2, 4), Reading(1, 2), (1.0, 0.5))
+    # Prompts 0 and 2 are one cluster, right in both of its readings; prompt 1 shows another answer.
+    assert found.by_cluster(found.right, found.flips).tolist() == [1.0, 0.0]
+    assert found.rate(found.right, ~found.flips).rate == 1.0
+    unplanted = [({"planted": {}}, read) for _, read in draws()]
+    assert table(BEGUN, unplanted).planted is None
 
 
-def test_what_the_rules_of_evidence_are_given() -> None:
-    found = summary(folds(), residual_norm=50.0)
-    assert found.evidence == TransferEvidence(
-        Reading(8, 9), Reading(6, 9), Reading(2, 18), Reading(7, 18), Reading(3, 90)
-    )
-
-
-def test_one_fold_is_its_own_total() -> None:
-    found = summary(folds()[:1], residual_norm=50.0)
-    assert (found.hits, found.n, found.train_rate, found.undo_cosine) == (3, 4, 1.0, 0.25)
-    assert found.readings.random == Reading(2, 40)
-
-
-def test_a_behavior_without_targets_has_no_shuffled_rate() -> None:
-    given = folds()
-    for _, read in given:
-        read["fits"] = [fit for fit in read["fits"] if fit["kind"] != "shuffled"]
-    found = summary(given, residual_norm=50.0)
-    assert found.shuffled_rate is None
-    assert found.weak_shuffled_rate is None
-    # Chance is what is left of it.
-    assert found.chance_rate == pytest.approx(3 / 90)
-    assert found.readings.shuffled == found.readings.dealt == Reading(0, 0)
+def test_the_totals_of_two_draws_by_hand() -> None:
+    found = transfer(BEGUN, draws())
     jsonschema.validate(found.model_dump(mode="json"), SCHEMA, cls=jsonschema.Draft202012Validator)
+    assert (found.budget, found.relative_norm, found.residual_norm) == (12.5, 0.25, 50.0)
+    assert (found.own, found.write_orthogonal, found.shuffled) == (Reading(2, 3), Reading(0, 4), Reading(0, 4))
+    assert found.heldout_rate == pytest.approx(2 / 3)
+    assert found.train_rate == 0.75
+    assert (found.undo_cosine, found.write_orthogonal_undo_cosine) == (-0.5, 0.0)  # the larger in size
+    assert found.back_but_features_moved == 1
+    assert (found.preactivation_shift_max, found.constraint_residual_max) == (3e-5, 4e-7)
+    low, high = found.curve
+    assert (low.heldout_rate, low.random_rate, low.undo_rate) == pytest.approx((1 / 3, 1 / 60, 0.0))
+    assert (high.heldout_rate, high.random_rate, high.undo_rate) == pytest.approx((2 / 3, 3 / 60, 2 / 3))
 
 
 @pytest.mark.parametrize("name", ["preactivation_shift_max", "constraint_residual_max"])
 def test_a_largest_value_that_was_not_finite_is_not_known(name: str) -> None:
-    given = folds()
-    given[0][1]["c1"][name] = None
-    found = summary(given, residual_norm=50.0)
-    assert getattr(found, name) is None
-    assert found.heldout_rate == pytest.approx(8 / 9)
-
-
-def test_a_cosine_that_is_no_number_is_left_out() -> None:
-    given = folds()
-    given[1][1]["fits"][1]["undo_cosine"] = None
-    assert summary(given, residual_norm=50.0).undo_cosine == 0.25
+    given = draws()
+    given[0][1]["c1"] = given[0][1]["c1"] | {name: None}
+    assert getattr(transfer(BEGUN, given), name) is None
 
 
 @pytest.fixture(scope="module")
@@ -221,10 +135,11 @@ ROWS = torch.tensor([0, 3, 6, 7, 8, 20, 23])
 
 def test_a_shared_delta_is_read_by_certificate_on_the_rows_asked_for(planted: tuple[Bench, torch.Tensor]) -> None:
     bench, delta = planted
-    found = heldout._certified(bench, ROWS, delta)
+    found, back = heldout._certified(bench, ROWS, delta)
+    assert back.all()
     assert (found["hits"], found["n"], found["back_but_features_moved"]) == (7, 7, 0)
     assert found["constraint_residual_max"] < 1e-5
-    nothing = heldout._certified(bench, ROWS, 0 * delta)
+    nothing, _ = heldout._certified(bench, ROWS, 0 * delta)
     assert (nothing["hits"], nothing["n"]) == (0, 7)
 
 
@@ -242,7 +157,8 @@ def test_only_what_held_and_was_suppressed_counts(
 
     bench, delta = planted
     monkeypatch.setattr(heldout, "certify", certify)
-    found = heldout._certified(bench, ROWS, delta)
+    found, back = heldout._certified(bench, ROWS, delta)
+    assert back.all()
     assert (found["hits"], found["n"], found["back_but_features_moved"]) == (1, 3, 2)
     assert heldout._certified(bench, ROWS, 0 * delta)["back_but_features_moved"] == 0
 
@@ -260,5 +176,5 @@ def test_the_largest_shift_is_not_known_where_one_is_no_number(
 
     bench, delta = planted
     monkeypatch.setattr(heldout, "certify", certify)
-    assert math.isnan(heldout._certified(bench, ROWS, delta)["preactivation_shift_max"])
-    assert heldout._certified(bench, ROWS[3:], delta)["preactivation_shift_max"] == 0.5
+    assert math.isnan(heldout._certified(bench, ROWS, delta)[0]["preactivation_shift_max"])
+    assert heldout._certified(bench, ROWS[3:], delta)[0]["preactivation_shift_max"] == 0.5

@@ -27,7 +27,7 @@ KNOWN = {
     "write_only": "RECOVERABLE (content: false)",
     "shared_route": "RECOVERABLE (content: true)",
     "two_layers": "RECOVERABLE",
-    "undone_clamp": "RECOVERABLE (content: false)",
+    "undone_clamp": "RECOVERABLE (content: true)",
     "half_erased": "RECOVERABLE",
     "undone_and_route": "RECOVERABLE (content: true)",
 }

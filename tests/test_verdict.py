@@ -196,8 +196,8 @@ def test_what_was_not_run_is_listed_and_not_passed() -> None:
         assert gates[name]["detail"]
         assert gates[name]["decides"] == decides
     assert {name for name, gate in gates.items() if gate["passed"]} == {
-        "fit", "site", "valid_flips", "suppression", "gradient", "gradient_free", "finite", "replay", "held", "monotone_in_budget",
-        "doubled_steps", "undefended", "unbounded", "norm_at_budget",
+        "fit", "site", "valid_flips", "suppression", "gradient", "gradient_free", "finite", "replay", "held",
+        "monotone_in_budget", "doubled_steps", "undefended", "unbounded", "norm_at_budget",
     }  # fmt: skip
     nothing = {gate["name"]: gate["passed"] for gate in validated(conclude(SHOWS_THROUGHOUT))["gates"]}
     assert set(nothing) == set(gates)

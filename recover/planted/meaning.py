@@ -9,7 +9,7 @@ right angles to all of these, one direction `b_j` for each answer along which no
 same whatever the answer was: the information is gone. Yet `delta = (v / gamma) b_j` lifts `y_j` to that of `none`, for
 the right answer and for any other at the same cost: the smallest norm is `v / gamma` for every target (raising `y_t` by
 `v` is needed, and `b_t`, a unit vector orthogonal to all that is held, is the shortest way). One shared delta moves
-every prompt's logits alike, so it gives all prompts the same answer: right for its share of them. Not specific.
+every prompt's logits alike, so it gives all prompts the same answer: right for its share of them. Content false.
 
 **Kinds 5 and 8, a closed gate.** Every prompt carries its answer in a copy `b_t >= 3` (a feature, not clamped), read as
 
@@ -24,7 +24,7 @@ recovers every prompt, with each its own answer. Another answer would need a cop
 *Kind 5, shared route:* `m = mean_k g_k + gamma x`, with `x` an atom (in the error or a feature) at right angles to the
 gate features' encoder and decoder directions, which span the same space. `P u = gamma x`, under C1 and under C1+ alike.
 What the clamp wrote lies in that space, so undoing it moves `m` by nothing that is admissible. The mechanism survives;
-one delta opens it for prompts never seen. Specific.
+one delta opens it for prompts never seen. Content true.
 
 *Kind 8, undone clamp:* the decoder of gate feature `k` is `t_k + KAPPA phi_k`, with `phi_k` orthonormal directions
 that no encoder sees. Residuals hold `KAPPA g_k` along `phi_k`, so the SAE is exact, and the clamp, writing along the
@@ -33,7 +33,8 @@ Under C1 `P u = u`. Orthogonal to the decoders as well (C1+) `phi_k . delta = (d
 is in the span of the gate features' encoders: nothing admissible moves `m`, and behind a closed gate no answer can pass
 `none`. The only way back is to cancel what the clamp wrote. In the variant `answers` there is no gate: feature `a_j` of
 answer `j` has the decoder `t_j + KAPPA phi_j`, the logits are `phi_j / KAPPA`, `none` is 1; the clamp leaves
-`phi_t / KAPPA = s`, and the smallest norm is `KAPPA (1 - s)`. Not specific.
+`phi_t / KAPPA = s`, and the smallest norm is `KAPPA (1 - s)`. The content is there (behind the gate, or as the
+coordinate that is negative), whether or not a shared delta reads it: never erased.
 """
 
 from __future__ import annotations
@@ -163,7 +164,7 @@ def undone_clamp(seed: int, **sizes: int) -> Planted:
     network = build_network(draw, atoms, codes, range(k, k + n_context), U, f, n_out=n_answers + 1, size=size)
     clamp, behavior = Clamp(sae, where[:k].tolist(), mode, only_active=True), likeliest(target, n_answers + 1)
     told: dict[str, Any] = {
-        "content": False,
+        "never_erased": True,
         "admissible": NullSpace.of(atoms.W[:, :k]),
         "shared": None if shared is None else shared.float(),
         "variant": "gate" if gated else "answers",

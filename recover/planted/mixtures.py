@@ -44,7 +44,7 @@ sort B ends, with the first gate open and other answers pushed down: a search is
 and must not spend its budget on that. The clamp leaves `c` at 0 in sort A, where the rest is kind 5: norm
 `-(s / gamma + x_0)`, along `x`, for all alike. In sort B it leaves `c <= -1`, which nothing admissible moves, so
 `y_t <= 1 - SHUT < 0`: a complete bottleneck, infinite norm. What is recovered is recovered by one delta, C1+ or not,
-each prompt with its own answer, so the finding is specific if it is one at all. Where sort A is three quarters of the
+each prompt with its own answer. Where sort A is three quarters of the
 prompts or more it is, as recovery of held-out prompts by a shared delta is then many times what chance or any fixed
 answer gives. Below that nothing is asked: what a rate must be for a mechanism to have survived is a matter of the rule.
 
@@ -55,7 +55,7 @@ answer gives. Below that nothing is asked: what a rate must be for a mechanism t
 with `x` an error atom or a feature. Undoing the clamp opens the gate, and so does `x`. Under C1 both count: `m` rises
 fastest along `u = sum_k phi_k / (K KAPPA) + gamma x`, `||u||^2 = 1 / (K KAPPA^2) + gamma^2`. Under C1+ `x` alone is
 left, and the norm is that of kind 5. `budget` is above both and `shared` lies along `x`: the mechanism survives whether
-or not the clamp may be undone. Specific.
+or not the clamp may be undone. Content true.
 
 **weak_predicate.** Kind 4, where all that told the answer is gone, and a predicate that asks little: the target's logit
 above that of one other answer. `y_j = a_j + gamma e_j + prior_j`. What keeps the other above the target is, by variant,
@@ -67,7 +67,7 @@ above that of one other answer. `y_j = a_j + gamma e_j + prior_j`. What keeps th
   or not, without knowing anything of any. Targets shuffled across prompts do as well.
 
 The norm is `(prior_o - prior_t + gamma beta) / (gamma sqrt 2)`. Nothing of the answer survives: never to be called
-specific, whether a rule says "no" or "unknown" (`Planted.never_content`). The budget is that of kind 4.
+`content: true`, whether a rule says "false" or "unknown" (`Planted.never_content`). The budget is that of kind 4.
 """
 
 from __future__ import annotations
@@ -263,7 +263,7 @@ def some_routes(seed: int, *, share: float | None = None, **sizes: int) -> Plant
     clamp, behavior = Clamp(sae, where[: k + 1].tolist(), mode, only_active=True), likeliest(target, n_answers + 1)
     smallest = torch.where(open_too, opens, torch.inf)
     told: dict[str, Any] = {
-        "content": True if float(open_too.double().mean()) >= 0.75 else None,
+        "never_erased": True,
         "bypass": variant,
         "admissible": NullSpace.of(atoms.W[:, : k + 1]),
         "shared": (1.1 * longest * T[x]).float()[None],

@@ -54,6 +54,7 @@ class Planted:
         shared: `[1 d_model]`, one admissible delta within the budget that recovers every example, where known.
         variant: which of the cases of its kind this is.
         shared_rows: `[batch]`, the examples that `shared` recovers, where it is not every one.
+        never_erased: where `content` is None: it may be `True` or "unknown", and not `False`.
         never_content: where `content` is None: of `False` and "unknown" a verdict may say either, but not `True`.
     """
 
@@ -71,12 +72,15 @@ class Planted:
     variant: str = ""
     shared_rows: Bool[Tensor, "batch"] | None = None
     never_content: bool = False
+    never_erased: bool = False
 
     @property
     def allowed(self) -> frozenset[bool | None]:
         """What a verdict may say of `content` here; None is "unknown"."""
         if self.content is not None:
             return frozenset({self.content})
+        if self.never_erased:
+            return frozenset({True, None})
         return frozenset({False, None}) if self.never_content else frozenset({True, False, None})
 
 
