@@ -83,7 +83,8 @@ def by_hand(
         # What enters a site: every edit below it, and none there.
         below = {other: here for other, here in edits.items() if other.index < site.index}
         if below:
-            _, states = clamped_forward(module, ids, 0 * delta, below | {site: [untouched(edits[site][0])]}, placement, skip_first)
+            below[site] = [untouched(edits[site][0])]
+            _, states = clamped_forward(module, ids, 0 * delta, below, placement, skip_first)
             moved.append((defended[site] - states[site]).flatten())
         else:
             moved.append((defended[site] - plain_forward(module, ids, read=site)[1]).flatten())
