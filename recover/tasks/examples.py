@@ -15,6 +15,7 @@ from typing import Protocol, runtime_checkable
 from recover.models.host import Model, Prompts
 from recover.tasks.behaviors import Behavior, positions_read
 from recover.tasks.dialogue import Dialogue
+from recover.tasks.rules import OtherRule
 from recover.types import InputError, Rows
 
 
@@ -60,6 +61,7 @@ class Examples:
         groups: a name for each example, the same for those that ask the same thing in other words or another order:
             transfer never reads one that a shared delta was fitted to another of. By default each is its own.
         readout: makes the model that the behavior is read with; by default that is the host.
+        rules: other rules over the same prompts, which the behavior's own is compared with.
     """
 
     ids: Sequence[str]
@@ -71,6 +73,7 @@ class Examples:
     contrast: Contrast | None = None
     groups: Sequence[str] | None = None
     readout: Readout | None = None
+    rules: Sequence[OtherRule] = ()
 
     def __post_init__(self) -> None:
         n = len(self.ids)
@@ -80,20 +83,33 @@ class Examples:
             raise InputError("examples: two have the same id; each needs its own")
         if self.groups is not None and len(self.groups) != n:
             raise InputError(f"examples: {len(self.groups)} groups for {n} examples; give one each, or none")
+        for rule in self.rules:
+            if len(rule) != n:
+                raise InputError(
+                    f"examples: the rule {rule.name!r} has {len(rule)} answers for {n} examples; give one each"
+                )
 
     @classmethod
-    def of(cls, dialogue: Dialogue, columns: int, contrast: Contrast | None = None) -> Examples:
+    def of(
+        cls,
+        dialogue: Dialogue,
+        columns: int,
+        contrast: Contrast | None = None,
+        rules: Sequence[OtherRule] = (),
+    ) -> Examples:
         """Make examples of requests whose behavior is to give the first `columns` tokens of the model's own answer."""
         prompts, behavior = dialogue.forced(columns)
-        return cls(dialogue.ids, prompts, behavior, dialogue.asked, dialogue=dialogue, contrast=contrast)
+        return cls(dialogue.ids, prompts, behavior, dialogue.asked, dialogue=dialogue, contrast=contrast, rules=rules)
 
     @property
     def sha256(self) -> str:
-        """Hash of the ids, the tokens (those of a forced answer included) and the readout."""
+        """Hash of the ids, the tokens (those of a forced answer included), the readout and the other rules."""
         digest = hashlib.sha256("\n".join(self.ids).encode())
         digest.update(repr(self.prompts.ids.where(self.prompts.mask, -1).tolist()).encode())
         if self.readout is not None:
             digest.update(self.readout.sha256.encode())
+        for rule in self.rules:
+            digest.update(repr((rule.name, rule.answers.tolist())).encode())
         return digest.hexdigest()
 
     def select(self, rows: Rows) -> Examples:
@@ -109,6 +125,7 @@ class Examples:
             self.contrast,
             None if self.groups is None else [self.groups[row] for row in pick],
             self.readout,
+            [rule.select(rows) for rule in self.rules],
         )
 
     def read_with(self, model: Model, exact: Model | None = None) -> tuple[Model, Model]:
@@ -130,4 +147,6 @@ class Examples:
         """
         if self.dialogue is None:
             raise InputError("examples: without a dialogue they have no answers that could be exchanged")
-        return Examples.of(self.dialogue.with_answers_of(other), positions_read(self.behavior), self.contrast)
+        return Examples.of(
+            self.dialogue.with_answers_of(other), positions_read(self.behavior), self.contrast, self.rules
+        )

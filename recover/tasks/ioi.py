@@ -31,6 +31,7 @@ from recover.tasks.behaviors import ChoiceMargin, LogitDifference
 from recover.tasks.examples import Examples
 from recover.tasks.files import read_text, rows_of, text_object
 from recover.tasks.prose import read_data
+from recover.tasks.rules import OtherRule
 from recover.types import InputError
 
 Template = Literal["BABA", "ABBA"]
@@ -189,6 +190,22 @@ def strict(
     return ChoiceMargin(tokens[:, 0], tokens[:, 1:])
 
 
+def other_rules(
+    tokenizer: Any, examples: Sequence[IOIExample], device: torch.device | str = "cpu"
+) -> tuple[OtherRule, ...]:
+    """List other rules that pick a name of the prompt: the subject, and the name that comes first or second."""
+
+    def rule(name: str, picked: Sequence[str]) -> OtherRule:
+        tokens = [token_id(tokenizer, one, example.prompt) for one, example in zip(picked, examples, strict=True)]
+        return OtherRule(name, torch.tensor(tokens, device=device))
+
+    subjects = [one.subject for one in examples]
+    opens = [one.template == "BABA" for one in examples]
+    first = [one.subject if by else one.io for one, by in zip(examples, opens, strict=True)]
+    second = [one.io if by else one.subject for one, by in zip(examples, opens, strict=True)]
+    return rule("the subject", subjects), rule("the first name", first), rule("the second name", second)
+
+
 def load(
     tokenizer: Any,
     *,
@@ -242,4 +259,5 @@ def make_examples(
         behavior(model.tokenizer, asked, model.device),
         texts,
         strict(model.tokenizer, asked, model.device, candidates),
+        rules=other_rules(model.tokenizer, asked, model.device),
     )
