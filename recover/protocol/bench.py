@@ -36,7 +36,7 @@ from recover.search.ascent import Feasible, Schedule
 from recover.search.constraints.first_order import admissible
 from recover.search.constraints.pinned import Pinned
 from recover.tasks import replies as refusal
-from recover.tasks.behaviors import Targeted, known_targets, positions_read
+from recover.tasks.behaviors import Targeted, positions_read
 from recover.tasks.dialogue import Dialogue
 from recover.tasks.examples import Examples
 from recover.tasks.rules import OtherRule, all_rules
@@ -187,14 +187,14 @@ class Bench:
     @cached_property
     def other_rules(self) -> tuple[OtherRule, ...]:
         """Other rules over the same prompts, as many as the plan compares."""
-        examples, behavior, likely = self.examples, self.examples.behavior, None
-        if isinstance(behavior, Targeted) and examples.dialogue is None:
-            known = torch.tensor(sorted(set(known_targets(behavior))), device=self.model.device)
+        examples, base = self.examples, None
+        read = examples.strict or examples.behavior
+        if isinstance(read, Targeted) and examples.dialogue is None:
+            parts = [(examples.prompts.select(rows), read.select(rows).tokens) for rows in self.rows]
             with torch.no_grad():
-                parts = [examples.prompts.select(rows) for rows in self.rows]
-                runs = [self.model.run(part, tokens=known.expand(len(part), -1)).logits for part in parts]
-            likely = torch.cat(runs).float()
-        return tuple(all_rules(examples, likely, self.plan.seed, self.plan.transfer.rules))
+                runs = [self.model.run(p, tokens=tokens, reads=positions_read(read)).logits for p, tokens in parts]
+            base = torch.cat(runs).float()
+        return all_rules(examples, base, self.plan.seed, self.plan.transfer.rules)
 
     @cached_property
     def pool_clusters(self) -> list[str]:

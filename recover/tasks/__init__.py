@@ -23,6 +23,7 @@ from recover.tasks.prose import NEUTRAL
 from recover.tasks.registry import TASKS, Task, get_task, load_examples, read_options
 from recover.tasks.replies import degenerate
 from recover.tasks.retained import StillRight, still_right
+from recover.tasks.rules import OtherRule, all_rules, generic_rules
 
 __all__ = [
     "NEUTRAL",
@@ -37,13 +38,16 @@ __all__ = [
     "Examples",
     "ForcedAnswer",
     "LogitDifference",
+    "OtherRule",
     "Request",
     "StillRight",
     "Targeted",
     "Task",
     "VocabularyMargin",
+    "all_rules",
     "ask",
     "degenerate",
+    "generic_rules",
     "get_task",
     "load_examples",
     "positions_read",

@@ -61,7 +61,7 @@ class Examples:
         groups: a name for each example, the same for those that ask the same thing in other words or another order:
             transfer never reads one that a shared delta was fitted to another of. By default each is its own.
         readout: makes the model that the behavior is read with; by default that is the host.
-        rules: other rules over the same prompts, which a shared perturbation may impose as well.
+        rules: other rules over the same prompts, which the behavior's own is compared with.
     """
 
     ids: Sequence[str]
@@ -85,21 +85,31 @@ class Examples:
             raise InputError(f"examples: {len(self.groups)} groups for {n} examples; give one each, or none")
         for rule in self.rules:
             if len(rule) != n:
-                raise InputError(f"examples: the rule {rule.name!r} answers {len(rule)} of {n} examples; answer each")
+                raise InputError(
+                    f"examples: the rule {rule.name!r} has {len(rule)} answers for {n} examples; give one each"
+                )
 
     @classmethod
-    def of(cls, dialogue: Dialogue, columns: int, contrast: Contrast | None = None) -> Examples:
+    def of(
+        cls,
+        dialogue: Dialogue,
+        columns: int,
+        contrast: Contrast | None = None,
+        rules: Sequence[OtherRule] = (),
+    ) -> Examples:
         """Make examples of requests whose behavior is to give the first `columns` tokens of the model's own answer."""
         prompts, behavior = dialogue.forced(columns)
-        return cls(dialogue.ids, prompts, behavior, dialogue.asked, dialogue=dialogue, contrast=contrast)
+        return cls(dialogue.ids, prompts, behavior, dialogue.asked, dialogue=dialogue, contrast=contrast, rules=rules)
 
     @property
     def sha256(self) -> str:
-        """Hash of the ids, the tokens (those of a forced answer included) and the readout."""
+        """Hash of the ids, the tokens (those of a forced answer included), the readout and the other rules."""
         digest = hashlib.sha256("\n".join(self.ids).encode())
         digest.update(repr(self.prompts.ids.where(self.prompts.mask, -1).tolist()).encode())
         if self.readout is not None:
             digest.update(self.readout.sha256.encode())
+        for rule in self.rules:
+            digest.update(repr((rule.name, rule.answers.tolist())).encode())
         return digest.hexdigest()
 
     def select(self, rows: Rows) -> Examples:
@@ -137,4 +147,6 @@ class Examples:
         """
         if self.dialogue is None:
             raise InputError("examples: without a dialogue they have no answers that could be exchanged")
-        return Examples.of(self.dialogue.with_answers_of(other), positions_read(self.behavior), self.contrast)
+        return Examples.of(
+            self.dialogue.with_answers_of(other), positions_read(self.behavior), self.contrast, self.rules
+        )

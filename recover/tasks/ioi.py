@@ -18,7 +18,7 @@ import hashlib
 import json
 import random
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
@@ -32,7 +32,7 @@ from recover.tasks.examples import Examples
 from recover.tasks.files import read_text, rows_of, text_object
 from recover.tasks.prose import read_data
 from recover.tasks.rules import OtherRule
-from recover.types import InputError, Int, Tensor
+from recover.types import InputError
 
 Template = Literal["BABA", "ABBA"]
 TEMPLATES: tuple[Template, ...] = get_args(Template)
@@ -190,20 +190,20 @@ def strict(
     return ChoiceMargin(tokens[:, 0], tokens[:, 1:])
 
 
-def rules(tokenizer: Any, examples: Sequence[IOIExample], device: torch.device | str = "cpu") -> tuple[OtherRule, ...]:
-    """Build other rules that pick a name from the same prompts: the subject, the first name, the second name."""
+def other_rules(
+    tokenizer: Any, examples: Sequence[IOIExample], device: torch.device | str = "cpu"
+) -> tuple[OtherRule, ...]:
+    """List other rules that pick a name of the prompt: the subject, and the name that comes first or second."""
 
-    def tokens(pick: Callable[[IOIExample], str]) -> Int[Tensor, "batch"]:
-        return torch.tensor([token_id(tokenizer, pick(one), one.prompt) for one in examples], device=device)
+    def rule(name: str, picked: Sequence[str]) -> OtherRule:
+        tokens = [token_id(tokenizer, one, example.prompt) for one, example in zip(picked, examples, strict=True)]
+        return OtherRule(name, torch.tensor(tokens, device=device))
 
-    def by_place(one: IOIExample) -> list[str]:
-        return sorted((one.io, one.subject), key=one.prompt.index)
-
-    return (
-        OtherRule("the subject", tokens(lambda one: one.subject)),
-        OtherRule("the first name", tokens(lambda one: by_place(one)[0])),
-        OtherRule("the second name", tokens(lambda one: by_place(one)[1])),
-    )
+    subjects = [one.subject for one in examples]
+    opens = [one.template == "BABA" for one in examples]
+    first = [one.subject if by else one.io for one, by in zip(examples, opens, strict=True)]
+    second = [one.io if by else one.subject for one, by in zip(examples, opens, strict=True)]
+    return rule("the subject", subjects), rule("the first name", first), rule("the second name", second)
 
 
 def load(
@@ -259,5 +259,5 @@ def make_examples(
         behavior(model.tokenizer, asked, model.device),
         texts,
         strict(model.tokenizer, asked, model.device, candidates),
-        rules=rules(model.tokenizer, asked, model.device),
+        rules=other_rules(model.tokenizer, asked, model.device),
     )
