@@ -9,6 +9,7 @@ all of them. `ledger` keeps finished work, `folder` keeps it on disk, and `worke
 from recover.protocol.bench import Batch, Bench
 from recover.protocol.checking import check
 from recover.protocol.folder import RunFolder, RunState, write_whole
+from recover.protocol.knowledge_model import Knowledge
 from recover.protocol.ledger import InMemoryStore, Store
 from recover.protocol.phases import BY_GRADIENT, PHASES, read_replies
 from recover.protocol.plan import Plan, TransferPlan
@@ -30,6 +31,7 @@ __all__ = [
     "ExampleRecord",
     "Gate",
     "InMemoryStore",
+    "Knowledge",
     "LostWorkerError",
     "OtherSchemaError",
     "Plan",
