@@ -180,9 +180,11 @@ class Bench:
 
     @cached_property
     def pool_own(self) -> Int[Tensor, "right"]:
-        """The right answer of each example of the pool: its target, or its number where answers are whole."""
-        targets = None if self.examples.dialogue is not None else self.pool.targets
-        return torch.arange(len(self.pool)) if targets is None else targets.cpu()
+        """The right answer of each example of the pool: its target, or its number where answers are whole; else 0."""
+        if self.examples.dialogue is not None:
+            return torch.arange(len(self.pool))
+        targets = self.pool.targets
+        return torch.zeros(len(self.pool), dtype=torch.long) if targets is None else targets.cpu()
 
     @cached_property
     def other_rules(self) -> tuple[OtherRule, ...]:

@@ -86,7 +86,7 @@ def begin(bench: Bench) -> dict[str, Any]:
     if (why := refused(bench)) is not None:
         return {"refused": why}
     pool, names = bench.pool, bench.pool_clusters
-    own = list(range(len(pool))) if pool.targets is None else pool.targets.tolist()
+    own: list[int] = bench.pool_own.tolist()
     places = {name: number for number, name in enumerate(dict.fromkeys(names))}
     return {
         "refused": None,
