@@ -313,7 +313,7 @@ CHANGES = {
     "rules.correlate_alpha": 0.1,
     "rules.trace": 0.2,
     "rules.tie": 0.1,
-    "rules.found": 0.9,
+    "rules.found": 0.8,
     "search.positions": "answer",
     "search.sites": "every",
     "search.restarts": 3,

@@ -158,7 +158,6 @@ def test_only_what_held_and_was_suppressed_counts(
     bench, delta = planted
     monkeypatch.setattr(heldout, "certify", certify)
     found, back = heldout._certified(bench, ROWS, delta)
-    assert back.all()
     assert (found["hits"], found["n"], found["back_but_features_moved"]) == (1, 3, 2)
     assert heldout._certified(bench, ROWS, 0 * delta)["back_but_features_moved"] == 0
 

@@ -26,12 +26,20 @@ import torch
 from recover.planted.kinds import KINDS, MIXTURES
 from recover.planted.world import Planted
 from recover.protocol.checking import check
+from recover.protocol.plan import Plan, TransferPlan
 from recover.protocol.records import without_nan
 from recover.protocol.verdict import Verdict, certified_norm
 from recover.types import Progress
 
 TOLERANCE = 0.01
 """Largest relative error of a smallest norm."""
+PLAN = Plan(
+    random_draws=300,
+    planted_routes=4,
+    placebo_features=1,
+    transfer=TransferPlan(norms=(0.6,), splits=2, rules=2, scales=(0.25, 0.5, 0.75, 1.0), draws=20),
+)
+"""Every part of the protocol, and of what is drawn less than by default: worlds are many."""
 UNMEASURED = ("hard_readout",)
 """Kinds whose smallest norm a method that follows gradients cannot be asked for."""
 WORTH_PROCESSES = 40
@@ -118,7 +126,7 @@ def _judge_seed(world: tuple[str, int]) -> Outcome:
 def judge(world: Planted, seed: int) -> Outcome:
     """What the checker says of a world, beside what is true."""
     start = time.monotonic()
-    said = check(world.model, world.defense, world.examples, world.budget)
+    said = check(world.model, world.defense, world.examples, world.budget, plan=PLAN)
     asked = world.allowed != frozenset(WORDS)
     words = " or ".join(WORDS[allowed] for allowed in (True, False, None) if allowed in world.allowed)
     return Outcome(
