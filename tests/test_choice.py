@@ -211,3 +211,15 @@ def test_right_letters_have_more_than_half_on_the_toy(toy: Model, known: Example
     assert isinstance(known.strict, ChoiceOdds)
     logits = toy.run(known.prompts, tokens=known.strict.tokens).logits
     assert float(shows(known.strict, logits).float().mean()) > 0.99
+
+
+def test_other_rules_follow_a_wrong_option_and_a_letter() -> None:
+    model = Answerer()
+    # The right answer of KNOWN is its second, of SHAKY its last: the others are the third, and the first.
+    asked = [(KNOWN, (0, 1, 2, 3)), (KNOWN, (2, 3, 1, 0)), (SHAKY, (3, 2, 1, 0))]
+    other, fixed = choice.other_rules(model, asked)
+    letters = dict(zip(choice.letter_tokens(model, KNOWN), LETTERS, strict=True))
+    assert other.targets is not None
+    assert fixed.targets is not None
+    assert [letters[token] for token in other.targets.tolist()] == ["C", "A", "D"]
+    assert [letters[token] for token in fixed.targets.tolist()] == ["A", "A", "A"]

@@ -233,3 +233,17 @@ def test_smollm2_knows_what_is_shipped(smollm2: LoadedModel) -> None:
     others = [Fact(one.id, one.domain, one.relation, one.prompts[:1], one.answer) for one in facts if one not in some]
     kept = {one.id for one in cloze.known(model, [*some, *others]).facts}
     assert [one.id for one in some if one.id not in kept] == []
+
+
+def test_other_rules_are_another_member_and_another_relation(model: Model) -> None:
+    rows = [("capital", "France", 9), ("capital", "Spain", 4), ("language", "France", 7), ("language", "Chile", 3)]
+    facts = [Fact(f"f{row}", "a", kind, ("x",), str(token), subject) for row, (kind, subject, token) in enumerate(rows)]
+    asked = cloze.Asked(facts, torch.tensor([9, 4, 7, 3]), torch.tensor([[4, 6], [9, 6], [3, 3], [7, 7]]))
+    another, elsewhere = cloze.other_rules(asked)
+    # Capitals 4 -> 6 -> 9 -> 4, languages 3 -> 7 -> 3.
+    assert another.targets is not None
+    assert another.targets.tolist() == [4, 6, 3, 7]
+    # France's capital and language change places; Spain and Chile stand in one relation.
+    assert elsewhere.targets is not None
+    assert elsewhere.targets.tolist() == [7, 6, 9, 7]
+    assert [rule.name for rule in cloze.other_rules(asked.select([0, 1, 3]))] == ["another member of the relation"]

@@ -12,7 +12,8 @@ import torch
 from recover.defenses.selection import contrast
 from recover.models.host import Model
 from recover.saes.sae import from_sae_lens
-from recover.tasks.dialogue import Dialogue, Request, ask
+from recover.tasks.dialogue import Dialogue, Request, ask, opened
+from recover.tasks.rules import generic_answers
 from recover.types import InputError, Site
 from tests.by_hand import sae_lens_sae
 from tests.models import VOCAB, plain_forward, tiny_lm
@@ -100,3 +101,48 @@ def test_a_placebo_asks_for_the_answer_to_another_request() -> None:
 def test_what_is_missing_is_said() -> None:
     with pytest.raises(InputError, match="there are none"):
         ask(Model(tiny_lm(), Letters()), [], STEPS)
+
+
+def test_an_opened_answer_goes_on_greedily_from_its_opening() -> None:
+    dialogue, module = said("A walk.", "I'm sorry, but I can't do that.", "Snow falls."), tiny_lm()
+    styled = opened(dialogue, "ab", STEPS)
+    # The second is declined, and keeps its answer.
+    assert dialogue.served == [0, 2]
+    assert torch.equal(styled.answers[1], dialogue.answers[1])
+    begun = Letters()("ab", add_special_tokens=False)["input_ids"]
+    for row in (0, 2):
+        text = [*Letters()(f"<{REQUESTS[row].text}>", add_special_tokens=False)["input_ids"], *begun]
+        answer = [token for token in styled.answers[row].tolist() if token >= 0]
+        assert answer[:2] == begun
+        assert len(answer) > 2
+        for token in answer[2:]:
+            assert int(plain_forward(module, torch.tensor(text))[0][-1].argmax()) == token
+            text.append(token)
+    assert styled.answers.shape == dialogue.answers.shape
+    assert styled.forced(STEPS)[1].answer.shape == dialogue.forced(STEPS)[1].answer.shape
+    # No room for a token after the opening: nothing is asked.
+    assert torch.equal(opened(dialogue, "abcd", STEPS).answers, dialogue.answers)
+
+
+def test_the_answer_to_another_request_is_a_served_one() -> None:
+    dialogue = said("A walk.", "I'm sorry, but I can't do that.", "Snow falls.")
+    answers = torch.arange(3 * STEPS).reshape(3, STEPS)
+    (rule,) = generic_answers(replace(dialogue, answers=answers), seed=0)
+    assert rule.dialogue is not None
+    # Of two served requests each has the other's answer.
+    assert torch.equal(rule.dialogue.answers[[0, 2]], answers[[2, 0]])
+    assert next(iter(rule.dialogue.texts)) == "Snow falls."
+    assert int(rule.dialogue.answers[1, 0]) in (0, 2 * STEPS)
+    assert list(rule.dialogue.ids) == list(dialogue.ids)
+    assert generic_answers(said("A walk.", "I can't do that.", "I can't do that."), seed=0) == ()
+
+
+def test_as_few_as_possible_keep_an_answer_equal_to_their_own() -> None:
+    dialogue = said("A", "B", "C").select([0, 1, 2, 0])
+    answers = torch.tensor([[1], [1], [2], [2]])
+    for seed in range(12):
+        (rule,) = generic_answers(replace(dialogue, answers=answers), seed)
+        assert rule.dialogue is not None
+        assert rule.dialogue.answers.flatten().sort().values.tolist() == [1, 1, 2, 2]
+        # Where the two equal ones stand side by side, two places on none keeps its own; else one place on.
+        assert not bool((rule.dialogue.answers == answers).any())

@@ -379,6 +379,10 @@ def test_the_task_leaves_out_what_is_short_and_refuses_what_is_not_there(folder:
     examples = probe.make_examples(model, target="one", layer=1, file=file, tokens=6, train=10)
     assert len(examples.ids) == 20  # the single word is too short
     assert examples.prompts.ids.shape == (20, 6)
+    (another,) = examples.rules
+    assert another.targets is not None
+    own = int(examples.behavior.target[0])  # type: ignore[attr-defined]
+    assert another.targets.tolist() == [(own + 1) % 3] * 20
     assert examples.contrast is not None
     assert (len(examples.contrast.shown), len(examples.contrast.hidden)) == (10, 20)
     again = probe.make_examples(model, target="one", layer=1, file=file, tokens=6, train=11)

@@ -30,6 +30,7 @@ from recover.tasks.behaviors import ChoiceCrossEntropy, ChoiceMargin, ChoiceOdds
 from recover.tasks.examples import Contrast, Examples
 from recover.tasks.ioi import token_id
 from recover.tasks.questions import LETTERS, Question, load
+from recover.tasks.rules import OtherRule
 from recover.types import Bool, InputError, Int, Progress, Site, Tensor
 
 Order = tuple[int, ...]
@@ -88,6 +89,18 @@ def choices(model: Model, asked: Asked) -> tuple[Int[Tensor, "batch"], Int[Tenso
         rows.append([tokens[at], *tokens[:at], *tokens[at + 1 :]])
     table = torch.tensor(rows, device=model.device)
     return table[:, 0], table[:, 1:]
+
+
+def other_rules(model: Model, asked: Asked) -> tuple[OtherRule, ...]:
+    """List other rules over ordered answers: the letter of one wrong answer in all orders, and one letter for all.
+
+    The wrong answer is the one that follows the right one where the question is given; after the last comes the first.
+    """
+    tokens = {question.id: letter_tokens(model, question) for question in {q.id: q for q, _ in asked}.values()}
+    other = [tokens[q.id][order.index((q.answer + 1) % len(LETTERS))] for q, order in asked]
+    fixed = [tokens[question.id][0] for question, _ in asked]
+    named = (("the letter of another option", other), ("a fixed letter", fixed))
+    return tuple(OtherRule(name, torch.tensor(picked, device=model.device)) for name, picked in named)
 
 
 def behavior(model: Model, asked: Asked, objective: str = "choice_margin") -> ChoiceMargin:
@@ -182,4 +195,5 @@ def make_examples(
         ChoiceOdds(*choices(model, all_orders)),
         contrast=Contrast(model.tokenize(turned[0]), model.tokenize(turned[1])),
         groups=[question.id for question, _ in all_orders],
+        rules=other_rules(model, all_orders),
     )

@@ -29,6 +29,7 @@ from recover.tasks.examples import Contrast, Examples
 from recover.tasks.files import read_text, rows_of, text_object
 from recover.tasks.ioi import token_id
 from recover.tasks.prose import RELATIONS
+from recover.tasks.rules import OtherRule, next_of
 from recover.types import InputError, Int, Progress, Site, Tensor
 
 BATCH = 64
@@ -37,13 +38,17 @@ KEYS = 'the keys "domain", "prompts" and "answer"'
 
 @dataclass(frozen=True)
 class Fact:
-    """A fact: its paraphrased prompts and the word that answers them; `str()` shows only the id."""
+    """A fact: its paraphrased prompts and the word that answers them; `str()` shows only the id.
+
+    `subject` is what it is about; empty where that is not known apart from the prompts.
+    """
 
     id: str
     domain: str
     relation: str
     prompts: tuple[str, ...]
     answer: str
+    subject: str = ""
 
     def __repr__(self) -> str:
         return f"Fact({self.id})"
@@ -118,7 +123,38 @@ def make_examples(
         AnswerLikelihood(target),
         contrast=Contrast(model.tokenize(shown), model.tokenize(hidden)) if hidden else None,
         groups=[fact.id for fact, *_ in told],
+        rules=[rule.select(rows) for rule in other_rules(kept)],
     )
+
+
+def other_rules(asked: Asked) -> tuple[OtherRule, ...]:
+    """List other rules over facts: another member of the relation, and what else is known of the subject.
+
+    1. Each answer of a relation is mapped to the next of them, by their tokens in a cycle.
+    2. The answer of the subject in the next relation that it stands in, by the order of the facts; where there is none,
+       as in 1. Left out where more than half of the facts have none, as then it is the first rule under another name.
+    """
+    pairs = zip(asked.target.tolist(), asked.others.tolist(), strict=True)
+    another = torch.cat(
+        [next_of(asked.target[row : row + 1], [own, *others]) for row, (own, others) in enumerate(pairs)]
+    )
+    stands: dict[str, list[int]] = {}
+    for row, fact in enumerate(asked.facts):
+        if fact.subject:
+            stands.setdefault(fact.subject, []).append(row)
+    elsewhere, found = another.clone(), 0
+    for row, fact in enumerate(asked.facts):
+        known = stands.get(fact.subject, [])
+        later = sorted(known, key=lambda other: (other <= row, other))
+        differs = [
+            o for o in later if asked.facts[o].relation != fact.relation and asked.target[o] != asked.target[row]
+        ]
+        if differs:
+            elsewhere[row], found = asked.target[differs[0]], found + 1
+    rules = (OtherRule("another member of the relation", another),)
+    if 2 * found < len(asked.facts):
+        return rules
+    return (*rules, OtherRule("another relation of the same subject", elsewhere))
 
 
 def known(model: Model, facts: Sequence[Fact], progress: Progress | None = None) -> Asked:
@@ -188,7 +224,14 @@ def _asked(model: Model, facts: Sequence[Fact]) -> Asked:
 def shipped() -> list[Fact]:
     """All shipped facts, in the order of their relations."""
     return [
-        Fact(f"{one.name}-{number:03}", one.domain, one.name, tuple(way.format(subject) for way in one.ways), answer)
+        Fact(
+            f"{one.name}-{number:03}",
+            one.domain,
+            one.name,
+            tuple(way.format(subject) for way in one.ways),
+            answer,
+            subject,
+        )
         for one in RELATIONS
         for number, (subject, answer) in enumerate(one.pairs, start=1)
     ]

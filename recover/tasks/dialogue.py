@@ -110,6 +110,26 @@ def ask(
     return Dialogue(model, ids, prompts, answers, texts(tokenizer, answers), stop, asked)
 
 
+def opened(dialogue: Dialogue, opening: str, n_tokens: int, batch_size: int = 24) -> Dialogue:
+    """Ask the served requests again, each answer made to begin with `opening`, of at most `n_tokens` tokens in all.
+
+    The model goes on greedily from there. Requests that it declines keep their answers, so that they cost nothing.
+    """
+    model, answers = dialogue.model, dialogue.answers.clone()
+    begun = model.tokenizer(opening, add_special_tokens=False)["input_ids"]
+    start = torch.tensor([begun], dtype=answers.dtype, device=answers.device)
+    more = min(n_tokens, answers.shape[1]) - len(begun)
+    for part in torch.split(torch.tensor(dialogue.served, dtype=torch.long, device=answers.device), batch_size):
+        if not len(part) or more < 1:
+            break
+        asked, first = dialogue.prompts.select(part), start.expand(len(part), -1)
+        begin = Prompts(torch.cat([asked.ids, first], 1), torch.cat([asked.mask, torch.ones_like(first).bool()], 1))
+        said = generate(model, begin, more, stop=dialogue.stop)
+        answers[part] = -1
+        answers[part, : len(begun) + said.shape[1]] = torch.cat([first, said], dim=1)
+    return replace(dialogue, answers=answers, texts=texts(model.tokenizer, answers))
+
+
 def stops(model: Model) -> tuple[int, ...]:
     """Tokens that end an answer: the tokenizer's, and those of the model's generation settings.
 

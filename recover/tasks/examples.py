@@ -10,11 +10,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol, runtime_checkable
 
 from recover.models.host import Model, Prompts
 from recover.tasks.behaviors import Behavior, positions_read
 from recover.tasks.dialogue import Dialogue
+from recover.tasks.duplicates import grouped
 from recover.tasks.rules import OtherRule
 from recover.types import InputError, Rows
 
@@ -111,6 +113,11 @@ class Examples:
         for rule in self.rules:
             digest.update(repr((rule.name, rule.answers.tolist())).encode())
         return digest.hexdigest()
+
+    @cached_property
+    def clusters(self) -> Sequence[str]:
+        """The groups, joined where near-duplicates link them (`recover.tasks.duplicates`): what no split may part."""
+        return grouped(self)
 
     def select(self, rows: Rows) -> Examples:
         """Select a subset of examples."""

@@ -28,6 +28,7 @@ from recover.models.host import Model, Prompts
 from recover.tasks.examples import Contrast, Examples
 from recover.tasks.labeled import Data, Labeled, draw, load
 from recover.tasks.probe_heads import PooledProbe, ProbeHead, Probes, pooled_residuals, train_probes
+from recover.tasks.rules import OtherRule
 from recover.types import Bool, Float, InputError, Int, Site, Tensor
 
 SKIPPED = 1
@@ -97,13 +98,15 @@ class Material:
             raise InputError(f"prompts.target: no text of {target!r} to test with is long enough; ask for fewer tokens")
         shown, hidden = self.train.of(own), self.train.of(~own)
         first = torch.arange(len(asked.ids))[:n]
+        behavior = self.behavior(target, len(first))
         return Examples(
             asked.ids[:n],
             asked.prompts.select(first),
-            self.behavior(target, len(first)),
+            behavior,
             asked.words[:n],
             contrast=Contrast(shown.prompts, hidden.prompts, self.behavior(target, len(shown.ids))),
             readout=self.head,
+            rules=[OtherRule("another class", torch.full_like(behavior.target, (number + 1) % len(self.labels)))],
         )
 
 

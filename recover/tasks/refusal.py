@@ -24,16 +24,21 @@ from typing import Any, Literal
 from pydantic import PositiveInt
 
 from recover.models.host import Model
-from recover.tasks.dialogue import Request, ask
+from recover.tasks.dialogue import Request, ask, opened
 from recover.tasks.examples import Contrast, Examples
 from recover.tasks.files import numbered, read_text
 from recover.tasks.prose import ORDINARY, UNSERVABLE
+from recover.tasks.rules import OtherRule
 from recover.types import InputError
 
 Shipped = Literal["ordinary", "unservable"]
 
 COLUMNS = "goal,target (as AdvBench) or Behavior,...,ContextString,BehaviorID (as HarmBench)"
 ID_LENGTH = 200
+STYLE = "Well,"
+"""How the answers of another style begin: none of SmolLM2's own answers to 24 shipped requests does."""
+STYLE_TOKENS = 16
+"""Tokens of such an answer, at most: it is to cost less than a third of what asking does."""
 
 
 def make_examples(
@@ -72,7 +77,11 @@ def make_examples(
     contrast = None
     if refused.refused:
         contrast = Contrast(refused.select(refused.refused).prompts, dialogue.select(dialogue.served).prompts)
-    return Examples.of(dialogue, min(forced_tokens, reply_tokens), contrast)
+    columns = min(forced_tokens, reply_tokens)
+    styled = OtherRule(
+        "the same request in a fixed style", dialogue=opened(dialogue, STYLE, min(columns, STYLE_TOKENS))
+    )
+    return Examples.of(dialogue, columns, contrast, (styled,))
 
 
 def shipped(kind: Shipped) -> list[Request]:
