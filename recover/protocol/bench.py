@@ -201,7 +201,7 @@ class Bench:
     @cached_property
     def pool_clusters(self) -> list[str]:
         """For each example of the pool a name that it shares with those that ask the same thing."""
-        names = self.examples.groups or self.examples.ids
+        names = self.examples.clusters
         return [names[row] for row in self.pool_rows.tolist()]
 
     def defended(self, part: Examples, model: Model | None = None) -> Defended:
