@@ -175,7 +175,7 @@ def generic_answers(dialogue: Dialogue, seed: int) -> tuple[OtherRule, ...]:
 def next_of(own: Int[Tensor, "batch"], known: Iterable[int]) -> Int[Tensor, "batch"]:
     """Map each of `own` to the next larger token of `known`, the largest to the smallest; all of `own` are known."""
     cycle = torch.tensor(sorted(set(known)), dtype=own.dtype, device=own.device)
-    return cycle[(torch.searchsorted(cycle, own) + 1) % len(cycle)]
+    return cycle[(torch.searchsorted(cycle, own.contiguous()) + 1) % len(cycle)]
 
 
 def _reads(behavior: Targeted, logits: Tensor) -> bool:
