@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 
 from recover.evidence import Rules, judge_content, judge_rule
-from recover.planted.tables import TABLES, drawn_table
+from recover.planted import TABLES, drawn_table
 
 SAID = {True: "true", False: "false", None: "-"}
 

@@ -99,7 +99,7 @@ def configuration(folder: Path, **changes: Any) -> dict[str, Any]:
             }
         ],
         "task": "ioi",
-        "prompts": {"n": 40, "seed": 0, "candidates": 20},
+        "prompts": {"n": 40, "seed": 0, "candidates": 3},
         "search": {"budget": 100.0, "steps": 20, "curve": [0.5, 1.0]},
         "controls": {"random_draws": 20, "planted_routes": 1, "placebo_features": 1},
         "transfer": {

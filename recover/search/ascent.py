@@ -367,7 +367,7 @@ def find_perturbation(
 
 
 def scale_to(delta: Delta, length: float | PerExample) -> Delta:
-    """`delta` with each example's norm set to `length`; zero stays zero.
+    """`delta` with each example's norm set to `length`; zero stays zero, and so does what is too small to be scaled.
 
     >>> import torch
     >>> scale_to(torch.tensor([[[3.0, 4.0]], [[0.0, 0.0]]]), 10.0)
@@ -376,7 +376,8 @@ def scale_to(delta: Delta, length: float | PerExample) -> Delta:
             [[0., 0.]]])
     """
     own = norm(delta)
-    return delta * by_example(torch.where(own > 0, length / own, 0.0))
+    # A loss that is solved by far has a gradient below all normal numbers, which no division brings back.
+    return delta * by_example(torch.where(own > torch.finfo(own.dtype).tiny, length / own, 0.0))
 
 
 def clip(delta: Delta, budget: float) -> Delta:
