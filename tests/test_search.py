@@ -419,3 +419,9 @@ def test_scale_to_sets_norms_and_leaves_zero() -> None:
     delta = torch.tensor([[[3.0, 4.0]], [[0.0, 0.0]]])
     assert_close(scale_to(delta, 10.0), torch.tensor([[[6.0, 8.0]], [[0.0, 0.0]]]))
     assert_close(scale_to(delta, torch.tensor([1.0, 2.0])), torch.tensor([[[0.6, 0.8]], [[0.0, 0.0]]]))
+
+
+def test_what_is_below_all_normal_numbers_is_zero_to_a_scale() -> None:
+    """1e-40 is subnormal in float32: 10 / 1e-40 is infinite, and infinity times zero is no number."""
+    tiny = torch.tensor([[[1e-40, 0.0]]])
+    assert_close(scale_to(tiny, 10.0), tiny, rtol=0, atol=1e-38)
