@@ -17,7 +17,6 @@ from recover.planted import KINDS, MIXTURES, selftest
 from recover.planted.selftest import Outcome
 from recover.protocol import bench, checking, phases, reading
 from recover.search import solvers
-from recover.search.constraints.first_order import admissible
 from recover.search.constraints.linear import EncoderOrthogonal
 
 KNOWN = {
@@ -173,10 +172,6 @@ def one_layer_forgotten(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(bench, "admissible", lambda defended, **_: EncoderOrthogonal.of(defended.defense.clamps[0]))
 
 
-def undoing_allowed(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(bench, "admissible", lambda defended, **_: admissible(defended))
-
-
 def shuffled_to_themselves(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(reading, "derangement", lambda targets, *_: targets)
 
@@ -192,7 +187,6 @@ def shuffled_to_themselves(patch: pytest.MonkeyPatch) -> None:
         ("two_layers", one_layer_forgotten),
         ("degenerate_geometry", broken_projection),
         ("half_erased", long_norms),
-        ("undone_clamp", undoing_allowed),
         ("shared_route", shuffled_to_themselves),
     ],
     ids=lambda value: getattr(value, "__name__", value),

@@ -138,10 +138,13 @@ class NullSpaces:
 def leading(rows: Float[Tensor, "n d_model"], share: float) -> Float[Tensor, "d_model r"]:
     """An orthonormal basis of the fewest directions that hold this share of the rows' squared length; none for none.
 
+    Rows that are not finite are left out.
+
     >>> leading(torch.tensor([[3.0, 0.0], [0.0, 1e-3]]), 0.999).abs()
     tensor([[1.],
             [0.]])
     """
+    rows = rows[rows.isfinite().all(dim=1)]
     if not rows.any():
         return rows.new_zeros(rows.shape[1], 0)
     values, directions = torch.linalg.eigh(rows.double().T @ rows.double())
