@@ -185,8 +185,8 @@ def test_the_page_of_defense_yaml_names_every_key(hooks):
         ("folds", "1 fits on one half", "`1`, `2`", "`2`"),
         ("n", "how many to draw", "whole number", "not given"),
         ("norms", "budgets, as shares of the mean norm", "a list: number above 0", "`[0.2, 0.4, 0.6]`"),
-        ("steps", "gradient steps over all examples", "whole number above 0", "`60`"),
-        ("alpha", "p-value, after correction", "number from 0 to 1", "`0.01`"),
+        ("steps", "gradient steps over all examples", "whole number above 0", "`45`"),
+        ("alpha", "p-value up to which a simpler rule", "number from 0 to 1", "`0.01`"),
     ],
 )
 def test_the_keys_of_a_section_are_as_validated(hooks, key, begins, kind, default):

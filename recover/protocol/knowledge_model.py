@@ -57,8 +57,8 @@ class Knowledge(Section):
     trained: Figure = Field(description="share right among what the own fits were fitted to, mean over fits")
     dealt: Reading = Field(description="answers dealt at random that show, under fits to such answers")
     planted: Reading | None = Field(description="planted gates that the fits opened; null where none was needed")
-    content: ContentFigures
-    rule: RuleFigures
+    content: ContentFigures = Field(description="whether the answers can still be read from the defended state")
+    rule: RuleFigures = Field(description="whether the own rule comes back more easily than others")
 
 
 def knowledge(table: Table, norm: float, residual_norm: float, content: Content, rule: OwnRule) -> Knowledge:
