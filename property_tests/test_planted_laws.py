@@ -24,7 +24,7 @@ from recover.evidence.certificate import certify
 from recover.numerics.metrics import norm
 from recover.planted import KINDS, MIXTURES, Planted
 from recover.planted.meaning import likeliest
-from recover.planted.selftest import TOLERANCE, UNMEASURED, judge, norm_error
+from recover.planted.selftest import PLAN, TOLERANCE, UNMEASURED, judge, norm_error
 from recover.protocol.checking import check
 from recover.saes.decomposition import decompose
 from recover.search.ascent import find_perturbation, scale_to
@@ -350,7 +350,7 @@ def test_the_checker_misses_no_planted_world(case: PlantedCase) -> None:
 def test_the_checker_says_nothing_false_about_a_planted_world(case: PlantedCase) -> None:
     """Worlds of any size: the verdict and the norm are right, and `content` is right or unknown."""
     world = case.world
-    said = check(world.model, world.defense, world.examples, world.budget)
+    said = check(world.model, world.defense, world.examples, world.budget, plan=PLAN)
     assert said.verdict in world.expected
     assert said.content is None or said.content in world.allowed
     if case.kind not in UNMEASURED:

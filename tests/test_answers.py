@@ -40,7 +40,7 @@ from tests.settings import arranged
 
 LIGHT = Plan(
     random_draws=10,
-    planted_routes=1,
+    planted_routes=0,
     placebo_features=1,
     curve=(0.5, 1.0),
     sample=2,

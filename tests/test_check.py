@@ -59,7 +59,7 @@ PROVENANCE = {
 }
 LIGHT = Plan(
     random_draws=20,
-    planted_routes=1,
+    planted_routes=0,
     placebo_features=1,
     curve=(0.5, 1.0),
     transfer=TransferPlan(

@@ -21,6 +21,7 @@ from recover.planted.mixtures import (
     undone_and_route,
     weak_predicate,
 )
+from recover.planted.selftest import PLAN
 from recover.protocol.checking import check
 from recover.types import InputError
 from tests.test_planted import ByHand, admissible_noise, held, plus, slack, undo, without, zeros
@@ -109,7 +110,7 @@ def test_the_shared_delta_recovers_just_the_rows_it_is_said_to(kind: Callable[..
 def test_the_checker_recovers_what_can_be(kind: Callable[..., Planted]) -> None:
     world = kind(0)
     assert world.smallest_norm is not None
-    said = check(world.model, world.defense, world.examples, world.budget)
+    said = check(world.model, world.defense, world.examples, world.budget, plan=PLAN)
     assert said.verdict == "RECOVERABLE"
     assert said.recovery.recovered == int(torch.isfinite(world.smallest_norm).sum())
 

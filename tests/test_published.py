@@ -76,6 +76,9 @@ SHORT = {
     "search.steps": 3,
     "transfer.draws": 2,
     "transfer.shuffles": 1,
+    "transfer.splits": 1,
+    "transfer.rules": 1,
+    "transfer.scales": [1.0],
     "transfer.steps": 2,
     "device": "cpu",
 }

@@ -9,7 +9,7 @@ import pytest
 from recover.evidence import Rules, judge_content, judge_rule
 from recover.planted.tables import TABLES, drawn_table
 
-N, SEEDS = 24, 60
+N, SEEDS = 24, 40
 
 
 @cache
@@ -21,13 +21,13 @@ def said(name: str, cluster: int) -> list[tuple[bool | None, bool | None]]:
 @pytest.mark.parametrize("cluster", [1, 3])
 @pytest.mark.parametrize("name", TABLES)
 def test_false_claims_are_rare(name: str, cluster: int) -> None:
-    """At a rate of 1 % more than 4 of 60 come in 3 of 10,000 runs; these seeds are fixed."""
+    """At a rate of 1 % more than 2 of 40 come in 7 of 1,000 runs; these seeds are fixed."""
     truth, told = TABLES[name], said(name, cluster)
     for value in (True, False):
         if truth.content is not value:
-            assert sum(content is value for content, _ in told) <= (2 if value else 4)
+            assert sum(content is value for content, _ in told) <= 2
         if truth.rule is not value and truth.rule is not None:
-            assert sum(rule is value for _, rule in told) <= (2 if value else 4)
+            assert sum(rule is value for _, rule in told) <= 2
 
 
 @pytest.mark.parametrize("cluster", [1, 3])
