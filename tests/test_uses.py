@@ -15,7 +15,6 @@ from recover.numerics.subspaces import leading
 from recover.planted import KINDS
 from recover.protocol.bench import Bench
 from recover.protocol.plan import Plan
-from recover.search.ascent import scale_to
 
 NOTHING = Found(
     likeness=[0.85] * 10,
